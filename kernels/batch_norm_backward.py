@@ -1,0 +1,227 @@
+"""Batch norm + residual + ReLU, backward: reduce -> combine -> input gradients. Derivation: README.md beside this file.
+
+dy is the gradient of y and dy_alias that of its second handle (the fork); dz is their sum behind ReLU, the gradient of
+the pre-activation. Shapes and arithmetic as in batch_norm_forward.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile_access import bit_offsets, load_channel, normalize, tile_offsets, unpack_bits
+
+
+@triton.jit
+def recompute_drop(x, y_type: tl.constexpr, mean, scale, bias):
+    """Where ReLU closed, from x: the forward's expression and rounding (B1)."""
+    return normalize(x, mean, scale, bias).to(y_type) <= 0.0
+
+
+@triton.jit
+def reduce_kernel(
+    dy_ptr,
+    dy_alias_ptr,
+    relu_mask_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_mean_ptr,
+    dz_ptr,
+    partial_dz_ptr,
+    partial_dz_x_ptr,
+    partial_dz_residual_ptr,
+    n_rows,
+    n_channels,
+    n_spatial,
+    rows_per_split,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums over one split of rows: dz, dz·(x - mean) and, for the bn join, dz·(residual - its mean) (B2).
+
+    `dz_ptr`, where given, receives dz: with a residual it is the residual's gradient, and behind a fork it saves the
+    input-gradient pass one of two reads.
+    """
+    acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
+    split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
+    first_channel = (tl.program_id(0) % n_channel_tiles) * BLOCK_C
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    offs_m = tl.arange(0, BLOCK_M)
+    first_row = split * rows_per_split
+    n_own = tl.minimum(n_rows - first_row, rows_per_split).to(tl.int32)
+    mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
+    if RELU and relu_mask_ptr is None:
+        scale = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type) * load_channel(
+            weight_ptr, offs_c, mask_c, 1.0, acc_type
+        )
+        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
+    if residual_ptr is not None:
+        residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
+        sum_dz_residual = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+    sum_dz = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+    sum_dz_x = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+
+    for start in range(0, n_own, BLOCK_M):
+        mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
+        offsets = tile_offsets(first_row + start, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
+        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+        if dy_alias_ptr is not None:
+            # Rounded to the data type, as autograd rounds the sum of two gradients.
+            alias = tl.load(dy_alias_ptr + offsets, mask=mask, other=0.0)
+            dz = (dz.to(acc_type) + alias.to(acc_type)).to(dy_ptr.dtype.element_ty)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+        if RELU:
+            if relu_mask_ptr is None:
+                drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
+            else:
+                bytes_at, valid = bit_offsets(
+                    first_row + start, first_channel, n_rows, n_channels, CHANNELS_LAST, BLOCK_M, BLOCK_C
+                )
+                packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
+                drop = unpack_bits(packed, CHANNELS_LAST, BLOCK_M, BLOCK_C)
+            dz = tl.where(drop, 0.0, dz)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offsets, dz, mask=mask)
+        dz = dz.to(acc_type)
+        sum_dz += dz
+        sum_dz_x += dz * (x - mean[None, :])
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+            sum_dz_residual += dz * (residual - residual_mean[None, :])
+
+    partial = split * n_channels + offs_c
+    tl.store(partial_dz_ptr + partial, tl.sum(sum_dz, axis=0), mask=mask_c)
+    tl.store(partial_dz_x_ptr + partial, tl.sum(sum_dz_x, axis=0), mask=mask_c)
+    if residual_ptr is not None:
+        tl.store(partial_dz_residual_ptr + partial, tl.sum(sum_dz_residual, axis=0), mask=mask_c)
+
+
+@triton.jit
+def sum_splits(partial_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[n_splits, n_channels] partial sums -> [BLOCK_C], always in the same order."""
+    total = tl.zeros([BLOCK_S, BLOCK_C], partial_ptr.dtype.element_ty)
+    for start in range(0, n_splits, BLOCK_S):
+        offs_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
+        total += tl.load(partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def combine_gradients_kernel(
+    partial_dz_ptr,
+    partial_dz_x_ptr,
+    partial_dz_residual_ptr,
+    rstd_ptr,
+    residual_rstd_ptr,
+    sum_dz_ptr,
+    sum_dz_x_ptr,
+    sum_dz_residual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dresidual_weight_ptr,
+    dresidual_bias_ptr,
+    n_channels,
+    n_splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of the whole batch, and from them dbias = sum dz and dweight = rstd · sum dz·(x - mean) (B3)."""
+    acc_type: tl.constexpr = rstd_ptr.dtype.element_ty
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    sum_dz = sum_splits(partial_dz_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
+    sum_dz_x = sum_splits(partial_dz_x_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
+    tl.store(sum_dz_ptr + offs_c, sum_dz, mask=mask_c)
+    tl.store(sum_dz_x_ptr + offs_c, sum_dz_x, mask=mask_c)
+    if dweight_ptr is not None:
+        rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+        tl.store(dweight_ptr + offs_c, rstd * sum_dz_x, mask=mask_c)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs_c, sum_dz, mask=mask_c)
+    if partial_dz_residual_ptr is not None:
+        sum_dz_residual = sum_splits(partial_dz_residual_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
+        tl.store(sum_dz_residual_ptr + offs_c, sum_dz_residual, mask=mask_c)
+        if dresidual_weight_ptr is not None:
+            residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+            tl.store(dresidual_weight_ptr + offs_c, residual_rstd * sum_dz_residual, mask=mask_c)
+        if dresidual_bias_ptr is not None:
+            tl.store(dresidual_bias_ptr + offs_c, sum_dz, mask=mask_c)
+
+
+@triton.jit
+def input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_x, n_rows, TRAINING: tl.constexpr):
+    """dx of one batch norm from dz (B4 with batch statistics, B5 with frozen ones)."""
+    scale = (rstd * weight)[None, :]
+    if TRAINING:
+        mean_dz = sum_dz / n_rows
+        slope = rstd * rstd * (sum_dz_x / n_rows)
+        dx = scale * (dz - mean_dz[None, :] - (x - mean[None, :]) * slope[None, :])
+    else:
+        dx = scale * dz
+    return dx
+
+
+@triton.jit
+def input_gradients_kernel(
+    dz_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_mean_ptr,
+    residual_rstd_ptr,
+    residual_weight_ptr,
+    sum_dz_ptr,
+    sum_dz_x_ptr,
+    sum_dz_residual_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    n_rows,
+    n_channels,
+    n_spatial,
+    RELU: tl.constexpr,
+    TRAINING: tl.constexpr,
+    RESIDUAL_TRAINING: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx and, for the bn join, dresidual. RELU: `dz_ptr` is dy, and ReLU's sign is recomputed from x."""
+    acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
+    first_row = (tl.program_id(0) // n_channel_tiles).to(tl.int64) * BLOCK_M
+    offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_channels
+    mask = (first_row + tl.arange(0, BLOCK_M) < n_rows)[:, None] & mask_c[None, :]
+    offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
+
+    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+    mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+    weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
+    sum_dz = load_channel(sum_dz_ptr, offs_c, mask_c, 0.0, acc_type)
+    sum_dz_x = load_channel(sum_dz_x_ptr, offs_c, mask_c, 0.0, acc_type)
+    if RELU:
+        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
+        dz = tl.where(recompute_drop(x, x_ptr.dtype.element_ty, mean, rstd * weight, bias), 0.0, dz)
+    dx = input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_x, n_rows, TRAINING)
+    tl.store(dx_ptr + offsets, dx, mask=mask)
+
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+        mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
+        rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+        weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
+        sum_dz_residual = load_channel(sum_dz_residual_ptr, offs_c, mask_c, 0.0, acc_type)
+        dresidual = input_gradient(dz, residual, mean, rstd, weight, sum_dz, sum_dz_residual, n_rows, RESIDUAL_TRAINING)
+        tl.store(dresidual_ptr + offsets, dresidual, mask=mask)

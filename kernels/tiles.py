@@ -1,0 +1,63 @@
+"""Block sizes, grids and warps of the kernels, each with its reason.
+
+A tensor is a matrix of `n_rows` = N·H·W rows and `n_channels` columns, whatever its layout. A tile is BLOCK_M rows by
+BLOCK_C channels. Nothing here depends on the device, so that a result is the same bits on every GPU of a kind.
+"""
+
+from typing import NamedTuple
+
+import triton
+
+# 4 warps hold 16 elements of a tile per thread: two 16-byte loads per 16-bit tensor, both in flight before the first
+# use, and three tensors plus fp32 accumulators still fit 128 registers.
+TILE_ELEMENTS = 2048
+NUM_WARPS = 4
+
+# 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.
+MAX_BLOCK_C = 128
+
+# The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
+BITS_PER_BYTE = 8
+
+# Reductions: 8 programs of 4 warps on each of 132 multiprocessors keep enough loads in flight; more programs only
+# write more partial results. At least 64 rows each, so that partials stay a small part of the traffic.
+TARGET_PROGRAMS = 1024
+MIN_ROWS_PER_SPLIT = 64
+
+# Combining is latency: few channels per program for many programs, many partials per step for few steps.
+COMBINE_BLOCK_C = 8
+COMBINE_BLOCK_S = 128
+
+
+class Tiles(NamedTuple):
+    """How one tensor is cut: tiles for the elementwise kernels, splits of rows for the reductions."""
+
+    block_m: int
+    block_c: int
+    n_row_tiles: int
+    n_channel_tiles: int
+    rows_per_split: int
+    n_splits: int
+
+
+def choose_tiles(n_rows: int, n_channels: int, n_spatial: int, channels_last: bool) -> Tiles:
+    """The tiles of a [n_rows, n_channels] tensor whose images have `n_spatial` = H·W pixels."""
+    if channels_last:  # channels are contiguous: fill them first
+        block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
+    else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
+        block_m = min(TILE_ELEMENTS, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
+        block_c = min(TILE_ELEMENTS // block_m, triton.next_power_of_2(n_channels))
+    block_m = TILE_ELEMENTS // block_c
+    n_channel_tiles = triton.cdiv(n_channels, block_c)
+
+    wanted_splits = max(1, TARGET_PROGRAMS // n_channel_tiles)
+    rows_per_split = max(triton.cdiv(n_rows, wanted_splits), MIN_ROWS_PER_SPLIT)
+    rows_per_split = triton.cdiv(rows_per_split, block_m) * block_m
+    return Tiles(
+        block_m=block_m,
+        block_c=block_c,
+        n_row_tiles=triton.cdiv(n_rows, block_m),
+        n_channel_tiles=n_channel_tiles,
+        rows_per_split=rows_per_split,
+        n_splits=triton.cdiv(n_rows, rows_per_split),
+    )

@@ -1,0 +1,23 @@
+"""ResNets that train faster: batch norm, residual addition and ReLU as fused Triton kernels.
+
+`from resnet_fast import resnet18` replaces torchvision's; `FusedBatchNorm2d` replaces nn.BatchNorm2d.
+"""
+
+from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from .functional import batch_norm_add_relu
+from .models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from .nn import FusedBatchNorm2d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedBatchNorm2d",
+    "ResNet",
+    "__version__",
+    "batch_norm_add_relu",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+]

@@ -1,0 +1,233 @@
+"""Fused batch norm + residual + ReLU as one differentiable function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import Backend, BatchNormArgs, choose_backend, reference
+from .ops.arguments import Join, accumulation_type
+from .ops.batch_norm import dense
+
+__all__ = ["BatchNormArgs", "batch_norm_add_relu"]
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.fx.wrap
+def batch_norm_add_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: BatchNormArgs | None = None,
+    relu: bool = True,
+    fork: bool = False,
+    backend: Backend | None = None,
+) -> Any:
+    """Batch norm, the residual added, ReLU, as one operation; the first eight arguments are those of F.batch_norm.
+
+        y = max(0, bn(x) + r),   bn(x) = (x - mean) / sqrt(var + eps) * weight + bias
+
+    where r is nothing, `residual`, or bn(residual) with the statistics and parameters of `residual_norm`.
+
+    Numerics: fp32 arithmetic (fp64 for fp64 x) and one rounding, of y. Batch variances are merged by Chan's formula,
+    never as E[x²] - E[x]²; normalization uses the biased variance, running_var receives the unbiased one. On ATen each
+    step rounds as in eager PyTorch. Two runs give the same bits.
+
+    Args:
+        x: [N, C, H, W], fp16/bf16/fp32/fp64, any layout; y has its type and layout. Fast in channels_last.
+        running_mean, running_var: [C] or both None; updated in place when `training`, used when not.
+        weight, bias: [C] or None (1 and 0). Vectors have the type of x, or fp32 beside fp16 and bf16.
+        training: normalize with the statistics of this batch.
+        momentum: share of this batch in the running statistics.
+        eps: added to the variance.
+        residual: [N, C, H, W] on the device of x. Of another type than x, it is added outside the kernels, with
+            torch's type promotion.
+        residual_norm: the batch norm of the residual (the projection shortcut's).
+        relu: whether to end in ReLU.
+        fork: return (y, alias of y), one for each of two consumers. The backward then adds their two gradients in
+            registers instead of in a pass over memory. Neither handle alone sees the whole gradient of y, and neither
+            may be changed in place.
+        backend: "triton" or "aten" by name; None takes Triton wherever it runs.
+
+    Returns:
+        y, or (y, alias) with `fork`.
+
+    Raises:
+        TypeError: x is not floating point, or a vector has another type than the rule above allows.
+        ValueError: x is not 4-D, training with one value per channel, a vector or the residual of the wrong shape or on
+            another device, running statistics missing, eps not positive, or an unknown backend.
+        RuntimeError: the backend asked for cannot run here.
+
+    Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
+    """
+    norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check_input("x", x)
+    _check_norm("", x, norm)
+    if residual is None and residual_norm is not None:
+        raise ValueError("residual_norm needs a residual, got residual=None")
+    if residual is not None:
+        _check_input("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
+        if residual_norm is not None:
+            _check_norm("residual_norm.", residual, residual_norm)
+        if residual.dtype != x.dtype:
+            if residual_norm is not None:
+                residual = batch_norm_add_relu(residual, *residual_norm, relu=False, backend=backend)
+            y = batch_norm_add_relu(x, *norm, relu=False, backend=backend) + residual
+            y = y.relu() if relu else y
+            return (y, y) if fork else y
+
+    x = dense(x)
+    join: Join = "none"
+    if residual is not None:
+        residual = dense(residual, like=x)
+        join = "add" if residual_norm is None else "bn"
+    outputs = _BatchNormAddReLU.apply(
+        x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork, choose_backend(x, backend)
+    )
+    return outputs
+
+
+def _check_input(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be 4-D [N, C, H, W], got {x.dim()}-D {tuple(x.shape)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+
+
+def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
+    """`prefix` says whose vectors are checked."""
+    n_channels = x.shape[1]
+    vectors = norm._asdict()
+    given = {
+        name: vectors[name] for name in ("running_mean", "running_var", "weight", "bias") if vectors[name] is not None
+    }
+    for name, vector in given.items():
+        if vector.shape != (n_channels,):
+            raise ValueError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
+    dtypes = {vector.dtype for vector in given.values()}
+    allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
+    if len(dtypes) > 1 or not dtypes.issubset(allowed):
+        got = ", ".join(f"{name} {vector.dtype}" for name, vector in given.items())
+        raise TypeError(
+            f"{prefix}vectors must all be {' or all '.join(map(str, allowed))} for x of {x.dtype}, got {got}"
+        )
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
+    if not norm.training and norm.running_mean is None:
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
+    if norm.training and x.numel() == n_channels:
+        # torch's own rule and wording (torch.nn.functional._verify_batch_size)
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    if not norm.eps > 0:
+        raise ValueError(f"{prefix}eps must be positive, got {norm.eps}")
+
+
+class _BatchNormAddReLU(torch.autograd.Function):
+    """The arguments are flat (x, residual, two times BatchNormArgs, settings), so that autograd sees every tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
+        n = len(BatchNormArgs._fields)
+        norm, residual_norm = BatchNormArgs(*arguments[:n]), BatchNormArgs(*arguments[n : 2 * n])
+        join, relu, fork, backend = arguments[2 * n :]
+        y, relu_mask, mean, rstd, residual_mean, residual_rstd = torch.ops.resnet_fast.batch_norm_add_relu(
+            x, *norm, residual, *residual_norm, join, relu, backend
+        )
+        is_bn_join = join == "bn"
+        ctx.save_for_backward(
+            x,
+            y if relu and backend == "aten" else None,
+            relu_mask if relu and backend == "triton" and join != "none" else None,
+            mean,
+            rstd,
+            norm.weight,
+            norm.bias,
+            residual if is_bn_join else None,
+            residual_mean if is_bn_join else None,
+            residual_rstd if is_bn_join else None,
+            residual_norm.weight,
+            residual_norm.bias,
+        )
+        ctx.settings = (join, relu, norm.training, residual_norm.training, backend)
+        ctx.eps = (norm.eps, residual_norm.eps)
+        ctx.set_materialize_grads(False)
+        return (y, y.view_as(y)) if fork else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
+        n = len(BatchNormArgs._fields)
+        if dy is None:
+            dy, dy_alias = dy_alias, None
+        if dy is None:
+            return (None,) * (2 + 2 * n + 4)
+        join, relu, *_ = ctx.settings
+        if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
+            gradients = _differentiable_backward(ctx, dy, dy_alias)
+        else:
+            gradients = torch.ops.resnet_fast.batch_norm_add_relu_backward(
+                dy, dy_alias, *ctx.saved_tensors, *ctx.settings
+            )
+        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
+        if join == "add" and not relu and dy_alias is None:
+            dresidual = dy  # nothing stands between y and the residual
+        by_norm = [(None, None, dweight, dbias, None, None, None)]
+        by_norm.append((None, None, dresidual_weight, dresidual_bias, None, None, None))
+        wanted = ctx.needs_input_grad
+        returned = (dx, dresidual, *by_norm[0], *by_norm[1], None, None, None, None)
+        return tuple(gradient if want else None for gradient, want in zip(returned, wanted, strict=True))
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of dy and of the inputs, through the reference formula."""
+    x, y, relu_mask, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, *residual_affine = (
+        ctx.saved_tensors
+    )
+    join, relu, training, residual_training, _ = ctx.settings
+    acc_type = accumulation_type(x)
+
+    def bn(
+        x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float
+    ):
+        x = x.to(acc_type)
+        if training:
+            mean, var = reference.statistics(x)
+            rstd = (var + eps).rsqrt()
+        return reference.normalize(x, mean, rstd, weight, bias)
+
+    with torch.enable_grad():
+        z = bn(x, mean, rstd, weight, bias, training, ctx.eps[0])
+        inputs = [x, weight, bias]
+        if join == "bn":
+            z = z + bn(residual, residual_mean, residual_rstd, *residual_affine, residual_training, ctx.eps[1])
+            inputs += [residual, *residual_affine]
+        dz = dy if dy_alias is None else dy + dy_alias
+        if relu:
+            if y is not None:
+                drop = y <= 0
+            elif relu_mask is not None:
+                drop = reference.unpack_relu_mask(relu_mask, x)
+            else:
+                drop = z.to(x.dtype) <= 0
+            dz = dz.masked_fill(drop, 0)
+        differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        gradients = iter(torch.autograd.grad(z, differentiable, dz.to(acc_type), create_graph=True))
+    found = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    if join == "bn":
+        return tuple(found)
+    return (*found, dz if join == "add" else None, None, None)

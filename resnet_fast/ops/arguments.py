@@ -1,0 +1,68 @@
+"""The argument and result tuples that the two backends share."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+# How the residual enters: not at all, as it is (identity shortcut), or behind a batch norm of its own (projection).
+Join = Literal["none", "add", "bn"]
+
+
+class BatchNormArgs(NamedTuple):
+    """What one batch norm brings besides its input, in the order of `torch.nn.functional.batch_norm`.
+
+    Vectors have shape [C]. `training` selects batch statistics, which also update the running ones where there are any.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Outputs(NamedTuple):
+    """What the forward returns. `mean` and `rstd` of the pass, [C], are in the accumulation type."""
+
+    y: Tensor
+    relu_mask: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    residual_mean: Tensor | None
+    residual_rstd: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the backward reads of the forward. `residual` is given for the bn join alone."""
+
+    x: Tensor
+    y: Tensor | None
+    relu_mask: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    residual_mean: Tensor | None
+    residual_rstd: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """What the backward returns; None for what the layer does not have, or where dresidual is dy itself."""
+
+    dx: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dresidual: Tensor | None
+    dresidual_weight: Tensor | None
+    dresidual_bias: Tensor | None
+
+
+def accumulation_type(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 data, else fp32: the type of statistics and sums."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

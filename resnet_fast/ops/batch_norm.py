@@ -1,0 +1,168 @@
+"""The two operators, their schemas and fakes, and the one choice between Triton and ATen.
+
+`torch.ops.resnet_fast.batch_norm_add_relu` and its `_backward` take flat arguments, because a schema knows no tuples,
+and return empty tensors for what there is not. Users call resnet_fast.functional, the only caller of these.
+"""
+
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import aten
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
+
+Backend = Literal["triton", "aten"]
+
+launch: Any
+try:
+    import triton
+except ImportError as error:  # a machine without triton works, on ATen
+    launch = None
+    _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
+    _INTERPRETED = False
+else:
+    from . import launch
+
+    _TRITON_MISSING = None
+    _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """None where the Triton kernels run for tensors on `device`, else the reason why they do not."""
+    if _TRITON_MISSING is not None:
+        return _TRITON_MISSING
+    if device.type in ("cuda", "xpu"):  # ROCm calls its devices cuda, too
+        return None
+    if device.type == "cpu":
+        if _INTERPRETED:
+            return None
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before resnet_fast is imported"
+    return f"Triton has no backend for {device.type} tensors"
+
+
+def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
+    """The backend for x: the requested one, or Triton wherever it runs and there is something to compute, else ATen.
+
+    Raises:
+        ValueError: `requested` is no backend.
+        RuntimeError: `requested` is "triton" and cannot run x; a named choice never falls back in silence.
+    """
+    if requested is not None and requested not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {requested!r}")
+    if requested == "aten":
+        return "aten"
+    reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
+    if requested == "triton" and reason is not None:
+        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    return "triton" if reason is None else "aten"
+
+
+def _device_guard(x: Tensor):
+    """Makes x's device the current one, where kernels are launched."""
+    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The layout in which x is, or would best be made, dense: channels_last or NCHW."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.is_contiguous() or x.stride(1) >= x.stride(3):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x without gaps, in its own layout or in that of `like`."""
+    return x.contiguous(memory_format=layout(x if like is None else like))
+
+
+_NORM = "Tensor({a}!)? {p}running_mean, Tensor({b}!)? {p}running_var, Tensor? {p}weight, Tensor? {p}bias, \
+bool {p}training, float {p}momentum, float {p}eps"
+
+torch.library.define(
+    "resnet_fast::batch_norm_add_relu",
+    f"(Tensor x, {_NORM.format(p='', a='a', b='b')}, "
+    f"Tensor? residual, {_NORM.format(p='residual_', a='c', b='d')}, str join, bool relu, str backend)"
+    " -> (Tensor y, Tensor relu_mask, Tensor mean, Tensor rstd, Tensor residual_mean, Tensor residual_rstd)",
+)
+torch.library.define(
+    "resnet_fast::batch_norm_add_relu_backward",
+    "(Tensor dy, Tensor? dy_alias, Tensor x, Tensor? y, Tensor? relu_mask, Tensor mean, Tensor rstd, Tensor? weight, "
+    "Tensor? bias, Tensor? residual, Tensor? residual_mean, Tensor? residual_rstd, Tensor? residual_weight, "
+    "Tensor? residual_bias, str join, bool relu, bool training, bool residual_training, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, Tensor dresidual_bias)",
+)
+
+
+def _unpack(arguments: tuple) -> tuple[BatchNormArgs, Tensor | None, BatchNormArgs | None, Join, bool, Backend]:
+    """The forward operator's arguments behind x, as the implementations take them."""
+    n = len(BatchNormArgs._fields)
+    *residual_norm, join, relu, backend = arguments[n + 1 :]
+    return (
+        BatchNormArgs(*arguments[:n]),
+        arguments[n],
+        BatchNormArgs(*residual_norm) if join == "bn" else None,
+        join,
+        relu,
+        backend,
+    )
+
+
+def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: an empty one stands for None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+@torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
+def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    norm, residual, residual_norm, _, relu, backend = _unpack(arguments)
+    x = dense(x)
+    residual = None if residual is None else dense(residual, like=x)
+    with _device_guard(x):
+        forward = launch.forward if backend == "triton" else aten.forward
+        return _present(forward(x, norm, residual, residual_norm, relu), like=x)
+
+
+@torch.library.register_fake("resnet_fast::batch_norm_add_relu")
+def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    _, residual, residual_norm, _, relu, backend = _unpack(arguments)
+    x = dense(x)
+    relu_mask = None
+    if backend == "triton" and relu and residual is not None:
+        relu_mask = x.new_empty(launch.Shape.of(x).relu_mask, dtype=torch.uint8)
+    mean, rstd, residual_mean, residual_rstd = (x.new_empty(x.shape[1], dtype=accumulation_type(x)) for _ in range(4))
+    if residual_norm is None:
+        residual_mean = residual_rstd = None
+    return _present(Outputs(torch.empty_like(x), relu_mask, mean, rstd, residual_mean, residual_rstd), like=x)
+
+
+@torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
+def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    *saved, join, relu, training, residual_training, backend = arguments
+    x = dense(x)
+    saved = Saved(x, *saved)
+    if saved.residual is not None:
+        saved = saved._replace(residual=dense(saved.residual, like=x))
+    dy = dense(dy, like=x)
+    dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
+    with _device_guard(x):
+        backward = launch.backward if backend == "triton" else aten.backward
+        return _present(backward(dy, dy_alias, saved, join, relu, training, residual_training), like=x)
+
+
+@torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")
+def _backward_fake(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    *saved, join, relu, _, _, _ = arguments
+    saved = Saved(dense(x), *saved)
+    has_dresidual = join == "bn" or (join == "add" and (relu or dy_alias is not None))
+    gradients = Gradients(
+        dx=saved.x,
+        dweight=saved.weight,
+        dbias=saved.bias,
+        dresidual=saved.x if has_dresidual else None,
+        dresidual_weight=saved.residual_weight,
+        dresidual_bias=saved.residual_bias,
+    )
+    return _present(tuple(None if like is None else torch.empty_like(like) for like in gradients), like=x)

@@ -1,0 +1,87 @@
+"""The specification: batch norm + residual + ReLU and its gradients in plain PyTorch, one line per equation.
+
+The equations S, N and B are derived in kernels/README.md. Everything here is differentiable, in any floating type; the
+kernels are tested against it in fp64, and double backward runs through `forward`.
+"""
+
+import torch
+from torch import Tensor
+
+PER_CHANNEL = (0, 2, 3)  # reduce x: [N, C, H, W] to [C]
+
+
+def _channels(vector: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]."""
+    return vector[None, :, None, None]
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel (S1, S3)."""
+    mean = x.mean(PER_CHANNEL)
+    return mean, (x - _channels(mean)).square().mean(PER_CHANNEL)
+
+
+def update_running(running: Tensor, new: Tensor, momentum: float) -> Tensor:
+    """The exponential average of running statistics (S4); `new` is the mean or the *unbiased* variance."""
+    return momentum * new + (1 - momentum) * running
+
+
+def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) · rstd · weight + bias (N1)."""
+    scale = rstd if weight is None else rstd * weight
+    z = (x - _channels(mean)) * _channels(scale)
+    return z if bias is None else z + _channels(bias)
+
+
+def forward(
+    x: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(bn(x) + residual) (N1-N3); batch statistics unless `mean` and `var`, [C], are given.
+
+    The bn join is `forward(x, ..., residual=forward(shortcut, ..., relu=False))`.
+    """
+    if mean is None or var is None:
+        mean, var = statistics(x)
+    z = normalize(x, mean, (var + eps).rsqrt(), weight, bias)
+    if residual is not None:
+        z = z + residual
+    return z.relu() if relu else z
+
+
+def backward(
+    dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias of one batch norm from `dz`, the gradient behind ReLU (B2-B5)."""
+    centred = x - _channels(mean)
+    dbias = dz.sum(PER_CHANNEL)
+    sum_dz_x = (dz * centred).sum(PER_CHANNEL)
+    dweight = rstd * sum_dz_x
+    scale = rstd if weight is None else rstd * weight
+    if not training:
+        return _channels(scale) * dz, dweight, dbias
+    n_rows = x.numel() // x.shape[1]
+    slope = rstd.square() * sum_dz_x / n_rows
+    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - centred * _channels(slope))
+    return dx, dweight, dbias
+
+
+def relu_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """dz: dy where ReLU was open (B1). NaN counts as open, as in torch."""
+    return torch.where(y <= 0, torch.zeros_like(dy), dy)
+
+
+def unpack_relu_mask(relu_mask: Tensor, x: Tensor) -> Tensor:
+    """The kernels' ReLU bits as a bool tensor, true where ReLU closed; x: [N, C, H, W] gives shape and layout."""
+    n_images, n_channels, height, width = x.shape
+    bits = (relu_mask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
+    bits = bits.flatten(1).bool()
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return bits[:, :n_channels].view(n_images, height, width, n_channels).permute(0, 3, 1, 2)
+    return bits[:, : n_images * height * width].view(n_channels, n_images, height, width).transpose(0, 1)
