@@ -13,7 +13,7 @@ from .tile_access import bit_offsets, load_channel, normalize, tile_offsets, unp
 @triton.jit
 def recompute_drop(x, y_type: tl.constexpr, mean, scale, bias):
     """Where ReLU closed, from x: the forward's expression and rounding (B1)."""
-    return normalize(x, mean, scale, bias).to(y_type) <= 0.0
+    return normalize(x, mean, scale, bias).to(y_type).to(x.dtype) <= 0.0
 
 
 @triton.jit
@@ -70,11 +70,11 @@ def reduce_kernel(
     for start in range(0, n_own, BLOCK_M):
         mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
         offsets = tile_offsets(first_row + start, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
-        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+        dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(acc_type)
         if dy_alias_ptr is not None:
             # Rounded to the data type, as autograd rounds the sum of two gradients.
-            alias = tl.load(dy_alias_ptr + offsets, mask=mask, other=0.0)
-            dz = (dz.to(acc_type) + alias.to(acc_type)).to(dy_ptr.dtype.element_ty)
+            dz += tl.load(dy_alias_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+            dz = dz.to(dy_ptr.dtype.element_ty).to(acc_type)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
         if RELU:
             if relu_mask_ptr is None:
@@ -88,7 +88,6 @@ def reduce_kernel(
             dz = tl.where(drop, 0.0, dz)
         if dz_ptr is not None:
             tl.store(dz_ptr + offsets, dz, mask=mask)
-        dz = dz.to(acc_type)
         sum_dz += dz
         sum_dz_x += dz * (x - mean[None, :])
         if residual_ptr is not None:

@@ -14,11 +14,21 @@ from .tile_access import bit_offsets, load_channel, normalize, pack_bits, tile_o
 def merge_lanes(count, mean, m2):
     """Chan's formula for many parts at once (S2): [P] counts, [P, C] means and M2 -> count, [C] mean, [C] M2."""
     total = tl.sum(count, axis=0)
-    share = count / tl.maximum(total, 1)
-    merged_mean = tl.sum(share[:, None] * mean, axis=0)
-    between = mean - merged_mean[None, :]
-    merged_m2 = tl.sum(m2 + count[:, None] * between * between, axis=0)
-    return total, merged_mean, merged_m2
+    share = (count / tl.maximum(total, 1))[:, None]
+    # Twice: the second sum is of differences, so it mends the first one's rounding where |mean| >> std.
+    estimate = tl.sum(share * mean, axis=0)
+    deviation = mean - estimate[None, :]
+    correction = tl.sum(share * deviation, axis=0)
+    deviation -= correction[None, :]
+    merged_m2 = tl.sum(m2 + count[:, None] * deviation * deviation, axis=0)
+    return total, estimate + correction, merged_m2
+
+
+@triton.jit
+def pivot_offsets(offs_c, n_spatial, CHANNELS_LAST: tl.constexpr):
+    """Where row 0 of x lies: one value per channel."""
+    stride_c = 1 if CHANNELS_LAST else n_spatial
+    return offs_c.to(tl.int64) * stride_c
 
 
 @triton.jit
@@ -34,7 +44,11 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and centred M2 of one split of rows: Welford in every lane of the tile, the lanes merged at the end (S1)."""
+    """Mean and centred M2 of one split of rows: Welford in every lane of the tile, the lanes merged at the end (S1).
+
+    What is averaged is x - pivot, with the tensor's first row as pivot: where |mean| >> std the difference is exact,
+    and the partial means stay small numbers.
+    """
     acc_type: tl.constexpr = partial_mean_ptr.dtype.element_ty
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
@@ -44,13 +58,18 @@ def statistics_kernel(
     first_row = split * rows_per_split
     n_own = tl.minimum(n_rows - first_row, rows_per_split).to(tl.int32)
 
+    # The row is loaded into every row of a tile: 16-byte loads, in the layout in which it is used.
+    pivot_at = tl.broadcast_to(pivot_offsets(offs_c, n_spatial, CHANNELS_LAST)[None, :], [BLOCK_M, BLOCK_C])
+    pivot = tl.load(x_ptr + pivot_at, mask=mask_c[None, :], other=0.0).to(acc_type)
+
     mean = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     m2 = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     for start in range(0, n_own, BLOCK_M):
         mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
         offsets = tile_offsets(first_row + start, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-        delta = tl.where(mask, x - mean, 0.0)
+        x = tl.where(mask, x - pivot, mean)  # a lane without a row keeps its mean
+        delta = x - mean
         mean += delta / tl.full([], start // BLOCK_M + 1, acc_type)
         m2 += delta * (x - mean)
 
@@ -62,6 +81,7 @@ def statistics_kernel(
 
 @triton.jit
 def combine_statistics_kernel(
+    x_ptr,
     partial_mean_ptr,
     partial_m2_ptr,
     running_mean_ptr,
@@ -70,11 +90,13 @@ def combine_statistics_kernel(
     rstd_ptr,
     n_rows,
     n_channels,
+    n_spatial,
     n_splits,
     rows_per_split,
     momentum: tl.float64,
     eps: tl.float64,
     TRAINING: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -101,6 +123,8 @@ def combine_statistics_kernel(
             m2 += step_m2 + delta * delta * (count * (step_count / total))
             mean += delta * (step_count / total)
             count = total
+        pivot_at = pivot_offsets(offs_c, n_spatial, CHANNELS_LAST)
+        mean += tl.load(x_ptr + pivot_at, mask=mask_c, other=0.0).to(acc_type)
         variance = m2 / count
         if running_mean_ptr is not None:
             unbiased = m2 / (count - 1)
@@ -172,7 +196,7 @@ def normalize_kernel(
         z += residual
 
     # The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
-    y = z.to(y_ptr.dtype.element_ty)
+    y = z.to(y_ptr.dtype.element_ty).to(acc_type)
     if RELU:
         drop = y <= 0.0
         if relu_mask_ptr is not None:

@@ -24,8 +24,8 @@ BITS_PER_BYTE = 8
 TARGET_PROGRAMS = 1024
 MIN_ROWS_PER_SPLIT = 64
 
-# Combining is latency: few channels per program for many programs, many partials per step for few steps.
-COMBINE_BLOCK_C = 8
+# Combining is latency: a full 128-byte line of fp32 partials per row, and many rows per step for few steps.
+COMBINE_BLOCK_C = 32
 COMBINE_BLOCK_S = 128
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import Backend, BatchNormArgs, choose_backend, reference
-from .ops.arguments import Join, accumulation_type
+from .ops.arguments import Join, Saved, accumulation_type
 from .ops.batch_norm import dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
@@ -14,7 +14,6 @@ __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@torch.fx.wrap
 def batch_norm_add_relu(
     x: Tensor,
     running_mean: Tensor | None,
@@ -144,7 +143,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
-        norm, residual_norm = BatchNormArgs(*arguments[:n]), BatchNormArgs(*arguments[n : 2 * n])
+        norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
         join, relu, fork, backend = arguments[2 * n :]
         y, relu_mask, mean, rstd, residual_mean, residual_rstd = torch.ops.resnet_fast.batch_norm_add_relu(
             x, *norm, residual, *residual_norm, join, relu, backend
@@ -195,38 +194,37 @@ class _BatchNormAddReLU(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients as differentiable functions of dy and of the inputs, through the reference formula."""
-    x, y, relu_mask, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, *residual_affine = (
-        ctx.saved_tensors
-    )
+    saved = Saved._make(ctx.saved_tensors)
     join, relu, training, residual_training, _ = ctx.settings
-    acc_type = accumulation_type(x)
+    eps, residual_eps = ctx.eps
 
-    def bn(
-        x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float
-    ):
-        x = x.to(acc_type)
+    def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
+        x = x.to(accumulation_type(x))
         if training:
             mean, var = reference.statistics(x)
             rstd = (var + eps).rsqrt()
         return reference.normalize(x, mean, rstd, weight, bias)
 
     with torch.enable_grad():
-        z = bn(x, mean, rstd, weight, bias, training, ctx.eps[0])
-        inputs = [x, weight, bias]
+        z = bn(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, training, eps)
+        inputs = [saved.x, saved.weight, saved.bias]
         if join == "bn":
-            z = z + bn(residual, residual_mean, residual_rstd, *residual_affine, residual_training, ctx.eps[1])
-            inputs += [residual, *residual_affine]
+            affine = (saved.residual_weight, saved.residual_bias)
+            z = z + bn(
+                saved.residual, saved.residual_mean, saved.residual_rstd, *affine, residual_training, residual_eps
+            )
+            inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            if y is not None:
-                drop = y <= 0
-            elif relu_mask is not None:
-                drop = reference.unpack_relu_mask(relu_mask, x)
+            if saved.y is not None:
+                drop = saved.y <= 0
+            elif saved.relu_mask is not None:
+                drop = reference.unpack_relu_mask(saved.relu_mask, saved.x)
             else:
-                drop = z.to(x.dtype) <= 0
+                drop = z.to(saved.x.dtype) <= 0
             dz = dz.masked_fill(drop, 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(z, differentiable, dz.to(acc_type), create_graph=True))
+        gradients = iter(torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True))
     found = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
     if join == "bn":
         return tuple(found)

@@ -1,8 +1,29 @@
 """Batch norm with the residual addition and ReLU fused in, as a module."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from .functional import BatchNormArgs, batch_norm_add_relu
+
+
+@torch.fx.wrap  # one step for torch.fx, which cannot look into what depends on shapes and types
+def _run_and_count(
+    x: Tensor,
+    residual: Tensor | None,
+    norms: list[BatchNormArgs],
+    counters: list[Tensor | None],
+    relu: bool,
+    fork: bool,
+) -> Any:
+    """The fused operation; then, since it was not refused, one more batch in every counter."""
+    residual_norm = norms[1] if len(norms) > 1 else None
+    y = batch_norm_add_relu(x, *norms[0], residual=residual, residual_norm=residual_norm, relu=relu, fork=fork)
+    for counter in counters:
+        if counter is not None:
+            counter.add_(1)
+    return y
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -35,7 +56,6 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """relu(bn(x) + residual); x and residual: [N, C, H, W]. Errors are those of `batch_norm_add_relu`."""
-        self._check_input_dim(x)
         return self.fused(x, residual, relu=self.relu)
 
     def fused(
@@ -46,24 +66,23 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         *,
         relu: bool,
         fork: bool = False,
-    ):
+    ) -> Any:
         """`forward` with every join, for blocks that fuse over their submodules: see `batch_norm_add_relu`."""
-        return batch_norm_add_relu(
-            x,
-            *self.arguments(),
-            residual=residual,
-            residual_norm=None if residual_norm is None else residual_norm.arguments(),
-            relu=relu,
-            fork=fork,
+        norms = [self] if residual_norm is None else [self, residual_norm]
+        return _run_and_count(
+            x, residual, [norm.arguments() for norm in norms], [norm.counter() for norm in norms], relu, fork
         )
 
+    def counter(self) -> Tensor | None:
+        """`num_batches_tracked`, where this pass counts as a batch."""
+        return self.num_batches_tracked if self.training and self.track_running_stats else None
+
     def arguments(self) -> BatchNormArgs:
-        """What one forward pass uses; counts the batch in training, as nn.BatchNorm2d's forward does."""
+        """What one forward pass uses."""
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
+        counter = self.counter()
+        if self.momentum is None and counter is not None:  # cumulative average
+            momentum = 1.0 / (float(counter) + 1.0)
         use_running = not self.training or self.track_running_stats
         return BatchNormArgs(
             self.running_mean if use_running else None,

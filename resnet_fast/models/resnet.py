@@ -2,14 +2,14 @@
 
 The classes are torchvision's own, so constructors, initialization, checkpoint keys and module names are theirs. What
 differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at, or has been
-put in place of, one of the steps in between (a hook, another norm layer, another activation) makes the block run
+put in place of, one of the steps in between (a hook, torch.fx, another norm layer or activation) makes the block run
 torchvision's forward, step by step: the same numbers, without the fusion.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor, channels_last, flatten, nn
+from torch import Tensor, channels_last, flatten, fx, nn
 from torchvision.models import (
     ResNet18_Weights,
     ResNet34_Weights,
@@ -26,14 +26,12 @@ from ..nn import FusedBatchNorm2d
 Stem = Literal["imagenet", "cifar"]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether code from outside may look at what goes on inside `module`."""
-    return bool(
-        nn.modules.module._has_any_global_hook()
-        or any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in module.modules()
-        )
+def is_observed(module: nn.Module, x: Tensor) -> bool:
+    """Whether somebody may look at what goes on inside `module`: by hooks, or by tracing it with torch.fx."""
+    if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
+        return True
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
     )
 
 
@@ -67,7 +65,7 @@ class _FusedBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.can_fuse() or has_hooks(self):
+        if not self.can_fuse() or is_observed(self, x):
             return super().forward(x)
         return self.fused_forward(x, x)
 
@@ -149,10 +147,10 @@ class ResNet(torchvision_resnet.ResNet):
             self.maxpool = nn.Identity()
         self.to(memory_format=channels_last)  # type: ignore[call-overload]
 
-    def _blocks_to_fuse(self) -> list[Any]:
+    def _blocks_to_fuse(self, x: Tensor) -> list[Any]:
         """All blocks in order, or none where the network is not as it was built."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        if not _is_fused(self.bn1) or type(self.relu) is not nn.ReLU or has_hooks(self):
+        if not _is_fused(self.bn1) or type(self.relu) is not nn.ReLU or is_observed(self, x):
             return []
         if any(type(stage) is not nn.Sequential for stage in stages):
             return []
@@ -160,7 +158,7 @@ class ResNet(torchvision_resnet.ResNet):
         return blocks if all(isinstance(block, _FusedBlock) and block.can_fuse() for block in blocks) else []
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        blocks = self._blocks_to_fuse()
+        blocks = self._blocks_to_fuse(x)
         if not blocks:
             return super()._forward_impl(x)
 

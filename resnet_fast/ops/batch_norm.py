@@ -116,6 +116,7 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
 
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
+@torch.no_grad()  # the gradient is functional.py's, not that of the steps in here
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     norm, residual, residual_norm, _, relu, backend = _unpack(arguments)
     x = dense(x)
@@ -139,6 +140,7 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
+@torch.no_grad()
 def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
     *saved, join, relu, training, residual_training, backend = arguments
     x = dense(x)

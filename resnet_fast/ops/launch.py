@@ -45,7 +45,8 @@ def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] of the pass: the batch's (running statistics updated in place), or the tracked ones."""
     shape = Shape.of(x)
     cut = tiles.choose_tiles(*shape)
-    mean, rstd = torch.empty(2, shape.n_channels, dtype=accumulation_type(x), device=x.device).unbind()
+    mean = torch.empty(shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    rstd = torch.empty_like(mean)
     partial_mean = partial_m2 = None
     if norm.training:
         partial_mean, partial_m2 = mean.new_empty(2, cut.n_splits, shape.n_channels).unbind()
@@ -66,6 +67,7 @@ def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
     run(
         batch_norm_forward.combine_statistics_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
+        x_ptr=x,
         partial_mean_ptr=partial_mean,
         partial_m2_ptr=partial_m2,
         running_mean_ptr=norm.running_mean,
@@ -74,11 +76,13 @@ def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
         rstd_ptr=rstd,
         n_rows=shape.n_rows,
         n_channels=shape.n_channels,
+        n_spatial=shape.n_spatial,
         n_splits=cut.n_splits,
         rows_per_split=cut.rows_per_split,
         momentum=norm.momentum,
         eps=norm.eps,
         TRAINING=norm.training,
+        CHANNELS_LAST=shape.channels_last,
         BLOCK_S=tiles.COMBINE_BLOCK_S,
         BLOCK_C=tiles.COMBINE_BLOCK_C,
     )

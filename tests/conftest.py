@@ -1,0 +1,29 @@
+"""Where the tests run: on the GPU with compiled kernels if there is one, else on the CPU with interpreted kernels."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+    import interpreter
+
+    interpreter.round_bfloat16_to_nearest()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+import resnet_fast  # noqa: E402, F401  (after the interpreter is chosen, before any test imports torchvision)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty returns NaN (bytes: 255), so that an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

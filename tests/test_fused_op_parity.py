@@ -1,0 +1,86 @@
+"""The fused operation computes what F.batch_norm, + and F.relu compute: outputs, gradients, running statistics."""
+
+import itertools
+
+import pytest
+import torch
+from budget import assert_within_budget
+from fused_op import LAYOUTS, Case, eager, magnitudes, make_operands, ours, results
+
+BACKENDS = ("triton", "aten")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+PLAIN = Case("plain", (3, 16, 6, 5))
+CORNERS = (
+    Case("one image", (1, 24, 4, 4)),
+    Case("one channel", (4, 1, 3, 5)),
+    Case("odd channels", (2, 13, 8, 8)),
+    Case("channels not a multiple of eight", (3, 100, 4, 4)),
+    Case("7x7", (3, 40, 7, 7)),
+    Case("one pixel per image", (33, 16, 1, 1)),
+    Case("one value per channel, evaluation", (1, 16, 1, 1), training=False),
+    Case("several tiles and splits", (5, 200, 9, 11)),
+    Case("mean 1000 standard deviations", (4, 16, 8, 8), mean=1000.0),
+    Case("evaluation", (3, 20, 5, 5), training=False),
+    Case("no affine", (2, 16, 5, 5), affine=False),
+    Case("no running statistics", (2, 16, 5, 5), running=False),
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def check(case, join, relu, layout, dtype, backend, device):
+    operands = make_operands(case, dtype, layout, device)
+    found = results(ours, operands, join, relu, backend)
+    expected = results(eager, operands, join, relu)
+    # Nothing is more exact than fp64 here: there, both sides are compared with each other.
+    exact = expected if dtype == torch.float64 else results(eager, operands.to(torch.float64), join, relu)
+    added = magnitudes(operands, join, relu)
+    assert found.keys() == expected.keys()
+    assert found["y"].stride() == expected["y"].stride()
+    for name in found:
+        if dtype == torch.float64:
+            scale = expected[name].abs().max().clamp(min=1)
+            # 2^10 roundings: sums over a few hundred values in another order, times |mean|/std of the corner
+            tolerance = 2**10 * torch.finfo(dtype).eps * max(1.0, case.mean)
+            assert (found[name] - expected[name]).abs().max() <= tolerance * scale, name
+        else:
+            assert_within_budget(name, found[name], expected[name], exact[name], added.get(name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("join", "relu", "layout"), list(itertools.product(("none", "add", "bn"), (True, False), LAYOUTS))
+)
+def test_every_join_type_and_layout(join, relu, layout, dtype, backend, device):
+    check(PLAIN, join, relu, layout, dtype, backend, device)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("join", ("none", "bn"))
+@pytest.mark.parametrize("case", CORNERS, ids=str)
+def test_corners_on_the_kernels(case, join, layout, dtype, device):
+    check(case, join, True, layout, dtype, "triton", device)
+
+
+@pytest.mark.parametrize("case", CORNERS, ids=str)
+def test_corners_on_aten(case, device):
+    check(case, "bn", True, "channels_last", torch.float32, "aten", device)
+
+
+def test_aten_on_cpu_is_eager_to_the_bit():
+    """Users without a GPU get the very same numbers."""
+    for dtype, join in itertools.product((torch.bfloat16, torch.float32), ("none", "add", "bn")):
+        operands = make_operands(PLAIN, dtype, "channels_last", torch.device("cpu"))
+        found, expected = results(ours, operands, join, True, "aten"), results(eager, operands, join, True)
+        for name in found:
+            assert torch.equal(found[name], expected[name]), (dtype, join, name)
+
+
+def test_gradients_do_not_depend_on_the_layout(device):
+    channels_last = results(ours, make_operands(PLAIN, torch.float64, "channels_last", device), "bn", True, "triton")
+    nchw = results(ours, make_operands(PLAIN, torch.float64, "nchw", device), "bn", True, "triton")
+    for name in nchw:
+        torch.testing.assert_close(channels_last[name], nchw[name], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,120 @@
+"""FusedBatchNorm2d is nn.BatchNorm2d: modes, buffers, keys; plus the residual and ReLU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast import FusedBatchNorm2d
+
+OPTIONS = (
+    {},
+    {"momentum": None},
+    {"momentum": 0.37, "eps": 1e-3},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+)
+
+
+def run(module: nn.Module, batches: list[torch.Tensor]):
+    """Outputs and gradients of three training batches and one evaluation."""
+    found = []
+    for index, batch in enumerate(batches):
+        module.train(index < len(batches) - 1)
+        x = batch.clone().requires_grad_()
+        y = module(x)
+        (y * torch.linspace(-1, 2, y.numel(), device=y.device).view_as(y)).sum().backward()
+        found += [y.detach(), x.grad]
+    return found + [p.grad for p in module.parameters()] + [b.double() for b in module.buffers()]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_modes_and_buffers(options, device):
+    ours, theirs = FusedBatchNorm2d(12, **options).to(device), nn.BatchNorm2d(12, **options).to(device)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.manual_seed(0)
+    batches = [2 + 3 * torch.randn(3, 12, 5, 4, device=device) for _ in range(4)]
+    for found, expected in zip(run(ours, batches), run(theirs, batches), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_relu_and_residual(device):
+    module = FusedBatchNorm2d(8, relu=True).to(device)
+    x, residual = torch.randn(2, 8, 4, 4, device=device), torch.randn(2, 8, 4, 4, device=device)
+    expected = torch.relu(nn.BatchNorm2d(8).to(device)(x) + residual)
+    torch.testing.assert_close(module(x, residual), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_repr():
+    assert repr(FusedBatchNorm2d(8)) == repr(nn.BatchNorm2d(8)).replace("BatchNorm2d", "FusedBatchNorm2d")
+    assert repr(FusedBatchNorm2d(8, relu=True)).endswith("track_running_stats=True, relu=True)")
+
+
+def test_partly_frozen(device):
+    """Batch norm in evaluation mode inside a training model: running statistics stay, weight and bias still learn."""
+    ours, theirs = FusedBatchNorm2d(8).to(device).eval(), nn.BatchNorm2d(8).to(device).eval()
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4, device=device)
+    for module in (ours, theirs):
+        module(x).square().sum().backward()
+        assert torch.equal(module.running_mean, torch.zeros(8, device=device))
+    for found, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast(device):
+    """Under autocast x is bf16 beside fp32 parameters, as a convolution hands it on."""
+    conv = nn.Conv2d(3, 8, 3).to(device)
+    ours, theirs = FusedBatchNorm2d(8).to(device), nn.BatchNorm2d(8).to(device)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found, expected = ours(conv(x)), theirs(conv(x))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)  # one bf16 rounding
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_whole_module_in_low_precision(dtype, device):
+    ours, theirs = FusedBatchNorm2d(8).to(device, dtype), nn.BatchNorm2d(8).to(device, dtype)
+    x = torch.randn(4, 8, 4, 4, device=device).to(dtype)
+    found, expected = (module(x) for module in (ours, theirs))
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=4 * tolerance)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=tolerance, atol=tolerance)
+
+
+def test_residual_of_another_type_promotes_as_in_torch(device):
+    ours = FusedBatchNorm2d(8, relu=True).to(device)
+    theirs = nn.BatchNorm2d(8).to(device)
+    x = torch.randn(2, 8, 4, 4, device=device)
+    found = ours(x.bfloat16(), x)
+    expected = torch.relu(theirs(x.bfloat16()) + x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+
+
+def test_any_layout(device):
+    torch.manual_seed(0)
+    base = torch.randn(4, 16, 6, 10, device=device)
+    views = {
+        "sliced rows": base[:, :, 1:5],
+        "every second channel": base.contiguous(memory_format=torch.channels_last)[:, ::2],
+        "transposed": base.transpose(2, 3),
+        "expanded": base[:1].expand(4, -1, -1, -1),
+    }
+    for name, x in views.items():
+        ours, theirs = FusedBatchNorm2d(x.shape[1]).to(device), nn.BatchNorm2d(x.shape[1]).to(device)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_empty_batch(device):
+    ours, theirs = FusedBatchNorm2d(8).to(device).eval(), nn.BatchNorm2d(8).to(device).eval()
+    x = torch.empty(0, 8, 4, 4, device=device)
+    assert ours(x).shape == theirs(x).shape == (0, 8, 4, 4)
+
+
+def test_copies_keep_relu():
+    module = FusedBatchNorm2d(8, relu=True)
+    assert copy.deepcopy(module).relu

@@ -1,0 +1,137 @@
+"""resnet18 computes what torchvision's computes: logits, loss, every gradient, every buffer, and five steps of SGD."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_within_budget
+from torch import nn
+from torchvision.models import resnet18 as torchvision_resnet18
+
+import resnet_fast
+from resnet_fast import functional
+
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+IMAGE_SIZE = {"cifar": 16, "imagenet": 64}  # 2x2 in the last stage: 16 values per channel
+
+
+def make_pair(stem: str, layout: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Ours and torchvision's, with the same weights, in one layout."""
+    torch.manual_seed(0)
+    ours = resnet_fast.resnet18(num_classes=10, stem=stem)
+    theirs = torchvision_resnet18(num_classes=10)
+    if stem == "cifar":  # as users of torchvision change it
+        theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        theirs.maxpool = nn.Identity()
+    with torch.no_grad():  # not the initial ones and zeros, which hide errors
+        for parameter in ours.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+        for name, buffer in ours.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.8, 1.2)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return tuple(model.to(device, memory_format=LAYOUTS[layout]) for model in (ours, theirs))
+
+
+def make_batch(stem: str, layout: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, IMAGE_SIZE[stem], IMAGE_SIZE[stem], generator=generator)
+    return x.to(device).contiguous(memory_format=LAYOUTS[layout]), torch.tensor([3, 1, 4, 1], device=device)
+
+
+def one_step(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    loss = F.cross_entropy(logits, target)
+    loss.backward()
+    found = {"logits": logits.detach(), "loss": loss.detach()[None], "dx": x.grad}
+    found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Selects a backend for the whole model."""
+
+    def select(backend: str) -> None:
+        original = functional.choose_backend
+        monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: original(x, requested or backend))
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield select
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stem", IMAGE_SIZE)
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_one_step(backend, stem, layout, training, device, on):
+    on(backend)
+    ours, theirs = (model.train(training) for model in make_pair(stem, layout, device))
+    x, target = make_batch(stem, layout, device)
+    found = one_step(ours, x, target)
+    exact = one_step(copy.deepcopy(theirs).double(), x.double(), target)
+    expected = [
+        one_step(copy.deepcopy(theirs).to(memory_format=any_layout), x.contiguous(memory_format=any_layout), target)
+        for any_layout in LAYOUTS.values()
+    ]
+    # One number can be right by luck. The loss moves at most twice as far as the farthest logit.
+    logits_error = max((result["logits"] - exact["logits"]).abs().max() for result in expected)
+    for result in expected:
+        result["loss"] = (exact["loss"] + 2 * logits_error).to(found["loss"].dtype)
+    assert found.keys() == exact.keys()
+    for name in found:
+        if name.endswith("num_batches_tracked"):
+            assert found[name] == exact[name]
+        else:
+            assert_within_budget(name, found[name], [result[name] for result in expected], exact[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stem", IMAGE_SIZE)
+def test_training_without_a_gpu_is_torchvisions_to_the_bit(stem, layout, on):
+    on("aten")
+    ours, theirs = make_pair(stem, layout, torch.device("cpu"))
+    x, target = make_batch(stem, layout, torch.device("cpu"))
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, expected = one_step(ours, x, target), one_step(theirs, x, target)
+        for name in found:
+            assert torch.equal(found[name], expected[name]), (name, autocast)
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_five_steps_of_sgd(backend, device, on):
+    on(backend)
+    ours, theirs = make_pair("cifar", "channels_last", device)
+    exact = copy.deepcopy(theirs).double()
+    x, target = make_batch("cifar", "channels_last", device)
+    for model in (ours, theirs, exact):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(model.fc.weight.dtype)), target).backward()
+            optimizer.step()
+    expected, exact = theirs.state_dict(), exact.state_dict()
+    for name, tensor in ours.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert tensor == expected[name] == 5
+        else:
+            assert_within_budget(name, tensor, expected[name], exact[name])
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
+def test_every_depth_in_evaluation(name, device):
+    torch.manual_seed(0)
+    ours = getattr(resnet_fast, name)(num_classes=10).to(device).eval()
+    theirs = getattr(__import__("torchvision").models, name)(num_classes=10).to(device).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    theirs = theirs.to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = copy.deepcopy(theirs).double()(x.double())
+        assert_within_budget("logits", ours(x), theirs(x), exact)
