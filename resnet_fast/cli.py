@@ -1,0 +1,154 @@
+"""The command line: `resnet-fast train`.
+
+Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), 2 a wrong argument,
+130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+
+    from resnet_fast.data import DATASETS, DataError
+    from resnet_fast.training import MODELS, RECIPES, DivergedError, TrainConfig
+    from resnet_fast.training import train as run_training
+    from resnet_fast.training.config import PRECISIONS, STEMS
+    from resnet_fast.training.console import make_reporter
+    from resnet_fast.training.schedule import SCHEDULES
+except ModuleNotFoundError as error:
+    if error.name not in ("typer", "rich", "matplotlib", "sklearn"):
+        raise
+    sys.exit(f"resnet-fast: error: {error.name} is not installed; pip install 'resnet-fast[train]'")
+
+# Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
+app = typer.Typer(name="resnet-fast", add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def main() -> None:
+    """Fast ResNets for images like CIFAR-10."""
+
+
+def _by_dataset(field: str) -> str:
+    """Return "[default: 30; digits: 6]": the value for cifar10, then those that differ."""
+    usual = getattr(RECIPES["cifar10"], field)
+    others = [f"; {name}: {getattr(r, field):g}" for name, r in RECIPES.items() if getattr(r, field) != usual]
+    return f"[default: {usual:g}{''.join(others)}]"
+
+
+def _choices(names: object) -> str:
+    return "|".join(names)  # type: ignore[arg-type]
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(metavar=_choices(MODELS), help="The network.")] = TrainConfig.model,
+    stem: Annotated[
+        str, typer.Option(metavar=_choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
+    ] = TrainConfig.stem,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar=_choices(DATASETS),
+            help="cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
+        ),
+    ] = TrainConfig.dataset,
+    data_dir: Annotated[
+        Path, typer.Option(help="Where CIFAR-10 is or goes to, or the folder of images.")
+    ] = TrainConfig.data_dir,
+    image_size: Annotated[
+        int, typer.Option(help="Pixels to which the images of a folder are resized.")
+    ] = TrainConfig.image_size,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the training images. {_by_dataset('epochs')}", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images per step. {_by_dataset('batch_size')}", show_default=False)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Peak learning rate. {_by_dataset('lr')}", show_default=False)
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Mirror half of the training images. [default: flip; digits: no-flip]"),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar=_choices(SCHEDULES), help="How the rate moves.")
+    ] = TrainConfig.schedule,
+    weight_decay: Annotated[float, typer.Option(help="Of every parameter.")] = TrainConfig.weight_decay,
+    momentum: Annotated[float, typer.Option(help="Nesterov's.")] = TrainConfig.momentum,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = TrainConfig.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    precision: Annotated[
+        str, typer.Option(metavar=_choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
+    ] = TrainConfig.precision,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes reading a folder. [default: one per processor, at most 4]", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]", show_default=False),
+    ] = None,
+) -> None:
+    """Train a network; write config.json, metrics.csv, curves.png and checkpoint.pt to a run folder."""
+    # Where these are None, TrainConfig fills in what suits the data set and the machine.
+    left_open: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, workers=workers, out=out)
+    try:
+        config = TrainConfig(
+            model=model,
+            stem=stem,
+            dataset=dataset,
+            data_dir=data_dir,
+            image_size=image_size,
+            flip=flip,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            seed=seed,
+            device=device,
+            precision=precision,
+            **left_open,
+        )
+    except ValueError as error:
+        _stop(2, f"error: {error}")
+    reporter = make_reporter()
+    try:
+        result = run_training(config, reporter)
+    except FileExistsError as error:
+        reporter.close()
+        _stop(2, f"error: {error}")
+    except KeyboardInterrupt:
+        reporter.close()
+        _stop(130, f"interrupted; {_what_is_kept(config.out)}")
+    except DivergedError as error:
+        reporter.close()
+        _stop(1, f"error: {error}; {_what_is_kept(config.out)}")
+    except (DataError, OSError) as error:
+        reporter.close()
+        kept = f"; {_what_is_kept(config.out)}" if (config.out / "config.json").exists() else ""
+        _stop(1, f"error: {error}{kept}")
+    finally:
+        reporter.close()
+    reporter.finish(result)
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    typer.echo(f"resnet-fast: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _what_is_kept(out: Path) -> str:
+    """Say which files of a run that did not reach its end are there."""
+    if not (out / "config.json").exists():
+        return "nothing was written"
+    if not (out / "metrics.csv").exists():
+        return f"no epoch was finished, {out} keeps config.json only"
+    epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
+    return f"{out} keeps the checkpoint, metrics and curves up to epoch {epochs}"
+
+
+if __name__ == "__main__":
+    app(prog_name="resnet-fast")

@@ -1,0 +1,48 @@
+"""The data sets that `resnet-fast train` knows: cifar10, digits and a folder of images."""
+
+from pathlib import Path
+
+from resnet_fast.data.augment import crop_and_flip, normalise
+from resnet_fast.data.cifar10 import load_cifar10
+from resnet_fast.data.dataset import DataError, ImageDataset, Split, TensorSplit, training_steps
+from resnet_fast.data.digits import load_digits
+from resnet_fast.data.folder import load_folder
+
+DATASETS = ("cifar10", "digits", "folder")
+
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "ImageDataset",
+    "Split",
+    "TensorSplit",
+    "crop_and_flip",
+    "load_cifar10",
+    "load_dataset",
+    "load_digits",
+    "load_folder",
+    "normalise",
+    "training_steps",
+]
+
+
+def load_dataset(name: str, data_dir: Path | str = "data", *, image_size: int = 32, workers: int = 0) -> ImageDataset:
+    """Return the data set called `name`.
+
+    Args:
+        name: "cifar10", "digits" or "folder".
+        data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/; digits needs none.
+        image_size: of "folder"; the other two are 32x32.
+        workers: processes that read the images of "folder".
+
+    Raises:
+        ValueError: no such data set.
+        DataError: it is not available, or damaged.
+    """
+    if name == "cifar10":
+        return load_cifar10(Path(data_dir))
+    if name == "digits":
+        return load_digits()
+    if name == "folder":
+        return load_folder(Path(data_dir), image_size, workers)
+    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

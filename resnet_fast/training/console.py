@@ -1,0 +1,150 @@
+"""What a run shows: on a terminal colours and a live progress bar, elsewhere plain lines; 80 columns do for both."""
+
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resnet_fast.data import ImageDataset
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.metrics import EpochMetrics, Result
+
+HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
+
+
+def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
+    """Return a line of the table, aligned with HEADER."""
+    epoch = f"{metrics.epoch}/{n_epochs}"
+    train, test = 100 * metrics.train_accuracy, 100 * metrics.test_accuracy
+    return (
+        f"{epoch:>7}  {metrics.lr:>7.2g}  {metrics.train_loss:>10.4f}  {metrics.test_loss:>9.4f}  "
+        f"{train:>7.2f} %  {test:>6.2f} %  {metrics.seconds:>6.1f}  {metrics.images_per_second:>8,.0f}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Return "52 s", "3 min 20 s" or "2 h 05 min"."""
+    total = round(seconds)
+    if total < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02} s"
+    return f"{total // 3600} h {total % 3600 // 60:02} min"
+
+
+def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
+    """Return the lines that say what is about to be trained on what."""
+    n_classes, n_train, n_test = len(dataset.classes), len(dataset.train), len(dataset.test)
+    return [
+        f"{config.model} ({config.stem} stem) on {config.dataset}: "
+        f"{n_train:,} + {n_test:,} images, {n_classes} classes",
+        f"{config.device}, {config.precision}, batch {config.batch_size}, "
+        f"{config.schedule} schedule up to lr {config.lr:g}, seed {config.seed}",
+        "",
+    ]
+
+
+def format_end(result: Result) -> list[str]:
+    """Return the summary: the last epoch's accuracy, times, and where the files are."""
+    n_epochs = len(result.history)
+    return [
+        "",
+        f"{100 * result.test_accuracy:.2f} % test accuracy after epoch {n_epochs} (the last, not the best)",
+        f"{format_duration(result.train_seconds)} of training, {result.images_per_second:,.0f} images/s; "
+        f"{format_duration(result.seconds)} with evaluation and files",
+        f"checkpoint.pt, metrics.csv, curves.png, config.json: {result.out}",
+    ]
+
+
+def wants_live_output(stream: TextIO) -> bool:
+    """Return whether `stream` is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class PlainReporter:
+    """Prints a line per epoch, without control codes: for files, pipes and logs."""
+
+    def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        self.n_epochs = config.epochs
+        for line in [*format_start(config, dataset), HEADER]:
+            print(line, flush=True)
+
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        pass
+
+    def step(self, done: int, loss: float | None) -> None:
+        pass
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        print(format_row(metrics, self.n_epochs), flush=True)
+
+    def finish(self, result: Result) -> None:
+        for line in format_end(result):
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; may be called more than once."""
+
+
+class LiveReporter:
+    """Prints the table row by row, above a progress bar of the running epoch."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, complete_style="dark_orange", finished_style="dark_orange"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            expand=True,
+        )
+
+    def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        self.n_epochs = config.epochs
+        first, *rest = format_start(config, dataset)
+        self._print(first, "bold")
+        for line in rest:
+            self._print(line, "dim")
+        self._print(HEADER, "bold")
+        self.task = self.progress.add_task("", total=None, visible=False, loss="")
+        self.progress.start()
+
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        self.progress.reset(
+            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", loss=""
+        )
+
+    def step(self, done: int, loss: float | None) -> None:
+        if loss is None:
+            self.progress.update(self.task, completed=done)
+        else:
+            self.progress.update(self.task, completed=done, loss=f"loss {loss:.4f}")
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        self._print(format_row(metrics, self.n_epochs))
+
+    def finish(self, result: Result) -> None:
+        self.close()
+        blank, accuracy, *rest = format_end(result)
+        self._print(blank)
+        self._print(accuracy, "bold green")
+        for line in rest:
+            self._print(line)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; may be called more than once."""
+        self.progress.stop()
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
+        self.console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def make_reporter() -> PlainReporter | LiveReporter:
+    """Return the reporter that suits standard output."""
+    return LiveReporter() if wants_live_output(sys.stdout) else PlainReporter()

@@ -1,0 +1,283 @@
+"""`resnet-fast train`: what it shows with and without a terminal, and how it fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast.data import cifar10
+from resnet_fast.training import MODELS, RECIPES, EpochMetrics, Result, TrainConfig, loop
+from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
+
+pytest.importorskip("typer", reason="the command line needs the extra [train]")
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+from typer.testing import CliRunner, Result as CliResult  # noqa: E402, I001
+
+from resnet_fast.cli import app  # noqa: E402
+
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+
+
+def run(*args: object) -> CliResult:
+    return CliRunner().invoke(app, ["train", *map(str, args)])
+
+
+def digits(out: Path, *args: object) -> CliResult:
+    return run("--dataset", "digits", "--epochs", 2, "--batch-size", 256, "--device", "cpu", "--out", out, *args)
+
+
+def test_a_run_leaves_its_files_and_says_so(tmp_path: Path):
+    result = digits(tmp_path / "run", "--seed", 7)
+    assert result.exit_code == 0, result.output
+    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 7
+    assert str(tmp_path / "run") in result.stdout and all(name in result.stdout for name in names)
+    accuracy = float((tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[5])
+    assert f"{100 * accuracy:.2f} % test accuracy after epoch 2" in result.stdout
+
+
+def test_without_a_terminal_the_lines_are_plain(tmp_path: Path):
+    result = digits(tmp_path / "run")
+    assert "\x1b" not in result.stdout and "\r" not in result.stdout
+    table = [line for line in result.stdout.splitlines() if line == HEADER or re.match(r" +\d/2 ", line)]
+    assert len(table) == 3
+    assert len({len(line) for line in table[1:]}) == 1
+
+
+def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def stop(config: TrainConfig, reporter: object) -> Result:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_fast.cli.run_training", stop)
+    options = {
+        "model": "resnet50",
+        "stem": "imagenet",
+        "dataset": "folder",
+        "data-dir": tmp_path / "d",
+        "image-size": 64,
+        "epochs": 3,
+        "batch-size": 16,
+        "lr": 0.25,
+        "schedule": "triangular",
+        "weight-decay": 0.01,
+        "momentum": 0.5,
+        "seed": 9,
+        "device": "cpu",
+        "precision": "fp32",
+        "workers": 1,
+        "out": tmp_path / "o",
+    }
+    run("--no-flip", *(part for name, value in options.items() for part in (f"--{name}", value)))
+    assert seen == [TrainConfig(flip=False, **{name.replace("-", "_"): value for name, value in options.items()})]
+
+
+def test_the_command_and_the_config_have_the_same_defaults(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def stop(config: TrainConfig, reporter: object) -> Result:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_fast.cli.run_training", stop)
+    run("--out", "x")
+    assert seen == [TrainConfig(out="x")]
+
+
+def test_help_shows_the_defaults_of_each_data_set():
+    text = " ".join(CliRunner().invoke(app, ["train", "--help"]).output.split())
+    assert f"[default: {RECIPES['cifar10'].epochs}; digits: {RECIPES['digits'].epochs}]" in text
+    assert f"[default: {RECIPES['cifar10'].batch_size}; digits: {RECIPES['digits'].batch_size}]" in text
+    assert "[default: flip; digits: no-flip]" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lr", "-1"], "lr must be a positive finite number, got -1.0"),
+        (["--model", "resnet19"], "model must be one of resnet18"),
+        (["--dataset", "mnist"], "got 'mnist'"),
+        (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
+        (["--epochs", "many"], "'--epochs'"),
+        (["--nonsense"], "--nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_exit_with_2_and_write_nothing(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run("--dataset", "digits", *args)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.output and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_occupied_folder_exits_with_2_and_is_left_alone(tmp_path: Path):
+    (tmp_path / "config.json").write_text("of another run")
+    result = digits(tmp_path)
+    assert result.exit_code == 2
+    assert "already holds config.json" in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "config.json").read_text() == "of another run"
+
+
+def test_missing_cifar10_exits_with_1_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(cifar10, "CIFAR10", type("NoNetwork", (cifar10.CIFAR10,), {"download": refuse}))
+    result = run("--data-dir", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "--dataset digits needs no network" in result.stderr and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path):
+    result = digits(tmp_path / "run", "--lr", 1e30, "--precision", "fp32")
+    assert result.exit_code == 1
+    assert re.search(r"loss became (nan|inf) .*epoch 1.*; no epoch was finished", result.stderr)
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train_epoch = loop.train_epoch
+
+    def interrupted(*args):
+        if args[6] == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    result = digits(tmp_path / "run")
+    assert result.exit_code == 130
+    assert f"interrupted; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
+def environment(**changes: str) -> dict[str, str]:
+    root = str(Path(resnet_fast.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "80", "LINES": "24", **changes}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_real_ctrl_c_leaves_no_traceback_and_no_half_file(tmp_path: Path):
+    command = [sys.executable, "-m", "resnet_fast.cli", "train", "--dataset", "digits", "--batch-size", "8"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu", "--out", str(tmp_path / "run")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "config.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "resnet-fast: interrupted" in errors and "config.json only" in errors and "Traceback" not in errors
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+TINY_RUN = """
+import sys
+from torch import nn
+from resnet_fast.training import MODELS
+class Tiny(nn.Sequential):
+    def __init__(self, *, num_classes, stem):
+        super().__init__(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+MODELS["resnet18"] = Tiny
+from resnet_fast.cli import app
+app()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    main, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    args = ["train", "--dataset", "digits", "--epochs", "2", "--device", "cpu", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TINY_RUN, *args],
+        env=environment(TERM="xterm-256color"),
+        cwd=tmp_path,
+        stdout=worker,
+        stderr=worker,
+    )
+    os.close(worker)
+    output = b""
+    try:
+        while chunk := os.read(main, 4096):
+            output += chunk
+    except OSError:  # how Linux says that the other end was closed
+        pass
+    finally:
+        os.close(main)
+    assert process.wait(timeout=60) == 0, output.decode()
+    text = output.decode()
+    assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+    shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
+    assert max(len(line) for line in shown) <= 80
+    assert any(re.search(r"epoch 1/2 .*45/45", line) for line in shown)  # the bar reached the end
+    assert HEADER in shown and sum(bool(re.match(r" +[12]/2 +\S+ +\d\.\d{4}", line)) for line in shown) == 2
+    assert any("test accuracy after epoch 2" in line for line in shown)
+
+
+def test_the_widest_lines_fit_80_columns():
+    metrics = EpochMetrics(200, 1.2e-05, 12.3456, 1.0, 123.4567, 1.0, 1234.5, 99999)
+    assert len(HEADER) == len(format_row(metrics, 200)) <= 80
+    config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu")
+    sized = type("Sized", (), {"__len__": lambda self: 1_281_167})()
+    dataset = type("Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized})()
+    assert max(map(len, format_start(config, dataset))) <= 80
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.21, "3.2 s"), (52.4, "52 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_durations_are_readable(seconds: float, text: str):
+    assert format_duration(seconds) == text
+
+
+def test_the_plain_reporter_may_be_closed_at_any_time():
+    PlainReporter().close()

@@ -1,0 +1,164 @@
+"""Files of a run appear whole or not at all, nothing is overwritten, and they say what they should."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from resnet_fast.data import ImageDataset, TensorSplit
+from resnet_fast.training import EpochMetrics, TrainConfig, run_folder
+from resnet_fast.training.run_folder import RunFolder, check_is_free, whole_file
+
+
+def make_dataset() -> ImageDataset:
+    split = TensorSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    return ImageDataset("digits", ("a", "b"), split, split, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2, False)
+
+
+def make_history(n_epochs: int, test_accuracy: float = 0.75) -> list[EpochMetrics]:
+    return [
+        EpochMetrics(i, 0.1 / i, 2 / i, 0.5, 2.5 / i, test_accuracy, 1.23456789, 100.0) for i in range(1, n_epochs + 1)
+    ]
+
+
+def make_state() -> dict:
+    return {"model": {"w": torch.arange(3.0)}, "optimizer": {}, "scheduler": {}, "generator": torch.zeros(2)}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return TrainConfig(dataset="digits", device="cpu", precision="bf16", out=tmp_path / "runs" / "one")
+
+
+def test_a_file_appears_when_it_is_finished(tmp_path: Path):
+    path = tmp_path / "file"
+    with whole_file(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"]
+)
+def test_a_file_that_fails_leaves_what_was_there(error: BaseException, tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(type(error)), whole_file(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    order = []
+    monkeypatch.setattr(run_folder.os, "fsync", lambda number: order.append("fsync"))
+    real_replace = run_folder.os.replace
+    monkeypatch.setattr(run_folder.os, "replace", lambda *args: (order.append("replace"), real_replace(*args)))
+    with whole_file(tmp_path / "file") as file:
+        file.write(b"x")
+    assert order == ["fsync", "replace"]
+
+
+def test_a_new_and_an_empty_folder_are_free(tmp_path: Path):
+    check_is_free(tmp_path / "new")
+    check_is_free(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", ".hidden"])
+def test_a_folder_with_any_file_is_not_free(name: str, tmp_path: Path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(FileExistsError, match=f"already holds {name}"):
+        check_is_free(tmp_path)
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="run is a file"):
+        check_is_free(tmp_path / "run")
+
+
+def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainConfig):
+    RunFolder(config, make_dataset())
+    assert [path.name for path in config.out.iterdir()] == ["config.json"]
+    values = json.loads((config.out / "config.json").read_text())
+    assert values["mean"] == [0.1, 0.2, 0.3] and values["std"] == [0.4, 0.5, 0.6]
+    assert (values["device"], values["precision"], values["flip"]) == ("cpu", "bf16", False)
+    assert (values["epochs"], values["batch_size"], values["lr"]) == (config.epochs, config.batch_size, config.lr)
+    assert values["versions"]["torch"] == torch.__version__ and "resnet_fast" in values["versions"]
+    assert "auto" not in values.values() and None not in values.values()
+
+
+def test_a_second_run_does_not_enter_the_folder_of_the_first(config: TrainConfig):
+    RunFolder(config, make_dataset())
+    before = (config.out / "config.json").read_bytes()
+    with pytest.raises(FileExistsError):
+        RunFolder(config, make_dataset())
+    assert (config.out / "config.json").read_bytes() == before
+
+
+def test_an_epoch_leaves_four_files(config: TrainConfig):
+    folder = RunFolder(config, make_dataset())
+    folder.write_epoch(make_history(1), make_state())
+    names = ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
+    assert sorted(path.name for path in config.out.iterdir()) == names
+
+
+def test_metrics_csv_has_a_row_per_epoch(config: TrainConfig):
+    folder = RunFolder(config, make_dataset())
+    for n_epochs in (1, 2, 3):
+        folder.write_epoch(make_history(n_epochs), make_state())
+    with open(config.out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
+    assert list(rows[0]) == columns.split()
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["lr"]) == pytest.approx(0.1 / 3, rel=1e-5)
+    assert rows[0]["seconds"] == "1.23457"
+
+
+def test_the_checkpoint_loads_safely_and_holds_plain_values(config: TrainConfig):
+    RunFolder(config, make_dataset()).write_epoch(make_history(2), make_state())
+    checkpoint = torch.load(config.out / "checkpoint.pt", weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "scheduler", "generator", "epoch", "config", "classes"}
+    assert checkpoint["epoch"] == 2 and checkpoint["classes"] == ["a", "b"]
+    assert checkpoint["config"] == config.as_dict()
+    assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    folder = RunFolder(config, make_dataset())
+    folder.write_epoch(make_history(1), make_state())
+
+    def fail(value, file) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_folder.torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_epoch(make_history(2), make_state())
+    assert torch.load(config.out / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert len(list(config.out.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param(make_history(1), id="one epoch"),
+        pytest.param(make_history(6), id="six epochs"),
+        pytest.param(make_history(2, test_accuracy=1.0), id="no error left"),
+    ],
+)
+def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConfig):
+    RunFolder(config, make_dataset()).write_epoch(history, make_state())
+    with Image.open(config.out / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width >= 1200
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert (0xC2, 0x41, 0x0C) in colours and (0x8A, 0x8F, 0x98) in colours  # both lines were drawn
