@@ -1,0 +1,34 @@
+# `make` lists what there is. Everything runs in .venv, which the first command sets up.
+
+PYTHON ?= python3
+DATASET ?= digits
+ARGS ?=
+BIN := .venv/bin
+
+help:
+	@echo "make train   set up .venv, train ResNet-18, show the result   [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
+	@echo "make test    set up .venv, run every test"
+	@echo "make lint    ruff and pyright"
+	@echo "make bench   pytest benchmarks: the training step, eager against fused"
+
+train: .venv/train
+	$(BIN)/resnet-fast train --dataset $(DATASET) $(ARGS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/dev
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# Stamp files: one per set of extras.
+.venv/train .venv/dev: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
+	@touch $@
+
+.PHONY: help train test lint bench
