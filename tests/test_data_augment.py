@@ -1,9 +1,9 @@
-"""The batched crop, flip and normalisation are torchvision's transforms, and depend on the generator alone."""
+"""The batched crop, flip and normalization are torchvision's transforms, and depend on the generator alone."""
 
 import pytest
 import torch
 
-from resnet_fast.data import crop_and_flip, normalise
+from resnet_fast.data import crop_and_flip, normalize
 
 # isort: split
 import torchvision.transforms.functional as tvf
@@ -88,14 +88,14 @@ def test_the_input_is_not_written_to():
     assert torch.equal(images, before)
 
 
-def test_normalise_is_totensor_and_normalize():
+def test_normalize_is_totensor_and_normalize():
     images = random_images()
     expected = tvf.normalize(images.double() / 255, list(MEAN), list(STD))
-    torch.testing.assert_close(normalise(images, MEAN, STD).double(), expected, rtol=1e-6, atol=1e-6)  # a few fp32 ulps
+    torch.testing.assert_close(normalize(images, MEAN, STD).double(), expected, rtol=1e-6, atol=1e-6)  # a few fp32 ulps
 
 
 def test_the_network_gets_channels_last():
     images = crop_and_flip(random_images(), 2, True, torch.Generator())
     assert images.is_contiguous(memory_format=torch.channels_last)
     for batch in (images, random_images()):
-        assert normalise(batch, MEAN, STD).is_contiguous(memory_format=torch.channels_last)
+        assert normalize(batch, MEAN, STD).is_contiguous(memory_format=torch.channels_last)

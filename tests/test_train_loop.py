@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.data import ImageDataset, TensorSplit, normalise
+from resnet_fast.data import ImageDataset, TensorSplit, normalize
 from resnet_fast.training import MODELS, DivergedError, EpochMetrics, Result, TrainConfig, loop, train
 
 # isort: split
@@ -104,7 +104,7 @@ def test_weights_are_those_of_a_plain_torch_loop(tiny: list[Tiny], tmp_path: Pat
     assert len(dataset.train.given) == 10
     for step, (images, labels) in enumerate(dataset.train.given):
         optimizer.zero_grad()
-        F.cross_entropy(model(normalise(images, dataset.mean, dataset.std)), labels).backward()
+        F.cross_entropy(model(normalize(images, dataset.mean, dataset.std)), labels).backward()
         optimizer.step()
         if step < 9:
             schedule.step()
@@ -119,16 +119,16 @@ def test_each_epoch_trains_in_training_mode_and_tests_in_evaluation_mode(tiny: l
     assert modes == ([True] * 5 + [False] * 2) * 3
 
 
-def test_the_test_images_are_normalised_but_not_augmented(
+def test_the_test_images_are_normalized_but_not_augmented(
     tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     dataset = use_dataset(monkeypatch, make_dataset(padding=2, flip=True))
     train(config_for(tmp_path / "run"))
     seen = torch.cat([x for training, x in tiny[0].calls if not training][:2])
-    assert torch.equal(seen, normalise(dataset.test.images, dataset.mean, dataset.std))
+    assert torch.equal(seen, normalize(dataset.test.images, dataset.mean, dataset.std))
     trained = torch.cat([x for training, x in tiny[0].calls if training][:5])
     given = torch.cat([images for images, _ in dataset.train.given[:5]])
-    same = (trained == normalise(given, dataset.mean, dataset.std)).flatten(1).all(1)
+    same = (trained == normalize(given, dataset.mean, dataset.std)).flatten(1).all(1)
     assert same.sum() < 10  # of 40; 1 in 50 by chance
 
 
@@ -137,7 +137,7 @@ def test_flip_can_be_decided_by_the_user(tiny: list[Tiny], tmp_path: Path, monke
     train(config_for(tmp_path / "run", flip=False, epochs=1))
     trained = torch.cat([x for training, x in tiny[0].calls if training])
     given = torch.cat([images for images, _ in dataset.train.given])
-    assert torch.equal(trained, normalise(given, dataset.mean, dataset.std))
+    assert torch.equal(trained, normalize(given, dataset.mean, dataset.std))
 
 
 def test_evaluation_leaves_the_model_as_it_is(tiny: list[Tiny]):
@@ -155,7 +155,7 @@ def test_the_metrics_are_means_over_images(tiny: list[Tiny], tmp_path: Path, mon
     losses, correct = [], 0
     model = result.model.train()
     for images, labels in dataset.train.given:
-        logits = model(normalise(images, dataset.mean, dataset.std))
+        logits = model(normalize(images, dataset.mean, dataset.std))
         losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
         correct += (logits.argmax(1) == labels).sum().item()
     metrics = result.history[0]
@@ -172,7 +172,7 @@ def test_the_test_metrics_are_those_of_the_saved_weights(tiny: list[Tiny], tmp_p
     result = train(config_for(tmp_path / "run"))
     model, dataset = Tiny(3), make_dataset()
     model.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
-    logits = model.eval()(normalise(dataset.test.images, dataset.mean, dataset.std))
+    logits = model.eval()(normalize(dataset.test.images, dataset.mean, dataset.std))
     assert result.history[-1].test_loss == pytest.approx(F.cross_entropy(logits, dataset.test.labels).item(), rel=1e-5)
     assert result.test_accuracy == (logits.argmax(1) == dataset.test.labels).double().mean()
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from resnet_fast.data.augment import crop_and_flip, normalise
+from resnet_fast.data.augment import crop_and_flip, normalize
 from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import DataError, ImageDataset, Split, TensorSplit, training_steps
 from resnet_fast.data.digits import load_digits
@@ -21,7 +21,7 @@ __all__ = [
     "load_dataset",
     "load_digits",
     "load_folder",
-    "normalise",
+    "normalize",
     "training_steps",
 ]
 

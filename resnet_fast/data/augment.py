@@ -1,4 +1,4 @@
-"""Random crop, horizontal flip and normalisation of a uint8 batch, on its device.
+"""Random crop, horizontal flip and normalization of a uint8 batch, on its device.
 
 With per-image shifts (sy, sx) in 0 … 2·padding and a per-image flip,
 
@@ -47,7 +47,7 @@ def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Gen
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Scale bytes to [0, 1], subtract the mean and divide by the standard deviation of each channel.
 
     Args:

@@ -10,12 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit
-
-# isort: split
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
+
+from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit
 
 # Of the training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
 MEAN = (0.4914, 0.4822, 0.4465)

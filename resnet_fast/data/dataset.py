@@ -1,4 +1,4 @@
-"""What a data set is: two splits that hand out uint8 batches, and what is needed to normalise and augment them.
+"""What a data set is: two splits that hand out uint8 batches, and what is needed to normalize and augment them.
 
     dataset = load_dataset("digits")
     for images, labels in dataset.train.batches(32, generator):   # uint8 [32, 3, 32, 32], int64 [32]

@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 
 from resnet_fast.data.dataset import DataError, ImageDataset, batch_indices, channel_statistics
-
-# isort: split
-from torchvision.datasets import ImageFolder
 
 STATISTICS_IMAGES = 2048  # enough for mean and std to three digits; reading all of a large folder would take minutes
 

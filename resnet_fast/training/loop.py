@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from resnet_fast.data import ImageDataset, Split, crop_and_flip, load_dataset, normalise, training_steps
+from resnet_fast.data import ImageDataset, Split, crop_and_flip, load_dataset, normalize, training_steps
 from resnet_fast.training.config import MODELS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.run_folder import RunFolder, check_is_free
@@ -188,7 +188,7 @@ def train_epoch(
     for step, (images, labels) in enumerate(dataset.train.batches(config.batch_size, generator)):
         images = crop_and_flip(images, dataset.crop_padding, dataset.flip, generator)
         with autocast(config):
-            logits = model(normalise(images, dataset.mean, dataset.std))
+            logits = model(normalize(images, dataset.mean, dataset.std))
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         lr = optimizer.param_groups[0]["lr"]
@@ -230,7 +230,7 @@ def evaluate(model: nn.Module, split: Split, dataset: ImageDataset, config: Trai
     # Without a backward to store for, twice the batch fits where training does.
     for images, labels in split.batches(2 * config.batch_size):
         with autocast(config):
-            logits = model(normalise(images, dataset.mean, dataset.std))
+            logits = model(normalize(images, dataset.mean, dataset.std))
         total_loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         n_correct += (logits.argmax(1) == labels).sum()
     return float(total_loss) / len(split), int(n_correct) / len(split)
