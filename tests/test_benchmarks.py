@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
-from benchmarks import results
+from benchmarks import compare_steps, results, training_step
 from benchmarks.timing import alternate, percentiles
 from benchmarks.training_step import Setting, WrongProviderError, checked_steps, eager
 
@@ -21,21 +22,18 @@ COLUMNS = (
     "device,driver,cpu_threads,torch,triton,resnet_fast,commit,date_utc"
 )
 
-# Runs in a process of its own, without the interpreter in which tests without a GPU run the kernels.
+# A process of its own, without the interpreter in which tests without a GPU run the kernels; small, for it to be fast.
 COMPARE = """
-import sys
+import functools, sys
 import torch
 from benchmarks import compare_steps
 torch.set_num_threads(1)
-{patch}
-compare_steps.app(["--device", "cpu", "--batch-size", "2", "--rounds", "2", *sys.argv[1:]])
+compare_steps.WARM_UP = {"cpu": 1}
+compare_steps.Setting = functools.partial(compare_steps.Setting, image_size=16)
+for precision, rounds in (("fp32", "2"), ("bf16", "2"), ("fp32", "3")):
+    options = ["--device", "cpu", "--batch-size", "4", "--results", sys.argv[1]]
+    compare_steps.app([*options, "--precision", precision, "--rounds", rounds], standalone_mode=False)
 """
-
-
-def compare(folder: Path, *options: str, patch: str = "", **environment: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-c", COMPARE.format(patch=patch), "--results", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 def without_residual_gradient() -> nn.Module:
@@ -64,8 +62,16 @@ def not_a_number() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize("wrong", (without_residual_gradient, without_running_statistics, frozen, not_a_number))
+@pytest.mark.parametrize(
+    ("wrong", "precision"),
+    [
+        (without_residual_gradient, "fp32"),
+        (without_residual_gradient, "bf16"),
+        (without_running_statistics, "bf16"),
+        (frozen, "bf16"),
+        (not_a_number, "fp32"),
+    ],
+)
 def test_wrong_provider_is_refused(wrong, precision):
     setting = Setting(CPU, precision, batch_size=4, image_size=16)
     with pytest.raises(WrongProviderError, match="wrong is wrong and is not timed"):
@@ -77,48 +83,48 @@ def test_providers_start_from_the_same_weights_and_batches():
     assert steps["a"]().item() == steps["b"]().item()
 
 
-def test_nothing_is_timed_or_written_for_a_wrong_provider(tmp_path):
-    patch = (
-        "from benchmarks.training_step import eager\n"
-        "def wrong():\n    model = eager()\n    model.bn1.eps = 0.1\n    return model\n"
-        "compare_steps.PROVIDERS = {'eager': eager, 'fused': wrong}\n"
-        "compare_steps.alternate = lambda *a: print('TIMED')"
-    )
-    done = compare(tmp_path, "--precision", "fp32", patch=patch)
-    assert done.returncode == 1, done.stderr
+def test_nothing_is_timed_or_written_for_a_wrong_provider(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(compare_steps, "PROVIDERS", {"eager": eager, "fused": without_running_statistics})
+    monkeypatch.setattr(compare_steps, "alternate", lambda *arguments: timed.append(arguments))
+    monkeypatch.setattr(compare_steps, "refuse_interpreter", lambda: None)  # neither of the two runs a kernel
+    done = CliRunner().invoke(compare_steps.app, ["--device", "cpu", "--batch-size", "2", "--results", str(tmp_path)])
+    assert done.exit_code == 1
     assert "fused is wrong and is not timed (cpu, fp32, batch 2)" in done.stderr
-    assert "TIMED" not in done.stdout and not list(tmp_path.iterdir())
+    assert not timed and not list(tmp_path.iterdir())
 
 
-def test_interpreted_kernels_are_refused(tmp_path):
-    pytest.importorskip("triton")
-    done = compare(tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode == 1 and "interpreted kernels are not timed" in done.stderr
+def test_interpreted_kernels_are_refused(tmp_path, monkeypatch):
+    if torch.cuda.is_available():  # elsewhere the tests do interpret them
+        monkeypatch.setattr(training_step, "why_not_triton", lambda device: None)
+    monkeypatch.setattr(compare_steps, "checked_steps", lambda *arguments: pytest.fail("went on"))
+    done = CliRunner().invoke(compare_steps.app, ["--device", "cpu", "--results", str(tmp_path)])
+    assert done.exit_code == 1 and "interpreted kernels are not timed" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_whole_and_replaced(tmp_path):
-    for precision in ("fp32", "bf16", "fp32"):
-        done = compare(tmp_path, "--precision", precision)
-        assert done.returncode == 0, done.stderr
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COMPARE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*/*")
     assert path.name == "training_step.csv" and path.parent.name.endswith("-1-threads")
     text = path.read_text()
     assert text.splitlines()[0] == COLUMNS
     assert str(ROOT) not in text and str(tmp_path) not in text and "/" not in text
     rows = list(csv.DictReader(text.splitlines()))
-    assert [(row["provider"], row["precision"]) for row in rows] == [
-        ("eager", "fp32"),
-        ("fused", "fp32"),
-        ("eager", "bf16"),
-        ("fused", "bf16"),
+    assert [(row["provider"], row["precision"], row["rounds"]) for row in rows] == [
+        ("eager", "fp32", "3"),
+        ("fused", "fp32", "3"),
+        ("eager", "bf16", "2"),
+        ("fused", "bf16", "2"),
     ]
-    assert rows[0]["date_utc"] > rows[2]["date_utc"], "the first rows are not those of the last run"
     for row in rows:
         empty = {name for name, value in row.items() if not value}
         assert empty <= {"driver", "triton"}
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
-        assert float(row["images_per_s"]) == pytest.approx(2000 / float(row["p50_ms"]), rel=0.01)
+        assert float(row["images_per_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
     assert rows[0]["ratio_p50"] == "1.0000"
 
 

@@ -1,0 +1,130 @@
+"""Rows of measurements: benchmarks/results/<device>/<benchmark>.csv, and the facts about the machine in each row."""
+
+import csv
+import io
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from resnet_fast import __version__
+from resnet_fast.training.run_folder import whole_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the CPU model, as its maker writes it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        cpuinfo = ""
+    found = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo, re.MULTILINE)
+    return (found[1] if found else platform.processor() or platform.machine() or "unknown CPU").strip()
+
+
+def device_slug(device: torch.device) -> str:
+    """Return a folder name: nvidia-h100-80gb-hbm3, or amd-epyc-2-threads, since threads are part of what a CPU is."""
+    name = slug(device_name(device))
+    return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
+
+
+def slug(name: str) -> str:
+    """Return `name` in lower-case letters, digits and single hyphens, without trade marks and clock rate."""
+    name = re.sub(r"\((r|tm|c)\)|@.*", " ", name.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", name)) or "unknown"
+
+
+def machine_columns(device: torch.device) -> dict[str, str]:
+    """Return what a row says about where, with what and when it was measured."""
+    return {
+        "device": device_name(device),
+        "driver": _driver() if device.type == "cuda" else "",
+        "cpu_threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "resnet_fast": __version__,
+        "commit": commit(),
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def commit(root: Path = ROOT) -> str:
+    """Return the commit of the checkout, with "-dirty" if files differ from it, or "unknown" outside git."""
+    # A copy without .git inside some other repository has not that repository's commit.
+    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if not top or not head or Path(top).resolve() != root.resolve():
+        return "unknown"
+    # The results are left out: those just written would make the next row of the same code dirty.
+    tree = ("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    changes = _output("git", "--no-optional-locks", "-C", str(root), *tree)
+    return head if changes == "" else f"{head}-dirty"
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a file, none if it is not there.
+
+    Raises:
+        ValueError: its columns are not `columns`, so new rows do not fit under them.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if list(reader.fieldnames or []) != list(columns):
+        raise ValueError(f"{path.name} must have the columns {', '.join(columns)}; move the old file away")
+    return rows
+
+
+def replace_rows(path: Path, rows: Sequence[Mapping[str, str]], key: Sequence[str]) -> None:
+    """Add `rows` to a file, each in the place of the row that equals it in the columns `key`, or at the end.
+
+    The file is written whole or not at all. All rows have the same columns.
+
+    Raises:
+        ValueError: the file that is there has other columns.
+    """
+    columns = list(rows[0])
+    merged = {tuple(row[name] for name in key): row for row in read_rows(path, columns)}
+    merged.update({tuple(row[name] for name in key): dict(row) for row in rows})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def _driver() -> str:
+    query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return query.splitlines()[0].strip() if query else "unknown"
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, without the newline; None if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

@@ -1,0 +1,69 @@
+"""Times callables against each other, so that what changes on the machine in the meantime changes them alike."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+WARM_UP = {"cpu": 3, "cuda": 20}  # rounds; on a GPU kernels compile, cuDNN chooses algorithms, and the clocks rise
+ROUNDS = {"cpu": 30, "cuda": 200}
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int
+) -> dict[str, list[float]]:
+    """Run every callable once per round, in the opposite order of the round before, and time each run.
+
+    A B, B A, A B, ...: a machine that slows down or warms up does so for all, and none always comes second. A run is
+    timed from an idle device until its last kernel has ended, so no run hides behind the kernels of another one.
+
+    Args:
+        calls: what to time, by name.
+        device: where it runs; a GPU is timed with CUDA events.
+        rounds: timed runs of each.
+        warm_up: rounds before them.
+
+    Returns:
+        Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round.
+    """
+    timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would count for whichever run it falls into
+    try:
+        for number in range(-warm_up, rounds):
+            for name in order:
+                milliseconds = timer(calls[name], device)
+                if number >= 0:
+                    times[name].append(milliseconds)
+            order.reverse()
+    finally:
+        if collects:
+            gc.enable()
+    return times
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile."""
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return p20, p50, p80
+
+
+def _time_on_cpu(call: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _time_on_gpu(call: Callable[[], object], device: torch.device) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    begin.record(stream)
+    call()
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end)
