@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import Backend, BatchNormArgs, choose_backend, reference
+from .ops import Backend, BatchNormArgs, aten, choose_backend, reference
 from .ops.arguments import Join, Saved, accumulation_type
-from .ops.batch_norm import dense
+from .ops.batch_norm import backward_op, dense, forward_op
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
@@ -37,8 +37,8 @@ def batch_norm_add_relu(
     where r is nothing, `residual`, or bn(residual) with the statistics and parameters of `residual_norm`.
 
     Numerics: fp32 arithmetic (fp64 for fp64 x) and one rounding, of y. Batch variances are merged by Chan's formula,
-    never as E[x²] - E[x]²; normalization uses the biased variance, running_var receives the unbiased one. On ATen each
-    step rounds as in eager PyTorch. Two runs give the same bits.
+    never as E[x²] - E[x]²; normalization uses the biased variance, running_var receives the unbiased one. Two runs give
+    the same bits. On ATen it is eager PyTorch's steps, each rounded.
 
     Args:
         x: [N, C, H, W], fp16/bf16/fp32/fp64, any layout; y has its type and layout. Fast in channels_last.
@@ -47,13 +47,12 @@ def batch_norm_add_relu(
         training: normalize with the statistics of this batch.
         momentum: share of this batch in the running statistics.
         eps: added to the variance.
-        residual: [N, C, H, W] on the device of x. Of another type than x, it is added outside the kernels, with
-            torch's type promotion.
+        residual: [N, C, H, W] on the device of x, taken in the type of x.
         residual_norm: the batch norm of the residual (the projection shortcut's).
         relu: whether to end in ReLU.
-        fork: return (y, alias of y), one for each of two consumers. The backward then adds their two gradients in
-            registers instead of in a pass over memory. Neither handle alone sees the whole gradient of y, and neither
-            may be changed in place.
+        fork: return (y, alias of y), one for each of two consumers. The backward kernel then adds their two gradients
+            in registers, where autograd would take a pass over memory. Neither handle alone sees the whole gradient of
+            y, and neither may be changed in place.
         backend: "triton" or "aten" by name; None takes Triton wherever it runs.
 
     Returns:
@@ -80,22 +79,17 @@ def batch_norm_add_relu(
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
         if residual_norm is not None:
             _check_norm("residual_norm.", residual, residual_norm)
-        if residual.dtype != x.dtype:
-            if residual_norm is not None:
-                residual = batch_norm_add_relu(residual, *residual_norm, relu=False, backend=backend)
-            y = batch_norm_add_relu(x, *norm, relu=False, backend=backend) + residual
-            y = y.relu() if relu else y
-            return (y, y) if fork else y
+        residual = residual.to(x.dtype)
 
+    if choose_backend(x, backend) == "aten":
+        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu)
+        return (y, y) if fork else y
     x = dense(x)
     join: Join = "none"
     if residual is not None:
         residual = dense(residual, like=x)
         join = "add" if residual_norm is None else "bn"
-    outputs = _BatchNormAddReLU.apply(
-        x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork, choose_backend(x, backend)
-    )
-    return outputs
+    return _BatchNormAddReLU.apply(x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork)
 
 
 def _check_input(name: str, x: Tensor) -> None:
@@ -138,21 +132,20 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """The arguments are flat (x, residual, two times BatchNormArgs, settings), so that autograd sees every tensor."""
+    """On the Triton operators. Arguments are flat (x, residual, twice BatchNormArgs, settings): autograd sees each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork, backend = arguments[2 * n :]
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = torch.ops.resnet_fast.batch_norm_add_relu(
-            x, *norm, residual, *residual_norm, join, relu, backend
+        join, relu, fork = arguments[2 * n :]
+        y, relu_mask, mean, rstd, residual_mean, residual_rstd = forward_op(
+            x, *norm, residual, *residual_norm, join, relu
         )
         is_bn_join = join == "bn"
         ctx.save_for_backward(
             x,
-            y if relu and backend == "aten" else None,
-            relu_mask if relu and backend == "triton" and join != "none" else None,
+            relu_mask if relu and join != "none" else None,
             mean,
             rstd,
             norm.weight,
@@ -163,7 +156,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             residual_norm.weight,
             residual_norm.bias,
         )
-        ctx.settings = (join, relu, norm.training, residual_norm.training, backend)
+        ctx.settings = (join, relu, norm.training, residual_norm.training)
         ctx.eps = (norm.eps, residual_norm.eps)
         ctx.set_materialize_grads(False)
         return (y, y.view_as(y)) if fork else y
@@ -174,28 +167,26 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
-            return (None,) * (2 + 2 * n + 4)
+            return (None,) * (2 + 2 * n + 3)
         join, relu, *_ = ctx.settings
         if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
             gradients = _differentiable_backward(ctx, dy, dy_alias)
         else:
-            gradients = torch.ops.resnet_fast.batch_norm_add_relu_backward(
-                dy, dy_alias, *ctx.saved_tensors, *ctx.settings
-            )
+            gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings)
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
         if join == "add" and not relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         by_norm = [(None, None, dweight, dbias, None, None, None)]
         by_norm.append((None, None, dresidual_weight, dresidual_bias, None, None, None))
         wanted = ctx.needs_input_grad
-        returned = (dx, dresidual, *by_norm[0], *by_norm[1], None, None, None, None)
+        returned = (dx, dresidual, *by_norm[0], *by_norm[1], None, None, None)
         return tuple(gradient if want else None for gradient, want in zip(returned, wanted, strict=True))
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients as differentiable functions of dy and of the inputs, through the reference formula."""
     saved = Saved._make(ctx.saved_tensors)
-    join, relu, training, residual_training, _ = ctx.settings
+    join, relu, training, residual_training = ctx.settings
     eps, residual_eps = ctx.eps
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
@@ -216,9 +207,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
             inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            if saved.y is not None:
-                drop = saved.y <= 0
-            elif saved.relu_mask is not None:
+            if saved.relu_mask is not None:
                 drop = reference.unpack_relu_mask(saved.relu_mask, saved.x)
             else:
                 drop = z.to(saved.x.dtype) <= 0

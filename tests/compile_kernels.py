@@ -47,7 +47,6 @@ def record_launches(n_channels: int, width: int, join: str, relu: bool, fork: bo
         y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(x, norm, residual, residual_norm, relu)
         saved = Saved(
             x,
-            None,
             relu_mask,
             mean,
             rstd,

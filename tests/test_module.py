@@ -85,14 +85,19 @@ def test_whole_module_in_low_precision(dtype, device):
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=tolerance, atol=tolerance)
 
 
-def test_residual_of_another_type_promotes_as_in_torch(device):
+def test_residual_of_another_type(device):
+    """As `out += identity` of torchvision's blocks: the result keeps the type of the normalized tensor."""
     ours = FusedBatchNorm2d(8, relu=True).to(device)
     theirs = nn.BatchNorm2d(8).to(device)
     x = torch.randn(2, 8, 4, 4, device=device)
-    found = ours(x.bfloat16(), x)
-    expected = torch.relu(theirs(x.bfloat16()) + x)
-    assert found.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    residual = x.clone().requires_grad_()
+    found = ours(x.bfloat16(), residual)
+    expected = theirs(x.bfloat16())
+    expected += x
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.relu(), rtol=2**-6, atol=2**-6)  # two bf16 roundings
+    found.sum().backward()
+    assert residual.grad.dtype == torch.float32
 
 
 def test_any_layout(device):

@@ -11,23 +11,22 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 CASE = Case("opcheck", (2, 12, 4, 5))
 
 
-def forward_arguments(join, relu, training, layout, backend, device, dtype=torch.float32, requires_grad=False):
+def forward_arguments(join, relu, training, layout, device, dtype=torch.float32, requires_grad=False):
     operands = make_operands(CASE, dtype, layout, device)
     norm, residual_norm = (norm._replace(training=training) for norm in operands.norms)
     x = operands.x.requires_grad_(requires_grad)
     residual = None if join == "none" else operands.residual
-    return (x, *norm, residual, *(residual_norm if join == "bn" else BatchNormArgs(None, None)), join, relu, backend)
+    return (x, *norm, residual, *(residual_norm if join == "bn" else BatchNormArgs(None, None)), join, relu)
 
 
 def backward_arguments(arguments, fork):
     x, _, _, weight, bias, training, _, _, residual, _, _, residual_weight, residual_bias, *rest = arguments
-    residual_training, _, _, join, relu, backend = rest
+    residual_training, _, _, join, relu = rest
     y, relu_mask, mean, rstd, residual_mean, residual_rstd = OPS.batch_norm_add_relu(*arguments)
     bn_join = (residual, residual_mean, residual_rstd) if join == "bn" else (None, None, None)
     dy = torch.randn_like(y)
     saved = (
         x,
-        y if backend == "aten" else None,
         relu_mask if relu_mask.numel() else None,
         mean,
         rstd,
@@ -37,7 +36,7 @@ def backward_arguments(arguments, fork):
         residual_weight,
         residual_bias,
     )
-    return (dy, dy.clone() if fork else None, *saved, join, relu, training, residual_training, backend)
+    return (dy, dy.clone() if fork else None, *saved, join, relu, training, residual_training)
 
 
 VARIANTS = pytest.mark.parametrize(
@@ -53,25 +52,22 @@ VARIANTS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
 @VARIANTS
-def test_forward(join, relu, training, layout, backend, device):
+def test_forward(join, relu, training, layout, device):
     for requires_grad in (False, True):
-        arguments = forward_arguments(join, relu, training, layout, backend, device, requires_grad=requires_grad)
+        arguments = forward_arguments(join, relu, training, layout, device, requires_grad=requires_grad)
         torch.library.opcheck(OPS.batch_norm_add_relu.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
 @VARIANTS
-def test_backward(join, relu, training, layout, backend, device):
+def test_backward(join, relu, training, layout, device):
     for fork in (False, True):
-        arguments = backward_arguments(forward_arguments(join, relu, training, layout, backend, device), fork)
+        arguments = backward_arguments(forward_arguments(join, relu, training, layout, device), fork)
         torch.library.opcheck(OPS.batch_norm_add_relu_backward.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-def test_bfloat16(backend, device):
-    arguments = forward_arguments("bn", True, True, "channels_last", backend, device, torch.bfloat16)
+def test_bfloat16(device):
+    arguments = forward_arguments("bn", True, True, "channels_last", device, torch.bfloat16)
     torch.library.opcheck(OPS.batch_norm_add_relu.default, arguments, test_utils=CHECKS)
     torch.library.opcheck(
         OPS.batch_norm_add_relu_backward.default, backward_arguments(arguments, True), test_utils=CHECKS

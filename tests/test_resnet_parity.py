@@ -91,11 +91,12 @@ def test_one_step(backend, stem, layout, training, device, on):
             assert_within_budget(name, found[name], [result[name] for result in expected], exact[name])
 
 
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stem", IMAGE_SIZE)
-def test_training_without_a_gpu_is_torchvisions_to_the_bit(stem, layout, on):
+def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on):
     on("aten")
-    ours, theirs = make_pair(stem, layout, torch.device("cpu"))
+    ours, theirs = (model.train(training) for model in make_pair(stem, layout, torch.device("cpu")))
     x, target = make_batch(stem, layout, torch.device("cpu"))
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

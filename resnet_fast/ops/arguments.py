@@ -1,4 +1,4 @@
-"""The argument and result tuples that the two backends share."""
+"""The argument and result tuples that operators, launches and functions share."""
 
 from typing import Literal, NamedTuple
 
@@ -39,7 +39,6 @@ class Saved(NamedTuple):
     """What the backward reads of the forward. `residual` is given for the bn join alone."""
 
     x: Tensor
-    y: Tensor | None
     relu_mask: Tensor | None
     mean: Tensor
     rstd: Tensor

@@ -85,7 +85,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     check_is_free(config.out)
     device = torch.device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
         torch.backends.cudnn.benchmark = True
     dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
     if config.flip is not None:
