@@ -11,7 +11,7 @@ TRAIN = ["matplotlib>=3.8", "rich>=13", "scikit-learn>=1.4", "typer>=0.12"]
 setup(
     name="resnet-fast",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "resnet_fast/__init__.py").read_text())[1],
-    description="ResNet training, faster: batch norm + residual add + ReLU as fused Triton kernels",
+    description="ResNets built to train faster: batch norm + residual add + ReLU as fused Triton kernels",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -47,7 +47,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "setuptools>=77",
-            "wheel",
         ],
     },
     entry_points={"console_scripts": ["resnet-fast=resnet_fast.cli:app"]},

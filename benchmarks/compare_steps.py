@@ -26,6 +26,8 @@ from benchmarks.training_step import (
 from resnet_fast.training.config import choose_device
 
 KEY = ("provider", "precision", "batch_size")  # and the device, which names the folder
+TIMES = ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "ratio_p20", "ratio_p50", "ratio_p80")
+COLUMNS = (*KEY, "rounds", *TIMES)  # and those of the machine
 Row = dict[str, str]
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -60,7 +62,6 @@ def compare(
     console = Console()
     console.print(f"ResNet-18, 3x3 stem, 10 classes, 32x32, on {device_name(where)}, {rounds} rounds", highlight=False)
     try:
-        refuse_interpreter()
         for setting in settings:
             rows = measure(setting, rounds, path)
             console.print(_table(setting, rows))
@@ -78,7 +79,7 @@ def measure(setting: Setting, rounds: int, path: Path) -> list[Row]:
         ValueError: the file has other columns.
     """
     machine = machine_columns(setting.device)
-    read_rows(path, list(_row("", setting, rounds, [0.0], [0.0], machine)))  # a file that does not fit costs no time
+    read_rows(path, [*COLUMNS, *machine])  # a file that does not fit costs no time
     refuse_interpreter()
     steps = checked_steps(setting, PROVIDERS)
     times = alternate(steps, setting.device, rounds, WARM_UP[setting.device.type])
@@ -101,21 +102,11 @@ def _row(
 ) -> Row:
     """One row of the file; the ratio is taken round by round, where both ran on the machine in the same state."""
     p20, p50, p80 = percentiles(times)
-    ratios = percentiles([ours / theirs if theirs else math.nan for ours, theirs in zip(times, baseline, strict=True)])
-    return {
-        "provider": name,
-        "precision": setting.precision,
-        "batch_size": str(setting.batch_size),
-        "rounds": str(rounds),
-        "p20_ms": f"{p20:.3f}",
-        "p50_ms": f"{p50:.3f}",
-        "p80_ms": f"{p80:.3f}",
-        "images_per_s": f"{1e3 * setting.batch_size / p50 if p50 else math.nan:.1f}",
-        "ratio_p20": f"{ratios[0]:.4f}",
-        "ratio_p50": f"{ratios[1]:.4f}",
-        "ratio_p80": f"{ratios[2]:.4f}",
-        **machine,
-    }
+    ratios = percentiles([ours / theirs for ours, theirs in zip(times, baseline, strict=True)])
+    values = [f"{ms:.3f}" for ms in (p20, p50, p80)] + [f"{1e3 * setting.batch_size / p50:.1f}"]
+    values += [f"{ratio:.4f}" for ratio in ratios]
+    own = (name, setting.precision, str(setting.batch_size), str(rounds), *values)
+    return dict(zip(COLUMNS, own, strict=True)) | machine
 
 
 def _table(setting: Setting, rows: list[Row]) -> Table:

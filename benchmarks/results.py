@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from resnet_fast import __version__
-from resnet_fast.training.run_folder import whole_file
+from resnet_fast.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -44,7 +44,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and centred M2 of one split of rows: Welford in every lane of the tile, the lanes merged at the end (S1).
+    """Mean and centered M2 of one split of rows: Welford in every lane of the tile, the lanes merged at the end (S1).
 
     What is averaged is x - pivot, with the tensor's first row as pivot: where |mean| >> std the difference is exact,
     and the partial means stay small numbers.

@@ -1,7 +1,7 @@
 """Block sizes, grids and warps of the kernels, each with its reason.
 
 A tensor is a matrix of `n_rows` = N·H·W rows and `n_channels` columns, whatever its layout. A tile is BLOCK_M rows by
-BLOCK_C channels. Nothing here depends on the device, so that a result is the same bits on every GPU of a kind.
+BLOCK_C channels. Nothing here depends on the device, so a result does not depend on which GPU of a model computes it.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ MAX_BLOCK_C = 128
 # The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
 BITS_PER_BYTE = 8
 
-# Reductions: 8 programs of 4 warps on each of 132 multiprocessors keep enough loads in flight; more programs only
-# write more partial results. At least 64 rows each, so that partials stay a small part of the traffic.
+# Reductions: 1024 programs are about 8 for each of 132 multiprocessors, two waves of the 4 that fit at 128 registers a
+# thread; more programs only write more partial results. At least 64 rows each, so that those stay a small part.
 TARGET_PROGRAMS = 1024
 MIN_ROWS_PER_SPLIT = 64
 

@@ -1,4 +1,4 @@
-"""ResNets that train faster: batch norm, residual addition and ReLU as fused Triton kernels.
+"""ResNets built to train faster: batch norm, residual addition and ReLU as fused Triton kernels.
 
 `from resnet_fast import resnet18` replaces torchvision's; `FusedBatchNorm2d` replaces nn.BatchNorm2d.
 """

@@ -18,7 +18,7 @@ try:
     from resnet_fast.training.console import make_reporter
     from resnet_fast.training.schedule import SCHEDULES
 except ModuleNotFoundError as error:
-    if error.name not in ("typer", "rich", "matplotlib", "sklearn"):
+    if error.name not in ("typer", "rich", "matplotlib"):
         raise
     sys.exit(f"resnet-fast: error: {error.name} is not installed; pip install 'resnet-fast[train]'")
 
@@ -116,22 +116,17 @@ def train(
         _stop(2, f"error: {error}")
     reporter = make_reporter()
     try:
-        result = run_training(config, reporter)
+        try:
+            result = run_training(config, reporter)
+        finally:
+            reporter.close()
     except FileExistsError as error:
-        reporter.close()
         _stop(2, f"error: {error}")
     except KeyboardInterrupt:
-        reporter.close()
         _stop(130, f"interrupted; {_what_is_kept(config.out)}")
-    except DivergedError as error:
-        reporter.close()
-        _stop(1, f"error: {error}; {_what_is_kept(config.out)}")
-    except (DataError, OSError) as error:
-        reporter.close()
+    except (DataError, DivergedError, OSError) as error:
         kept = f"; {_what_is_kept(config.out)}" if (config.out / "config.json").exists() else ""
         _stop(1, f"error: {error}{kept}")
-    finally:
-        reporter.close()
     reporter.finish(result)
 
 

@@ -48,7 +48,8 @@ def batch_norm_add_relu(
         momentum: share of this batch in the running statistics.
         eps: added to the variance.
         residual: [N, C, H, W] on the device of x, taken in the type of x.
-        residual_norm: the batch norm of the residual (the projection shortcut's).
+        residual_norm: the batch norm of the residual (the projection shortcut's), a
+            `resnet_fast.functional.BatchNormArgs`; its vectors as those of x.
         relu: whether to end in ReLU.
         fork: return (y, alias of y), one for each of two consumers. The backward kernel then adds their two gradients
             in registers, where autograd would take a pass over memory. Neither handle alone sees the whole gradient of
@@ -78,7 +79,7 @@ def batch_norm_add_relu(
         if residual.device != x.device:
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
         if residual_norm is not None:
-            _check_norm("residual_norm.", residual, residual_norm)
+            _check_norm("residual_norm.", x, residual_norm)
         residual = residual.to(x.dtype)
 
     if choose_backend(x, backend) == "aten":
@@ -124,7 +125,7 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
-    if norm.training and x.numel() == n_channels:
+    if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         # torch's own rule and wording (torch.nn.functional._verify_batch_size)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if not norm.eps > 0:
@@ -197,6 +198,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
         return reference.normalize(x, mean, rstd, weight, bias)
 
     with torch.enable_grad():
+        # Fresh handles: a path from one input to another is the outer graph's to follow, not this one's.
+        saved = Saved._make(t if t is None or not t.requires_grad else t.view_as(t) for t in saved)
         z = bn(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, training, eps)
         inputs = [saved.x, saved.weight, saved.bias]
         if join == "bn":
@@ -213,7 +216,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
                 drop = z.to(saved.x.dtype) <= 0
             dz = dz.masked_fill(drop, 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True))
+        gradients = iter(
+            torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()
+        )
     found = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
     if join == "bn":
         return tuple(found)

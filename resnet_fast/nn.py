@@ -67,7 +67,16 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         relu: bool,
         fork: bool = False,
     ) -> Any:
-        """`forward` with every join, for blocks that fuse over their submodules: see `batch_norm_add_relu`."""
+        """`forward` with every join, for blocks that fuse over their submodules.
+
+        Args:
+            x, residual: [N, C, H, W].
+            residual_norm: the batch norm of the residual, [C].
+            relu, fork: as in `batch_norm_add_relu`; the module's own `relu` does not count here.
+
+        Returns:
+            y: [N, C, H, W], or (y, alias of y) with `fork`.
+        """
         norms = [self] if residual_norm is None else [self, residual_norm]
         return _run_and_count(
             x, residual, [norm.arguments() for norm in norms], [norm.counter() for norm in norms], relu, fork

@@ -31,6 +31,11 @@ TYPES = {
 }
 STAGES = {64: 32, 128: 16, 256: 8, 512: 4}  # ResNet-18 with the 3x3 stem on 32x32 images: channels to map width
 BATCH = 128
+WRITTEN = {
+    "normalize_kernel": ("y_ptr",),
+    "reduce_kernel": ("dz_ptr",),
+    "input_gradients_kernel": ("dx_ptr", "dresidual_ptr"),
+}
 
 
 def record_launches(n_channels: int, width: int, join: str, relu: bool, fork: bool) -> list[tuple]:
@@ -108,6 +113,8 @@ def compile_one(job: tuple) -> dict:
             subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
+    images = {name for name, value in arguments.items() if getattr(value, "dtype", None) == torch.bfloat16}
+    written = set(WRITTEN.get(kernel.__name__, ()))
     return {
         "kernel": kernel.__name__,
         "configuration": [str(part) for part in configuration],
@@ -116,7 +123,10 @@ def compile_one(job: tuple) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "loads": re.findall(r"LDG\.E\S*", sass),
         "stores": re.findall(r"STG\.E\S*", sass),
-        # 16-bit tensors as PTX accesses them, by width, and the type of their offsets
+        # The 16-bit tensors that the launch reads and writes, whatever of them PTX accesses 2 bytes at a time, and the
+        # type of their offsets.
+        "images_read": len(images - written),
+        "images_written": len(images & written),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*\.[bu]16", compiled.asm["ptx"])),
         "offsets": sorted(set(re.findall(r"addptr.*!tt\.ptr<bf16>>, tensor<\w+x(i\d+)>", compiled.asm["ttir"]))),
     }

@@ -12,18 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
+from typer.testing import Result as CliResult
 
 import resnet_fast
+from resnet_fast.cli import app
 from resnet_fast.data import cifar10
 from resnet_fast.training import MODELS, RECIPES, EpochMetrics, Result, TrainConfig, loop
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
-
-pytest.importorskip("typer", reason="the command line needs the extra [train]")
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-from typer.testing import CliRunner, Result as CliResult  # noqa: E402, I001
-
-from resnet_fast.cli import app  # noqa: E402
 
 
 class Tiny(nn.Module):

@@ -61,6 +61,12 @@ CASES = {
         ValueError,
         "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])",
     ),
+    "residual_norm in another type": (
+        {"x": X.double(), "running_mean": VECTOR.double(), "running_var": VECTOR.double()}
+        | {"residual": X, "residual_norm": NORM},
+        TypeError,
+        "residual_norm.vectors must all be torch.float64 for x of torch.float64",
+    ),
     "eps": ({"eps": -1.0}, ValueError, "eps must be positive, got -1.0"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of ('triton', 'aten') or None, got 'cuda'"),
 }

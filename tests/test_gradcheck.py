@@ -58,6 +58,48 @@ def test_second_derivatives(join, training, backend, device):
     assert gradgradcheck(operation(join, True, training, backend), leaves(device), atol=1e-6, fast_mode=True)
 
 
+def shared_residual(leaves):
+    """x is its own shortcut."""
+    return leaves | {"residual": leaves["x"]}
+
+
+def residual_behind_x(leaves):
+    return leaves | {"x": leaves["residual"].sin()}
+
+
+def shared_weight(leaves):
+    return leaves | {"residual_weight": leaves["weight"]}
+
+
+def weight_from_x(leaves):
+    return leaves | {"weight": leaves["x"].mean((0, 2, 3)).exp()}
+
+
+NAMES = ("x", "residual", "weight", "bias", "residual_weight", "residual_bias")
+
+
+@pytest.mark.parametrize("tie", (shared_residual, residual_behind_x, shared_weight, weight_from_x))
+def test_gradients_that_can_be_differentiated_are_the_plain_ones(tie, device):
+    """gradgradcheck compares a gradient with itself: inputs that hang together could be counted twice unseen."""
+    found = []
+    for create_graph in (False, True):
+        tensors = leaves(device)
+        arguments = tie(dict(zip(NAMES, tensors, strict=True)))
+        y = operation("bn", True, True, "triton")(*(arguments[name] for name in NAMES))
+        loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=device).view_as(y)).sum()
+        found.append(torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True))
+    for plain, differentiable in zip(*found, strict=True):
+        torch.testing.assert_close(differentiable, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_residual_wants_a_gradient(device):
+    x, residual, *_ = (leaf.detach() for leaf in leaves(device))
+    residual.requires_grad_()
+    y = batch_norm_add_relu(x, None, None, training=True, residual=residual, backend="triton")
+    (gradient,) = torch.autograd.grad(y.sum(), residual, create_graph=True)
+    assert torch.equal(gradient, (y > 0).to(gradient.dtype))
+
+
 @pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
 def test_the_reference_backward_is_the_derivative_of_the_reference_forward(training):
     x, dz, weight, bias, *_ = leaves(torch.device("cpu"))
@@ -67,3 +109,22 @@ def test_the_reference_backward_is_the_derivative_of_the_reference_forward(train
     found = reference.backward(dz, x, mean, (var + 1e-5).rsqrt(), weight, training)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
+def test_the_kernels_compute_the_reference(training, device):
+    """Both joins that have formulas of their own, forward and backward, in fp64."""
+    x, residual, weight, bias, residual_weight, residual_bias = leaves(device)
+    y = operation("bn", True, training, "triton")(x, residual, weight, bias, residual_weight, residual_bias)
+    given = {} if training else {"mean": torch.zeros_like(weight) + 0.1, "var": torch.ones_like(weight) * 1.3}
+    shortcut = reference.forward(residual, weight=residual_weight, bias=residual_bias, relu=False, **given)
+    torch.testing.assert_close(y, reference.forward(x, weight=weight, bias=bias, residual=shortcut, **given))
+
+    dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=device).view_as(y)
+    found = torch.autograd.grad(y, (x, weight, bias, residual, residual_weight, residual_bias), dy)
+    dz, expected = dy.masked_fill(y <= 0, 0), []
+    for tensor, scale in ((x, weight), (residual, residual_weight)):
+        mean, var = reference.statistics(tensor) if training else (given["mean"], given["var"])
+        expected += reference.backward(dz, tensor, mean, (var + 1e-5).rsqrt(), scale, training)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

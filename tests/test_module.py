@@ -1,4 +1,8 @@
-"""FusedBatchNorm2d is nn.BatchNorm2d: modes, buffers, keys; plus the residual and ReLU."""
+"""FusedBatchNorm2d is nn.BatchNorm2d: modes, buffers, keys; plus the residual and ReLU.
+
+What is asked here is whether a mode is the right one, and a wrong one is off by percents. How exact the numbers are is
+the parity tests' claim; the tolerances here are some hundred fp32 roundings, or as many low-precision ones as named.
+"""
 
 import copy
 

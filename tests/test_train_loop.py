@@ -253,7 +253,7 @@ def test_the_result_is_the_last_epoch_and_not_the_best():
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny: list[Tiny], tmp_path: Path):
     """The checkpoint holds everything: model, optimizer with momentum, schedule, and the generator."""
     config = config_for(tmp_path / "run", epochs=2)
-    dataset, silent = make_dataset(), loop.Silent()
+    dataset, silent = make_dataset(), loop.Reporter()
 
     def parts() -> tuple:
         generator = loop.seed_everything(config.seed)

@@ -160,5 +160,5 @@ def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConf
     with Image.open(config.out / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.width >= 1200
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
-    assert (0xC2, 0x41, 0x0C) in colours and (0x8A, 0x8F, 0x98) in colours  # both lines were drawn
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert (0xC2, 0x41, 0x0C) in colors and (0x8A, 0x8F, 0x98) in colors  # both lines were drawn

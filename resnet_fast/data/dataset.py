@@ -4,7 +4,7 @@
     for images, labels in dataset.train.batches(32, generator):   # uint8 [32, 3, 32, 32], int64 [32]
         ...
 
-A split keeps its images as bytes. Cropping, flipping and normalising happen on the batch, on its device, in augment.py.
+A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device, in augment.py.
 """
 
 from collections.abc import Iterator

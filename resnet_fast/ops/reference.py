@@ -1,7 +1,7 @@
 """The specification: batch norm + residual + ReLU and its gradients in plain PyTorch, one line per equation.
 
-The equations S, N and B are derived in kernels/README.md. Everything here is differentiable, in any floating type; the
-kernels are tested against it in fp64, and double backward runs through `forward`.
+The equations S, N and B are derived in kernels/README.md. Everything here is differentiable, in any floating type. The
+kernels are tested against it in fp64, and second derivatives are those of `statistics` and `normalize`.
 """
 
 import torch
@@ -19,11 +19,6 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel (S1, S3)."""
     mean = x.mean(PER_CHANNEL)
     return mean, (x - _channels(mean)).square().mean(PER_CHANNEL)
-
-
-def update_running(running: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """The exponential average of running statistics (S4); `new` is the mean or the *unbiased* variance."""
-    return momentum * new + (1 - momentum) * running
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -59,22 +54,17 @@ def backward(
     dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias of one batch norm from `dz`, the gradient behind ReLU (B2-B5)."""
-    centred = x - _channels(mean)
+    centered = x - _channels(mean)
     dbias = dz.sum(PER_CHANNEL)
-    sum_dz_x = (dz * centred).sum(PER_CHANNEL)
+    sum_dz_x = (dz * centered).sum(PER_CHANNEL)
     dweight = rstd * sum_dz_x
     scale = rstd if weight is None else rstd * weight
     if not training:
         return _channels(scale) * dz, dweight, dbias
     n_rows = x.numel() // x.shape[1]
     slope = rstd.square() * sum_dz_x / n_rows
-    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - centred * _channels(slope))
+    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - centered * _channels(slope))
     return dx, dweight, dbias
-
-
-def relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-    """dz: dy where ReLU was open (B1). NaN counts as open, as in torch."""
-    return torch.where(y <= 0, torch.zeros_like(dy), dy)
 
 
 def unpack_relu_mask(relu_mask: Tensor, x: Tensor) -> Tensor:

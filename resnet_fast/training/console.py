@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal colours and a live progress bar, elsewhere plain lines; 80 columns do for both."""
+"""What a run shows: on a terminal colors and a live progress bar, elsewhere plain lines; 80 columns do for both."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.loop import Reporter
 from resnet_fast.training.metrics import EpochMetrics, Result
 
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
@@ -63,19 +64,13 @@ def wants_live_output(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class PlainReporter:
+class PlainReporter(Reporter):
     """Prints a line per epoch, without control codes: for files, pipes and logs."""
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.n_epochs = config.epochs
         for line in [*format_start(config, dataset), HEADER]:
             print(line, flush=True)
-
-    def start_epoch(self, epoch: int, n_steps: int) -> None:
-        pass
-
-    def step(self, done: int, loss: float | None) -> None:
-        pass
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         print(format_row(metrics, self.n_epochs), flush=True)
@@ -88,7 +83,7 @@ class PlainReporter:
         """Leave the terminal as it was; may be called more than once."""
 
 
-class LiveReporter:
+class LiveReporter(Reporter):
     """Prints the table row by row, above a progress bar of the running epoch."""
 
     def __init__(self) -> None:

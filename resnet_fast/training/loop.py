@@ -11,7 +11,7 @@ import dataclasses
 import math
 import random
 import time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,34 +33,20 @@ class DivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-class Reporter(Protocol):
-    """Is told how a run goes; the terminal output is one."""
+class Reporter:
+    """Is told how a run goes. This one says nothing; the terminal output derives from it."""
 
-    def start(self, config: TrainConfig, dataset: ImageDataset) -> None: ...
+    def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        """The data are loaded; training begins."""
 
-    def start_epoch(self, epoch: int, n_steps: int) -> None: ...
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        """An epoch of `n_steps` steps begins; the first is epoch 1."""
 
     def step(self, done: int, loss: float | None) -> None:
         """`done` steps of the epoch are done; now and then with their mean loss so far."""
-        ...
-
-    def end_epoch(self, metrics: EpochMetrics) -> None: ...
-
-
-class Silent:
-    """Reports nothing."""
-
-    def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        pass
-
-    def start_epoch(self, epoch: int, n_steps: int) -> None:
-        pass
-
-    def step(self, done: int, loss: float | None) -> None:
-        pass
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        pass
+        """The epoch is trained, tested and written."""
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
@@ -81,7 +67,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
     """
-    reporter = reporter or Silent()
+    reporter = reporter or Reporter()
     check_is_free(config.out)
     device = torch.device(config.device)
     if device.type == "cuda":

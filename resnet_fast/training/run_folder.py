@@ -5,38 +5,20 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from resnet_fast import __version__
 from resnet_fast.data import ImageDataset
+from resnet_fast.files import whole_file
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only once it is complete and on the disk.
-
-    An exception, a signal or a full disk on the way leaves what was there before.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def check_is_free(out: Path) -> None:
@@ -88,6 +70,7 @@ class RunFolder:
 
 
 def _describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
+    device = torch.device(config.device)
     return {
         **config.as_dict(),
         "flip": dataset.flip,
@@ -104,7 +87,7 @@ def _describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
             "resnet_fast": __version__,
         },
         "threads": torch.get_num_threads(),
-        "device_name": torch.cuda.get_device_name(config.device) if config.device != "cpu" else platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
 
 
