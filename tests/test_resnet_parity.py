@@ -90,6 +90,20 @@ def test_one_step(stem, layout, training, device, on):
             assert_within_budget(name, found[name], [result[name] for result in expected], exact[name])
 
 
+def test_one_step_in_bfloat16(device, on):
+    """Under autocast; bf16 keeps 8 bits, so only results over many values are compared: all gradients as one vector."""
+    on("triton")
+    ours, theirs = make_pair("cifar", "channels_last", device)
+    x, target = make_batch("cifar", "channels_last", device)
+    exact = one_step(copy.deepcopy(theirs).double(), x.double(), target)
+    with torch.autocast(device.type, torch.bfloat16):
+        found, expected = one_step(ours, x, target), one_step(theirs, x, target)
+    for prefix in ("logits", "d ", "layer"):  # the last: running statistics
+        names = [name for name in found if name.startswith(prefix) and not name.endswith("num_batches_tracked")]
+        vectors = [torch.cat([result[name].flatten() for name in names]) for result in (found, expected, exact)]
+        assert_within_budget(prefix, *vectors)
+
+
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stem", IMAGE_SIZE)
