@@ -1,5 +1,6 @@
 """Fused batch norm + residual + ReLU as one differentiable function."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,12 +63,42 @@ def batch_norm_add_relu(
     Raises:
         TypeError: x is not floating point, or a vector has another type than the rule above allows.
         ValueError: x is not 4-D, training with one value per channel, a vector or the residual of the wrong shape or on
-            another device, running statistics missing, eps not positive, or an unknown backend.
+            another device, running statistics missing, eps not positive, momentum not finite, or an unknown backend.
         RuntimeError: the backend asked for cannot run here.
 
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
     """
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
+    check_arguments(x, norm, residual, residual_norm)
+    return run(x, norm, residual, residual_norm, relu, fork, backend)
+
+
+def run(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    fork: bool,
+    backend: Backend | None = None,
+) -> Any:
+    """`batch_norm_add_relu` behind `check_arguments`."""
+    residual = None if residual is None else residual.to(x.dtype)
+    if choose_backend(x, backend) == "aten":
+        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu)
+        return (y, y) if fork else y
+    x = dense(x)
+    join: Join = "none"
+    if residual is not None:
+        residual = dense(residual, like=x)
+        join = "add" if residual_norm is None else "bn"
+    return _BatchNormAddReLU.apply(x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork)
+
+
+def check_arguments(
+    x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm: BatchNormArgs | None
+) -> None:
+    """Raise the TypeError or ValueError that `batch_norm_add_relu` documents."""
     _check_input("x", x)
     _check_norm("", x, norm)
     if residual is None and residual_norm is not None:
@@ -80,17 +111,6 @@ def batch_norm_add_relu(
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
         if residual_norm is not None:
             _check_norm("residual_norm.", x, residual_norm)
-        residual = residual.to(x.dtype)
-
-    if choose_backend(x, backend) == "aten":
-        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu)
-        return (y, y) if fork else y
-    x = dense(x)
-    join: Join = "none"
-    if residual is not None:
-        residual = dense(residual, like=x)
-        join = "add" if residual_norm is None else "bn"
-    return _BatchNormAddReLU.apply(x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork)
 
 
 def _check_input(name: str, x: Tensor) -> None:
@@ -130,6 +150,8 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if not norm.eps > 0:
         raise ValueError(f"{prefix}eps must be positive, got {norm.eps}")
+    if norm.momentum is None or not math.isfinite(norm.momentum):
+        raise ValueError(f"{prefix}momentum must be a finite number, got {norm.momentum}")
 
 
 class _BatchNormAddReLU(torch.autograd.Function):

@@ -2,28 +2,9 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .functional import BatchNormArgs, batch_norm_add_relu
-
-
-@torch.fx.wrap  # one step for torch.fx, which cannot look into what depends on shapes and types
-def _run_and_count(
-    x: Tensor,
-    residual: Tensor | None,
-    norms: list[BatchNormArgs],
-    counters: list[Tensor | None],
-    relu: bool,
-    fork: bool,
-) -> Any:
-    """The fused operation; then, since it was not refused, one more batch in every counter."""
-    residual_norm = norms[1] if len(norms) > 1 else None
-    y = batch_norm_add_relu(x, *norms[0], residual=residual, residual_norm=residual_norm, relu=relu, fork=fork)
-    for counter in counters:
-        if counter is not None:
-            counter.add_(1)
-    return y
+from .functional import BatchNormArgs, check_arguments, run
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -56,6 +37,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """relu(bn(x) + residual); x and residual: [N, C, H, W]. Errors are those of `batch_norm_add_relu`."""
+        if isinstance(x, fx.Proxy):  # torch.fx takes nn.BatchNorm2d as one step, whose mode may still change: so here
+            tracer: Any = x.tracer
+            arguments = (x,) if residual is None else (x, residual)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
         return self.fused(x, residual, relu=self.relu)
 
     def fused(
@@ -77,10 +62,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         Returns:
             y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
-        norms = [self] if residual_norm is None else [self, residual_norm]
-        return _run_and_count(
-            x, residual, [norm.arguments() for norm in norms], [norm.counter() for norm in norms], relu, fork
-        )
+        norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
+        check_arguments(x, norm, residual, residual_args)  # a batch that is refused is not counted
+        for module in (self, residual_norm):
+            counter = None if module is None else module.counter()
+            if counter is not None:
+                counter.add_(1)
+        return run(x, norm, residual, residual_args, relu, fork)
 
     def counter(self) -> Tensor | None:
         """`num_batches_tracked`, where this pass counts as a batch."""

@@ -39,7 +39,8 @@ def test_sizes_classes_and_types(images: Path):
 
 def test_an_image_of_the_right_size_is_not_changed(tmp_path: Path):
     for part in ("train", "test"):
-        write_images(tmp_path / part / "one", 2, size=(16, 16))
+        for name in ("one", "two"):
+            write_images(tmp_path / part / name, 2, size=(16, 16))
     pixels, _ = next(load_dataset("folder", tmp_path, image_size=16).test.batches(1))
     with Image.open(tmp_path / "test" / "one" / "0.png") as image:
         assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.asarray(image))
@@ -85,6 +86,7 @@ def test_mean_and_std_of_a_large_folder_come_from_evenly_spaced_images(images: P
 def test_grey_and_transparent_images_become_rgb(tmp_path: Path):
     for part in ("train", "test"):
         (tmp_path / part / "one").mkdir(parents=True)
+        write_images(tmp_path / part / "two", 1)
         Image.new("L", (9, 9), 77).save(tmp_path / part / "one" / "grey.png")
         Image.new("RGBA", (9, 9), (10, 20, 30, 255)).save(tmp_path / part / "one" / "rgba.png")
     pixels, _ = next(load_dataset("folder", tmp_path, image_size=8).test.batches(2))
@@ -117,10 +119,10 @@ def test_classes_that_differ_are_named(images: Path):
         load_dataset("folder", images)
 
 
-def test_one_training_image_is_too_few(tmp_path: Path):
+def test_one_class_is_too_few(tmp_path: Path):
     for part in ("train", "test"):
-        write_images(tmp_path / part / "one", 1)
-    with pytest.raises(DataError, match="at least 2 images.* has 1"):
+        write_images(tmp_path / part / "one", 3)
+    with pytest.raises(DataError, match="at least 2 classes.* has only one"):
         load_dataset("folder", tmp_path)
 
 

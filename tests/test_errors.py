@@ -68,6 +68,8 @@ CASES = {
         "residual_norm.vectors must all be torch.float64 for x of torch.float64",
     ),
     "eps": ({"eps": -1.0}, ValueError, "eps must be positive, got -1.0"),
+    "momentum": ({"momentum": float("nan")}, ValueError, "momentum must be a finite number, got nan"),
+    "no momentum": ({"momentum": None}, ValueError, "momentum must be a finite number, got None"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of ('triton', 'aten') or None, got 'cuda'"),
 }
 

@@ -182,8 +182,16 @@ def wrap_a_block(model):
     model.layer3[1] = nn.Sequential(model.layer3[1], nn.Dropout(0.0))
 
 
+def patch_a_forward(model):
+    block = model.layer1[0]
+    block.relu.forward = torch.tanh
+    original = model.layer3[0].forward
+    model.layer3[0].forward = lambda x: 3 * original(x)
+
+
 @pytest.mark.parametrize(
-    "surgery", (swap_activation, drop_last_stage, swap_a_norm, empty_a_stage, swap_a_projection, wrap_a_block)
+    "surgery",
+    (patch_a_forward, swap_activation, drop_last_stage, swap_a_norm, empty_a_stage, swap_a_projection, wrap_a_block),
 )
 def test_surgery_is_honored(surgery):
     """What users put in place of a layer is what runs."""
@@ -212,6 +220,27 @@ def test_feature_extractor():
     found, expected = (create_feature_extractor(model, nodes)(x) for model in (ours, theirs))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_traced_model_keeps_its_modes():
+    """Batch norms are steps of their own in an fx graph, whose mode may change after tracing."""
+    for model in pair(num_classes=5):
+        traced = torch.fx.symbolic_trace(model.train())
+        assert sum(node.op == "call_module" and "bn" in node.target for node in traced.graph.nodes) == 17
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(traced.eval()(x), model.eval()(x))
+        before = model.bn1.running_mean.clone()
+        traced.train()(x)
+        assert not torch.equal(traced.bn1.running_mean, before)
+
+
+def test_checkpointing_counts_batches_as_torch_does():
+    counts = []
+    for model in pair(num_classes=5):
+        x = torch.randn(2, 64, 8, 8, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(model.layer1, x, use_reentrant=False).sum().backward()
+        counts.append([int(b) for n, b in model.layer1.named_buffers() if n.endswith("num_batches_tracked")])
+    assert counts[0] == counts[1] == [2, 2, 2, 2]
 
 
 def test_copies():

@@ -21,6 +21,7 @@ from resnet_fast.training.config import choose_precision
         ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "meta"}, "device must be .*'meta'"),
         ({"device": "cpu:1"}, "device must be .*'cpu:1'"),
+        ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
         ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
         ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
         ({"epochs": 2.5}, "epochs must be an integer.*2.5"),

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,9 @@ import torch
 from PIL import Image
 
 from resnet_fast.data import ImageDataset, TensorSplit
+from resnet_fast.files import whole_file
 from resnet_fast.training import EpochMetrics, TrainConfig, run_folder
-from resnet_fast.training.run_folder import RunFolder, check_is_free, whole_file
+from resnet_fast.training.run_folder import RunFolder, check_is_free
 
 
 def make_dataset() -> ImageDataset:
@@ -162,3 +167,42 @@ def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConf
         assert image.format == "PNG" and image.width >= 1200
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert (0xC2, 0x41, 0x0C) in colors and (0x8A, 0x8F, 0x98) in colors  # both lines were drawn
+
+
+def test_signals_wait_until_a_file_is_whole(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        with whole_file(tmp_path / "file") as file:
+            file.write(b"first ")
+            signal.raise_signal(signal.SIGINT)
+            file.write(b"second")
+    assert (tmp_path / "file").read_bytes() == b"first second"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_leaves_nothing_unfinished(tmp_path: Path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from resnet_fast.files import whole_file
+with whole_file(Path(sys.argv[1])) as file:
+    os.kill(os.getpid(), signal.SIGTERM)
+    file.write(b"whole")
+print("not reached")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == -signal.SIGTERM and done.stdout == "", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    first = TrainConfig(dataset="digits").out
+    first.mkdir(parents=True)
+    assert (str(first), str(TrainConfig(dataset="digits").out)) == (
+        "runs/digits-resnet18-now",
+        "runs/digits-resnet18-now-2",
+    )

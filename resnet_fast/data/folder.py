@@ -27,7 +27,7 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0) -> ImageDa
 
     Raises:
         DataError: the folder, its train/ or its test/ is missing or has no images, the classes of train/ and test/
-            differ, there is only one training image, or an image cannot be read.
+            differ, there is only one class, or an image cannot be read.
     """
     layout = f"expected {folder}/train/<class>/<image> and {folder}/test/<class>/<image>"
     if not folder.is_dir():
@@ -42,8 +42,8 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0) -> ImageDa
         found = [f"only in train/: {', '.join(only_train)}"] if only_train else []
         found += [f"only in test/: {', '.join(only_test)}"] if only_test else []
         raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(found)}")
-    if len(train.samples) < 2:
-        raise DataError(f"training needs at least 2 images, {folder / 'train'} has {len(train.samples)}")
+    if len(train.classes) < 2:
+        raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {train.classes[0]}")
 
     train_split, test_split = (FolderSplit(_Images(part.samples, image_size), workers) for part in (train, test))
     mean, std = _statistics(train_split)

@@ -2,7 +2,7 @@
 
 The classes are torchvision's own, so constructors, initialization, checkpoint keys and module names are theirs. What
 differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at, or has been
-put in place of, one of the steps in between (a hook, torch.fx, another norm layer or activation) makes the block run
+put in place of, one of the steps in between (hooks, torch.fx, other layers, patched forwards) makes the block run
 torchvision's forward, step by step: the same numbers, without the fusion.
 """
 
@@ -27,11 +27,16 @@ Stem = Literal["imagenet", "cifar"]
 
 
 def is_observed(module: nn.Module, x: Tensor) -> bool:
-    """Whether somebody may look at what goes on inside `module`: by hooks, or by tracing it with torch.fx."""
+    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward."""
     if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
         return True
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in module.modules()
     )
 
 

@@ -60,8 +60,11 @@ class RunFolder:
             "config": self.config.as_dict(),
             "classes": list(self.dataset.classes),
         }
+        # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
+        archive = io.BytesIO()
+        torch.save(checkpoint, archive)
         with whole_file(self.config.out / "checkpoint.pt") as file:
-            torch.save(checkpoint, file)
+            file.write(archive.getbuffer())
         with whole_file(self.config.out / "metrics.csv") as file:
             file.write(_table(history).encode())
         title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
