@@ -169,7 +169,15 @@ def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConf
     assert (0xC2, 0x41, 0x0C) in colors and (0x8A, 0x8F, 0x98) in colors  # both lines were drawn
 
 
-def test_signals_wait_until_a_file_is_whole(tmp_path: Path):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_wait_until_a_file_is_whole(tmp_path: Path, interruptible: None):
     with pytest.raises(KeyboardInterrupt):
         with whole_file(tmp_path / "file") as file:
             file.write(b"first ")
