@@ -93,7 +93,7 @@ _LIBRARY.define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, Tensor dresidual_bias)",
 )
 
-# The gradient is the autograd.Function's in functional.py; passing autograd by saves a tenth of a small call.
+# Autograd has no business with the operators: the gradient is the autograd.Function's in functional.py.
 for _name in ("batch_norm_add_relu", "batch_norm_add_relu_backward"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -118,7 +118,7 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     norm, residual, residual_norm, relu = _unpack(arguments)
-    choose_backend(x, "triton")
+    choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
     with _device_guard(x):
@@ -141,7 +141,7 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
 @torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
 def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
     *saved, join, relu, training, residual_training = arguments
-    choose_backend(x, "triton")
+    choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     saved = Saved(x, *saved)
     if saved.residual is not None:
