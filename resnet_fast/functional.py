@@ -199,11 +199,10 @@ class _BatchNormAddReLU(torch.autograd.Function):
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
         if join == "add" and not relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
-        by_norm = [(None, None, dweight, dbias, None, None, None)]
-        by_norm.append((None, None, dresidual_weight, dresidual_bias, None, None, None))
-        wanted = ctx.needs_input_grad
-        returned = (dx, dresidual, *by_norm[0], *by_norm[1], None, None, None)
-        return tuple(gradient if want else None for gradient, want in zip(returned, wanted, strict=True))
+        of_norm = (None, None, dweight, dbias, None, None, None)
+        of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
+        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None)
+        return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:

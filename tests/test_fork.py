@@ -61,7 +61,7 @@ def test_no_gradient_arrives_at_either_handle(device):
     operands = make_operands(CASE, torch.float32, "channels_last", device)
     x = operands.x.requires_grad_()
     Stop.apply(*batch_norm_add_relu(x, *operands.norms[0], fork=True)).backward()
-    assert x.grad is None or torch.equal(x.grad, torch.zeros_like(x))
+    assert x.grad is None
 
 
 def test_the_handles_share_memory(device):
