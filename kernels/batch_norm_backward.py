@@ -28,10 +28,11 @@ def reduce_kernel(
     bias_ptr,
     residual_ptr,
     residual_mean_ptr,
+    residual_rstd_ptr,
     dz_ptr,
     partial_dz_ptr,
-    partial_dz_x_ptr,
-    partial_dz_residual_ptr,
+    partial_dz_xhat_ptr,
+    partial_dz_rhat_ptr,
     n_rows,
     n_channels,
     n_spatial,
@@ -41,7 +42,7 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums over one split of rows: dz, dz·(x - mean) and, for the bn join, dz·(residual - its mean) (B2).
+    """Sums over one split of rows: dz, dz·x̂ with x̂ = (x - mean)·rstd and, for the bn join, the residual's (B2).
 
     `dz_ptr`, where given, receives dz: with a residual it is the residual's gradient, and behind a fork it saves the
     input-gradient pass one of two reads.
@@ -56,16 +57,16 @@ def reduce_kernel(
     first_row = split * rows_per_split
     n_own = tl.minimum(n_rows - first_row, rows_per_split).to(tl.int32)
     mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
     if RELU and relu_mask_ptr is None:
-        scale = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type) * load_channel(
-            weight_ptr, offs_c, mask_c, 1.0, acc_type
-        )
+        scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_ptr is not None:
         residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
-        sum_dz_residual = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+        residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+        sum_dz_rhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     sum_dz = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
-    sum_dz_x = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+    sum_dz_xhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
 
     for start in range(0, n_own, BLOCK_M):
         mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
@@ -89,16 +90,16 @@ def reduce_kernel(
         if dz_ptr is not None:
             tl.store(dz_ptr + offsets, dz, mask=mask)
         sum_dz += dz
-        sum_dz_x += dz * (x - mean[None, :])
+        sum_dz_xhat += dz * ((x - mean[None, :]) * rstd[None, :])
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-            sum_dz_residual += dz * (residual - residual_mean[None, :])
+            sum_dz_rhat += dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :])
 
     partial = split * n_channels + offs_c
     tl.store(partial_dz_ptr + partial, tl.sum(sum_dz, axis=0), mask=mask_c)
-    tl.store(partial_dz_x_ptr + partial, tl.sum(sum_dz_x, axis=0), mask=mask_c)
+    tl.store(partial_dz_xhat_ptr + partial, tl.sum(sum_dz_xhat, axis=0), mask=mask_c)
     if residual_ptr is not None:
-        tl.store(partial_dz_residual_ptr + partial, tl.sum(sum_dz_residual, axis=0), mask=mask_c)
+        tl.store(partial_dz_rhat_ptr + partial, tl.sum(sum_dz_rhat, axis=0), mask=mask_c)
 
 
 @triton.jit
@@ -115,13 +116,11 @@ def sum_splits(partial_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S: tl.co
 @triton.jit
 def combine_gradients_kernel(
     partial_dz_ptr,
-    partial_dz_x_ptr,
-    partial_dz_residual_ptr,
-    rstd_ptr,
-    residual_rstd_ptr,
+    partial_dz_xhat_ptr,
+    partial_dz_rhat_ptr,
     sum_dz_ptr,
-    sum_dz_x_ptr,
-    sum_dz_residual_ptr,
+    sum_dz_xhat_ptr,
+    sum_dz_rhat_ptr,
     dweight_ptr,
     dbias_ptr,
     dresidual_weight_ptr,
@@ -131,37 +130,35 @@ def combine_gradients_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sums of the whole batch, and from them dbias = sum dz and dweight = rstd · sum dz·(x - mean) (B3)."""
-    acc_type: tl.constexpr = rstd_ptr.dtype.element_ty
+    """The sums of the whole batch; they are also the parameters' gradients: dbias = sum dz, dweight = sum dz·x̂ (B3)."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
     sum_dz = sum_splits(partial_dz_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
-    sum_dz_x = sum_splits(partial_dz_x_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
+    sum_dz_xhat = sum_splits(partial_dz_xhat_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
     tl.store(sum_dz_ptr + offs_c, sum_dz, mask=mask_c)
-    tl.store(sum_dz_x_ptr + offs_c, sum_dz_x, mask=mask_c)
+    tl.store(sum_dz_xhat_ptr + offs_c, sum_dz_xhat, mask=mask_c)
     if dweight_ptr is not None:
-        rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
-        tl.store(dweight_ptr + offs_c, rstd * sum_dz_x, mask=mask_c)
+        tl.store(dweight_ptr + offs_c, sum_dz_xhat, mask=mask_c)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs_c, sum_dz, mask=mask_c)
-    if partial_dz_residual_ptr is not None:
-        sum_dz_residual = sum_splits(partial_dz_residual_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
-        tl.store(sum_dz_residual_ptr + offs_c, sum_dz_residual, mask=mask_c)
+    if partial_dz_rhat_ptr is not None:
+        sum_dz_rhat = sum_splits(partial_dz_rhat_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
+        tl.store(sum_dz_rhat_ptr + offs_c, sum_dz_rhat, mask=mask_c)
         if dresidual_weight_ptr is not None:
-            residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
-            tl.store(dresidual_weight_ptr + offs_c, residual_rstd * sum_dz_residual, mask=mask_c)
+            tl.store(dresidual_weight_ptr + offs_c, sum_dz_rhat, mask=mask_c)
         if dresidual_bias_ptr is not None:
             tl.store(dresidual_bias_ptr + offs_c, sum_dz, mask=mask_c)
 
 
 @triton.jit
-def input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_x, n_rows, TRAINING: tl.constexpr):
+def input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_xhat, n_rows, TRAINING: tl.constexpr):
     """dx of one batch norm from dz (B4 with batch statistics, B5 with frozen ones)."""
     scale = (rstd * weight)[None, :]
     if TRAINING:
         mean_dz = sum_dz / n_rows
-        slope = rstd * rstd * (sum_dz_x / n_rows)
-        dx = scale * (dz - mean_dz[None, :] - (x - mean[None, :]) * slope[None, :])
+        mean_dz_xhat = sum_dz_xhat / n_rows
+        xhat = (x - mean[None, :]) * rstd[None, :]
+        dx = scale * (dz - mean_dz[None, :] - xhat * mean_dz_xhat[None, :])
     else:
         dx = scale * dz
     return dx
@@ -180,8 +177,8 @@ def input_gradients_kernel(
     residual_rstd_ptr,
     residual_weight_ptr,
     sum_dz_ptr,
-    sum_dz_x_ptr,
-    sum_dz_residual_ptr,
+    sum_dz_xhat_ptr,
+    sum_dz_rhat_ptr,
     dx_ptr,
     dresidual_ptr,
     n_rows,
@@ -209,11 +206,11 @@ def input_gradients_kernel(
     rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
     sum_dz = load_channel(sum_dz_ptr, offs_c, mask_c, 0.0, acc_type)
-    sum_dz_x = load_channel(sum_dz_x_ptr, offs_c, mask_c, 0.0, acc_type)
+    sum_dz_xhat = load_channel(sum_dz_xhat_ptr, offs_c, mask_c, 0.0, acc_type)
     if RELU:
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
         dz = tl.where(recompute_drop(x, x_ptr.dtype.element_ty, mean, rstd * weight, bias), 0.0, dz)
-    dx = input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_x, n_rows, TRAINING)
+    dx = input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_xhat, n_rows, TRAINING)
     tl.store(dx_ptr + offsets, dx, mask=mask)
 
     if residual_ptr is not None:
@@ -221,6 +218,6 @@ def input_gradients_kernel(
         mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
         rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
         weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        sum_dz_residual = load_channel(sum_dz_residual_ptr, offs_c, mask_c, 0.0, acc_type)
-        dresidual = input_gradient(dz, residual, mean, rstd, weight, sum_dz, sum_dz_residual, n_rows, RESIDUAL_TRAINING)
+        sum_dz_rhat = load_channel(sum_dz_rhat_ptr, offs_c, mask_c, 0.0, acc_type)
+        dresidual = input_gradient(dz, residual, mean, rstd, weight, sum_dz, sum_dz_rhat, n_rows, RESIDUAL_TRAINING)
         tl.store(dresidual_ptr + offsets, dresidual, mask=mask)

@@ -9,26 +9,85 @@ import triton.language as tl
 
 from .tile_access import bit_offsets, load_channel, normalize, pack_bits, tile_offsets
 
+# Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
+UNIT = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def load_row(x_ptr, row, offs_c, mask_c, n_channels, n_spatial, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+    """One row of x, [BLOCK_M, BLOCK_C]: each row of a tile its own copy, loaded 16 bytes wide where x is."""
+    offsets = tile_offsets(row, offs_c, n_channels, n_spatial, CHANNELS_LAST, 1)
+    offsets = tl.broadcast_to(offsets, [BLOCK_M, offs_c.shape[0]])
+    return tl.load(x_ptr + offsets, mask=mask_c[None, :], other=0.0)
+
+
+@triton.jit
+def load_pivot(
+    x_ptr, offs_c, n_rows, n_channels, n_spatial, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, acc_type
+):
+    """[BLOCK_C], the median of the first, middle and last row: typical even where one of them is an outlier."""
+    mask_c = offs_c < n_channels
+    rows = tl.full([], 0, tl.int64) + n_rows
+    first = load_row(x_ptr, rows * 0, offs_c, mask_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M).to(acc_type)
+    middle = load_row(x_ptr, rows // 2, offs_c, mask_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M).to(acc_type)
+    last = load_row(x_ptr, rows - 1, offs_c, mask_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M).to(acc_type)
+    median = tl.maximum(tl.minimum(first, middle), tl.minimum(tl.maximum(first, middle), last))
+    return tl.max(tl.where(is_finite(median), median, 0.0), axis=0)
+
 
 @triton.jit
 def merge_lanes(count, mean, m2):
-    """Chan's formula for many parts at once (S2): [P] counts, [P, C] means and M2 -> count, [C] mean, [C] M2."""
+    """Chan's formula for many parts at once (S2): [P] counts, [P, C] means and M2 -> count, [C] mean, [C] M2.
+
+    The mean comes in two parts, an estimate and what its rounding lost: the sum of the deviations from it.
+    """
     total = tl.sum(count, axis=0)
-    share = (count / tl.maximum(total, 1))[:, None]
-    # Twice: the second sum is of differences, so it mends the first one's rounding where |mean| >> std.
-    estimate = tl.sum(share * mean, axis=0)
+    share = 1 / tl.maximum(total, 1)
+    estimate = tl.sum(count[:, None] * mean, axis=0) * share
     deviation = mean - estimate[None, :]
-    correction = tl.sum(share * deviation, axis=0)
-    deviation -= correction[None, :]
+    lost = tl.sum(count[:, None] * deviation, axis=0) * share
+    deviation -= lost[None, :]
     merged_m2 = tl.sum(m2 + count[:, None] * deviation * deviation, axis=0)
-    return total, estimate + correction, merged_m2
+    return total, estimate, tl.where(is_finite(estimate), lost, 0.0), merged_m2
 
 
 @triton.jit
-def pivot_offsets(offs_c, n_spatial, CHANNELS_LAST: tl.constexpr):
-    """Where row 0 of x lies: one value per channel."""
-    stride_c = 1 if CHANNELS_LAST else n_spatial
-    return offs_c.to(tl.int64) * stride_c
+def split_statistics(
+    x_ptr,
+    first_row,
+    n_own,
+    offs_c,
+    n_rows,
+    n_channels,
+    n_spatial,
+    unit,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[BLOCK_C] mean and M2 of (x - pivot)·unit over `n_own` rows: Welford in every lane, then merged (S1, S2)."""
+    mask_c = offs_c < n_channels
+    offs_m = tl.arange(0, BLOCK_M)
+    pivot = load_pivot(x_ptr, offs_c, n_rows, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M, unit.dtype) * unit
+    mean = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
+    m2 = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
+    for start in range(0, n_own, BLOCK_M):
+        mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
+        offsets = tile_offsets(first_row + start, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(unit.dtype) * unit
+        x = tl.where(mask, x - pivot[None, :], mean)  # a lane without a row keeps its mean
+        delta = x - mean
+        mean += tl.where(is_finite(mean), delta * (1 / tl.full([], start // BLOCK_M + 1, unit.dtype)), x)
+        m2 += delta * (x - mean)
+
+    count = ((n_own - offs_m + BLOCK_M - 1) // BLOCK_M).to(unit.dtype)
+    _, mean, lost, m2 = merge_lanes(count, mean, m2)
+    return mean + lost, m2
 
 
 @triton.jit
@@ -44,39 +103,69 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and centered M2 of one split of rows: Welford in every lane of the tile, the lanes merged at the end (S1).
+    """Mean and centered M2 of one split of rows. A negative M2 stands for its magnitude in units of 1/UNIT².
 
-    What is averaged is x - pivot, with the tensor's first row as pivot: where |mean| >> std the difference is exact,
-    and the partial means stay small numbers.
+    What is averaged is x - pivot: where |mean| >> std the difference is exact, and the means stay small numbers.
     """
     acc_type: tl.constexpr = partial_mean_ptr.dtype.element_ty
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
     offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < n_channels
-    offs_m = tl.arange(0, BLOCK_M)
     first_row = split * rows_per_split
     n_own = tl.minimum(n_rows - first_row, rows_per_split).to(tl.int32)
+    partial = split * n_channels + offs_c
 
-    # The row is loaded into every row of a tile: 16-byte loads, in the layout in which it is used.
-    pivot_at = tl.broadcast_to(pivot_offsets(offs_c, n_spatial, CHANNELS_LAST)[None, :], [BLOCK_M, BLOCK_C])
-    pivot = tl.load(x_ptr + pivot_at, mask=mask_c[None, :], other=0.0).to(acc_type)
+    todo = (offs_c < n_channels).to(tl.int32)
+    rescue = tl.full([], 0, tl.int32)  # 1 where a square has overflowed, or x holds Inf or NaN
+    while tl.max(todo, axis=0) > 0:
+        unit = tl.where(rescue > 0, UNIT, 1.0).to(acc_type)
+        mean, m2 = split_statistics(
+            x_ptr, first_row, n_own, offs_c, n_rows, n_channels, n_spatial, unit, CHANNELS_LAST, BLOCK_M, BLOCK_C
+        )
+        done = todo & (is_finite(m2).to(tl.int32) | rescue)
+        tl.store(partial_mean_ptr + partial, mean / unit, mask=done > 0)
+        tl.store(partial_m2_ptr + partial, tl.where(rescue > 0, -m2, m2), mask=done > 0)
+        todo -= done
+        rescue = 1
 
-    mean = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
-    m2 = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
-    for start in range(0, n_own, BLOCK_M):
-        mask = (start + offs_m < n_own)[:, None] & mask_c[None, :]
-        offsets = tile_offsets(first_row + start, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-        x = tl.where(mask, x - pivot, mean)  # a lane without a row keeps its mean
-        delta = x - mean
-        mean += delta / tl.full([], start // BLOCK_M + 1, acc_type)
-        m2 += delta * (x - mean)
 
-    count = ((n_own - offs_m + BLOCK_M - 1) // BLOCK_M).to(acc_type)
-    _, mean, m2 = merge_lanes(count, mean, m2)
-    tl.store(partial_mean_ptr + split * n_channels + offs_c, mean, mask=mask_c)
-    tl.store(partial_m2_ptr + split * n_channels + offs_c, m2, mask=mask_c)
+@triton.jit
+def merge_splits(
+    partial_mean_ptr,
+    partial_m2_ptr,
+    offs_c,
+    n_rows,
+    n_channels,
+    n_splits,
+    rows_per_split,
+    unit,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[BLOCK_C] mean, in two parts as in `merge_lanes`, and M2 of (x - pivot)·unit over all rows (S2, S3)."""
+    count = tl.zeros([], unit.dtype)
+    mean = tl.zeros([BLOCK_C], unit.dtype)
+    lost = tl.zeros([BLOCK_C], unit.dtype)
+    m2 = tl.zeros([BLOCK_C], unit.dtype)
+    for start in range(0, n_splits, BLOCK_S):
+        offs_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        mask = (offs_s < n_splits)[:, None] & (offs_c < n_channels)[None, :]
+        offsets = offs_s[:, None] * n_channels + offs_c[None, :]
+        rows = tl.maximum(tl.minimum(n_rows - offs_s * rows_per_split, rows_per_split), 0).to(unit.dtype)
+        part_mean = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0) * unit
+        part_m2 = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
+        part_m2 = tl.where(part_m2 < 0, -part_m2 * (unit / UNIT) * (unit / UNIT), part_m2 * unit * unit)
+        step_count, step_mean, step_lost, step_m2 = merge_lanes(rows, part_mean, part_m2)
+        # Chan's formula for two parts (S3); `count` is 0 in the first step.
+        total = count + step_count
+        share = step_count / total
+        delta = (step_mean - mean) + (step_lost - lost)
+        m2 += step_m2 + delta * delta * (count * share)
+        merged = mean + tl.where(is_finite(mean), delta * share, step_mean)
+        lost += tl.where(is_finite(merged), delta * share - (merged - mean), 0.0)
+        mean = merged
+        count = total
+    return mean, lost, m2
 
 
 @triton.jit
@@ -104,42 +193,45 @@ def combine_statistics_kernel(
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
+    epsilon = tl.full([], eps, acc_type)
 
     if TRAINING:
-        count = tl.zeros([], acc_type)
-        mean = tl.zeros([BLOCK_C], acc_type)
-        m2 = tl.zeros([BLOCK_C], acc_type)
-        for start in range(0, n_splits, BLOCK_S):
-            offs_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
-            mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
-            offsets = offs_s[:, None] * n_channels + offs_c[None, :]
-            rows = tl.maximum(tl.minimum(n_rows - offs_s * rows_per_split, rows_per_split), 0).to(acc_type)
-            part_mean = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0)
-            part_m2 = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
-            step_count, step_mean, step_m2 = merge_lanes(rows, part_mean, part_m2)
-            # Chan's formula for two parts (S3); `count` is 0 in the first step.
-            total = count + step_count
-            delta = step_mean - mean
-            m2 += step_m2 + delta * delta * (count * (step_count / total))
-            mean += delta * (step_count / total)
-            count = total
-        pivot_at = pivot_offsets(offs_c, n_spatial, CHANNELS_LAST)
-        mean += tl.load(x_ptr + pivot_at, mask=mask_c, other=0.0).to(acc_type)
-        variance = m2 / count
-        if running_mean_ptr is not None:
-            unbiased = m2 / (count - 1)
-            new = tl.full([], momentum, acc_type)
-            old = tl.full([], 1.0 - momentum, acc_type)
-            running_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(acc_type)
-            running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(acc_type)
-            tl.store(running_mean_ptr + offs_c, new * mean + old * running_mean, mask=mask_c)
-            tl.store(running_var_ptr + offs_c, new * unbiased + old * running_var, mask=mask_c)
+        pivot = load_pivot(x_ptr, offs_c, n_rows, n_channels, n_spatial, CHANNELS_LAST, 1, acc_type)
+        todo = mask_c.to(tl.int32)
+        rescue = tl.full([], 0, tl.int32)
+        while tl.max(todo, axis=0) > 0:
+            unit = tl.where(rescue > 0, UNIT, 1.0).to(acc_type)
+            mean, lost, m2 = merge_splits(
+                partial_mean_ptr,
+                partial_m2_ptr,
+                offs_c,
+                n_rows,
+                n_channels,
+                n_splits,
+                rows_per_split,
+                unit,
+                BLOCK_S,
+                BLOCK_C,
+            )
+            done = todo & (is_finite(m2).to(tl.int32) | rescue)
+            mean = (mean / unit + pivot) + lost / unit
+            tl.store(mean_ptr + offs_c, mean, mask=done > 0)
+            tl.store(rstd_ptr + offs_c, unit / tl.sqrt(m2 / n_rows + epsilon * unit * unit), mask=done > 0)
+            if running_mean_ptr is not None:
+                new = tl.full([], momentum, acc_type)
+                old = tl.full([], 1.0 - momentum, acc_type)
+                running_mean = tl.load(running_mean_ptr + offs_c, mask=done > 0, other=0.0).to(acc_type)
+                running_var = tl.load(running_var_ptr + offs_c, mask=done > 0, other=0.0).to(acc_type)
+                unbiased = m2 / (n_rows - 1) / unit / unit
+                tl.store(running_mean_ptr + offs_c, new * mean + old * running_mean, mask=done > 0)
+                tl.store(running_var_ptr + offs_c, new * unbiased + old * running_var, mask=done > 0)
+            todo -= done
+            rescue = 1
     else:
         mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(acc_type)
         variance = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(acc_type)
-
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(variance + tl.full([], eps, acc_type)), mask=mask_c)
+        tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+        tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(variance + epsilon), mask=mask_c)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ import triton
 TILE_ELEMENTS = 2048
 NUM_WARPS = 4
 
+# The bn join's reduction holds four tensors and three accumulators: half a tile keeps it below 128 registers.
+BN_JOIN_REDUCE_ELEMENTS = 1024
+
 # 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.
 MAX_BLOCK_C = 128
 
@@ -24,8 +27,8 @@ BITS_PER_BYTE = 8
 TARGET_PROGRAMS = 1024
 MIN_ROWS_PER_SPLIT = 64
 
-# Combining is latency: a full 128-byte line of fp32 partials per row, and many rows per step for few steps.
-COMBINE_BLOCK_C = 32
+# Combining is latency: many rows per step for few steps, 64 bytes of fp32 partials each, two sectors of a line.
+COMBINE_BLOCK_C = 16
 COMBINE_BLOCK_S = 128
 
 
@@ -40,14 +43,16 @@ class Tiles(NamedTuple):
     n_splits: int
 
 
-def choose_tiles(n_rows: int, n_channels: int, n_spatial: int, channels_last: bool) -> Tiles:
+def choose_tiles(
+    n_rows: int, n_channels: int, n_spatial: int, channels_last: bool, tile_elements: int = TILE_ELEMENTS
+) -> Tiles:
     """The tiles of a [n_rows, n_channels] tensor whose images have `n_spatial` = H·W pixels."""
     if channels_last:  # channels are contiguous: fill them first
         block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
     else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
-        block_m = min(TILE_ELEMENTS, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
-        block_c = min(TILE_ELEMENTS // block_m, triton.next_power_of_2(n_channels))
-    block_m = TILE_ELEMENTS // block_c
+        block_m = min(tile_elements, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
+        block_c = min(tile_elements // block_m, triton.next_power_of_2(n_channels))
+    block_m = tile_elements // block_c
     n_channel_tiles = triton.cdiv(n_channels, block_c)
 
     wanted_splits = max(1, TARGET_PROGRAMS // n_channel_tiles)

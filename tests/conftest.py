@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
     import interpreter
 
-    interpreter.round_bfloat16_to_nearest()
+    interpreter.mend()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 import resnet_fast  # noqa: E402, F401  (after the interpreter is chosen, before any test imports torchvision)

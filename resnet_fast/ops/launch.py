@@ -135,15 +135,16 @@ def backward(
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
     shape = Shape.of(saved.x)
     cut = tiles.choose_tiles(*shape)
+    sums_cut = tiles.choose_tiles(*shape, tiles.BN_JOIN_REDUCE_ELEMENTS) if join == "bn" else cut
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
-    partials = saved.mean.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels).unbind()
+    partials = saved.mean.new_empty(3 if is_bn_join else 2, sums_cut.n_splits, shape.n_channels).unbind()
     sums = saved.mean.new_empty(3 if is_bn_join else 2, shape.n_channels).unbind()
     run(
         batch_norm_backward.reduce_kernel,
-        (cut.n_splits * cut.n_channel_tiles,),
+        (sums_cut.n_splits * sums_cut.n_channel_tiles,),
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
         relu_mask_ptr=saved.relu_mask,
@@ -154,18 +155,19 @@ def backward(
         bias_ptr=saved.bias,
         residual_ptr=saved.residual,
         residual_mean_ptr=saved.residual_mean,
+        residual_rstd_ptr=saved.residual_rstd,
         dz_ptr=dz,
         partial_dz_ptr=partials[0],
-        partial_dz_x_ptr=partials[1],
-        partial_dz_residual_ptr=partials[2] if is_bn_join else None,
+        partial_dz_xhat_ptr=partials[1],
+        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
         n_rows=shape.n_rows,
         n_channels=shape.n_channels,
         n_spatial=shape.n_spatial,
-        rows_per_split=cut.rows_per_split,
+        rows_per_split=sums_cut.rows_per_split,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        BLOCK_M=sums_cut.block_m,
+        BLOCK_C=sums_cut.block_c,
     )
     dweight, dbias, dresidual_weight, dresidual_bias = (
         None if parameter is None else torch.empty_like(parameter)
@@ -175,19 +177,17 @@ def backward(
         batch_norm_backward.combine_gradients_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
         partial_dz_ptr=partials[0],
-        partial_dz_x_ptr=partials[1],
-        partial_dz_residual_ptr=partials[2] if is_bn_join else None,
-        rstd_ptr=saved.rstd,
-        residual_rstd_ptr=saved.residual_rstd,
+        partial_dz_xhat_ptr=partials[1],
+        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
         sum_dz_ptr=sums[0],
-        sum_dz_x_ptr=sums[1],
-        sum_dz_residual_ptr=sums[2] if is_bn_join else None,
+        sum_dz_xhat_ptr=sums[1],
+        sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
         dweight_ptr=dweight,
         dbias_ptr=dbias,
         dresidual_weight_ptr=dresidual_weight,
         dresidual_bias_ptr=dresidual_bias,
         n_channels=shape.n_channels,
-        n_splits=cut.n_splits,
+        n_splits=sums_cut.n_splits,
         BLOCK_S=tiles.COMBINE_BLOCK_S,
         BLOCK_C=tiles.COMBINE_BLOCK_C,
     )
@@ -207,8 +207,8 @@ def backward(
         residual_rstd_ptr=saved.residual_rstd,
         residual_weight_ptr=saved.residual_weight,
         sum_dz_ptr=sums[0],
-        sum_dz_x_ptr=sums[1],
-        sum_dz_residual_ptr=sums[2] if is_bn_join else None,
+        sum_dz_xhat_ptr=sums[1],
+        sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
         dx_ptr=dx,
         dresidual_ptr=dresidual,
         n_rows=shape.n_rows,

@@ -54,16 +54,14 @@ def backward(
     dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias of one batch norm from `dz`, the gradient behind ReLU (B2-B5)."""
-    centered = x - _channels(mean)
+    xhat = normalize(x, mean, rstd, None, None)
     dbias = dz.sum(PER_CHANNEL)
-    sum_dz_x = (dz * centered).sum(PER_CHANNEL)
-    dweight = rstd * sum_dz_x
+    dweight = (dz * xhat).sum(PER_CHANNEL)
     scale = rstd if weight is None else rstd * weight
     if not training:
         return _channels(scale) * dz, dweight, dbias
     n_rows = x.numel() // x.shape[1]
-    slope = rstd.square() * sum_dz_x / n_rows
-    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - centered * _channels(slope))
+    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - xhat * _channels(dweight / n_rows))
     return dx, dweight, dbias
 
 
