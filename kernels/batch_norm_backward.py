@@ -7,7 +7,7 @@ the pre-activation. Shapes and arithmetic as in batch_norm_forward.py.
 import triton
 import triton.language as tl
 
-from .tile_access import bit_offsets, load_channel, normalize, tile_offsets, unpack_bits
+from .tile_access import bit_offsets, known_multiple, load_channel, normalize, tile_offsets, unpack_bits
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def reduce_kernel(
     rows_per_split,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -48,6 +49,7 @@ def reduce_kernel(
     input-gradient pass one of two reads.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
     first_channel = (tl.program_id(0) % n_channel_tiles) * BLOCK_C
@@ -107,7 +109,7 @@ def sum_splits(partial_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S: tl.co
     """[n_splits, n_channels] partial sums -> [BLOCK_C], always in the same order."""
     total = tl.zeros([BLOCK_S, BLOCK_C], partial_ptr.dtype.element_ty)
     for start in range(0, n_splits, BLOCK_S):
-        offs_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         total += tl.load(partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :], mask=mask, other=0.0)
     return tl.sum(total, axis=0)
@@ -188,11 +190,13 @@ def input_gradients_kernel(
     TRAINING: tl.constexpr,
     RESIDUAL_TRAINING: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx and, for the bn join, dresidual. RELU: `dz_ptr` is dy, and ReLU's sign is recomputed from x."""
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     first_row = (tl.program_id(0) // n_channel_tiles).to(tl.int64) * BLOCK_M
     offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)

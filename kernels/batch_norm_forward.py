@@ -7,7 +7,7 @@ results are [n_splits, n_channels]. Arithmetic is in fp32, or in fp64 when x is 
 import triton
 import triton.language as tl
 
-from .tile_access import bit_offsets, load_channel, normalize, pack_bits, tile_offsets
+from .tile_access import bit_offsets, known_multiple, load_channel, normalize, pack_bits, tile_offsets
 
 # Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
 UNIT = tl.constexpr(2.0**-100)
@@ -100,6 +100,7 @@ def statistics_kernel(
     n_spatial,
     rows_per_split,
     CHANNELS_LAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -108,6 +109,7 @@ def statistics_kernel(
     What is averaged is x - pivot: where |mean| >> std the difference is exact, and the means stay small numbers.
     """
     acc_type: tl.constexpr = partial_mean_ptr.dtype.element_ty
+    n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
     offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -148,10 +150,11 @@ def merge_splits(
     lost = tl.zeros([BLOCK_C], unit.dtype)
     m2 = tl.zeros([BLOCK_C], unit.dtype)
     for start in range(0, n_splits, BLOCK_S):
-        offs_s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        offs_s = start + tl.arange(0, BLOCK_S)  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & (offs_c < n_channels)[None, :]
         offsets = offs_s[:, None] * n_channels + offs_c[None, :]
-        rows = tl.maximum(tl.minimum(n_rows - offs_s * rows_per_split, rows_per_split), 0).to(unit.dtype)
+        rows = tl.minimum(n_rows - offs_s.to(tl.int64) * rows_per_split, rows_per_split)
+        rows = tl.maximum(rows, 0).to(unit.dtype)
         part_mean = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0) * unit
         part_m2 = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
         part_m2 = tl.where(part_m2 < 0, -part_m2 * (unit / UNIT) * (unit / UNIT), part_m2 * unit * unit)
@@ -253,6 +256,7 @@ def normalize_kernel(
     n_spatial,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -262,6 +266,7 @@ def normalize_kernel(
     them from x, for less traffic than a mask.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
     first_row = (tl.program_id(0) // n_channel_tiles).to(tl.int64) * BLOCK_M
     first_channel = (tl.program_id(0) % n_channel_tiles) * BLOCK_C

@@ -29,6 +29,11 @@ class Shape(NamedTuple):
         return cls(n_images * height * width, n_channels, height * width, channels_last)
 
     @property
+    def channel_group(self) -> int:
+        """Channels to one 16-byte access of a 16-bit type, where there are whole ones."""
+        return 8 if self.n_channels % 8 == 0 else 1
+
+    @property
     def relu_mask(self) -> tuple[int, int]:
         """The shape of the ReLU bits, in bytes (kernels/tile_access.py: bit_offsets)."""
         if self.channels_last:
@@ -61,6 +66,7 @@ def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
             n_spatial=shape.n_spatial,
             rows_per_split=cut.rows_per_split,
             CHANNELS_LAST=shape.channels_last,
+            CHANNEL_GROUP=shape.channel_group,
             BLOCK_M=cut.block_m,
             BLOCK_C=cut.block_c,
         )
@@ -123,6 +129,7 @@ def forward(
         n_spatial=shape.n_spatial,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
+        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=cut.block_m,
         BLOCK_C=cut.block_c,
     )
@@ -166,6 +173,7 @@ def backward(
         rows_per_split=sums_cut.rows_per_split,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
+        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=sums_cut.block_m,
         BLOCK_C=sums_cut.block_c,
     )
@@ -218,6 +226,7 @@ def backward(
         TRAINING=training,
         RESIDUAL_TRAINING=residual_training,
         CHANNELS_LAST=shape.channels_last,
+        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=cut.block_m,
         BLOCK_C=cut.block_c,
     )
