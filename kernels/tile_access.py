@@ -24,7 +24,7 @@ def tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST: tl.con
 
 @triton.jit
 def known_multiple(n, factor: tl.constexpr):
-    """n, shown to the compiler as a multiple of `factor`: of itself it asks for 16 alone, and 24 channels load narrow."""
+    """n, shown to the compiler as a multiple of `factor`: of itself it knows 16 alone, and 24 would load narrow."""
     return n // factor * factor
 
 

@@ -142,7 +142,7 @@ def backward(
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
     shape = Shape.of(saved.x)
     cut = tiles.choose_tiles(*shape)
-    sums_cut = tiles.choose_tiles(*shape, tiles.BN_JOIN_REDUCE_ELEMENTS) if join == "bn" else cut
+    sums_cut = tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
