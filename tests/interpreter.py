@@ -1,8 +1,18 @@
-"""Mends Triton's interpreter (3.6, 3.7) where it computes what no GPU computes."""
+"""Mends Triton's interpreter (3.6, 3.7) where it computes what no GPU computes, and watches the memory it touches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
+import pytest
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+needs_interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="the accesses of compiled kernels cannot be watched"
+)
 
 
 def mend() -> None:
@@ -47,3 +57,35 @@ def _sum_in_pairs() -> None:
         return self.to_tensor(data if keep else np.squeeze(data, axis), input.dtype)
 
     interpreter.ReduceOps.sum = tree_sum
+
+
+@contextmanager
+def watched_memory(watch: Callable[[str, np.ndarray, int], None], virtual: bool = False) -> Iterator[None]:
+    """Calls watch("read" or "written", addresses of the unmasked lanes, bytes per lane) before every access.
+
+    `virtual` memory is never touched: it reads as `other` or zero, and forgets.
+    """
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def observe(kind: str, pointers, mask):
+        watch(kind, pointers.data[mask.data], pointers.get_element_ty().primitive_bitwidth // 8)
+        return interpreter.TensorHandle(np.zeros_like(mask.data), mask.dtype) if virtual else mask
+
+    def masked_load(pointers, mask, *rest, **hints):
+        return load(pointers, observe("read", pointers, mask), *rest, **hints)
+
+    def masked_store(pointers, value, mask, *rest):
+        return store(pointers, value, observe("written", pointers, mask), *rest)
+
+    def refuse(*_):
+        raise NotImplementedError("atomics are not watched")
+
+    with mock.patch.multiple(
+        builder,
+        create_masked_load=masked_load,
+        create_masked_store=masked_store,
+        create_atomic_cas=refuse,
+        create_atomic_rmw=refuse,
+    ):
+        yield

@@ -1,0 +1,66 @@
+"""The ledger: which bytes of which argument every interpreted launch reads and writes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+from interpreter import watched_memory
+from torch import Tensor
+
+from resnet_fast.ops import launch
+
+
+class Account:
+    """How often one launch read and wrote each element of one argument."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.itemsize = tuple(tensor.shape), tensor.element_size()
+        self.start = tensor.data_ptr()
+        self.end = self.start + tensor.numel() * self.itemsize  # operators see dense tensors alone
+        self.times = {kind: np.zeros(tensor.numel(), np.int64) for kind in ("read", "written")}
+
+    def moved(self, kind: str) -> int:
+        """Bytes, each once: caches hold what is read again, the vectors of C and the pivot row."""
+        return self.itemsize * int(np.count_nonzero(self.times[kind]))
+
+    @property
+    def what(self) -> str:
+        """What the README counts it as."""
+        if self.itemsize == 1:
+            return "bits"
+        return {4: "images", 2: "partials", 1: "vectors"}[len(self.shape)]
+
+
+class Launch:
+    """One launch of `kernel`, by the names of its tensor arguments."""
+
+    def __init__(self, kernel, arguments: dict) -> None:
+        self.kernel = kernel.__name__
+        self.accounts = {name: Account(value) for name, value in arguments.items() if isinstance(value, Tensor)}
+
+    def book(self, kind: str, addresses: np.ndarray, itemsize: int) -> None:
+        if addresses.size == 0:
+            return
+        first, last = int(addresses.min()), int(addresses.max())
+        for account in self.accounts.values():
+            if account.start <= first and last + itemsize <= account.end:
+                assert itemsize == account.itemsize
+                np.add.at(account.times[kind], (addresses - np.uint64(account.start)) // np.uint64(itemsize), 1)
+                return
+        raise IndexError(f"{self.kernel}: {kind} at [{first:#x}, {last + itemsize:#x}), inside no argument")
+
+
+@contextmanager
+def ledger() -> Iterator[list[Launch]]:
+    """The launches inside the context, counted. An access that leaves its argument raises."""
+    launches: list[Launch] = []
+    run = launch.run
+
+    def counted(kernel, grid, **arguments):
+        launches.append(Launch(kernel, arguments))
+        with watched_memory(launches[-1].book):
+            run(kernel, grid, **arguments)
+
+    with mock.patch.object(launch, "run", counted):
+        yield launches

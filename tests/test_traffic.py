@@ -1,0 +1,100 @@
+"""Every kernel moves the bytes that kernels/README.md says, and a training step of ResNet-18 their sum."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fused_op import Case, make_operands
+from interpreter import needs_interpreter
+from ledger import Launch, ledger
+from traffic import BLOCK, INNER, LAST, NETWORK, PROJECTION, STAGES, STEM, Role, count, formula, image_bytes
+
+import resnet_fast
+from resnet_fast.functional import batch_norm_add_relu
+
+README = Path(__file__).parents[1] / "kernels/README.md"
+IMAGES = {32: 1, 16: 1, 8: 3, 4: 9}  # per batch, by map width: 24 to 72 tiles, and a last split that is not full
+CASES = [(role, *stage) for stage in STAGES for role in (STEM, INNER, BLOCK, LAST, PROJECTION)]
+
+pytestmark = needs_interpreter
+
+
+@functools.cache
+def launches_of(role: Role, n_channels: int, width: int) -> list[Launch]:
+    case = Case(role.name, (IMAGES[width], n_channels, width, width))
+    operands = make_operands(case, torch.bfloat16, "channels_last", torch.device("cpu"))
+    for leaf in (operands.x, operands.residual, *(v for norm in operands.norms for v in (norm.weight, norm.bias))):
+        leaf.requires_grad_()
+    with ledger() as launches:
+        y = batch_norm_add_relu(
+            operands.x,
+            *operands.norms[0],
+            residual=operands.residual if role.join != "none" else None,
+            residual_norm=operands.norms[1] if role.join == "bn" else None,
+            fork=role.fork,
+            backend="triton",
+        )
+        handles = y if role.fork else (y,)
+        torch.autograd.backward(handles, [operands.dy.clone() for _ in handles])
+    return launches
+
+
+@pytest.mark.parametrize(("role", "n_channels", "width"), CASES, ids=str)
+def test_every_kernel_moves_what_the_formula_says(role, n_channels, width):
+    assert count(launches_of(role, n_channels, width)) == formula(role, IMAGES[width], n_channels, width)
+
+
+@pytest.mark.parametrize(("role", "n_channels", "width"), CASES, ids=str)
+def test_no_element_of_an_image_is_requested_twice_by_one_kernel(role, n_channels, width):
+    for launch in launches_of(role, n_channels, width):
+        for name, account in launch.accounts.items():
+            if account.what in ("images", "bits"):
+                again = {kind: np.flatnonzero(times > 1) for kind, times in account.times.items()}
+                # The statistics read row 0 as the pivot, beside their own rows.
+                pivot = n_channels if launch.kernel == "statistics_kernel" else 0
+                assert again["written"].size == 0 and np.all(again["read"] < pivot), (launch.kernel, name)
+
+
+def test_a_training_step_moves_the_sum_of_its_operations():
+    torch.manual_seed(0)
+    model = resnet_fast.resnet18(num_classes=10, stem="cifar")
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with ledger() as launches:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).square().sum()
+        loss.backward()
+    assert count(launches) == network(len(x))
+    per_image = image_bytes(network(1))
+    assert image_bytes(count(launches)) == len(x) * per_image
+    assert f"{per_image:,} bytes per image" in README.read_text()
+    print(table(batch=512))
+
+
+def network(n_images: int) -> dict[str, Counter]:
+    """The formula for one training step."""
+    kernels: dict[str, Counter] = {}
+    for role, n_channels, width in NETWORK:
+        for kernel, moved in formula(role, n_images, n_channels, width).items():
+            kernels.setdefault(kernel, Counter()).update(moved)
+    return kernels
+
+
+def table(batch: int) -> str:
+    """The bytes of one training step beside those of other designs, which kernels/README.md describes."""
+    elements = Counter()
+    for role, n_channels, width in NETWORK:
+        elements["A" if role.join == "none" else "B"] += batch * n_channels * width**2
+        elements["C"] += (role.join == "bn") * batch * n_channels * width**2
+    others = {  # bytes per element, forward + backward
+        "eager ATen": {"A": 10 + 16, "B": 16 + 22, "C": 6 + 10},
+        "torch.compile, split statistics": {"A": 6 + 14, "B": 8 + 16, "C": 2 + 10},
+        "two passes, ReLU recomputed or 1 bit, fork and bn join": {"A": 6 + 10, "B": 8.1 + 14.1, "C": 2 + 6},
+    }
+    rows = {name: sum(elements[key] * row[key] for key in elements) for name, row in others.items()}
+    rows["resnet_fast, as counted"] = image_bytes(network(batch))
+    rows["resnet_fast, with partial results and vectors"] = sum(moved.total() for moved in network(batch).values())
+    title = f"\nBN, addition and ReLU in one training step of ResNet-18, bf16, batch {batch}:\n"
+    return title + "\n".join(f"{name:56} {size / 1e9:5.2f} GB" for name, size in rows.items())

@@ -1,0 +1,92 @@
+"""The bytes that the kernels move in ResNet-18: as counted by the ledger, and by the formula of kernels/README.md."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from ledger import Launch
+
+from resnet_fast.kernels import tiles
+
+
+def count(launches: list[Launch]) -> dict[str, Counter]:
+    """By kernel, the bytes of images, ReLU bits, partials, vectors and pivots that were read and written, each once."""
+    kernels: dict[str, Counter] = {}
+    for entry in launches:
+        moved = kernels.setdefault(entry.kernel, Counter())
+        for account in entry.accounts.values():
+            # Of the tensor itself the combine kernel reads one row, the pivot.
+            is_pivot = account.what == "images" and entry.kernel == "combine_statistics_kernel"
+            for kind in ("read", "written"):
+                moved["pivots" if is_pivot else account.what, kind] += account.moved(kind)
+    return kernels
+
+
+class Role(NamedTuple):
+    """A fused operation's place in ResNet-18; every one ends in ReLU, in training mode and bf16."""
+
+    name: str
+    join: str
+    fork: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+STEM = Role("BN+ReLU, forked (stem)", "none", True)
+INNER = Role("BN+ReLU (A)", "none", False)
+BLOCK = Role("BN+add+ReLU, forked (B)", "add", True)
+LAST = Role("BN+add+ReLU (last block)", "add", False)
+PROJECTION = Role("bn join, forked (B + C)", "bn", True)
+
+STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, map width
+# (role, channels, map width) of ResNet-18 with the 3x3 stem on 32x32 images.
+NETWORK = [(STEM, *STAGES[0])]
+for stage in STAGES:
+    NETWORK += [(INNER, *stage), (PROJECTION if stage != STAGES[0] else BLOCK, *stage)]
+    NETWORK += [(INNER, *stage), (LAST if stage == STAGES[-1] else BLOCK, *stage)]
+
+
+def formula(role: Role, n_images: int, n_channels: int, width: int) -> dict[str, Counter]:
+    """kernels/README.md, "Bytes moved per element", for channels_last, as `count` gives it."""
+    n_rows = n_images * width * width
+    n_splits = -(-n_rows // tiles.choose_tiles(n_rows, n_channels, width * width, True).rows_per_split)
+    sizes = {
+        "images": 2 * n_rows * n_channels,
+        "bits": n_rows * n_channels // 8,
+        "partials": 4 * n_splits * n_channels,
+        "vectors": 4 * n_channels,
+        "pivots": 2 * n_channels,
+    }
+
+    def moved(**operands: tuple[int, int]) -> Counter:
+        """Bytes, from how many operands of each size are read and written."""
+        return Counter(
+            {
+                (what, kind): size * n_operands
+                for what, size in sizes.items()
+                for kind, n_operands in zip(("read", "written"), operands.get(what, (0, 0)), strict=True)
+            }
+        )
+
+    bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
+    writes_dz = add or role.fork
+    return {
+        "statistics_kernel": moved(images=(1 + bn, 0), partials=(0, 2 + 2 * bn)),
+        "combine_statistics_kernel": moved(
+            partials=(2 + 2 * bn, 0), vectors=(2 + 2 * bn, 4 + 4 * bn), pivots=(1 + bn, 0)
+        ),
+        "normalize_kernel": moved(images=(1 + add, 1), bits=(0, add), vectors=(4 + 4 * bn, 0)),
+        "reduce_kernel": moved(
+            images=(2 + role.fork + bn, writes_dz),
+            bits=(add, 0),
+            partials=(0, 2 + bn),
+            vectors=(1 + bn if add else 4, 0),
+        ),
+        "combine_gradients_kernel": moved(partials=(2 + bn, 0), vectors=(1 + bn, 4 + 3 * bn)),
+        "input_gradients_kernel": moved(images=(2 + bn, 1 + bn), vectors=((5 if writes_dz else 6) + 4 * bn, 0)),
+    }
+
+
+def image_bytes(kernels: dict[str, Counter]) -> int:
+    """What the README's total counts: images and ReLU bits."""
+    return sum(size for moved in kernels.values() for (what, _), size in moved.items() if what in ("images", "bits"))
