@@ -1,0 +1,167 @@
+"""Tensors of more than 2^31 elements: every offset is exact, on virtual memory and, where there is enough, for real."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from budget import assert_within_budget
+from fused_op import LAYOUTS, Case, Operands, eager, magnitudes, make_operands, ours, results
+from interpreter import needs_interpreter, watched_memory
+from torch import Tensor
+from triton.runtime import interpreter
+
+from resnet_fast.ops import BatchNormArgs, launch
+from resnet_fast.ops.arguments import Saved
+
+SHAPES = {
+    "2^31 elements and one image": (8193, 64, 64, 64),
+    "2^32 elements, odd channels": (1, 67, 8009, 8011),
+    "2^31 rows": (3, 2, 27000, 27000),
+    "2^31 pixels in an image": (1, 3, 46000, 47000),
+}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
+SPACING = 1 << 40  # bytes from one virtual argument to the next
+
+
+def record_launches(shape: tuple, layout: str, join: str) -> list[tuple]:
+    """(kernel, grid, arguments) of one training step on tensors without memory; the bn join with a fork."""
+    recorded = []
+    x, dy, dy_alias, residual = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=LAYOUTS[layout]) for _ in range(4)
+    )
+    vector = torch.empty(shape[1], device="meta")
+    norm = BatchNormArgs(vector, vector, vector, vector, training=True)
+    with mock.patch.object(launch, "run", lambda kernel, grid, **arguments: recorded.append((kernel, grid, arguments))):
+        if join == "none":
+            y, relu_mask, *statistics = launch.forward(x, norm, None, None, True)
+            saved = Saved(x, relu_mask, *statistics[:2], vector, vector, None, None, None, None, None)
+            launch.backward(dy, None, saved, join, True, True, False)
+        else:
+            y, relu_mask, *statistics = launch.forward(x, norm, residual, norm, True)
+            saved = Saved(x, relu_mask, *statistics[:2], vector, vector, residual, *statistics[2:], vector, vector)
+            launch.backward(dy, dy_alias, saved, join, True, True, True)
+    return recorded
+
+
+def first_middle_last(*bounds) -> list[int]:
+    """Three turns of a loop stand for all."""
+    turns = range(*bounds)
+    return sorted({turns[0], turns[len(turns) // 2], turns[-1]})
+
+
+def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np.ndarray]:
+    """The element offsets that one program reads or writes, by argument, on memory that is not there."""
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
+
+    def watch(kind: str, addresses: np.ndarray, itemsize: int) -> None:
+        assert len(set(addresses // SPACING)) <= 1
+        for position in set(addresses // SPACING):
+            found[tensors[int(position) - 1]].append((addresses % SPACING).astype(np.int64) // itemsize)
+
+    def converted(name: str, value):
+        if isinstance(value, Tensor):
+            kind, number = tl.str_to_ty(TYPES[value.dtype], None), np.uint64((tensors.index(name) + 1) * SPACING)
+        elif isinstance(value, int) and not name.isupper():
+            kind, number = (tl.int32, np.int32(value)) if value < 2**31 else (tl.int64, np.int64(value))
+        else:
+            return value
+        return tl.tensor(interpreter.TensorHandle(np.array([number]), kind), kind)
+
+    interpreter.interpreter_builder.set_grid_dim(*grid, 1, 1)
+    interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
+    function = kernel.rewrite()
+    patched = interpreter._patch_lang(kernel.fn)
+    try:
+        with watched_memory(watch, virtual=True), mock.patch.dict(kernel.fn.__globals__, range=first_middle_last):
+            function(**{name: converted(name, value) for name, value in arguments.items()})
+    finally:
+        patched.restore()
+    return {name: np.unique(np.concatenate(offsets)) for name, offsets in found.items() if offsets}
+
+
+def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
+    """The offsets of that program's tile by the tensor's number of dimensions, 0 for ReLU bits; int64 holds them."""
+    n_rows, n_channels, n_spatial = (arguments[name] for name in ("n_rows", "n_channels", "n_spatial"))
+    channels_last, block_m, block_c = (arguments[name] for name in ("CHANNELS_LAST", "BLOCK_M", "BLOCK_C"))
+    n_channel_tiles = -(-n_channels // block_c)
+    part, first_channel = program // n_channel_tiles, program % n_channel_tiles * block_c
+    channels = np.arange(first_channel, min(first_channel + block_c, n_channels))
+    rows_of_part = arguments.get("rows_per_split", block_m)
+    first, end = part * rows_of_part, min((part + 1) * rows_of_part, n_rows)
+    rows = np.concatenate([np.arange(at, min(at + block_m, end)) for at in first_middle_last(first, end, block_m)])
+    if channels_last:
+        images = rows[:, None] * n_channels + channels
+        bits = rows[:, None] * -(-n_channels // 8) + channels // 8
+    else:
+        images = (rows // n_spatial * n_channels * n_spatial + rows % n_spatial)[:, None] + channels * n_spatial
+        bits = (rows // 8)[:, None] + channels * -(-n_rows // 8)
+    if kernel.__name__ == "statistics_kernel":  # row 0 is the pivot
+        images = np.concatenate([images, channels[None] * (1 if channels_last else n_spatial)])
+    return {4: np.unique(images), 0: np.unique(bits), 2: part * n_channels + channels, 1: channels}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("join", ("none", "bn"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_offsets_are_exact(shape, layout, join):
+    kernels = set()
+    for kernel, grid, arguments in record_launches(shape, layout, join):
+        assert grid[0] < 2**31
+        for program in (0, grid[0] // 2, grid[0] - 1):
+            found = accessed(kernel, grid, arguments, program)
+            for name, offsets in found.items():
+                assert 0 <= offsets[0] and offsets[-1] < arguments[name].numel(), (kernel.__name__, program, name)
+            if "combine" in kernel.__name__:
+                continue
+            kernels.add(kernel.__name__)
+            exact = expected(kernel, arguments, program)
+            for name, tensor in arguments.items():
+                if isinstance(tensor, Tensor) and (tensor.dim() == 4 or name in found):
+                    tile = exact[0 if tensor.dtype == torch.uint8 else tensor.dim()]
+                    assert np.array_equal(found[name], tile), (kernel.__name__, program, name)
+                    assert program < grid[0] - 1 or tensor.dim() < 4 or found[name][-1] == tensor.numel() - 1
+    assert kernels == {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
+
+
+def channels_of(operands: Operands, channels: list[int]) -> Operands:
+    """The same operation on some of the channels, each of which is computed by itself."""
+    x, residual, dy = (t[:, channels].contiguous() for t in (operands.x, operands.residual, operands.dy))
+    norms = [BatchNormArgs(*(v[channels] if isinstance(v, Tensor) else v for v in norm)) for norm in operands.norms]
+    return Operands(x, residual, norms, dy)
+
+
+def free_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+@pytest.mark.parametrize(
+    "shape",
+    (
+        (3, 64, 8, 8),  # the comparison itself
+        pytest.param(
+            (8193, 64, 64, 64),
+            # x, residual, y, their gradients, copies of the leaves: 12 images of 4.3 GB
+            marks=pytest.mark.skipif(free_memory() < 60e9, reason="needs a GPU with 60 GB of free memory"),
+        ),
+    ),
+    ids=("small", "2^31 elements and one image"),
+)
+def test_results_are_right_on_a_gpu(shape, device):
+    """bf16, channels_last, forward and backward of the bn join: first, middle and last channels against eager."""
+    generator = torch.Generator(device).manual_seed(0)
+    operands = make_operands(Case("vectors", (2, *shape[1:2], 2, 2)), torch.bfloat16, "channels_last", device)
+    for name in ("x", "residual", "dy"):
+        image = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=torch.channels_last)
+        setattr(operands, name, image.normal_(generator=generator))
+    found = results(ours, operands, "bn", True, "triton")
+    channels = [0, 31, 63]
+    part = channels_of(operands, channels)
+    theirs, exact = results(eager, part, "bn", True), results(eager, part.to(torch.float64), "bn", True)
+    added = magnitudes(part, "bn", True)
+    for name in theirs:
+        of_channels = found[name][:, channels] if found[name].dim() == 4 else found[name][channels]
+        assert_within_budget(name, of_channels, theirs[name], exact[name], added.get(name))
