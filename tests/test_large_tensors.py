@@ -19,8 +19,8 @@ SHAPES = {
     "2^31 elements and one image": (8193, 64, 64, 64),
     "2^32 elements, odd channels": (1, 67, 8009, 8011),
     "2^31 rows": (3, 2, 27000, 27000),
-    "2^31 pixels in an image": (1, 3, 46000, 47000),
 }
+HUGE_IMAGE = (1, 3, 46000, 47000)  # 2^31 pixels
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 SPACING = 1 << 40  # bytes from one virtual argument to the next
 
@@ -92,14 +92,19 @@ def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
     rows_of_part = arguments.get("rows_per_split", block_m)
     first, end = part * rows_of_part, min((part + 1) * rows_of_part, n_rows)
     rows = np.concatenate([np.arange(at, min(at + block_m, end)) for at in first_middle_last(first, end, block_m)])
+
+    def offsets(rows: np.ndarray) -> np.ndarray:
+        if channels_last:
+            return rows[:, None] * n_channels + channels
+        return (rows // n_spatial * n_channels * n_spatial + rows % n_spatial)[:, None] + channels * n_spatial
+
+    images = offsets(rows)
     if channels_last:
-        images = rows[:, None] * n_channels + channels
         bits = rows[:, None] * -(-n_channels // 8) + channels // 8
     else:
-        images = (rows // n_spatial * n_channels * n_spatial + rows % n_spatial)[:, None] + channels * n_spatial
         bits = (rows // 8)[:, None] + channels * -(-n_rows // 8)
-    if kernel.__name__ == "statistics_kernel":  # row 0 is the pivot
-        images = np.concatenate([images, channels[None] * (1 if channels_last else n_spatial)])
+    if kernel.__name__ == "statistics_kernel":  # beside its own rows it reads the pivot's
+        images = np.concatenate([images, offsets(np.array([0, n_rows // 2, n_rows - 1]))])
     return {4: np.unique(images), 0: np.unique(bits), 2: part * n_channels + channels, 1: channels}
 
 
@@ -125,6 +130,13 @@ def test_offsets_are_exact(shape, layout, join):
                     assert np.array_equal(found[name], tile), (kernel.__name__, program, name)
                     assert program < grid[0] - 1 or tensor.dim() < 4 or found[name][-1] == tensor.numel() - 1
     assert kernels == {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
+
+
+def test_an_image_of_too_many_pixels_is_refused():
+    """In NCHW, where pixels are counted in 32 bits; in channels_last nothing depends on it."""
+    with pytest.raises(ValueError, match="at most 2147481600 pixels, got 46000x47000"):
+        record_launches(HUGE_IMAGE, "nchw", "none")
+    assert record_launches(HUGE_IMAGE, "channels_last", "none")
 
 
 def channels_of(operands: Operands, channels: list[int]) -> Operands:

@@ -53,9 +53,11 @@ def test_no_element_of_an_image_is_requested_twice_by_one_kernel(role, n_channel
         for name, account in launch.accounts.items():
             if account.what in ("images", "bits"):
                 again = {kind: np.flatnonzero(times > 1) for kind, times in account.times.items()}
-                # The statistics read row 0 as the pivot, beside their own rows.
-                pivot = n_channels if launch.kernel == "statistics_kernel" else 0
-                assert again["written"].size == 0 and np.all(again["read"] < pivot), (launch.kernel, name)
+                # The statistics read three rows for the pivot, beside their own rows.
+                n_rows = IMAGES[width] * width**2
+                rows = (0, n_rows // 2, n_rows - 1) if launch.kernel == "statistics_kernel" else ()
+                assert set(again["read"] // n_channels) <= set(rows), (launch.kernel, name)
+                assert again["written"].size == 0, (launch.kernel, name)
 
 
 def test_a_training_step_moves_the_sum_of_its_operations():

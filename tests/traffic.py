@@ -14,7 +14,7 @@ def count(launches: list[Launch]) -> dict[str, Counter]:
     for entry in launches:
         moved = kernels.setdefault(entry.kernel, Counter())
         for account in entry.accounts.values():
-            # Of the tensor itself the combine kernel reads one row, the pivot.
+            # Of the tensor itself the combine kernel reads three rows, for the pivot.
             is_pivot = account.what == "images" and entry.kernel == "combine_statistics_kernel"
             for kind in ("read", "written"):
                 moved["pivots" if is_pivot else account.what, kind] += account.moved(kind)
@@ -49,24 +49,23 @@ for stage in STAGES:
 def formula(role: Role, n_images: int, n_channels: int, width: int) -> dict[str, Counter]:
     """kernels/README.md, "Bytes moved per element", for channels_last, as `count` gives it."""
     n_rows = n_images * width * width
-    n_splits = -(-n_rows // tiles.choose_tiles(n_rows, n_channels, width * width, True).rows_per_split)
+    shape = (n_rows, n_channels, width * width, True)
     sizes = {
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
-        "partials": 4 * n_splits * n_channels,
+        "partials": 4 * tiles.choose_tiles(*shape).n_splits * n_channels,
+        "sums": 4 * tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS).n_splits * n_channels,
         "vectors": 4 * n_channels,
-        "pivots": 2 * n_channels,
+        "pivots": 3 * 2 * n_channels,
     }
 
     def moved(**operands: tuple[int, int]) -> Counter:
         """Bytes, from how many operands of each size are read and written."""
-        return Counter(
-            {
-                (what, kind): size * n_operands
-                for what, size in sizes.items()
-                for kind, n_operands in zip(("read", "written"), operands.get(what, (0, 0)), strict=True)
-            }
-        )
+        bytes_moved = Counter()
+        for what, size in sizes.items():
+            for kind, n_operands in zip(("read", "written"), operands.get(what, (0, 0)), strict=True):
+                bytes_moved["partials" if what == "sums" else what, kind] += size * n_operands
+        return bytes_moved
 
     bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
     writes_dz = add or role.fork
@@ -79,10 +78,10 @@ def formula(role: Role, n_images: int, n_channels: int, width: int) -> dict[str,
         "reduce_kernel": moved(
             images=(2 + role.fork + bn, writes_dz),
             bits=(add, 0),
-            partials=(0, 2 + bn),
-            vectors=(1 + bn if add else 4, 0),
+            sums=(0, 2 + bn),
+            vectors=(2 + 2 * bn if add else 4, 0),
         ),
-        "combine_gradients_kernel": moved(partials=(2 + bn, 0), vectors=(1 + bn, 4 + 3 * bn)),
+        "combine_gradients_kernel": moved(sums=(2 + bn, 0), vectors=(0, 4 + 3 * bn)),
         "input_gradients_kernel": moved(images=(2 + bn, 1 + bn), vectors=((5 if writes_dz else 6) + 4 * bn, 0)),
     }
 
