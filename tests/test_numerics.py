@@ -1,16 +1,25 @@
-"""Ours is never worse than twice eager's error, and better where eager's formula cancels, from |mean| = 0 to 1e5 std,
-from 2 rows to 2^20, and in named corners. What is measured: numerics.py; the figures: docs/numerics.md.
+"""Ours is never worse than twice eager's error, and better where eager's formula cancels or overflows.
+
+From |mean| = 0 to 1e5 std, from 2 rows to 2^20, and in named corners. What is measured, and in which units: numerics.py;
+the figures: docs/numerics.md.
 """
 
 from dataclasses import replace
 
 import pytest
+import torch
 from fused_op import LAYOUTS
 from numerics import CORNERS, DTYPES, MEANS, RESULTS, ROWS, allowances, errors
 
-# In the interpreter 2^20 rows take minutes in channels_last: there a tile of two channels is three quarters empty.
-SIZES = tuple(case for case in ROWS if case.value <= 2**13)
-MILLION = replace(ROWS[-1], shape=(1, 2, 1024, 1024))
+SMALL = tuple(case for case in ROWS if case.value <= 2**10)
+LARGE = tuple(case for case in ROWS if case.value in (2**13, 2**20))  # seconds to a minute in the interpreter
+CANCELLING = [(case, "fp32", "channels_last") for case in MEANS if case.value >= 10] + [
+    (case, dtype, layout)
+    for case in CORNERS
+    if case.name == "constant 1000.1"
+    for dtype in DTYPES
+    for layout in LAYOUTS
+]
 
 
 def check(case, dtype, device):
@@ -22,10 +31,33 @@ def check(case, dtype, device):
             assert error <= budget, f"{name}: {norm} error {error:.3e}, budget {budget:.3e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", MEANS + SIZES + CORNERS, ids=str)
-def test_error_is_within_twice_eagers(case, layout, dtype, device):
-    if dtype not in case.dtypes:
-        pytest.skip(f"{case} is out of the range of {dtype}")
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(case, dtype) for case in MEANS + SMALL + CORNERS for dtype in case.dtypes], ids=str
+)
+def test_error_is_within_twice_eagers(case, dtype, layout, device):
     check(replace(case, layout=layout), dtype, device)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_many_rows(case, device):
+    check(case, "fp32", device)
+
+
+@pytest.mark.parametrize(("case", "dtype", "layout"), CANCELLING, ids=str)
+def test_y_is_four_times_as_exact_where_eager_cancels(case, dtype, layout, device):
+    """Eager on the CPU computes x·alpha + (bias - mean·alpha). Its CUDA kernels do not."""
+    case = replace(case, layout=layout)
+    ours = errors(case, DTYPES[dtype], "ours", device)["y"]
+    eager = errors(case, DTYPES[dtype], "eager", torch.device("cpu"))["y"]
+    assert ours.rms <= eager.rms / 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "dtype"), [(case, dtype) for case in CORNERS for dtype in case.dtypes], ids=str)
+def test_corners_whatever_eager_does(case, dtype, layout, device):
+    """Eager's error is no measure where it is infinite: 16 budgets without it, for the growth of rounding in sums."""
+    case = replace(case, layout=layout)
+    ours, allowed = errors(case, DTYPES[dtype], "ours", device), allowances(case, DTYPES[dtype], device)
+    for name in RESULTS:
+        assert ours[name].max <= 16 * allowed[name].max
