@@ -1,7 +1,7 @@
 """Ours is never worse than twice eager's error, and better where eager's formula cancels or overflows.
 
-From |mean| = 0 to 1e5 std, from 2 rows to 2^20, and in named corners. What is measured, and in which units: numerics.py;
-the figures: docs/numerics.md.
+From |mean| = 0 to 1e5 std, from 2 rows to 2^20, and in named corners. numerics.py says what is measured and in which
+units, docs/numerics.md shows the figures.
 """
 
 from dataclasses import replace
