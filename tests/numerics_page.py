@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest  # noqa: F401  (chooses the interpreter where there is no GPU)
 import torch
 from matplotlib import pyplot
-from numerics import CASES, CORNERS, DTYPES, IMAGES, PROVIDERS, RESULTS, errors
+from numerics import CASES, DTYPES, IMAGES, PROVIDERS, RESULTS, errors
 
 from benchmarks.results import machine_columns, replace_rows
 
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 KEY = ("case", "dtype", "result")
 SWEEPS = {"mean": "|mean| / std", "rows": "N·H·W", "corner": "corner"}
 PLOTS = {"mean": ("y", "dx", "dweight"), "rows": ("y", "dx", "running_var"), "corner": ("y", "dx")}
-CORNER_NAMES = [case.name for case in CORNERS]
+CORNER_NAMES = [case.name for case in CASES if case.sweep == "corner"]
 GRADIENTS = ("dx", "dresidual", "dweight", "dbias")
 # Okabe and Ito's colours, with markers of their own: readable without colours, too.
 STYLES = {"ours": ("#0072B2", "o", "-"), "eager": ("#D55E00", "s", "--"), "torch.compile": ("#009E73", "^", ":")}
