@@ -180,6 +180,7 @@ def combine_statistics_kernel(
     running_var_ptr,
     mean_ptr,
     rstd_ptr,
+    var_ptr,
     n_rows,
     n_channels,
     n_spatial,
@@ -192,7 +193,10 @@ def combine_statistics_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and rstd of the pass, from the partials (TRAINING; also updates the running statistics) or as tracked."""
+    """mean and rstd of the pass, from the partials (TRAINING; also updates the running statistics) or as tracked.
+
+    `var_ptr` receives the biased variance of the partials.
+    """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
@@ -220,6 +224,8 @@ def combine_statistics_kernel(
             mean = (mean / unit + pivot) + lost / unit
             tl.store(mean_ptr + offs_c, mean, mask=done > 0)
             tl.store(rstd_ptr + offs_c, unit / tl.sqrt(m2 / n_rows + epsilon * unit * unit), mask=done > 0)
+            if var_ptr is not None:
+                tl.store(var_ptr + offs_c, m2 / n_rows / unit / unit, mask=done > 0)
             if running_mean_ptr is not None:
                 new = tl.full([], momentum, acc_type)
                 old = tl.full([], 1.0 - momentum, acc_type)

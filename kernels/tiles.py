@@ -13,8 +13,8 @@ import triton
 TILE_ELEMENTS = 2048
 NUM_WARPS = 4
 
-# The gradient's sums hold up to four tensors and three accumulators: half a tile keeps them far below 128 registers, and
-# the programs that fit then have as many bytes in flight.
+# The gradient's sums hold up to four tensors and three accumulators: half a tile keeps them far below 128 registers,
+# and the programs that fit then have as many bytes in flight.
 REDUCE_TILE_ELEMENTS = 1024
 
 # 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .ops import Backend, BatchNormArgs, aten, choose_backend, reference
-from .ops.arguments import Join, Saved, accumulation_type
+from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
+from .ops.arguments import Join, Outputs, Saved, accumulation_type
 from .ops.batch_norm import backward_op, dense, forward_op
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
@@ -81,10 +82,11 @@ def run(
     relu: bool,
     fork: bool,
     backend: Backend | None = None,
+    group: ProcessGroup | None = None,
 ) -> Any:
-    """`batch_norm_add_relu` behind `check_arguments`."""
+    """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes."""
     residual = None if residual is None else residual.to(x.dtype)
-    if choose_backend(x, backend) == "aten":
+    if group is None and choose_backend(x, backend) == "aten":
         y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu)
         return (y, y) if fork else y
     x = dense(x)
@@ -92,15 +94,24 @@ def run(
     if residual is not None:
         residual = dense(residual, like=x)
         join = "add" if residual_norm is None else "bn"
-    return _BatchNormAddReLU.apply(x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork)
+    return _BatchNormAddReLU.apply(
+        x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork, group
+    )
 
 
 def check_arguments(
-    x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm: BatchNormArgs | None
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Raise the TypeError or ValueError that `batch_norm_add_relu` documents."""
     _check_input("x", x)
     _check_norm("", x, norm)
+    if norm.training and group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        # torch's own rule and wording (torch.nn.functional._verify_batch_size)
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm needs a residual, got residual=None")
     if residual is not None:
@@ -145,9 +156,6 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
-    if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        # torch's own rule and wording (torch.nn.functional._verify_batch_size)
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if not norm.eps > 0:
         raise ValueError(f"{prefix}eps must be positive, got {norm.eps}")
     if norm.momentum is None or not math.isfinite(norm.momentum):
@@ -161,14 +169,20 @@ class _BatchNormAddReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork = arguments[2 * n :]
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = forward_op(
-            x, *norm, residual, *residual_norm, join, relu
-        )
+        join, relu, fork, ctx.group = arguments[2 * n :]
         is_bn_join = join == "bn"
+        if ctx.group is None:
+            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu))
+            if not relu or join == "none":
+                outputs = outputs._replace(relu_mask=None)
+        else:
+            outputs, ctx.total_rows = distributed.forward(
+                x, norm, residual, residual_norm if is_bn_join else None, relu, ctx.group
+            )
+        y, relu_mask, mean, rstd, residual_mean, residual_rstd = outputs
         ctx.save_for_backward(
             x,
-            relu_mask if relu and join != "none" else None,
+            relu_mask,
             mean,
             rstd,
             norm.weight,
@@ -190,18 +204,23 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
-            return (None,) * (2 + 2 * n + 3)
+            if ctx.group is None:
+                return (None,) * (2 + 2 * n + 4)
+            dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
         join, relu, *_ = ctx.settings
         if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
             gradients = _differentiable_backward(ctx, dy, dy_alias)
-        else:
+        elif ctx.group is None:
             gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings)
+        else:
+            saved = Saved._make(ctx.saved_tensors)
+            gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *ctx.settings)
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
         if join == "add" and not relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         of_norm = (None, None, dweight, dbias, None, None, None)
         of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None)
+        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None, None)
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
@@ -214,7 +233,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
         x = x.to(accumulation_type(x))
         if training:
-            mean, var = reference.statistics(x)
+            if ctx.group is None:
+                mean, var = reference.statistics(x)
+            else:
+                mean, var = distributed.differentiable_statistics(x, ctx.total_rows, ctx.group)
             rstd = (var + eps).rsqrt()
         return reference.normalize(x, mean, rstd, weight, bias)
 
@@ -231,10 +253,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
             inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            if saved.relu_mask is not None:
-                drop = reference.unpack_relu_mask(saved.relu_mask, saved.x)
-            else:
+            if saved.relu_mask is None:
                 drop = z.to(saved.x.dtype) <= 0
+            elif saved.relu_mask.dtype == torch.bool:
+                drop = saved.relu_mask
+            else:
+                drop = reference.unpack_relu_mask(saved.relu_mask, saved.x)
             dz = dz.masked_fill(drop, 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         gradients = iter(

@@ -1,7 +1,8 @@
-"""Batch norm with the residual addition and ReLU fused in, as a module."""
+"""Batch norm with the residual addition and ReLU fused in, as modules: of one process, or of several together."""
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from .functional import BatchNormArgs, check_arguments, run
@@ -63,12 +64,19 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
-        check_arguments(x, norm, residual, residual_args)  # a batch that is refused is not counted
+        group = self.group()
+        if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
+            raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
+        check_arguments(x, norm, residual, residual_args, group)  # a batch that is refused is not counted
         for module in (self, residual_norm):
             counter = None if module is None else module.counter()
             if counter is not None:
                 counter.add_(1)
-        return run(x, norm, residual, residual_args, relu, fork)
+        return run(x, norm, residual, residual_args, relu, fork, group=group)
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes whose batches are normalized together with this one's; None for this one's alone."""
+        return None
 
     def counter(self) -> Tensor | None:
         """`num_batches_tracked`, where this pass counts as a batch."""
@@ -93,3 +101,84 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", relu=True" if self.relu else "")
+
+
+class FusedSyncBatchNorm2d(FusedBatchNorm2d):
+    """FusedBatchNorm2d whose batch statistics are those of all processes' batches together: nn.SyncBatchNorm, fused.
+
+    Each process may bring another number of images, even none. The backward adds up over the processes what dx needs;
+    gradients of weight and bias stay those of the own images, for DistributedDataParallel to average. In evaluation
+    mode, without `torch.distributed`, or with one process, it is FusedBatchNorm2d. Runs on CPU (gloo) and GPU (NCCL).
+
+    Args:
+        process_group: the processes to synchronize; None for all.
+        relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
+
+    Raises (in forward):
+        ValueError: as FusedBatchNorm2d, but one value per channel is enough here.
+        RuntimeError: a process died, or did not come along within the timeout of the process group.
+
+    Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device=None,
+        dtype=None,
+        *,
+        relu: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu)
+        self.process_group = process_group
+
+    def group(self) -> dist.ProcessGroup | None:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+        """See `resnet_fast.convert_sync_batchnorm`."""
+        return convert_sync_batchnorm(module, process_group)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Turn every FusedBatchNorm2d and nn.BatchNorm2d of a model into FusedSyncBatchNorm2d, and 1-D and 3-D batch norms
+    into nn.SyncBatchNorm, in place.
+
+    nn.SyncBatchNorm.convert_sync_batchnorm would take a FusedBatchNorm2d's residual and ReLU away.
+
+    Args:
+        module: a model, or a batch norm itself.
+        process_group: the processes to synchronize; None for all.
+
+    Returns:
+        `module`.
+
+    Raises:
+        TypeError: a batch norm of another class, whose forward is not known; nothing is changed then.
+    """
+    fused, plain = [], []
+    for name, norm in module.named_modules():
+        if type(norm) in (nn.BatchNorm2d, FusedBatchNorm2d, FusedSyncBatchNorm2d):
+            fused.append(norm)
+        elif type(norm) in (nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm):
+            plain.append(norm)
+        elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{name or 'module'} must be a batch norm of torch or resnet_fast, got {type(norm)}")
+    # The class alone changes, so that parameters, hooks, and a module used in two places stay what they are.
+    for norm in fused:
+        norm.relu = getattr(norm, "relu", False)
+        norm.__class__ = FusedSyncBatchNorm2d
+    for norm in plain:
+        norm.__class__ = nn.SyncBatchNorm
+    for norm in fused + plain:
+        norm.process_group = process_group
+    return module

@@ -21,7 +21,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import _ovewrite_named_param, handle_legacy_interface
 
-from ..nn import FusedBatchNorm2d
+from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -41,12 +41,15 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
 
 
 def _is_fused(norm: nn.Module) -> bool:
-    return type(norm) is FusedBatchNorm2d and not norm.relu
+    return type(norm) in (FusedBatchNorm2d, FusedSyncBatchNorm2d) and not norm.relu
 
 
-def _is_projection(downsample: nn.Module) -> bool:
-    """torchvision's projection shortcut: a convolution and its batch norm."""
-    return type(downsample) is nn.Sequential and len(downsample) == 2 and _is_fused(downsample[1])
+def _is_projection(downsample: nn.Module, norm: Any) -> bool:
+    """torchvision's projection shortcut, a convolution and its batch norm, which is as synchronized as `norm`."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2:
+        return False
+    own: Any = downsample[1]
+    return _is_fused(own) and own.group() is norm.group()
 
 
 class _FusedBlock(nn.Module):
@@ -61,12 +64,12 @@ class _FusedBlock(nn.Module):
 
     def can_fuse(self) -> bool:
         """Whether the block is as it was built. Hooks are looked for separately, once for a whole network."""
-        norms = (module for name, module in self.named_children() if name.startswith("bn"))
+        norms = [module for name, module in self.named_children() if name.startswith("bn")]
         return (
             type(self) in (BasicBlock, Bottleneck)
             and type(self.relu) is nn.ReLU
             and all(map(_is_fused, norms))
-            and (self.downsample is None or _is_projection(self.downsample))
+            and (self.downsample is None or _is_projection(self.downsample, norms[-1]))
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     return "triton" if reason is None else "aten"
 
 
-def _device_guard(x: Tensor):
+def device_guard(x: Tensor):
     """Makes x's device the current one, where kernels are launched."""
     return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
 
@@ -121,7 +121,7 @@ def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
-    with _device_guard(x):
+    with device_guard(x):
         return _present(launch.forward(x, norm, residual, residual_norm, relu), like=x)
 
 
@@ -148,7 +148,7 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
         saved = saved._replace(residual=dense(saved.residual, like=x))
     dy = dense(dy, like=x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
-    with _device_guard(x):
+    with device_guard(x):
         return _present(launch.backward(dy, dy_alias, saved, join, relu, training, residual_training), like=x)
 
 

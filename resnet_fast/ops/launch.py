@@ -13,6 +13,9 @@ from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
 
+# Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_offsets).
+MAX_NCHW_PIXELS = 2**31 - tiles.TILE_ELEMENTS
+
 
 class Shape(NamedTuple):
     """A 4-D tensor as the kernels see it: rows, channels and pixels per image, in one of two layouts."""
@@ -26,6 +29,8 @@ class Shape(NamedTuple):
     def of(cls, x: Tensor) -> "Shape":
         n_images, n_channels, height, width = x.shape
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if not channels_last and height * width > MAX_NCHW_PIXELS:
+            raise ValueError(f"an NCHW image must have at most {MAX_NCHW_PIXELS} pixels, got {height}x{width}")
         return cls(n_images * height * width, n_channels, height * width, channels_last)
 
     @property
@@ -46,8 +51,11 @@ def run(kernel, grid: tuple, **arguments) -> None:
     kernel[grid](**arguments, num_warps=tiles.NUM_WARPS)
 
 
-def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
-    """mean and rstd [C] of the pass: the batch's (running statistics updated in place), or the tracked ones."""
+def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """mean and rstd [C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
+
+    `var`: [C], receives the batch's biased variance.
+    """
     shape = Shape.of(x)
     cut = tiles.choose_tiles(*shape)
     mean = torch.empty(shape.n_channels, dtype=accumulation_type(x), device=x.device)
@@ -80,6 +88,7 @@ def statistics(x: Tensor, norm: BatchNormArgs) -> tuple[Tensor, Tensor]:
         running_var_ptr=norm.running_var,
         mean_ptr=mean,
         rstd_ptr=rstd,
+        var_ptr=var,
         n_rows=shape.n_rows,
         n_channels=shape.n_channels,
         n_spatial=shape.n_spatial,
@@ -103,6 +112,21 @@ def forward(
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
         residual_mean, residual_rstd = statistics(residual, residual_norm)
+    return normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu)
+
+
+def normalize(
+    x: Tensor,
+    norm: BatchNormArgs,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    residual_mean: Tensor | None,
+    residual_rstd: Tensor | None,
+    relu: bool,
+) -> Outputs:
+    """`forward` behind the statistics."""
     shape = Shape.of(x)
     cut = tiles.choose_tiles(*shape)
     y = torch.empty_like(x)
@@ -140,18 +164,28 @@ def backward(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, training: bool, residual_training: bool
 ) -> Gradients:
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
+    dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = gradient_sums(dy, dy_alias, saved, join, relu)
+    dx, dresidual = input_gradients(dy, dz, sums, saved, join, relu, training, residual_training)
+    return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
+
+
+def gradient_sums(
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """dz where the second pass reads it, the sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, C], and the
+    gradients of weight, bias, residual weight and residual bias.
+    """
     shape = Shape.of(saved.x)
-    cut = tiles.choose_tiles(*shape)
-    sums_cut = tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS)
+    cut = tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
-    partials = saved.mean.new_empty(3 if is_bn_join else 2, sums_cut.n_splits, shape.n_channels).unbind()
-    sums = saved.mean.new_empty(3 if is_bn_join else 2, shape.n_channels).unbind()
+    partials = saved.mean.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels)
+    sums = saved.mean.new_empty(len(partials), shape.n_channels)
     run(
         batch_norm_backward.reduce_kernel,
-        (sums_cut.n_splits * sums_cut.n_channel_tiles,),
+        (cut.n_splits * cut.n_channel_tiles,),
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
         relu_mask_ptr=saved.relu_mask,
@@ -170,17 +204,17 @@ def backward(
         n_rows=shape.n_rows,
         n_channels=shape.n_channels,
         n_spatial=shape.n_spatial,
-        rows_per_split=sums_cut.rows_per_split,
+        rows_per_split=cut.rows_per_split,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
-        BLOCK_M=sums_cut.block_m,
-        BLOCK_C=sums_cut.block_c,
+        BLOCK_M=cut.block_m,
+        BLOCK_C=cut.block_c,
     )
-    dweight, dbias, dresidual_weight, dresidual_bias = (
+    gradients = [
         None if parameter is None else torch.empty_like(parameter)
         for parameter in (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
-    )
+    ]
     run(
         batch_norm_backward.combine_gradients_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
@@ -190,15 +224,32 @@ def backward(
         sum_dz_ptr=sums[0],
         sum_dz_xhat_ptr=sums[1],
         sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
-        dresidual_weight_ptr=dresidual_weight,
-        dresidual_bias_ptr=dresidual_bias,
+        dweight_ptr=gradients[0],
+        dbias_ptr=gradients[1],
+        dresidual_weight_ptr=gradients[2],
+        dresidual_bias_ptr=gradients[3],
         n_channels=shape.n_channels,
-        n_splits=sums_cut.n_splits,
+        n_splits=cut.n_splits,
         BLOCK_S=tiles.COMBINE_BLOCK_S,
         BLOCK_C=tiles.COMBINE_BLOCK_C,
     )
+    return dz, sums, gradients
+
+
+def input_gradients(
+    dy: Tensor,
+    dz: Tensor | None,
+    sums: Tensor,
+    saved: Saved,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dresidual from the `sums` of the whole batch."""
+    shape = Shape.of(saved.x)
+    cut = tiles.choose_tiles(*shape)
+    is_bn_join = join == "bn"
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if is_bn_join else None
     run(
@@ -230,6 +281,4 @@ def backward(
         BLOCK_M=cut.block_m,
         BLOCK_C=cut.block_c,
     )
-    if join == "add":
-        dresidual = dz
-    return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
+    return dx, dz if join == "add" else dresidual

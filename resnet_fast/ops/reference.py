@@ -50,19 +50,34 @@ def forward(
     return z.relu() if relu else z
 
 
+def gradient_sums(dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dz and Σ dz·x̂ (B2), which are dbias and dweight (B3); `dz` is the gradient behind ReLU."""
+    return dz.sum(PER_CHANNEL), (dz * normalize(x, mean, rstd, None, None)).sum(PER_CHANNEL)
+
+
+def input_gradient(
+    dz: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    mean_dz: Tensor,
+    mean_dz_xhat: Tensor,
+    training: bool,
+) -> Tensor:
+    """dx from the sums of B2 over M (B4), or with frozen statistics (B5)."""
+    if training:
+        dz = dz - _channels(mean_dz) - normalize(x, mean, rstd, None, None) * _channels(mean_dz_xhat)
+    return _channels(rstd if weight is None else rstd * weight) * dz
+
+
 def backward(
     dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias of one batch norm from `dz`, the gradient behind ReLU (B2-B5)."""
-    xhat = normalize(x, mean, rstd, None, None)
-    dbias = dz.sum(PER_CHANNEL)
-    dweight = (dz * xhat).sum(PER_CHANNEL)
-    scale = rstd if weight is None else rstd * weight
-    if not training:
-        return _channels(scale) * dz, dweight, dbias
+    """dx, dweight, dbias of one batch norm."""
+    dbias, dweight = gradient_sums(dz, x, mean, rstd)
     n_rows = x.numel() // x.shape[1]
-    dx = _channels(scale) * (dz - _channels(dbias / n_rows) - xhat * _channels(dweight / n_rows))
-    return dx, dweight, dbias
+    return input_gradient(dz, x, mean, rstd, weight, dbias / n_rows, dweight / n_rows, training), dweight, dbias
 
 
 def unpack_relu_mask(relu_mask: Tensor, x: Tensor) -> Tensor:

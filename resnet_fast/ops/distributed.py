@@ -1,0 +1,207 @@
+"""Batch norm over the batches of several processes, on the Triton kernels or, as everywhere on ATen, in plain PyTorch.
+
+Forward: mean and variance of the own rows, one all_gather, Chan's formula (S2) in fp64, then the normalization.
+Backward: the sums of the own rows (B2), one all_reduce, then dx (B4). The processes' batches may differ in size, and
+one may be empty.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import reference
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
+from .batch_norm import choose_backend, dense, device_guard, launch
+
+
+def forward(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    group: dist.ProcessGroup,
+) -> tuple[Outputs, Tensor]:
+    """relu(bn(x) + residual) with the statistics of all processes' batches, and how many rows those have.
+
+    On ATen `relu_mask` is a bool tensor like x, given wherever there is ReLU.
+    """
+    on_triton = choose_backend(x) == "triton"
+    with device_guard(x):
+        own = [_moments(x, on_triton)]
+        if residual is not None and residual_norm is not None:
+            own.append(_moments(residual, on_triton))
+        moments, total_rows = _gather(x, own, group)
+        mean, rstd = _statistics(x, norm, moments[0], total_rows)
+        residual_mean = residual_rstd = None
+        if residual_norm is not None:
+            residual_mean, residual_rstd = _statistics(x, residual_norm, moments[1], total_rows)
+        normalize = launch.normalize if on_triton else _normalize
+        outputs = normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu)
+        return outputs, total_rows
+
+
+def backward(
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    total_rows: Tensor,
+    group: dist.ProcessGroup,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+) -> Gradients:
+    """dx as one process would compute it on the joint batch; the parameters' gradients are the own rows' part."""
+    dy = dense(dy, like=saved.x)
+    dy_alias = None if dy_alias is None else dense(dy_alias, like=saved.x)
+    with device_guard(saved.x):
+        if choose_backend(saved.x) == "aten":
+            return _backward(dy, dy_alias, saved, total_rows, group, join, training, residual_training)
+        dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = launch.gradient_sums(
+            dy, dy_alias, saved, join, relu
+        )
+        dist.all_reduce(sums, group=group)
+        sums *= _n_rows(saved.x) / total_rows  # the kernel divides by the own rows
+        dx, dresidual = launch.input_gradients(dy, dz, sums, saved, join, relu, training, residual_training)
+        return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
+
+
+def _n_rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _moments(x: Tensor, on_triton: bool) -> Tensor:
+    """Mean and biased variance of the own rows, [2, C]; zeros where there are none."""
+    moments = torch.zeros(2, x.shape[1], dtype=accumulation_type(x), device=x.device)
+    if on_triton:
+        moments[0], _ = launch.statistics(x, BatchNormArgs(None, None, training=True), var=moments[1])
+    elif x.numel() > 0:
+        moments[0], moments[1] = reference.statistics(x.to(moments.dtype))
+    return moments
+
+
+def _gather(x: Tensor, own: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all processes' rows, [tensors, 2, C], and their number, in fp64, by one collective."""
+    count = torch.full((1,), _n_rows(x), dtype=torch.float64, device=x.device)
+    packed = torch.cat([count, *(moments.double().flatten() for moments in own)])
+    gathered = packed.new_empty(dist.get_world_size(group), len(packed))
+    dist.all_gather(list(gathered), packed, group=group)
+    counts = gathered[:, 0, None, None]
+    means, variances = gathered[:, 1:].unflatten(1, (len(own), 2, -1)).unbind(2)
+    total_rows = counts.sum()
+    mean = (counts * means).sum(0) / total_rows
+    var = (counts * (variances + (means - mean).square())).sum(0) / total_rows
+    return torch.stack([mean, var], 1), total_rows
+
+
+def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and rstd of the pass; the running statistics are updated, or used in place of `moments`."""
+    mean, var = moments
+    running_mean, running_var = norm.running_mean, norm.running_var
+    if running_mean is not None and running_var is not None:
+        if norm.training:
+            running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+            unbiased = var * (total_rows / (total_rows - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), norm.momentum)
+        else:
+            mean, var = running_mean.double(), running_var.double()
+    acc_type = accumulation_type(x)
+    return mean.to(acc_type), (var + norm.eps).rsqrt().to(acc_type)
+
+
+def _normalize(
+    x: Tensor,
+    norm: BatchNormArgs,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    residual_mean: Tensor | None,
+    residual_rstd: Tensor | None,
+    relu: bool,
+) -> Outputs:
+    """`launch.normalize` in plain PyTorch."""
+    z = reference.normalize(x.to(mean.dtype), mean, rstd, norm.weight, norm.bias)
+    if residual is not None:
+        residual = residual.to(z.dtype)
+        if residual_norm is not None and residual_mean is not None and residual_rstd is not None:
+            affine = (residual_norm.weight, residual_norm.bias)
+            residual = reference.normalize(residual, residual_mean, residual_rstd, *affine)
+        z = z + residual
+    y = z.to(x.dtype)
+    return Outputs(y.relu() if relu else y, y <= 0 if relu else None, mean, rstd, residual_mean, residual_rstd)
+
+
+def _backward(
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    total_rows: Tensor,
+    group: dist.ProcessGroup,
+    join: Join,
+    training: bool,
+    residual_training: bool,
+) -> Gradients:
+    """`backward` in plain PyTorch; the collective is that of the kernels, since another process may run on them."""
+    dresidual = dy if dy_alias is None else dy + dy_alias
+    if saved.relu_mask is not None:
+        dresidual = dresidual.masked_fill(saved.relu_mask, 0)
+    acc_type = saved.mean.dtype
+    dz, x = dresidual.to(acc_type), saved.x.to(acc_type)
+    residual, residual_mean, residual_rstd = saved.residual, saved.residual_mean, saved.residual_rstd
+
+    dbias, dweight = reference.gradient_sums(dz, x, saved.mean, saved.rstd)
+    own = [dbias, dweight]
+    if residual is not None and residual_mean is not None and residual_rstd is not None:
+        own.append(reference.gradient_sums(dz, residual.to(acc_type), residual_mean, residual_rstd)[1])
+    sums = torch.stack(own)
+    dist.all_reduce(sums, group=group)
+    mean_dz, mean_dz_xhat, *mean_dz_rhat = (sums / total_rows).to(acc_type)
+
+    dx = reference.input_gradient(dz, x, saved.mean, saved.rstd, saved.weight, mean_dz, mean_dz_xhat, training)
+    if residual is not None and residual_mean is not None and residual_rstd is not None:
+        dresidual = reference.input_gradient(
+            dz,
+            residual.to(acc_type),
+            residual_mean,
+            residual_rstd,
+            saved.residual_weight,
+            mean_dz,
+            mean_dz_rhat[0],
+            residual_training,
+        ).to(saved.x.dtype)
+
+    def like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+        return None if parameter is None else gradient.to(parameter.dtype)
+
+    return Gradients(
+        dx.to(saved.x.dtype),
+        like(saved.weight, dweight),
+        like(saved.bias, dbias),
+        None if join == "none" else dresidual,
+        like(saved.residual_weight, own[-1]),
+        like(saved.residual_bias, dbias),
+    )
+
+
+def differentiable_statistics(x: Tensor, total_rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all processes' rows, for derivatives of any order."""
+    mean = _AllReduce.apply(x.sum(reference.PER_CHANNEL), group) / total_rows.to(x.dtype)
+    centered = x - mean[None, :, None, None]
+    return mean, _AllReduce.apply(centered.square().sum(reference.PER_CHANNEL), group) / total_rows.to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return _AllReduce.apply(gradient, ctx.group), None
