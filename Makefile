@@ -10,6 +10,7 @@ help:
 	@echo "make test    set up .venv, run every test"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   pytest benchmarks: the training step, eager against fused"
+	@echo "make numerics   measure errors against fp64; writes docs/numerics.csv, the plots and the tables of numerics.md"
 
 train: .venv/train
 	$(BIN)/resnet-fast train --dataset $(DATASET) $(ARGS)
@@ -25,10 +26,13 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+numerics: .venv/dev
+	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
+
 # Stamp files: one per set of extras.
 .venv/train .venv/dev: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test lint bench
+.PHONY: help train test lint bench numerics

@@ -1,0 +1,140 @@
+"""NaN and infinity in the inputs come out exactly where they do in eager PyTorch on a CPU, and nowhere else.
+
+Every channel holds one kind of poison at one place and every fourth channel none: channels do not mix. The reference is
+eager on the CPU on every device, since its CUDA kernels differ from it (Welford makes the mean of infinities NaN).
+"""
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from budget import assert_within_budget
+from fused_op import Case, Operands, eager, magnitudes, make_operands, ours, results
+from torch import Tensor
+
+from resnet_fast.ops import reference
+
+# Several tiles and splits in either layout, the last ones not full.
+SHAPE = (2, 16, 9, 9)
+NAN, INF = float("nan"), float("inf")
+KINDS = ((NAN,), (INF,), (-INF,), (INF, -INF))
+# image and pixel of one value or of two; the statistics take row 0 as their pivot
+PLACES = (((0, 0), (0, 1)), ((1, 5), (0, 60)), ((1, 80), (0, 0)))
+CLEAN = slice(3, None, 4)
+CPU = torch.device("cpu")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+JOINS = ("none", "add", "bn")
+
+
+def poisoned(operands: Operands, target: str) -> Operands:
+    """`target` (x, residual or dy) with every kind at every place, each in a channel of its own."""
+    tensor = getattr(operands, target).clone()
+    channels = (channel for channel in range(SHAPE[1]) if channel % 4 != 3)
+    for (place, values), channel in zip(product(PLACES, KINDS), channels, strict=True):
+        for value, (image, pixel) in zip(values, place, strict=False):
+            tensor.flatten(2)[image, channel, pixel] = value
+    return replace(operands, **{target: tensor})
+
+
+def poisoned_vector(operands: Operands, norm: int, name: str, kinds: tuple[float, ...]) -> Operands:
+    """One per-channel vector of norm 0 (of x) or 1 (of the residual) with `kinds`, one by one, then a clean channel."""
+    vector = getattr(operands.norms[norm], name).clone()
+    for place, kind in enumerate(kinds):
+        vector[place :: len(kinds) + 1] = kind
+    norms = list(operands.norms)
+    norms[norm] = norms[norm]._replace(**{name: vector})
+    return replace(operands, norms=norms)
+
+
+def assert_same_pattern(name: str, found: Tensor, expected: Tensor) -> None:
+    for predicate in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = predicate(found) != predicate(expected)
+        where = wrong.nonzero()[:3].tolist()
+        assert not wrong.any(), (
+            f"{name}: {predicate.__name__} differs at {where}, {found[wrong][:3]} {expected[wrong][:3]}"
+        )
+
+
+@cache
+def clean_results(training: bool, join: str, relu: bool, layout: str, dtype: torch.dtype, device: torch.device):
+    """Of ours, and the magnitudes of the terms."""
+    operands = make_operands(Case("non-finite", SHAPE, training=training), dtype, layout, device)
+    return results(ours, operands, join, relu, "triton"), magnitudes(operands, join, relu=False)
+
+
+def on(device: torch.device, operands: Operands) -> Operands:
+    norms = [
+        norm._replace(**{name: v.to(device) for name, v in norm._asdict().items() if isinstance(v, Tensor)})
+        for norm in operands.norms
+    ]
+    x, residual, dy = (tensor.to(device) for tensor in (operands.x, operands.residual, operands.dy))
+    return replace(operands, x=x, residual=residual, dy=dy, norms=norms)
+
+
+def check(operands: Operands, join: str, relu: bool, device: torch.device, added: dict[str, Tensor]):
+    """Ours as eager on the CPU: NaN and infinities in place, and what is finite within the budget."""
+    found = results(ours, on(device, operands), join, relu, "triton")
+    expected = results(eager, operands, join, relu)
+    exact = results(eager, operands.to(torch.float64), join, relu)
+    assert found.keys() == expected.keys()
+    for name in found:
+        result = found[name].cpu()
+        assert_same_pattern(name, result, expected[name])
+        finite = expected[name].isfinite()
+        terms = added[name].cpu()[finite] if name in added else None
+        if finite.any():
+            assert_within_budget(name, result[finite], expected[name][finite], exact[name][finite], terms)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("channels_last", "nchw"))
+@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
+@pytest.mark.parametrize("target", ("x", "residual", "dy"))
+def test_one_element(target, training, layout, dtype, device):
+    case = Case("non-finite", SHAPE, training=training)
+    operands = poisoned(make_operands(case, dtype, layout, CPU), target)
+    for join, relu in product(JOINS[1:] if target == "residual" else JOINS, (True, False)):
+        clean, added = clean_results(training, join, relu, layout, dtype, device)
+        found = check(operands, join, relu, device, added)
+        for name, result in found.items():
+            channels = (..., CLEAN) if result.dim() == 1 else (slice(None), CLEAN)
+            assert torch.equal(result[channels], clean[name][channels]), f"{name}: another channel's poison shows"
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
+@pytest.mark.parametrize("name", ("weight", "bias", "running_mean", "running_var"))
+def test_one_channel_of_a_vector(name, training, device):
+    """Infinite weights are not among them: see `test_infinite_weight`."""
+    kinds = (NAN,) if name == "weight" else (NAN, INF, -INF)
+    case = Case("non-finite", SHAPE, training=training)
+    for (join, norm), relu in product((("none", 0), ("bn", 0), ("bn", 1)), (True, False)):
+        operands = poisoned_vector(make_operands(case, torch.float32, "channels_last", CPU), norm, name, kinds)
+        check(
+            operands, join, relu, device, clean_results(training, join, relu, "channels_last", torch.float32, device)[1]
+        )
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
+@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
+def test_infinite_weight(relu, training, device):
+    """As (x - mean) · rstd · weight + bias says, and as CUDA's eager does it.
+
+    On the CPU eager computes x·alpha + (bias - mean·alpha), which is NaN wherever x and mean have the same sign.
+    """
+    case = Case("non-finite", SHAPE, training=training)
+    operands = poisoned_vector(make_operands(case, torch.float32, "channels_last", CPU), 0, "weight", (INF, -INF))
+    found = results(ours, on(device, operands), "none", relu, "triton")
+    exact = operands.to(torch.float64)
+    x, norm = exact.x, exact.norms[0]
+    mean, var = reference.statistics(x) if training else (norm.running_mean, norm.running_var)
+    rstd = (var + norm.eps).rsqrt()
+    y = reference.normalize(x, mean, rstd, norm.weight, norm.bias)
+    dz = exact.dy.masked_fill(y <= 0, 0) if relu else exact.dy
+    gradients = reference.backward(dz, x, mean, rstd, norm.weight, training)
+    expected = dict(zip(("dx", "dweight", "dbias"), gradients, strict=True)) | {"y": y.relu() if relu else y}
+    for name, result in expected.items():
+        assert_same_pattern(name, found[name].cpu(), result)

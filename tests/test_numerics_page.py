@@ -1,0 +1,15 @@
+"""docs/numerics.md shows what docs/numerics.csv holds, and the file holds every case."""
+
+from numerics import CASES, RESULTS
+from numerics_page import BEGIN, DOCS, END, read, tables
+
+
+def test_the_page_shows_the_file():
+    page = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    assert page.count(BEGIN) == page.count(END) == 1
+    assert page.split(BEGIN)[1].split(END)[0].strip() == tables(read(DOCS / "numerics.csv"))
+
+
+def test_the_file_holds_every_case():
+    expected = [(case.name, dtype, result) for case in CASES for dtype in case.dtypes for result in RESULTS]
+    assert [(row["case"], row["dtype"], row["result"]) for row in read(DOCS / "numerics.csv")] == expected
