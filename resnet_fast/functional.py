@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Join, Outputs, Saved, accumulation_type
-from .ops.batch_norm import backward_op, dense, forward_op
+from .ops.batch_norm import as_image, backward_op, dense, forward_op
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
@@ -43,13 +43,14 @@ def batch_norm_add_relu(
     the same bits. On ATen it is eager PyTorch's steps, each rounded.
 
     Args:
-        x: [N, C, H, W], fp16/bf16/fp32/fp64, any layout; y has its type and layout. Fast in channels_last.
+        x: [N, C, ...], usually [N, C, H, W], fp16/bf16/fp32/fp64, any strides; y has its type, and its layout where
+            that is channels_last (4-D) or channels_last_3d (5-D), the fast ones; else y is contiguous.
         running_mean, running_var: [C] or both None; updated in place when `training`, used when not.
         weight, bias: [C] or None (1 and 0). Vectors have the type of x, or fp32 beside fp16 and bf16.
         training: normalize with the statistics of this batch.
         momentum: share of this batch in the running statistics.
-        eps: added to the variance.
-        residual: [N, C, H, W] on the device of x, taken in the type of x.
+        eps: added to the variance; 0 only where not `training`.
+        residual: in the shape and on the device of x, taken in the type of x.
         residual_norm: the batch norm of the residual (the projection shortcut's), a
             `resnet_fast.functional.BatchNormArgs`; its vectors as those of x.
         relu: whether to end in ReLU.
@@ -61,11 +62,16 @@ def batch_norm_add_relu(
     Returns:
         y, or (y, alias) with `fork`.
 
-    Raises:
-        TypeError: x is not floating point, or a vector has another type than the rule above allows.
-        ValueError: x is not 4-D, training with one value per channel, a vector or the residual of the wrong shape or on
-            another device, running statistics missing, eps not positive, momentum not finite, or an unknown backend.
-        RuntimeError: the backend asked for cannot run here.
+    An x without elements gives a y without elements, gradients of zero, and leaves the running statistics alone.
+
+    Raises (the exceptions of F.batch_norm, for what F.batch_norm refuses):
+        ValueError: training with one value per channel or with eps <= 0, eps < 0, one running statistic of two when
+            training; the residual of another shape than x or on another device, or an unknown backend.
+        RuntimeError: x has fewer than two dimensions; a vector of another shape than [C], type than the rule above
+            allows, or device than x's; running statistics missing when not training, or requiring a gradient; or the
+            backend asked for cannot run here.
+        NotImplementedError: x is not of a type above.
+        TypeError: x or the residual is no tensor, the residual not of a type above, or momentum is None.
 
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
     """
@@ -92,11 +98,29 @@ def run(
     x = dense(x)
     join: Join = "none"
     if residual is not None:
-        residual = dense(residual, like=x)
+        residual = as_image(dense(residual, like=x))
         join = "add" if residual_norm is None else "bn"
-    return _BatchNormAddReLU.apply(
-        x, residual, *norm, *(residual_norm or BatchNormArgs(None, None)), join, relu, fork, group
-    )
+    norms = (norm, residual_norm or BatchNormArgs(None, None))
+    contiguous = [_contiguous_vectors(norm) for norm in norms]
+    y = _BatchNormAddReLU.apply(as_image(x), residual, *contiguous[0], *contiguous[1], join, relu, fork, group)
+    for given, used in zip(norms, contiguous, strict=True):
+        if given.training:
+            _copy_back(given.running_mean, used.running_mean)
+            _copy_back(given.running_var, used.running_var)
+    if x.dim() == 4:
+        return y
+    return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
+
+
+def _contiguous_vectors(norm: BatchNormArgs) -> BatchNormArgs:
+    """The kernels address a vector by its first element alone."""
+    return norm._make(value.contiguous() if isinstance(value, Tensor) else value for value in norm)
+
+
+def _copy_back(given: Tensor | None, used: Tensor | None) -> None:
+    """What was updated in a contiguous copy, to the caller's running statistic."""
+    if given is not None and used is not None and not given.is_contiguous():
+        given.copy_(used)
 
 
 def check_arguments(
@@ -106,16 +130,24 @@ def check_arguments(
     residual_norm: BatchNormArgs | None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Raise the TypeError or ValueError that `batch_norm_add_relu` documents."""
-    _check_input("x", x)
+    """Raise what `batch_norm_add_relu` documents."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.dim() < 2 and x.numel() > 0:
+        raise RuntimeError(f"x must be [N, C, ...], got {x.dim()}-D {tuple(x.shape)}")
+    if x.dtype not in FLOATING:
+        raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     _check_norm("", x, norm)
-    if norm.training and group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if norm.training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
         # torch's own rule and wording (torch.nn.functional._verify_batch_size)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm needs a residual, got residual=None")
     if residual is not None:
-        _check_input("residual", residual)
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"residual must be a Tensor, got {type(residual).__name__}")
+        if residual.dtype not in FLOATING:
+            raise TypeError(f"residual must be fp16, bf16, fp32 or fp64, got {residual.dtype}")
         if residual.shape != x.shape:
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
         if residual.device != x.device:
@@ -124,42 +156,37 @@ def check_arguments(
             _check_norm("residual_norm.", x, residual_norm)
 
 
-def _check_input(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must be 4-D [N, C, H, W], got {x.dim()}-D {tuple(x.shape)}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-
-
 def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
     """`prefix` says whose vectors are checked."""
-    n_channels = x.shape[1]
+    n_channels = x.shape[1] if x.dim() > 1 else 0
     vectors = norm._asdict()
     given = {
         name: vectors[name] for name in ("running_mean", "running_var", "weight", "bias") if vectors[name] is not None
     }
     for name, vector in given.items():
         if vector.shape != (n_channels,):
-            raise ValueError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
+            raise RuntimeError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
         if vector.device != x.device:
-            raise ValueError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
+            raise RuntimeError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
+        if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{prefix}{name} must not require a gradient, there is none for it")
     dtypes = {vector.dtype for vector in given.values()}
     allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
     if len(dtypes) > 1 or not dtypes.issubset(allowed):
         got = ", ".join(f"{name} {vector.dtype}" for name, vector in given.items())
-        raise TypeError(
+        raise RuntimeError(
             f"{prefix}vectors must all be {' or all '.join(map(str, allowed))} for x of {x.dtype}, got {got}"
         )
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if norm.training and (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
-    if not norm.training and norm.running_mean is None:
-        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
-    if not norm.eps > 0:
-        raise ValueError(f"{prefix}eps must be positive, got {norm.eps}")
-    if norm.momentum is None or not math.isfinite(norm.momentum):
-        raise ValueError(f"{prefix}momentum must be a finite number, got {norm.momentum}")
+    if not norm.training and x.numel() > 0 and (norm.running_mean is None or norm.running_var is None):
+        raise RuntimeError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
+    if norm.training and norm.eps <= 0:
+        raise ValueError(f"{prefix}eps must be positive when training, got {norm.eps}")
+    if norm.eps < 0:
+        raise ValueError(f"{prefix}eps must be non-negative, got {norm.eps}")
+    if norm.momentum is None:
+        raise TypeError(f"{prefix}momentum must be a number, got None")
 
 
 class _BatchNormAddReLU(torch.autograd.Function):

@@ -19,6 +19,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         num_features: C.
         relu: whether `forward` ends in ReLU. Default False: then it computes what nn.BatchNorm2d computes.
         eps, momentum, affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+        kwargs: what else the installed torch's nn.BatchNorm2d takes, such as `bias`.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         dtype=None,
         *,
         relu: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -63,6 +65,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         Returns:
             y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
+        self._check_input_dim(x)
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
         group = self.group()
         if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
@@ -133,8 +136,9 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
         dtype=None,
         *,
         relu: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, relu=relu, **kwargs)
         self.process_group = process_group
 
     def group(self) -> dist.ProcessGroup | None:

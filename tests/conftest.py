@@ -12,12 +12,21 @@ if not torch.cuda.is_available():
     interpreter.mend()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
-import resnet_fast  # noqa: E402, F401  (after the interpreter is chosen, before any test imports torchvision)
+# After the interpreter is chosen, before any test imports torchvision.
+from resnet_fast import functional  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=("triton", "aten"))
+def either_backend(request, monkeypatch) -> str:
+    """Runs a test of modules, which name no backend, on both."""
+    if request.param == "aten":
+        monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+    return request.param
 
 
 @pytest.fixture

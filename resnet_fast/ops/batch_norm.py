@@ -64,17 +64,27 @@ def device_guard(x: Tensor):
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The layout in which x is, or would best be made, dense: channels_last or NCHW."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.is_contiguous() or x.stride(1) >= x.stride(3):
+    """The layout in which x: [N, C, ...] is, or would best be made, dense: NCHW, or for 4-D and 5-D channels_last."""
+    if x.dim() not in (4, 5):
+        return torch.contiguous_format  # as F.batch_norm, whatever the strides
+    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    if x.is_contiguous() or x.stride(1) >= x.stride(-1):
         return torch.contiguous_format
-    return torch.channels_last
+    return channels_last
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """x without gaps, in its own layout or in that of `like`."""
     return x.contiguous(memory_format=layout(x if like is None else like))
+
+
+def as_image(x: Tensor) -> Tensor:
+    """Dense x: [N, C, ...] as [N, C, H, W] in the same memory."""
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    return x[..., None] if x.dim() == 3 else x.flatten(2, -2)
 
 
 _NORM = "Tensor({a}!)? {p}running_mean, Tensor({b}!)? {p}running_var, Tensor? {p}weight, Tensor? {p}bias, \

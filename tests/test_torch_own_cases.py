@@ -1,0 +1,168 @@
+"""Whatever torch tests its own batch norm with (torch.testing._internal), ours answers as torch does.
+
+The samples are those of the installed torch: OpInfo for the function, ModuleInfo for the module. Outputs, gradients,
+running statistics and errors, on both backends.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_within_budget
+from fused_op import Operands, magnitudes
+from torch import Tensor, nn
+
+from resnet_fast import FusedBatchNorm2d
+from resnet_fast.functional import FLOATING, BatchNormArgs, batch_norm_add_relu
+
+NAMES = ("x", "running_mean", "running_var", "weight", "bias")
+
+
+@pytest.fixture(scope="module")
+def op_infos():
+    pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest: pip install expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    found = [op for op in op_db if op.name == "nn.functional.batch_norm"]
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def module_info():
+    pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest: pip install expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    (found,) = (info for info in module_db if info.module_cls is nn.BatchNorm2d)
+    return found
+
+
+def gradient_like(y: Tensor) -> Tensor:
+    """The same for every type, and exact in each: sixteenths."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-16, 17, y.shape, generator=generator).to(y.device, y.dtype) / 16
+
+
+def outcome(function, tensors: list[Tensor | None], options: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """y, the gradients and the running statistics of one call on copies of `tensors`, in `dtype`."""
+    leaves = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None}
+    leaves = {
+        name: tensor.detach().clone().to(dtype).requires_grad_(tensor.requires_grad) for name, tensor in leaves.items()
+    }
+    y = function(*(leaves.get(name) for name in NAMES), **options)
+    y.backward(gradient_like(y))
+    found = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    return {"y": y.detach()} | found | {name: leaf for name, leaf in leaves.items() if name.startswith("running")}
+
+
+def sums_of_terms(tensors: list[Tensor | None], options: dict) -> dict[str, Tensor]:
+    """`magnitudes` of a sample of any shape."""
+    x, *vectors = (None if tensor is None else tensor.detach() for tensor in tensors)
+    image = x.reshape(*x.shape[:2], -1, 1)
+    norm = BatchNormArgs(*vectors, **options)
+    operands = Operands(image, torch.zeros_like(image), [norm, norm], gradient_like(x).view_as(image))
+    found = magnitudes(operands, "none", relu=False)
+    return found | {name: found[name].view_as(x) for name in ("y", "dx")}
+
+
+def assert_agrees(case: str, found: dict, expected: dict, exact: dict, added: dict) -> None:
+    assert found.keys() == expected.keys(), case
+    for name, theirs in expected.items():
+        label, ours = f"{case}: {name}", found[name]
+        assert ours.stride() == theirs.stride(), label
+        if theirs.dtype == torch.float64:  # sums of at most 125 terms in another order; nothing is more exact
+            torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13, msg=lambda text, n=label: f"{n}: {text}")
+        elif theirs.numel() == 0 or not theirs.is_floating_point():
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), label
+        else:
+            assert_within_budget(label, ours, theirs, exact[name], added.get(name))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_samples_of_the_function(backend, dtype, op_infos, device):
+    n_samples = 0
+    for op in op_infos:
+        if dtype not in op.supported_dtypes(device.type):  # the variant without cuDNN has none on a CPU
+            continue
+        with torch.backends.cudnn.flags(enabled=op.variant_test_name != "without_cudnn"):
+            for sample in op.sample_inputs(device, dtype, requires_grad=True):
+                tensors, options = [sample.input, *sample.args], sample.kwargs
+                ours = dict(relu=False, backend=backend if sample.input.numel() else None)
+                found = outcome(batch_norm_add_relu, tensors, options | ours, dtype)
+                expected = outcome(F.batch_norm, tensors, options, dtype)
+                exact = outcome(F.batch_norm, tensors, options, torch.float64)
+                added = sums_of_terms(tensors, options) if sample.input.numel() else {}
+                case = f"{op.full_name} {tuple(sample.input.shape)} {options}"
+                assert_agrees(case, found, expected, exact, added)
+                n_samples += 1
+    assert n_samples > 0
+
+
+def test_error_samples_of_the_function(op_infos, device):
+    samples = [error for op in op_infos if op.error_inputs_func is not None for error in op.error_inputs(device)]
+    if not samples:
+        pytest.skip("the installed torch has none for batch norm")
+    for error in samples:
+        with pytest.raises(error.error_type, match=error.error_regex):
+            batch_norm_add_relu(error.sample_input.input, *error.sample_input.args, **error.sample_input.kwargs)
+
+
+def module_outcome(module: nn.Module, batches: list[Tensor], training: bool) -> dict[str, Tensor]:
+    """Outputs and gradients of two passes, and all buffers."""
+    module.train(training)
+    found = {}
+    for index, batch in enumerate(batches):
+        x = batch.detach().clone().requires_grad_()
+        y = module(x)
+        y.backward(gradient_like(y))
+        found |= {f"y {index}": y.detach(), f"dx {index}": x.grad}
+    gradients = {f"d{name}": parameter.grad for name, parameter in module.named_parameters()}
+    return found | gradients | dict(module.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+def test_samples_of_the_module(training, dtype, either_backend, module_info, device):
+    samples = module_info.module_inputs_func(
+        module_info, device=device, dtype=dtype, requires_grad=True, training=training
+    )
+    assert samples
+    for sample in samples:
+        construct, forward = sample.constructor_input, sample.forward_input
+        theirs = nn.BatchNorm2d(*construct.args, **construct.kwargs, device=device, dtype=dtype)
+        ours = FusedBatchNorm2d(*construct.args, **construct.kwargs, device=device, dtype=dtype)
+        for parameter in theirs.parameters():
+            nn.init.uniform_(parameter, -1, 1)
+        ours.load_state_dict(theirs.state_dict())
+        assert repr(ours) == "Fused" + repr(theirs)
+        (x,) = forward.args
+        batches = [x.detach(), 1 - x.detach() / 2]
+        exact = module_outcome(copy.deepcopy(theirs).double(), [batch.double() for batch in batches], training)
+        found, expected = (module_outcome(module, batches, training) for module in (ours, theirs))
+
+        norm = BatchNormArgs(theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, training, eps=ours.eps)
+        if norm.running_mean is None:
+            norm = norm._replace(training=True)
+        added = {}
+        for index, batch in enumerate(batches if x.numel() else []):
+            terms = magnitudes(
+                Operands(batch, torch.zeros_like(batch), [norm, norm], gradient_like(batch)), "none", False
+            )
+            added |= {f"y {index}": terms["y"], f"dx {index}": terms["dx"]}
+            for name in ("dweight", "dbias"):
+                added[name] = added.get(name, 0) + terms[name]
+        assert_agrees(f"{sample.desc} {construct.args} {construct.kwargs}", found, expected, exact, added)
+
+
+def test_error_samples_of_the_module(module_info, device, either_backend):
+    samples = module_info.module_error_inputs_func(
+        module_info, device=device, dtype=torch.float32, requires_grad=False, training=True
+    )
+    assert samples
+    for sample in samples:
+        construct, forward = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
+        module = FusedBatchNorm2d(*construct.args, **construct.kwargs, device=device)
+        with pytest.raises(sample.error_type, match=sample.error_regex):
+            module(*forward.args, **forward.kwargs)
