@@ -70,9 +70,21 @@ def layout(x: Tensor) -> torch.memory_format:
     channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if x.is_contiguous(memory_format=channels_last):
         return channels_last
-    if x.is_contiguous() or x.stride(1) >= x.stride(-1):
+    if x.is_contiguous() or not _has_channels_last_strides(x):
         return torch.contiguous_format
     return channels_last
+
+
+def _has_channels_last_strides(x: Tensor) -> bool:
+    """torch's rule for tensors with gaps (c10/core/MemoryFormat.h): from C outwards no stride falls short of what lies
+    inside it, and where nothing tells the layouts apart, or C is expanded, it is NCHW.
+    """
+    inside = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < inside or (dim == 0 and inside == x.stride(1)):
+            return False
+        inside = x.stride(dim) * x.shape[dim]
+    return x.stride(1) != 0
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
