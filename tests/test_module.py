@@ -104,6 +104,3 @@ def test_residual_of_another_type(device):
     assert residual.grad.dtype == torch.float32
 
 
-def test_copies_keep_relu():
-    module = FusedBatchNorm2d(8, relu=True)
-    assert copy.deepcopy(module).relu

@@ -1,0 +1,173 @@
+"""functional_call, parametrizations and hooks find in our modules what they find in torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from thin_resnet import images, pair
+from torch import nn
+from torch.nn.utils import parametrize
+
+from resnet_fast import FusedBatchNorm2d
+
+
+def gradients_agree(ours: nn.Module, theirs: nn.Module) -> None:
+    """fp64: seven layers' sums in another order."""
+    for (name, found), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def buffers_agree(ours: nn.Module, theirs: nn.Module) -> None:
+    for (name, found), expected in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_functional_call(either_backend, device):
+    """The tensors given are used, learn and are updated; those of the module stay as they are."""
+    x = images(device, torch.float64)
+    outcomes = []
+    for model in pair(device, torch.float64):
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        parameters = {name: (1.5 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        buffers = {name: b + 1 for name, b in model.named_buffers()}
+        y = torch.func.functional_call(model, (parameters, buffers), (x,))
+        found = torch.autograd.grad(y.square().sum(), list(parameters.values()))
+        outcomes.append((y.detach(), found, buffers))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, own[name]), name
+    torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            parametrize.register_parametrization(module, "weight", Double())
+
+
+def parametrize_convolutions(model):
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            parametrize.register_parametrization(module, "weight", Double())
+
+
+def normalize_the_weights_of_a_convolution(model):
+    nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+    nn.utils.parametrizations.spectral_norm(model.layer2[0].conv2)
+
+
+@pytest.mark.parametrize(
+    "change", (parametrize_norms, parametrize_convolutions, normalize_the_weights_of_a_convolution)
+)
+def test_parametrized_network(change, either_backend, device):
+    x = images(device, torch.float64)
+    ours, theirs = pair(device, torch.float64)
+    plain = ours(x)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        model.load_state_dict(pair(device, torch.float64)[0].state_dict())
+        change(model)
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+    gradients_agree(ours, theirs)
+    buffers_agree(ours, theirs)
+    if change is not parametrize_convolutions:  # batch norm does not see the scale of a convolution
+        assert not torch.allclose(outputs[0], plain)
+
+
+def test_parametrized_module_ends_in_relu(either_backend, device):
+    module = FusedBatchNorm2d(3, relu=True).to(device)
+    parametrize.register_parametrization(module, "weight", Double())
+    x, residual = torch.randn(2, 2, 3, 4, 4, device=device)
+    expected = F.relu(2 * nn.BatchNorm2d(3).to(device)(x) + residual)
+    torch.testing.assert_close(module(x, residual), expected, rtol=1e-5, atol=1e-5)  # some fp32 roundings of 4
+    parametrize.remove_parametrizations(module, "weight")
+    assert type(module) is FusedBatchNorm2d and torch.equal(module.weight, torch.full_like(module.weight, 2.0))
+
+
+def record_norms(model, register, ending: str) -> dict[str, list]:
+    """`register(module, keep)` on every batch norm so named; what `keep` got, by the norm's name and in order."""
+    seen: dict[str, list] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and name.endswith(ending):
+            kept = seen[name] = []
+            register(module, lambda *tensors, kept=kept: kept.append([t.detach().clone() for t in tensors]))
+    return seen
+
+
+HOOKS = {
+    "forward": lambda module, keep: module.register_forward_hook(lambda m, args, out: keep(*args, out)),
+    "forward pre": lambda module, keep: module.register_forward_pre_hook(lambda m, args: keep(*args)),
+    "full backward": lambda module, keep: module.register_full_backward_hook(lambda m, dx, dy: keep(*dx, *dy)),
+    "full backward pre": lambda module, keep: module.register_full_backward_pre_hook(lambda m, dy: keep(*dy)),
+}
+
+
+def without_inplace(model):
+    """A full backward hook forbids an in-place ReLU behind the module."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_on_the_norms_of_a_network(hook, either_backend, device):
+    seen, models = [], pair(device, torch.float64)
+    for model in models:
+        without_inplace(model)
+        # A full backward hook on bn2 is refused: see the next test.
+        seen.append(record_norms(model, HOOKS[hook], "bn1" if "backward" in hook else ""))
+        model(images(device, torch.float64)).square().sum().backward()
+    assert seen[0].keys() == seen[1].keys()
+    assert len(seen[0]) == (4 if "backward" in hook else 8)
+    assert all(len(kept) == 1 for kept in seen[0].values())
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-10, atol=1e-10)
+    gradients_agree(*models)
+
+
+def test_a_full_backward_hook_where_the_residual_is_added_in_place_is_refused(either_backend, device):
+    """torchvision's network refuses it, so ours does: the block runs torchvision's own steps."""
+    for model in pair(device):
+        model.layer1[0].bn2.register_full_backward_hook(lambda module, dx, dy: None)
+        with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+            model(images(device))
+
+
+def test_a_forward_hook_may_replace_the_output(either_backend, device):
+    outputs = []
+    for model in pair(device, torch.float64):
+        model.layer1[0].bn1.register_forward_hook(lambda module, args, out: 2 * out)
+        model.layer1[1].bn2.register_forward_pre_hook(lambda module, args: (args[0] ** 3,))
+        outputs.append(model(images(device, torch.float64)))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_of_a_module_see_the_residual(either_backend, device):
+    """A pre hook gets every argument; full backward hooks get the gradient of each."""
+    module = FusedBatchNorm2d(3, relu=True).to(device)
+    x, residual = torch.randn(2, 2, 3, 4, 4, device=device)
+    seen = []
+    module.register_forward_pre_hook(lambda m, args: seen.append(len(args)))
+    module.register_full_backward_hook(lambda m, gradients, _: seen.append([g.clone() for g in gradients]))
+    leaves = [x.requires_grad_(), residual.requires_grad_()]
+    module(*leaves).square().sum().backward()
+    assert seen[0] == 2
+    assert torch.equal(seen[1][0], x.grad) and torch.equal(seen[1][1], residual.grad)
+
+
+def test_a_tensor_hook_sees_the_whole_gradient(either_backend, device):
+    seen = []
+    for model in pair(device, torch.float64):
+        kept = []
+        handle = model.layer1.register_forward_hook(
+            lambda module, args, out, kept=kept: out.register_hook(lambda g, kept=kept: kept.append(g.clone())) and None
+        )
+        model(images(device, torch.float64)).square().sum().backward()
+        handle.remove()
+        seen.append(kept)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-10, atol=1e-10)
