@@ -44,6 +44,8 @@ def why_not_triton(device: torch.device) -> str | None:
 def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     """The backend for x: the requested one, or Triton wherever it runs and there is something to compute, else ATen.
 
+    torch.export gets ATen, whose operators have gradients and run where this library is not installed.
+
     Raises:
         ValueError: `requested` is no backend.
         RuntimeError: `requested` is "triton" and cannot run x; a named choice never falls back in silence.
@@ -52,7 +54,10 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {requested!r}")
     if requested == "aten":
         return "aten"
-    reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
+    if torch.compiler.is_exporting():
+        reason = "torch.export keeps ATen operators alone"
+    else:
+        reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
     if requested == "triton" and reason is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
     return "triton" if reason is None else "aten"
