@@ -41,6 +41,7 @@ setup(
         "train": TRAIN,
         "dev": [
             *TRAIN,
+            "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
             "pyright>=1.1.390",
             "pytest>=8",
             "pytest-benchmark>=5",

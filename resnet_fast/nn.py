@@ -39,7 +39,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """relu(bn(x) + residual); x and residual: [N, C, H, W]. Errors are those of `batch_norm_add_relu`."""
+        """relu(bn(x) + residual); x and residual: [N, C, H, W]. Errors are those of `batch_norm_add_relu`, and a
+        ValueError where x is not 4-D.
+        """
         if isinstance(x, fx.Proxy):  # torch.fx takes nn.BatchNorm2d as one step, whose mode may still change: so here
             tracer: Any = x.tracer
             arguments = (x,) if residual is None else (x, residual)

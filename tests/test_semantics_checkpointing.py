@@ -1,4 +1,4 @@
-"""Under torch.utils.checkpoint, which runs the forward twice, statistics and gradients are those of torch's batch norm."""
+"""Under torch.utils.checkpoint, which runs the forward twice, statistics and gradients are torch's."""
 
 import pytest
 import torch

@@ -41,7 +41,9 @@ def trained(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("duplicate", (copy.copy, copy.deepcopy, through_pickle, through_torch_save, through_state_dict))
+@pytest.mark.parametrize(
+    "duplicate", (copy.copy, copy.deepcopy, through_pickle, through_torch_save, through_state_dict)
+)
 @pytest.mark.parametrize("norm", (FusedBatchNorm2d, FusedSyncBatchNorm2d))
 @pytest.mark.parametrize("options", ({"relu": True}, {"relu": False, "momentum": None}), ids=str)
 def test_module(options, norm, duplicate):
@@ -77,9 +79,7 @@ def test_network(duplicate, device):
     model(images(device)).sum().backward()
     clone = duplicate(model)
     assert clone._blocks_to_fuse(images(device)) and len(clone._blocks_to_fuse(images(device))) == 3
-    assert all(
-        p.is_contiguous(memory_format=torch.channels_last) for p in clone.parameters() if p.dim() == 4
-    )
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in clone.parameters() if p.dim() == 4)
     for training in (False, True):
         assert torch.equal(clone.train(training)(images(device)), model.train(training)(images(device)))
     for (name, found), expected in zip(clone.state_dict().items(), model.state_dict().values(), strict=True):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fused_op import eager, ours
 from torch.autograd import gradgradcheck
 
-from fused_op import eager, ours
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 
 SHAPES = {"[N, C]": (5, 6), "[N, C, L]": (3, 6, 7), "5-D": (2, 6, 3, 2, 5), "6-D": (2, 6, 2, 1, 3, 2)}

@@ -1,4 +1,4 @@
-"""torch.export of a batch norm and of the network gives a program with the outputs, gradients and buffers of the module."""
+"""torch.export gives a program with the outputs, gradients and buffers of the module, in ATen operators."""
 
 import copy
 

@@ -29,9 +29,7 @@ def make_leaves(device, wanted) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 3, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
     tensors += [0.5 + torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(4)]
-    return {
-        name: tensor.to(device).requires_grad_(name in wanted) for name, tensor in zip(NAMES, tensors, strict=True)
-    }
+    return {name: tensor.to(device).requires_grad_(name in wanted) for name, tensor in zip(NAMES, tensors, strict=True)}
 
 
 def ours(leaves, join, training, backend):

@@ -18,7 +18,7 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_converted_network(conversion, either_backend, device):
-    """Types of everything; a network's numbers are the parity tests' claim. Here: as far from exact as torchvision's."""
+    """The types of everything, and logits about as far from exact as torchvision's."""
     convert, dtype = CONVERSIONS[conversion]
     ours, theirs = (convert(model) for model in pair(device))
     exact = pair(device)[1].double()

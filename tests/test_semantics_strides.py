@@ -23,9 +23,9 @@ IMAGES = {
     "channels expanded": lambda base: base[:, :1].expand(-1, 6, -1, -1),
     "everything expanded": lambda base: base[0, 0, 0, 0].expand(2, 3, 2, 2),
     "channels_last_3d": lambda base: base.unflatten(3, (5, 2)).contiguous(memory_format=torch.channels_last_3d),
-    "rows of channels_last_3d": lambda base: (
-        base.unflatten(3, (5, 2)).contiguous(memory_format=torch.channels_last_3d)[:, :, 1:5]
-    ),
+    "rows of channels_last_3d": lambda base: base.unflatten(3, (5, 2)).contiguous(memory_format=torch.channels_last_3d)[
+        :, :, 1:5
+    ],
     "[N, D, H, W, C] permuted": lambda base: base.unflatten(3, (5, 2)).permute(0, 4, 1, 2, 3),
     "[N, L, C] transposed": lambda base: base.flatten(2).transpose(1, 2),
     "[C, N] transposed": lambda base: base[0, 0].t(),

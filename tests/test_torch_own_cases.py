@@ -142,7 +142,9 @@ def test_samples_of_the_module(training, dtype, either_backend, module_info, dev
         exact = module_outcome(copy.deepcopy(theirs).double(), [batch.double() for batch in batches], training)
         found, expected = (module_outcome(module, batches, training) for module in (ours, theirs))
 
-        norm = BatchNormArgs(theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, training, eps=ours.eps)
+        norm = BatchNormArgs(
+            theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, training, eps=ours.eps
+        )
         if norm.running_mean is None:
             norm = norm._replace(training=True)
         added = {}
