@@ -138,7 +138,8 @@ def check_arguments(
     if x.dtype not in FLOATING:
         raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     _check_norm("", x, norm)
-    if norm.training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
+    training = norm.training or (residual_norm is not None and residual_norm.training)
+    if training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
         # torch's own rule and wording (torch.nn.functional._verify_batch_size)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     if residual is None and residual_norm is not None:

@@ -67,6 +67,11 @@ CASES = {
         ValueError,
         "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])",
     ),
+    "one value per channel of the residual": (
+        {"x": X[:1, :, :1, :1], "residual": X[:1, :, :1, :1], "residual_norm": NORM._replace(training=True)},
+        ValueError,
+        "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])",
+    ),
     "residual_norm in another type": (
         {"x": X.double(), "running_mean": VECTOR.double(), "running_var": VECTOR.double()}
         | {"residual": X, "residual_norm": NORM},

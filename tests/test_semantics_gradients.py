@@ -91,7 +91,7 @@ def test_one_tensor_is_input_and_residual(join, backend, device):
 
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 def test_inputs_stay_as_they_are(backend, device):
-    """Also where input and residual are one tensor, and where ReLU closes everywhere."""
+    """Also where input and residual are one tensor."""
     leaves = make_leaves(device, ())
     before = {name: leaf.clone() for name, leaf in leaves.items()}
     leaves["residual"] = leaves["x"]
