@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
@@ -13,6 +14,11 @@ if not torch.cuda.is_available():
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 import resnet_fast  # noqa: E402, F401  (after the interpreter is chosen, before any test imports torchvision)
+
+# Interpreted kernels have no deadline. The long profile is chosen by --hypothesis-profile=long.
+settings.register_profile("default", max_examples=500, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("long", max_examples=20_000, derandomize=False, deadline=None, print_blob=True)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

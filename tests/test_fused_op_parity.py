@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from budget import assert_within_budget
-from fused_op import LAYOUTS, Case, eager, magnitudes, make_operands, ours, results
+from fused_op import LAYOUTS, Case, assert_agrees, eager, make_operands, ours, results
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,22 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def check(case, join, relu, layout, dtype, device):
-    operands = make_operands(case, dtype, layout, device)
-    found = results(ours, operands, join, relu, "triton")
-    expected = results(eager, operands, join, relu)
-    # Nothing is more exact than fp64 here: there, both sides are compared with each other.
-    exact = expected if dtype == torch.float64 else results(eager, operands.to(torch.float64), join, relu)
-    added = magnitudes(operands, join, relu)
-    assert found.keys() == expected.keys()
-    assert found["y"].stride() == expected["y"].stride()
-    for name in found:
-        if dtype == torch.float64:
-            scale = expected[name].abs().max().clamp(min=1)
-            # 2^10 roundings: sums over a few hundred values in another order, times |mean|/std of the corner
-            tolerance = 2**10 * torch.finfo(dtype).eps * max(1.0, case.mean)
-            assert (found[name] - expected[name]).abs().max() <= tolerance * scale, name
-        else:
-            assert_within_budget(name, found[name], expected[name], exact[name], added.get(name))
+    assert_agrees(make_operands(case, dtype, layout, device), join, relu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,61 @@
+"""Whatever the shape, layout, type, join, mode and values, ours is eager PyTorch within the error budget.
+
+500 examples, the same ones every time; `--hypothesis-profile=long` looks at 20,000 others. A counter-example becomes
+one of the corners of test_fused_op_parity.py.
+"""
+
+import math
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, assert_agrees, make_operands, ours, results
+from hypothesis import HealthCheck, assume, given, settings
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+MAX_ELEMENTS = 2048  # one tile, or several where channels or images are cut; the interpreter does 10,000 in a second
+
+# Neighbours of the powers of two, at which tiles, 16-byte accesses and the bytes of ReLU's bits change.
+N_CHANNELS = st.one_of(st.integers(1, 70), st.sampled_from((1, 7, 8, 9, 16, 24, 33, 64)))
+SHAPES = st.tuples(st.integers(1, 5), N_CHANNELS, st.integers(1, 12), st.integers(1, 12)).filter(
+    lambda shape: math.prod(shape) <= MAX_ELEMENTS
+)
+DENSE_OR_NOT = st.sampled_from((*LAYOUTS, *VIEWS))
+
+
+@st.composite
+def cases(draw) -> Case:
+    shape = draw(SHAPES)
+    one_value = math.prod(shape) == shape[1]  # has no batch statistics
+    training, residual_training = (draw(st.booleans()) and not one_value for _ in range(2))
+    std = draw(st.sampled_from((1.0, 0.0, 1e-3, 30.0)))
+    return Case(
+        "example",
+        shape,
+        training,
+        mean=draw(st.sampled_from((0.0, 0.5, -10.0, 1000.0))) * (std or 1.0),
+        std=std,
+        affine=draw(st.booleans()),
+        running=draw(st.booleans()) or not (training and residual_training),
+        residual_training=residual_training,
+        momentum=draw(st.sampled_from((0.1, 0.0, 1.0, 0.37))),
+        eps=draw(st.sampled_from((1e-5, 1e-3, 1.0))),
+        fork=draw(st.booleans()),
+        dy_std=draw(st.sampled_from((1.0, 0.0, 1e-3))),
+        vectors_as_x=draw(st.booleans()),
+        residual_layout=draw(DENSE_OR_NOT),
+        dy_layout=draw(DENSE_OR_NOT),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+JOINS = st.sampled_from(("none", "add", "bn"))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # memory is poisoned for all examples alike
+@given(cases(), DENSE_OR_NOT, DTYPES, JOINS, st.booleans())
+def test_ours_is_eager(device, case, layout, dtype, join, relu):
+    assert_agrees(make_operands(case, dtype, layout, device), join, relu, ROUNDINGS)
