@@ -64,11 +64,17 @@ def device_guard(x: Tensor):
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The layout in which x is, or would best be made, dense: channels_last or NCHW."""
+    """The layout in which x is, or is made, dense: channels_last or NCHW, by the rule by which eager PyTorch chooses."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    if x.is_contiguous() or x.stride(1) >= x.stride(3):
+    if x.is_contiguous() or x.stride(1) == 0:
         return torch.contiguous_format
+    at_least = 0
+    for axis in (1, 3, 2, 0):  # as c10::MemoryFormat's is_channels_last_strides_2d: from the innermost outwards
+        stride = x.stride(axis)
+        if stride < at_least or (axis == 0 and at_least == x.stride(1)):
+            return torch.contiguous_format
+        at_least = stride * max(1, x.shape[axis])
     return torch.channels_last
 
 
