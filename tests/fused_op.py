@@ -143,7 +143,9 @@ def eager(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, re
     return F.relu(y) if relu else y
 
 
-def results(operation, operands: Operands, join: str, relu: bool, backend: str = "") -> dict[str, Tensor]:
+def results(
+    operation, operands: Operands, join: str, relu: bool, backend: str = "", create_graph: bool = False
+) -> dict[str, Tensor]:
     """y, every gradient and every running statistic after one forward and backward of `operation`."""
     operands = operands.fresh()
     leaves = {"x": operands.x, "residual": operands.residual}
@@ -151,12 +153,13 @@ def results(operation, operands: Operands, join: str, relu: bool, backend: str =
         leaves |= {prefix + "weight": norm.weight, prefix + "bias": norm.bias}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     y = operation(operands.x, operands.residual, operands.norms, join, relu, backend)
-    y, alias = y if isinstance(y, tuple) else (y, y)
-    if operands.dy_alias is None:
-        y.backward(operands.dy)
-    else:
-        torch.autograd.backward((y, alias), (operands.dy, operands.dy_alias))
-    found = {"y": y.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    handles, dy = y if isinstance(y, tuple) else (y, y), (operands.dy, operands.dy_alias)
+    n_handles = 1 if operands.dy_alias is None else 2
+    gradients = torch.autograd.grad(
+        handles[:n_handles], leaves.values(), dy[:n_handles], create_graph=create_graph, allow_unused=True
+    )
+    found = {"y": handles[0].detach()}
+    found |= {f"d{name}": g.detach() for name, g in zip(leaves, gradients, strict=True) if g is not None}
     for prefix, norm in zip(("", "residual_"), operands.norms, strict=True):
         if norm.running_mean is not None:
             found |= {prefix + "running_mean": norm.running_mean, prefix + "running_var": norm.running_var}
@@ -236,12 +239,16 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 ROUNDINGS = 8
 
 
-def assert_agrees(operands: Operands, join: str, relu: bool, roundings: float = 1) -> None:
+def assert_agrees(
+    operands: Operands, join: str, relu: bool, roundings: float = 1, create_graph: bool = False
+) -> None:
     """Ours on the kernels against eager and fp64: y, every gradient and running statistic, within the budget.
 
-    `roundings`: 1, typical of many values, or ROUNDINGS, whatever the values.
+    `roundings`: 1, typical of many values, or ROUNDINGS, whatever the values. `create_graph`: gradients of ours are
+    taken such that they can be differentiated.
     """
-    found = results(partial(ours, fork=operands.dy_alias is not None), operands, join, relu, "triton")
+    operation = partial(ours, fork=operands.dy_alias is not None)
+    found = results(operation, operands, join, relu, "triton", create_graph)
     expected = results(eager, operands, join, relu)
     assert found.keys() == expected.keys()
     assert same_layout(found["y"], F.batch_norm(operands.x, *operands.fresh().norms[0]))

@@ -22,7 +22,7 @@ N_CHANNELS = st.one_of(st.integers(1, 70), st.sampled_from((1, 7, 8, 9, 16, 24, 
 SHAPES = st.tuples(st.integers(1, 5), N_CHANNELS, st.integers(1, 12), st.integers(1, 12)).filter(
     lambda shape: math.prod(shape) <= MAX_ELEMENTS
 )
-DENSE_OR_NOT = st.sampled_from((*LAYOUTS, *VIEWS))
+LAYOUT = st.sampled_from((*LAYOUTS, *VIEWS))
 
 
 @st.composite
@@ -45,8 +45,8 @@ def cases(draw) -> Case:
         fork=draw(st.booleans()),
         dy_std=draw(st.sampled_from((1.0, 0.0, 1e-3))),
         vectors_as_x=draw(st.booleans()),
-        residual_layout=draw(DENSE_OR_NOT),
-        dy_layout=draw(DENSE_OR_NOT),
+        residual_layout=draw(LAYOUT),
+        dy_layout=draw(LAYOUT),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -55,7 +55,24 @@ DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.fl
 JOINS = st.sampled_from(("none", "add", "bn"))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # memory is poisoned for all examples alike
-@given(cases(), DENSE_OR_NOT, DTYPES, JOINS, st.booleans())
+def any_input(share_of_examples: int = 1):
+    """Decorates a test of (device, case, layout, dtype, join, relu)."""
+
+    def decorate(test):
+        profile = settings(
+            max_examples=settings().max_examples // share_of_examples,
+            suppress_health_check=[HealthCheck.function_scoped_fixture],  # memory is poisoned for all examples alike
+        )
+        return profile(given(case=cases(), layout=LAYOUT, dtype=DTYPES, join=JOINS, relu=st.booleans())(test))
+
+    return decorate
+
+
+@any_input()
 def test_ours_is_eager(device, case, layout, dtype, join, relu):
     assert_agrees(make_operands(case, dtype, layout, device), join, relu, ROUNDINGS)
+
+
+@any_input(share_of_examples=10)
+def test_gradients_that_can_be_differentiated_are_eagers(device, case, layout, dtype, join, relu):
+    assert_agrees(make_operands(case, dtype, layout, device), join, relu, ROUNDINGS, create_graph=True)
