@@ -41,6 +41,7 @@ setup(
         "train": TRAIN,
         "dev": [
             *TRAIN,
+            "hypothesis>=6.150",
             "pyright>=1.1.390",
             "pytest>=8",
             "pytest-benchmark>=5",

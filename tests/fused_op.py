@@ -190,9 +190,7 @@ def exact_results(operands: Operands, join: str, relu: bool, y: Tensor) -> dict[
     return found | {"y": found["y"].relu()} if relu else found
 
 
-def magnitudes(
-    operands: Operands, join: str, closed: Tensor | None = None, roundings: float = 1
-) -> dict[str, Tensor]:
+def magnitudes(operands: Operands, join: str, closed: Tensor | None = None, roundings: float = 1) -> dict[str, Tensor]:
     """For every result that is a sum, the sum of its terms' magnitudes (the equations with absolute values).
 
     `closed`: where ReLU is; None for nowhere. `roundings`: how many each term has gone through. The mean of the batch,
@@ -239,9 +237,7 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 ROUNDINGS = 8
 
 
-def assert_agrees(
-    operands: Operands, join: str, relu: bool, roundings: float = 1, create_graph: bool = False
-) -> None:
+def assert_agrees(operands: Operands, join: str, relu: bool, roundings: float = 1, create_graph: bool = False) -> None:
     """Ours on the kernels against eager and fp64: y, every gradient and running statistic, within the budget.
 
     `roundings`: 1, typical of many values, or ROUNDINGS, whatever the values. `create_graph`: gradients of ours are

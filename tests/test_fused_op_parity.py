@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from fused_op import LAYOUTS, Case, assert_agrees, eager, make_operands, ours, results
+from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, assert_agrees, eager, make_operands, ours, results
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -22,6 +22,8 @@ CORNERS = (
     Case("evaluation", (3, 20, 5, 5), training=False),
     Case("no affine", (2, 16, 5, 5), affine=False),
     Case("no running statistics", (2, 16, 5, 5), running=False),
+    Case("constant channels, at ReLU's kink", (3, 4, 3, 5), mean=0.7, std=0.0, affine=False),
+    Case("two handles, frozen shortcut", (2, 9, 5, 7), residual_training=False, fork=True, momentum=1.0),
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -45,6 +47,18 @@ def test_every_join_type_and_layout(join, relu, layout, dtype, device):
 @pytest.mark.parametrize("case", CORNERS, ids=str)
 def test_corners_on_the_kernels(case, join, layout, dtype, device):
     check(case, join, True, layout, dtype, device)
+
+
+@pytest.mark.parametrize("join", ("none", "bn"))
+@pytest.mark.parametrize("case", CORNERS, ids=str)
+def test_corners_with_gradients_that_can_be_differentiated(case, join, device):
+    operands = make_operands(case, torch.float32, "channels_last", device)
+    assert_agrees(operands, join, True, ROUNDINGS, create_graph=True)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view, device):
+    check(Case("view", (3, 9, 5, 4)), "bn", True, view, torch.float32, device)
 
 
 @pytest.mark.parametrize("case", (PLAIN, *CORNERS), ids=str)

@@ -5,13 +5,14 @@ one of the corners of test_fused_op_parity.py.
 """
 
 import math
-from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, assert_agrees, make_operands, ours, results
-from hypothesis import HealthCheck, assume, given, settings
+from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, Operands, assert_agrees, make_operands, ours, results
+from hypothesis import HealthCheck, given, settings
+
+from resnet_fast.ops.batch_norm import layout as layout_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -76,3 +77,32 @@ def test_ours_is_eager(device, case, layout, dtype, join, relu):
 @any_input(share_of_examples=10)
 def test_gradients_that_can_be_differentiated_are_eagers(device, case, layout, dtype, join, relu):
     assert_agrees(make_operands(case, dtype, layout, device), join, relu, ROUNDINGS, create_graph=True)
+
+
+@any_input(share_of_examples=20)
+def test_two_runs_give_the_same_bits(device, case, layout, dtype, join, relu):
+    operands = make_operands(case, dtype, layout, device)
+    first, second = (results(ours, operands, join, relu, "triton") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@any_input(share_of_examples=20)
+def test_channels_do_not_mix(device, case, layout, dtype, join, relu):
+    """In another order they give the very same bits, in that order."""
+    operands = make_operands(case, dtype, layout, device)
+    order = torch.arange(case.shape[1], device=device).roll(case.seed)
+
+    def reorder(tensor):
+        if not isinstance(tensor, torch.Tensor):  # an option of the batch norm, or what it does not have
+            return tensor
+        if tensor.dim() == 1:
+            return tensor[order]
+        return tensor[:, order].contiguous(memory_format=layout_of(operands.x))  # sums go in the order of the layout
+
+    images = (reorder(image) for image in (operands.x, operands.residual))
+    norms = [norm._make(map(reorder, norm)) for norm in operands.norms]
+    reordered = Operands(*images, norms, *map(reorder, (operands.dy, operands.dy_alias)))
+    found, expected = (results(ours, given, join, relu, "triton") for given in (reordered, operands))
+    for name in expected:
+        assert torch.equal(found[name], reorder(expected[name])), name

@@ -64,7 +64,7 @@ def device_guard(x: Tensor):
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The layout in which x is, or is made, dense: channels_last or NCHW, by the rule by which eager PyTorch chooses."""
+    """The layout in which x is, or is made, dense: channels_last or NCHW, by the rule of eager PyTorch."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     if x.is_contiguous() or x.stride(1) == 0:
