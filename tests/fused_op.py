@@ -112,10 +112,10 @@ def make_operands(case: Case, dtype: torch.dtype, layout: str, device: torch.dev
             weight=vector(-1.5, 1.5) if case.affine else None,
             bias=vector(-1.0, 1.0) if case.affine else None,
             training=training,
-            momentum=case.momentum,
-            eps=case.eps,
+            momentum=case.momentum / share,
+            eps=case.eps * share,
         )
-        for mean, training in ((case.mean, case.training), (0.0, residual_training))
+        for mean, training, share in ((case.mean, case.training, 1), (0.0, residual_training, 2))
     ]
     x, residual = image(case.mean, case.std), image(layout=case.residual_layout or layout)
     dy = image(std=case.dy_std, layout=case.dy_layout or layout)
