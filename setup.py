@@ -42,6 +42,7 @@ setup(
         "dev": [
             *TRAIN,
             "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
+            "hypothesis>=6.150",
             "pyright>=1.1.390",
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
-from .ops.arguments import Join, Outputs, Saved, accumulation_type
+from .ops.arguments import Join, Outputs, Saved
 from .ops.batch_norm import as_image, backward_op, dense, forward_op
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
@@ -259,7 +259,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
     eps, residual_eps = ctx.eps
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
-        x = x.to(accumulation_type(x))
+        # About the forward's mean, here a constant, so that large means leave the digits of x - mean alone.
+        x, mean = x.to(mean.dtype) - mean[None, :, None, None], torch.zeros_like(mean)
         if training:
             if ctx.group is None:
                 mean, var = reference.statistics(x)
@@ -281,13 +282,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
             inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            if saved.relu_mask is None:
-                drop = z.to(saved.x.dtype) <= 0
-            elif saved.relu_mask.dtype == torch.bool:
-                drop = saved.relu_mask
-            else:
-                drop = reference.unpack_relu_mask(saved.relu_mask, saved.x)
-            dz = dz.masked_fill(drop, 0)
+            dz = dz.masked_fill(_relu_closed(saved), 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         gradients = iter(
             torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()
@@ -296,3 +291,16 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
     if join == "bn":
         return tuple(found)
     return (*found, dz if join == "add" else None, None, None)
+
+
+def _relu_closed(saved: Saved) -> Tensor:
+    """Where the forward's ReLU closed, a bool tensor like x: its own rounding of y decides, not another formula's."""
+    if saved.relu_mask is None:
+        # What a kernel recomputes from x; with two handles and a join it returns dz, here 1 where ReLU is open.
+        one = torch.ones_like(saved.x)
+        of_x = saved._replace(residual=None, residual_mean=None, residual_rstd=None)
+        is_open = backward_op(one, torch.zeros_like(one), *of_x, "add", True, False, False)[3]
+        return is_open == 0
+    if saved.relu_mask.dtype == torch.bool:
+        return saved.relu_mask
+    return reference.unpack_relu_mask(saved.relu_mask, saved.x)

@@ -3,30 +3,39 @@
 import torch
 from torch import Tensor
 
+from resnet_fast.ops.arguments import accumulation_type
+
 
 def assert_within_budget(
-    name: str, ours: Tensor, eager: Tensor | list[Tensor], exact: Tensor, added: Tensor | None = None
+    name: str,
+    ours: Tensor,
+    eager: Tensor | list[Tensor],
+    exact: Tensor,
+    added: Tensor | None = None,
+    exact_of_eager: Tensor | None = None,
 ) -> None:
     """Error against fp64 <= 2 x eager's own error in this type + one rounding of the type, in maximum and in L2 norm.
 
-    `ours` and `eager` are of one type; `exact` is computed in fp64 from the same, already rounded, inputs. Of several
-    `eager` results (another layout adds up in another order) the least exact one tells eager's error. `added`, for
-    a result that is a sum, holds the sum of its terms' magnitudes and allows one fp32 rounding of that: ATen on a CPU
-    adds up in fp64, next to which fp32 has an error of its own; the kernels, like ATen on a GPU, add up in fp32.
+    `ours` and `eager` are of one type; `exact` is computed in fp64 from the same, already rounded, inputs; where eager
+    has another one (ReLU's gradient jumps at 0) it is `exact_of_eager`. Of several `eager` results (another layout adds
+    up in another order) the least exact one tells eager's error. `added`, for a result that is a sum, holds the sum of
+    its terms' magnitudes and allows one fp32 (fp64 for fp64) rounding of that: ATen on a CPU adds up in fp64, next to
+    which fp32 has an error of its own; the kernels, like ATen on a GPU, add up in fp32.
     """
     eagers = [eager] if isinstance(eager, Tensor) else eager
     for eager in eagers:
         assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager has {eager.dtype}"
         assert ours.shape == eager.shape == exact.shape, f"{name}: shape {ours.shape}, eager has {eager.shape}"
+    finfo = torch.finfo(ours.dtype)
     for order in (float("inf"), 2):
 
         def norm(tensor: Tensor, order: float = order) -> float:
             return torch.linalg.vector_norm(tensor.detach().double(), order).item()
 
-        allowed = 2 * max(norm(eager.double() - exact) for eager in eagers) + torch.finfo(ours.dtype).eps / 2 * norm(
-            exact
-        )
+        of_eager = exact if exact_of_eager is None else exact_of_eager
+        allowed = 2 * max(norm(eager.double() - of_eager) for eager in eagers)
+        allowed += norm((exact.abs() * (finfo.eps / 2)).clamp(min=finfo.smallest_normal * finfo.eps / 2))
         if added is not None:
-            allowed += torch.finfo(torch.float32).eps / 2 * norm(added)
+            allowed += torch.finfo(accumulation_type(ours)).eps / 2 * norm(added)
         error = norm(ours.double() - exact)
         assert error <= allowed, f"{name}: error {error:.3e} (norm {order}), budget {allowed:.3e}"

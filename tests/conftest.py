@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
@@ -14,6 +15,13 @@ if not torch.cuda.is_available():
 
 # After the interpreter is chosen, before any test imports torchvision.
 from resnet_fast import functional  # noqa: E402
+
+# Interpreted kernels have no deadline, and the phase "explain" would trace each of their lines. Another profile is
+# chosen by --hypothesis-profile=long.
+PROFILE = {"deadline": None, "print_blob": True, "phases": tuple(phase for phase in Phase if phase != Phase.explain)}
+settings.register_profile("default", max_examples=500, derandomize=True, **PROFILE)
+settings.register_profile("long", max_examples=20_000, derandomize=False, **PROFILE)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,45 @@
 """One fused operation, ours and as a user writes it, on the same random input: what the tests of the op share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from budget import assert_within_budget
 from torch import Tensor
 
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.ops import reference
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+# Views with gaps, overlaps or axes in another order, of a dense NCHW tensor.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sliced": lambda image: F.pad(image, (1, 2, 1, 0))[:, :, 1:, 1:-2],
+    "every second channel": lambda image: _channels_last(image.repeat_interleave(2, 1))[:, ::2],
+    "transposed": lambda image: image.mT.contiguous().mT,
+    "channels first": lambda image: image.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda image: image[:1].expand_as(image),  # as the gradient of a mean over images comes
+    "one value": lambda image: image[:1, :1, :1, :1].expand_as(image),  # as the gradient of y.sum() comes
+}
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def arrange(image: Tensor, layout: str) -> Tensor:
+    """`image`, dense NCHW, in one of LAYOUTS or as one of VIEWS (the last two repeat values of it)."""
+    return VIEWS[layout](image) if layout in VIEWS else image.contiguous(memory_format=LAYOUTS[layout])
+
+
+PER_CHANNEL = reference.PER_CHANNEL
+
+
+def channels(vector: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]."""
+    return vector[None, :, None, None]
 
 
 @dataclass(frozen=True)
@@ -23,6 +53,15 @@ class Case:
     std: float = 1.0
     affine: bool = True
     running: bool = True
+    residual_training: bool | None = None  # None: as `training`
+    momentum: float = 0.3
+    eps: float = 1e-5
+    fork: bool = False
+    dy_std: float = 1.0
+    vectors_as_x: bool = False  # in the type of x, not in fp32
+    residual_layout: str | None = None  # None: that of x
+    dy_layout: str | None = None
+    seed: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -34,50 +73,63 @@ class Operands:
     residual: Tensor
     norms: list[BatchNormArgs]  # of x, and of the residual
     dy: Tensor
+    dy_alias: Tensor | None = None  # the gradient of the second handle, where there is one
 
     def to(self, dtype: torch.dtype) -> "Operands":
-        """A copy of the same values in another type, for the exact result."""
+        """The same values in another type, for the exact result; the vectors are copies, which a pass may update."""
         norms = [
-            BatchNormArgs(*(v.detach().clone().to(dtype) if isinstance(v, Tensor) else v for v in norm))
+            BatchNormArgs(*(v.detach().to(dtype, copy=True) if isinstance(v, Tensor) else v for v in norm))
             for norm in self.norms
         ]
-        x, residual, dy = (t.detach().clone().to(dtype) for t in (self.x, self.residual, self.dy))
-        return replace(self, x=x, residual=residual, dy=dy, norms=norms)
+        x, residual, dy = (t.detach().to(dtype) for t in (self.x, self.residual, self.dy))
+        dy_alias = None if self.dy_alias is None else self.dy_alias.to(dtype)
+        return Operands(x, residual, norms, dy, dy_alias)
+
+    def fresh(self) -> "Operands":
+        """A copy for one pass, which updates the running statistics."""
+        norms = [
+            BatchNormArgs(*(v.detach().clone() if isinstance(v, Tensor) else v for v in norm)) for norm in self.norms
+        ]
+        return replace(self, x=self.x.detach(), residual=self.residual.detach(), norms=norms)
 
 
 def make_operands(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> Operands:
-    generator = torch.Generator().manual_seed(len(case.name) + sum(case.shape))
+    generator = torch.Generator().manual_seed(len(case.name) + sum(case.shape) + case.seed)
     n_channels = case.shape[1]
+    vector_dtype = dtype if case.vectors_as_x or dtype == torch.float64 else torch.float32
 
-    def image(mean: float = 0.0, std: float = 1.0) -> Tensor:
-        tensor = mean + std * torch.randn(case.shape, generator=generator)
-        return tensor.to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
+    def image(mean: float = 0.0, std: float = 1.0, layout: str = layout) -> Tensor:
+        return arrange((mean + std * torch.randn(case.shape, generator=generator)).to(device, dtype), layout)
 
     def vector(low: float, high: float) -> Tensor:
-        vector = low + (high - low) * torch.rand(n_channels, generator=generator)
-        return vector.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        return (low + (high - low) * torch.rand(n_channels, generator=generator)).to(device, vector_dtype)
 
+    residual_training = case.training if case.residual_training is None else case.residual_training
     norms = [
         BatchNormArgs(
-            running_mean=vector(case.mean - 1, case.mean + 1) if case.running else None,
+            running_mean=vector(mean - 1, mean + 1) if case.running else None,
             running_var=vector(0.5, 2.0) if case.running else None,
             weight=vector(-1.5, 1.5) if case.affine else None,
             bias=vector(-1.0, 1.0) if case.affine else None,
-            training=case.training,
-            momentum=0.3,
+            training=training,
+            momentum=case.momentum / share,
+            eps=case.eps * share,
         )
-        for _ in range(2)
+        for mean, training, share in ((case.mean, case.training, 1), (0.0, residual_training, 2))
     ]
-    return Operands(image(case.mean, case.std), image(), norms, image())
+    x, residual = image(case.mean, case.std), image(layout=case.residual_layout or layout)
+    dy = image(std=case.dy_std, layout=case.dy_layout or layout)
+    return Operands(x, residual, norms, dy, image(std=case.dy_std) if case.fork else None)
 
 
-def ours(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str) -> Tensor:
+def ours(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str, fork=False):
     return batch_norm_add_relu(
         x,
         *norms[0],
         residual=None if join == "none" else residual,
         residual_norm=norms[1] if join == "bn" else None,
         relu=relu,
+        fork=fork,
         backend=backend,
     )
 
@@ -91,50 +143,114 @@ def eager(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, re
     return F.relu(y) if relu else y
 
 
-def results(operation, operands: Operands, join: str, relu: bool, backend: str = "") -> dict[str, Tensor]:
+def results(
+    operation, operands: Operands, join: str, relu: bool, backend: str = "", create_graph: bool = False
+) -> dict[str, Tensor]:
     """y, every gradient and every running statistic after one forward and backward of `operation`."""
-    operands = operands.to(operands.x.dtype) if operands.x.dtype == torch.float64 else _detached(operands)
+    operands = operands.fresh()
     leaves = {"x": operands.x, "residual": operands.residual}
     for prefix, norm in zip(("", "residual_"), operands.norms, strict=True):
         leaves |= {prefix + "weight": norm.weight, prefix + "bias": norm.bias}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     y = operation(operands.x, operands.residual, operands.norms, join, relu, backend)
-    y.backward(operands.dy)
-    found = {"y": y.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    handles, dy = y if isinstance(y, tuple) else (y, y), (operands.dy, operands.dy_alias)
+    n_handles = 1 if operands.dy_alias is None else 2
+    gradients = torch.autograd.grad(
+        handles[:n_handles], leaves.values(), dy[:n_handles], create_graph=create_graph, allow_unused=True
+    )
+    found = {"y": handles[0].detach()}
+    found |= {f"d{name}": g.detach() for name, g in zip(leaves, gradients, strict=True) if g is not None}
     for prefix, norm in zip(("", "residual_"), operands.norms, strict=True):
         if norm.running_mean is not None:
             found |= {prefix + "running_mean": norm.running_mean, prefix + "running_var": norm.running_var}
     return found
 
 
-def magnitudes(operands: Operands, join: str, relu: bool) -> dict[str, Tensor]:
-    """For every result that is a sum, the sum of its terms' magnitudes (the equations with absolute values)."""
+def exact_results(operands: Operands, join: str, relu: bool, y: Tensor) -> dict[str, Tensor]:
+    """`results` in fp64, of x - pivot, so that fp64 has digits to spare where |mean| is large.
+
+    ReLU's gradient jumps at 0: it counts as closed where `y`, the result that is judged, is 0, else one element within
+    a rounding of zero would count as an error of the whole dy. The gradients of two handles are added up in the type of
+    the data, as autograd does.
+    """
+    dy = operands.dy if operands.dy_alias is None else operands.dy + operands.dy_alias
+    exact = replace(operands, dy=dy.masked_fill(y <= 0, 0) if relu else dy, dy_alias=None).to(torch.float64)
+    pivots = [x[:1, :, :1, :1].clone() for x in (exact.x, exact.residual)]
+    if join != "bn":
+        pivots[1].zero_()
+    norms = [
+        norm if norm.running_mean is None else norm._replace(running_mean=norm.running_mean - pivot.flatten())
+        for norm, pivot in zip(exact.norms, pivots, strict=True)
+    ]
+    shifted = replace(exact, x=exact.x - pivots[0], residual=exact.residual - pivots[1], norms=norms)
+    found = results(eager, shifted, join, relu=False)
+    for name, pivot in zip(("running_mean", "residual_running_mean"), pivots, strict=True):
+        if name in found:
+            found[name] += pivot.flatten()
+    return found | {"y": found["y"].relu()} if relu else found
+
+
+def magnitudes(operands: Operands, join: str, closed: Tensor | None = None, roundings: float = 1) -> dict[str, Tensor]:
+    """For every result that is a sum, the sum of its terms' magnitudes (the equations with absolute values).
+
+    `closed`: where ReLU is; None for nowhere. `roundings`: how many each term has gone through. The mean of the batch,
+    a sum itself, is rounded once more when it is stored.
+    """
     exact = operands.to(torch.float64)
-    y = eager(exact.x, exact.residual, exact.norms, join, relu)
-    exact = operands.to(torch.float64)  # afresh: the line above has updated the running statistics
-    dz = exact.dy.where(y > 0, 0) if relu else exact.dy
-    found = {"y": torch.zeros_like(y)}
-    for prefix, x, norm in zip(("", "residual_"), (exact.x, exact.residual), exact.norms, strict=True):
+    dy = exact.dy if exact.dy_alias is None else exact.dy + exact.dy_alias
+    dz = (dy if closed is None else dy.masked_fill(closed, 0)).abs()
+    found = {"y": roundings * exact.residual.abs() if join == "add" else torch.zeros_like(exact.x)}
+    batch_norms = list(zip(("", "residual_"), (exact.x, exact.residual), exact.norms, strict=True))
+    for prefix, x, norm in batch_norms if join == "bn" else batch_norms[:1]:
         mean, var = reference.statistics(x) if norm.training else (norm.running_mean, norm.running_var)
-        rstd = (var + norm.eps).rsqrt()
-        scale = (rstd if norm.weight is None else rstd * norm.weight).abs()[None, :, None, None]
-        bias = 0 if norm.bias is None else norm.bias.abs()[None, :, None, None]
-        normalized = reference.normalize(x, mean, rstd, None, None).abs()
-        terms = dz.abs() * normalized
-        found |= {f"d{prefix}bias": dz.abs().sum((0, 2, 3)), f"d{prefix}weight": terms.sum((0, 2, 3))}
-        found[prefix + "running_var"] = var
-        parts = dz.abs()
+        rstd = channels((var + norm.eps).rsqrt())
+        weight, bias = (1 if v is None else channels(v.abs()) for v in (norm.weight, norm.bias))
+        deviation = (x - channels(mean)).abs()
+        x_hat = deviation * rstd
+        x_hat_terms = roundings * x_hat
         if norm.training:
-            parts = parts + dz.abs().mean((0, 2, 3), True) + normalized * terms.mean((0, 2, 3), True)
-        found["dresidual" if prefix else "dx"] = scale * parts
-        if not prefix or join == "bn":
-            found["y"] += (x - mean[None, :, None, None]).abs() * scale + bias
+            x_hat_terms = x_hat_terms + (roundings * deviation.mean(PER_CHANNEL, True) + channels(mean.abs())) * rstd
+        dx = roundings * dz
+        if norm.training:
+            dx = dx + roundings * dz.mean(PER_CHANNEL, True)
+            dx = dx + x_hat_terms * (dz * x_hat).mean(PER_CHANNEL, True)
+            dx = dx + x_hat * (dz * x_hat_terms).mean(PER_CHANNEL, True)
+        found["y"] = found["y"] + weight * x_hat_terms + (0 if norm.bias is None else roundings * bias)
+        found["dresidual" if prefix else "dx"] = weight * rstd * dx
+        found[f"d{prefix}weight"] = (dz * x_hat_terms).sum(PER_CHANNEL)
+        found[f"d{prefix}bias"] = roundings * dz.sum(PER_CHANNEL)
+        if norm.training and norm.running_mean is not None:
+            old, new, n_rows = abs(1 - norm.momentum), abs(norm.momentum), x.numel() // x.shape[1]
+            size = mean.abs() + deviation.mean(PER_CHANNEL)
+            found[prefix + "running_mean"] = roundings * (old * norm.running_mean.abs() + new * size)
+            found[prefix + "running_var"] = roundings * (old * norm.running_var + new * var * n_rows / (n_rows - 1))
     return found
 
 
-def _detached(operands: Operands) -> Operands:
-    norms = [
-        BatchNormArgs(*(v.detach().clone() if isinstance(v, Tensor) else v for v in norm)) for norm in operands.norms
-    ]
-    x, residual = operands.x.detach().clone(), operands.residual.detach().clone()
-    return replace(operands, x=x, residual=residual, norms=norms)
+def same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Strides are equal, but for axes of one value, where they mean nothing."""
+    return all(a == b or n == 1 for a, b, n in zip(tensor.stride(), other.stride(), tensor.shape, strict=True))
+
+
+# N1 and B2 to B4 round a term up to 30 times (Welford's step 3 and its sums by twos, 1/sqrt 4, N1 4, B2 3 and its sums,
+# B4 6); independent errors add up as the square root of their number: 6, and half as much again for luck.
+ROUNDINGS = 8
+
+
+def assert_agrees(operands: Operands, join: str, relu: bool, roundings: float = 1, create_graph: bool = False) -> None:
+    """Ours on the kernels against eager and fp64: y, every gradient and running statistic, within the budget.
+
+    `roundings`: 1, typical of many values, or ROUNDINGS, whatever the values. `create_graph`: gradients of ours are
+    taken such that they can be differentiated.
+    """
+    operation = partial(ours, fork=operands.dy_alias is not None)
+    found = results(operation, operands, join, relu, "triton", create_graph)
+    expected = results(eager, operands, join, relu)
+    assert found.keys() == expected.keys()
+    assert same_layout(found["y"], F.batch_norm(operands.x, *operands.fresh().norms[0]))
+    exact, of_eager = (exact_results(operands, join, relu, y["y"]) for y in (found, expected))
+    if operands.x.dtype == torch.float64:  # `exact` has rounded as often
+        roundings = ROUNDINGS
+    added = magnitudes(operands, join, found["y"] <= 0 if relu else None, roundings)
+    for name in found:
+        assert_within_budget(name, found[name], expected[name], exact[name], added.get(name), of_eager[name])

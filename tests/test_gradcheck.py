@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_op import LAYOUTS
 from torch.autograd import gradcheck, gradgradcheck
 
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
@@ -11,25 +12,37 @@ JOINS = ("none", "add", "bn")
 SHAPE = (2, 3, 2, 2)
 
 
-def leaves(device) -> list[torch.Tensor]:
+def leaves(device, layout: str = "nchw") -> list[torch.Tensor]:
     """x, residual and two pairs of weight and bias, fp64; values away from ReLU's kink."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2)]
+    images = [image.contiguous(memory_format=LAYOUTS[layout]) for image in images]
     vectors = [0.5 + torch.rand(SHAPE[1], generator=generator, dtype=torch.float64) for _ in range(4)]
     return [tensor.to(device).requires_grad_() for tensor in (*images, *vectors)]
 
 
-def operation(join: str, relu: bool, training: bool, backend: str, fork: bool = False):
+def operation(
+    join: str,
+    relu: bool,
+    training: bool,
+    backend: str,
+    fork: bool = False,
+    residual_training: bool | None = None,
+    affine: bool = True,
+):
+    """`residual_training`: None for as `training`."""
+
+    def norm(vector, weight, bias, training) -> BatchNormArgs:
+        running = (None, None) if training else (torch.zeros_like(vector) + 0.1, torch.ones_like(vector) * 1.3)
+        return BatchNormArgs(*running, *((weight, bias) if affine else (None, None)), training)
+
     def run(x, residual, weight, bias, residual_weight, residual_bias):
-        running = (None, None) if training else (torch.zeros_like(weight) + 0.1, torch.ones_like(weight) * 1.3)
+        of_residual = training if residual_training is None else residual_training
         return batch_norm_add_relu(
             x,
-            *running,
-            weight,
-            bias,
-            training,
+            *norm(weight.detach(), weight, bias, training),
             residual=None if join == "none" else residual,
-            residual_norm=BatchNormArgs(*running, residual_weight, residual_bias, training) if join == "bn" else None,
+            residual_norm=norm(weight.detach(), residual_weight, residual_bias, of_residual) if join == "bn" else None,
             relu=relu,
             fork=fork,
             backend=backend,
@@ -53,9 +66,38 @@ def test_both_handles_of_a_fork(join, device):
 
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 @pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
+@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
 @pytest.mark.parametrize("join", JOINS)
-def test_second_derivatives(join, training, backend, device):
-    assert gradgradcheck(operation(join, True, training, backend), leaves(device), atol=1e-6, fast_mode=True)
+def test_second_derivatives(join, relu, training, backend, device):
+    assert gradgradcheck(operation(join, relu, training, backend), leaves(device), atol=1e-6, fast_mode=True)
+
+
+BATCH_NORM_BESIDE_FROZEN = {"training": True, "residual_training": False}
+FROZEN_BESIDE_BATCH_NORM = {"training": False, "residual_training": True}
+NOT_PLAIN = {
+    "fork, none": {"join": "none", "fork": True},
+    "fork, add": {"join": "add", "fork": True},
+    "fork, bn": {"join": "bn", "fork": True},
+    "fork, add, linear": {"join": "add", "fork": True, "relu": False},
+    "fork, bn, frozen": {"join": "bn", "fork": True, "training": False},
+    "batch statistics joined by frozen ones": {"join": "bn", **BATCH_NORM_BESIDE_FROZEN},
+    "frozen statistics joined by the batch's": {"join": "bn", **FROZEN_BESIDE_BATCH_NORM},
+    "frozen statistics joined by the batch's, fork": {"join": "bn", "fork": True, **FROZEN_BESIDE_BATCH_NORM},
+    "no affine, none": {"join": "none", "affine": False},
+    "no affine, add": {"join": "add", "affine": False},
+    "no affine, bn": {"join": "bn", "affine": False},
+    "no affine, frozen": {"join": "bn", "affine": False, "training": False},
+}
+
+
+def not_plain(case: str):
+    return operation(**{"relu": True, "training": True, "backend": "triton", **NOT_PLAIN[case]})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_second_derivatives_of_whatever_is_not_plain(case, layout, device):
+    assert gradgradcheck(not_plain(case), leaves(device, layout), atol=1e-6, fast_mode=True)
 
 
 def shared_residual(leaves):
@@ -78,18 +120,35 @@ def weight_from_x(leaves):
 NAMES = ("x", "residual", "weight", "bias", "residual_weight", "residual_bias")
 
 
-@pytest.mark.parametrize("tie", (shared_residual, residual_behind_x, shared_weight, weight_from_x))
-def test_gradients_that_can_be_differentiated_are_the_plain_ones(tie, device):
-    """gradgradcheck compares a gradient with itself: inputs that hang together could be counted twice unseen."""
+def plain_and_differentiable(operation, tie, device, layout: str = "nchw"):
+    """The gradients of all leaves, both ways. gradgradcheck compares a gradient with itself: this one with another."""
     found = []
     for create_graph in (False, True):
-        tensors = leaves(device)
+        tensors = leaves(device, layout)
         arguments = tie(dict(zip(NAMES, tensors, strict=True)))
-        y = operation("bn", True, True, "triton")(*(arguments[name] for name in NAMES))
-        loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=device).view_as(y)).sum()
+        handles = operation(*(arguments[name] for name in NAMES))
+        loss = 0
+        for index, y in enumerate(handles if isinstance(handles, tuple) else (handles,)):
+            loss = loss + (y * torch.linspace(-1 - index, 2, y.numel(), dtype=y.dtype, device=device).view_as(y)).sum()
         found.append(torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True))
+    return found
+
+
+def assert_same(found) -> None:
     for plain, differentiable in zip(*found, strict=True):
-        torch.testing.assert_close(differentiable, plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(differentiable, plain, rtol=1e-12, atol=1e-12)  # fp64, sums in two orders
+
+
+@pytest.mark.parametrize("tie", (shared_residual, residual_behind_x, shared_weight, weight_from_x))
+def test_gradients_of_tied_inputs_that_can_be_differentiated_are_the_plain_ones(tie, device):
+    """Inputs that hang together could be counted twice."""
+    assert_same(plain_and_differentiable(operation("bn", True, True, "triton"), tie, device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_gradients_that_can_be_differentiated_are_the_plain_ones(case, layout, device):
+    assert_same(plain_and_differentiable(not_plain(case), dict, device, layout))
 
 
 def test_only_the_residual_wants_a_gradient(device):

@@ -62,7 +62,7 @@ def assert_same_pattern(name: str, found: Tensor, expected: Tensor) -> None:
 def clean_results(training: bool, join: str, relu: bool, layout: str, dtype: torch.dtype, device: torch.device):
     """Of ours, and the magnitudes of the terms."""
     operands = make_operands(Case("non-finite", SHAPE, training=training), dtype, layout, device)
-    return results(ours, operands, join, relu, "triton"), magnitudes(operands, join, relu=False)
+    return results(ours, operands, join, relu, "triton"), magnitudes(operands, join)
 
 
 def on(device: torch.device, operands: Operands) -> Operands:

@@ -1,10 +1,14 @@
-"""torch.library.opcheck: schema, autograd registration, fake kernels and AOT dispatch of both operators."""
+"""torch.library.opcheck of both operators (schema, autograd registration, fake kernels, AOT), and their layouts."""
+
+import itertools
 
 import pytest
 import torch
-from fused_op import Case, make_operands
+import torch.nn.functional as F
+from fused_op import LAYOUTS, Case, make_operands, same_layout
 
 from resnet_fast.ops import BatchNormArgs
+from resnet_fast.ops.batch_norm import dense
 
 OPS = torch.ops.resnet_fast
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -72,3 +76,23 @@ def test_bfloat16(device):
     torch.library.opcheck(
         OPS.batch_norm_add_relu_backward.default, backward_arguments(arguments, True), test_utils=CHECKS
     )
+
+
+def inputs(shape: tuple[int, ...]):
+    """Tensors of this shape, of every order of axes, expanded along every set of axes, and with gaps."""
+    for order in itertools.permutations(range(4)):
+        back = [order.index(axis) for axis in range(4)]
+        yield torch.ones(shape).permute(order).contiguous().permute(back)
+        yield torch.ones([2 * n for n in shape]).permute(order).contiguous().permute(back)[::2, ::2, ::2, ::2]
+    for axes in itertools.product((False, True), repeat=4):
+        base = torch.ones([n if keep else 1 for n, keep in zip(shape, axes, strict=True)])
+        for memory_format in LAYOUTS.values():
+            yield base.contiguous(memory_format=memory_format).expand(shape)
+
+
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 2), (1, 3), (1, 2))), ids=str)
+def test_a_dense_copy_is_laid_out_as_eagers_result(shape):
+    """Found with two channels expanded from one, in images one pixel wide."""
+    for x in inputs(shape):
+        eager = F.batch_norm(x, torch.zeros(shape[1]), torch.ones(shape[1]))
+        assert same_layout(dense(x), eager), x.stride()
