@@ -6,11 +6,13 @@ ARGS ?=
 BIN := .venv/bin
 
 help:
-	@echo "make train   set up .venv, train ResNet-18, show the result   [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
-	@echo "make test    set up .venv, run every test"
-	@echo "make lint    ruff and pyright"
-	@echo "make bench   pytest benchmarks: the training step, eager against fused"
-	@echo "make numerics   measure errors against fp64; writes docs/numerics.csv, the plots and the tables of numerics.md"
+	@echo "make train     set up .venv, train ResNet-18, show the result"
+	@echo "               [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
+	@echo "make test      set up .venv, run every test"
+	@echo "make lint      ruff and pyright"
+	@echo "make bench     pytest benchmarks: the training step, eager against fused"
+	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
+	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
 
 train: .venv/train
 	$(BIN)/resnet-fast train --dataset $(DATASET) $(ARGS)
@@ -29,10 +31,13 @@ bench: .venv/dev
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
 
+kernels: .venv/dev
+	PYTHONPATH=. TRITON_INTERPRET=0 $(BIN)/python tests/kernels_page.py
+
 # Stamp files: one per set of extras.
 .venv/train .venv/dev: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test lint bench numerics
+.PHONY: help train test lint bench numerics kernels

@@ -14,8 +14,12 @@ TILE_ELEMENTS = 2048
 NUM_WARPS = 4
 
 # The gradient's sums hold up to four tensors and three accumulators: half a tile keeps them far below 128 registers,
-# and the programs that fit then have as many bytes in flight.
+# and the programs that fit then have as many bytes in flight. NCHW takes half a tile everywhere: each element has a
+# 64-bit offset of its own there.
 REDUCE_TILE_ELEMENTS = 1024
+
+# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads.
+MAX_REGISTERS, MAX_REGISTERS_NCHW, MAX_REGISTERS_FP64 = 128, 168, 255
 
 # 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.
 MAX_BLOCK_C = 128
@@ -51,6 +55,7 @@ def choose_tiles(
     if channels_last:  # channels are contiguous: fill them first
         block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
     else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
+        tile_elements = REDUCE_TILE_ELEMENTS
         block_m = min(tile_elements, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
         block_c = min(tile_elements // block_m, triton.next_power_of_2(n_channels))
     block_m = tile_elements // block_c
@@ -67,3 +72,16 @@ def choose_tiles(
         rows_per_split=rows_per_split,
         n_splits=triton.cdiv(n_rows, rows_per_split),
     )
+
+
+def max_registers(channels_last: bool, element_size: int) -> int | None:
+    """The most registers a thread may have of an NVIDIA GPU, or None to leave the number to ptxas.
+
+    ptxas spills a register or two to memory for the sake of one program more; it does not where a limit is set. Left to
+    itself it takes fewer than MAX_REGISTERS, without spilling, on the fast path: channels_last in 16-bit types.
+    """
+    if element_size == 8:
+        return MAX_REGISTERS_FP64
+    if channels_last:
+        return None if element_size == 2 else MAX_REGISTERS
+    return MAX_REGISTERS_NCHW

@@ -1,150 +1,233 @@
-"""Compiles the kernels of given training steps for GPUs that are not there, and reads the machine code.
+"""Compiles the kernels for GPUs that are not there. Run without TRITON_INTERPRET.
 
-Run without TRITON_INTERPRET: `python tests/compile_kernels.py` prints one JSON object per kernel and target.
-The launches are recorded from the real launching code on tensors of the meta device, so that the arguments' types,
-divisibility and block sizes are those of a real run.
+What is compiled is what ResNets launch: launches are recorded from the launching code on tensors of the meta device, so
+that the arguments' types, divisibility and block sizes are those of a real run.
 """
 
-import json
+import ast
+import hashlib
+import itertools
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from machine_code import MachineCode, read_amdgcn, read_cubin
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from resnet_fast.ops import BatchNormArgs, launch
 from resnet_fast.ops.arguments import Saved
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)} | {
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+BACKENDS = {target.backend: target for target in TARGETS.values()}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8: "*u8"}
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 STAGES = {64: 32, 128: 16, 256: 8, 512: 4}  # ResNet-18 with the 3x3 stem on 32x32 images: channels to map width
 BATCH = 128
+# The image-shaped arguments that a kernel writes; it reads the others.
 WRITTEN = {
-    "normalize_kernel": ("y_ptr",),
-    "reduce_kernel": ("dz_ptr",),
-    "input_gradients_kernel": ("dx_ptr", "dresidual_ptr"),
+    "statistics_kernel": set(),
+    "combine_statistics_kernel": set(),
+    "normalize_kernel": {"y_ptr"},
+    "reduce_kernel": {"dz_ptr"},
+    "combine_gradients_kernel": set(),
+    "input_gradients_kernel": {"dx_ptr", "dresidual_ptr"},
 }
 
 
-def record_launches(n_channels: int, width: int, join: str, relu: bool, fork: bool) -> list[tuple]:
-    """(kernel, arguments) of one training step of one fused operation in bf16, channels_last."""
+class Operation(NamedTuple):
+    """One fused operation: forward and backward with batch statistics, or the forward with tracked ones."""
+
+    dtype: str
+    layout: str
+    n_channels: int
+    width: int
+    join: str = "none"
+    relu: bool = True
+    fork: bool = False
+    training: bool = True
+
+
+class Launch(NamedTuple):
+    """A kernel and the arguments that it is launched with."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+    def signature(self, target: GPUTarget) -> tuple[dict, dict, dict]:
+        """Types, constants and attributes of the arguments, as Triton's launcher specializes them."""
+        backend = make_backend(target)
+        types, constants, attributes = {}, {}, {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                types[parameter.name] = "constexpr"
+                constants[(position,)] = value
+                continue
+            specialization = ""
+            if isinstance(value, torch.Tensor):
+                types[parameter.name] = POINTERS[value.dtype]
+                specialization = backend.get_tensor_specialization(value, align=True)
+            elif parameter.annotation_type:
+                types[parameter.name] = parameter.annotation_type
+            else:
+                types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                specialization = backend.get_int_specialization(value, align=True)
+            if specialization:
+                attributes[(position,)] = backend.parse_attr(specialization)
+        return types, constants, attributes
+
+    def options(self, target: GPUTarget) -> dict[str, int]:
+        return launch.compiler_options(self.arguments, is_nvidia=target.backend == "cuda")
+
+    def images(self) -> tuple[int, int]:
+        """How many image-shaped tensors the launch reads and writes."""
+        images = {
+            name for name, value in self.arguments.items() if isinstance(value, torch.Tensor) and value.dim() == 4
+        }
+        written = images & WRITTEN[self.kernel.__name__]
+        return len(images - written), len(written)
+
+
+class Compiled(NamedTuple):
+    """One row of the table: a kernel, the first operation that launches it like this, and its machine code.
+
+    `dots` are the matrix products that the source asks for, `share` is what a thread holds of one image-shaped tile, in
+    bits, `offsets` the types of the offsets to pointers of the data type. `key` is equal where the code is: it stands
+    for what is compiled, and by what.
+    """
+
+    kernel: str
+    operation: Operation
+    target: str
+    code: MachineCode
+    shared: int
+    dots: int
+    images_read: int
+    images_written: int
+    share: int
+    offsets: str
+    key: str
+
+
+@cache
+def _source(kernel: triton.JITFunction) -> str:
+    """The code of a kernel and of all that it calls, without comments and line numbers."""
+    found, todo = {}, [kernel]
+    while todo:
+        function = todo.pop()
+        found[function.__name__] = ast.dump(ast.parse(function.src))
+        for name in function.fn.__code__.co_names:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction) and value.__name__ not in found:
+                todo.append(value)
+            elif isinstance(value, tl.constexpr):
+                found[name] = repr(value.value)
+    return repr(sorted(found.items()))
+
+
+def operations() -> Iterator[Operation]:
+    """Those of ResNet-18 on 32x32 images: in a block, at its end, behind a projection; in training and evaluation."""
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        for n_channels, width in STAGES.items():
+            at = Operation(dtype, layout, n_channels, width)
+            joins = ("none", "add", "bn") if n_channels > 64 else ("none", "add")
+            for join in joins:
+                yield at._replace(join=join, fork=join != "none")
+                yield at._replace(join=join, training=False)
+        yield Operation(dtype, layout, 64, 32, fork=True)  # the stem: no residual, two consumers
+        yield Operation(dtype, layout, 512, 4, "add")  # the last block: one consumer
+        yield Operation(dtype, layout, 64, 32, relu=False)  # FusedBatchNorm2d in place of nn.BatchNorm2d
+        yield Operation(dtype, layout, 24, 32)  # channels that are a multiple of 8 alone
+
+
+@cache
+def record_launches(operation: Operation) -> list[Launch]:
     recorded = []
-    original, launch.run = launch.run, lambda kernel, grid, **arguments: recorded.append((kernel, arguments))
+    original, launch.run = launch.run, lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments))
+    dtype, layout, n_channels, width, join, relu, fork, training = operation
     try:
-        x = torch.empty(BATCH, n_channels, width, width, dtype=torch.bfloat16, device="meta")
-        x = x.to(memory_format=torch.channels_last)
-        vector = torch.empty(n_channels, device="meta")
-        norm = BatchNormArgs(vector, vector, vector, vector, training=True)
+        x = torch.empty(BATCH, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
+        x = x.to(memory_format=LAYOUTS[layout])
+        vector = torch.empty(n_channels, dtype=torch.float64 if dtype == "fp64" else torch.float32, device="meta")
+        norm = BatchNormArgs(vector, vector, vector, vector, training)
         residual = None if join == "none" else x
         residual_norm = norm if join == "bn" else None
         y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(x, norm, residual, residual_norm, relu)
-        saved = Saved(
-            x,
-            relu_mask,
-            mean,
-            rstd,
-            vector,
-            vector,
-            x if join == "bn" else None,
-            residual_mean,
-            residual_rstd,
-            vector if join == "bn" else None,
-            vector if join == "bn" else None,
-        )
-        launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn")
+        if training:
+            of_join = (x, residual_mean, residual_rstd, vector, vector) if join == "bn" else (None,) * 5
+            saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
+            launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn")
     finally:
         launch.run = original
     return recorded
 
 
-def signature(kernel, arguments: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and divisibility of a launch, as Triton's own launcher specializes them."""
-    types, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            types[parameter.name] = "constexpr"
-            constants[(position,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            types[parameter.name] = TYPES[value.dtype]
-        elif parameter.annotation_type:
-            types[parameter.name] = parameter.annotation_type
-        else:
-            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return types, constants, attributes
+class Job(NamedTuple):
+    """One launch of an operation, to be compiled for a target."""
 
+    operation: Operation
+    index: int
+    target: str
+    key: str
 
-def configurations() -> Iterator[tuple]:
-    """The fused operations of ResNet-18 in bf16, channels_last: stem, first and second batch norm of each block."""
-    for n_channels, width in STAGES.items():
-        yield n_channels, width, "none", True, False
-        yield n_channels, width, "add", True, True
-        if n_channels > 64:
-            yield n_channels, width, "bn", True, True
-    yield 64, 32, "none", True, True  # the stem: no residual, two consumers
-    yield 512, 4, "add", True, False  # the last block: one consumer
-
-
-def compile_one(job: tuple) -> dict:
-    configuration, index, arch = job
-    kernel, arguments = record_launches(*configuration)[index]
-    types, constants, attributes = signature(kernel, arguments)
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.tiles.NUM_WARPS})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
+    def compile(self) -> Compiled:
+        recorded, target = record_launches(self.operation)[self.index], TARGETS[self.target]
+        types, constants, attributes = recorded.signature(target)
+        source = ASTSource(fn=recorded.kernel, signature=types, constexprs=constants, attrs=attributes)
+        compiled, code = compile_for(source, target, recorded.options(target))
+        ttir = compiled.asm["ttir"]
+        image = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}[self.operation.dtype]
+        threads = launch.tiles.NUM_WARPS * target.warp_size
+        elements = recorded.arguments["BLOCK_C"] * recorded.arguments.get("BLOCK_M", 0) // threads
+        images_read, images_written = recorded.images()
+        return Compiled(
+            kernel=recorded.kernel.__name__,
+            operation=self.operation,
+            target=self.target,
+            code=code,
+            shared=compiled.metadata.shared,
+            dots=ttir.count("tt.dot "),
+            images_read=images_read,
+            images_written=images_written,
+            share=elements * DTYPES[self.operation.dtype].itemsize * 8,
+            offsets=" ".join(sorted(set(re.findall(rf"addptr.*!tt\.ptr<{image}>>, tensor<\w+x(i\d+)>", ttir)))),
+            key=self.key,
         )
-    images = {name for name, value in arguments.items() if getattr(value, "dtype", None) == torch.bfloat16}
-    written = set(WRITTEN.get(kernel.__name__, ()))
-    return {
-        "kernel": kernel.__name__,
-        "configuration": [str(part) for part in configuration],
-        "arch": arch,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "loads": re.findall(r"LDG\.E\S*", sass),
-        "stores": re.findall(r"STG\.E\S*", sass),
-        # The 16-bit tensors that the launch reads and writes, whatever of them PTX accesses 2 bytes at a time, and the
-        # type of their offsets.
-        "images_read": len(images - written),
-        "images_written": len(images & written),
-        "narrow": len(re.findall(r"(?:ld|st)\.global\S*\.[bu]16", compiled.asm["ptx"])),
-        "offsets": sorted(set(re.findall(r"addptr.*!tt\.ptr<bf16>>, tensor<\w+x(i\d+)>", compiled.asm["ttir"]))),
-    }
 
 
-def jobs(archs: list[int]) -> list[tuple]:
-    """Every distinct specialization once."""
-    seen, wanted = set(), []
-    for configuration in configurations():
-        for index, (kernel, arguments) in enumerate(record_launches(*configuration)):
-            specialization = (kernel.__name__, str(signature(kernel, arguments)))
-            if specialization not in seen:
-                seen.add(specialization)
-                wanted += [(configuration, index, arch) for arch in archs]
-    return wanted
+def compile_for(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[Any, MachineCode]:
+    compiled = triton.compile(source, target=target, options=options)
+    read = read_cubin if target.backend == "cuda" else read_amdgcn
+    return compiled, read(compiled.asm["cubin" if target.backend == "cuda" else "amdgcn"])
 
 
-if __name__ == "__main__":
+def jobs() -> list[Job]:
+    """Every distinct machine code once."""
+    found: dict[str, Job] = {}
+    for operation in operations():
+        for index, recorded in enumerate(record_launches(operation)):
+            of_backend = {
+                backend: (recorded.signature(target), recorded.options(target)) for backend, target in BACKENDS.items()
+            }
+            for name, target in TARGETS.items():
+                parts = (triton.__version__, name, _source(recorded.kernel), of_backend[target.backend])
+                key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+                found.setdefault(key, Job(operation, index, name, key))
+    return list(found.values())
+
+
+def compile_all(jobs: Iterable[Job]) -> Iterator[Compiled]:
+    """In parallel over the cores."""
     with ProcessPoolExecutor() as pool:
-        for row in pool.map(compile_one, jobs([80, 90])):
-            print(json.dumps(row))
+        yield from pool.map(Job.compile, jobs, chunksize=4)

@@ -3,7 +3,7 @@
 Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in the layout of x.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,7 +48,17 @@ class Shape(NamedTuple):
 
 def run(kernel, grid: tuple, **arguments) -> None:
     """The one place where a kernel is launched."""
-    kernel[grid](**arguments, num_warps=tiles.NUM_WARPS)
+    kernel[grid](**arguments, **compiler_options(arguments, is_nvidia=torch.version.cuda is not None))
+
+
+def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
+    """How a kernel with these arguments is compiled."""
+    options = {"num_warps": tiles.NUM_WARPS}
+    if is_nvidia and "BLOCK_M" in arguments:  # the combine kernels have no tile of images
+        limit = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
+        if limit is not None:
+            options["maxnreg"] = limit
+    return options
 
 
 def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,119 @@
+"""Reads off a compiled kernel what decides its speed: registers, stack, widths of accesses, the inner loop."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+# Width in bits by what a mnemonic says of it; the first match counts.
+NVIDIA_WIDTHS = {r"\.256": 256, r"\.128": 128, r"\.64": 64, r"\.[US]16": 16, r"\.[US]8": 8, "": 32}
+AMD_WIDTHS = {
+    "b128|dwordx4": 128,
+    "b96|dwordx3": 96,
+    "b64|dwordx2": 64,
+    "b32|dword": 32,
+    "short|16": 16,
+    "byte|8": 8,
+}
+MATRIX = r"(?<![\w.])(?:(?:UTC)?[A-Z]G?MMA\b|v_\w*(?:mfma|wmma|mfmac))"
+
+
+class MachineCode(NamedTuple):
+    """`loads` and `stores` count the instructions on global memory by their width in bits. `loop` is the number of
+    instructions in the innermost loop, the one with the most loads if there are several, and 0 if there is none.
+    """
+
+    registers: int
+    stack: int
+    loads: Counter[int]
+    stores: Counter[int]
+    instructions: int
+    loop: int
+    matrix: int
+
+
+class Instruction(NamedTuple):
+    """One instruction; `target` is the position of the instruction that a branch goes to."""
+
+    text: str
+    target: int | None
+
+
+def read_cubin(cubin: bytes) -> MachineCode:
+    """For NVIDIA; registers per thread, stack in bytes per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, re.MULTILINE)
+    positions = {int(address, 16): position for position, (address, _) in enumerate(lines)}
+    instructions = []
+    for _, text in lines:
+        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
+        instructions.append(Instruction(text, positions[int(branch[1], 16)] if branch else None))
+    return _summary(
+        instructions,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        load=r"\bLDG\S*",
+        store=r"\bSTG\S*",
+        widths=NVIDIA_WIDTHS,
+    )
+
+
+def read_amdgcn(assembly: str) -> MachineCode:
+    """For AMD; vector registers per lane, scratch memory in bytes per lane."""
+    positions, lines = {}, []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            positions[label[1]] = len(lines)
+        elif re.match(r"\t[a-z]", line):
+            lines.append(line.split(";")[0].strip())
+    instructions = []
+    for text in lines:
+        branch = re.match(r"s_c?branch\w* (\.LBB\w+)", text)
+        instructions.append(Instruction(text, positions[branch[1]] if branch else None))
+    return _summary(
+        instructions,
+        registers=int(re.search(r"\.vgpr_count: +(\d+)", assembly)[1]),
+        stack=int(re.search(r"\.private_segment_fixed_size: +(\d+)", assembly)[1]),
+        load=r"^(?:global|buffer|flat)_load_\S*",
+        store=r"^(?:global|buffer|flat)_store_\S*",
+        widths=AMD_WIDTHS,
+    )
+
+
+def _summary(
+    instructions: list[Instruction], registers: int, stack: int, load: str, store: str, widths: dict[str, int]
+) -> MachineCode:
+    def count(pattern: str, among: list[Instruction]) -> Counter[int]:
+        found = (re.search(pattern, instruction.text) for instruction in among)
+        return Counter(next(widths[w] for w in widths if re.search(w, match[0])) for match in found if match)
+
+    # A loop is what lies between a branch backwards and its target; the branch to itself behind the end is none.
+    spans = {(i.target, position) for position, i in enumerate(instructions) if i.target is not None}
+    spans = {(first, last) for first, last in spans if first < last}
+    innermost = [
+        instructions[first : last + 1]
+        for first, last in spans
+        if not any((first, last) != span and first <= span[0] and span[1] <= last for span in spans)
+    ]
+    loop = max(innermost, key=lambda body: (count(load, body).total(), len(body)), default=[])
+    return MachineCode(
+        registers=registers,
+        stack=stack,
+        loads=count(load, instructions),
+        stores=count(store, instructions),
+        instructions=len(instructions),
+        loop=len(loop),
+        matrix=sum(bool(re.search(MATRIX, instruction.text)) for instruction in instructions),
+    )
