@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
-from fused_op import Operands, magnitudes
+from fused_op import ROUNDINGS, Operands, magnitudes
 from torch import Tensor, nn
 
 from resnet_fast import FusedBatchNorm2d
@@ -56,13 +56,12 @@ def outcome(function, tensors: list[Tensor | None], options: dict, dtype: torch.
     return {"y": y.detach()} | found | {name: leaf for name, leaf in leaves.items() if name.startswith("running")}
 
 
-def sums_of_terms(tensors: list[Tensor | None], options: dict) -> dict[str, Tensor]:
-    """`magnitudes` of a sample of any shape."""
-    x, *vectors = (None if tensor is None else tensor.detach() for tensor in tensors)
-    image = x.reshape(*x.shape[:2], -1, 1)
-    norm = BatchNormArgs(*vectors, **options)
+def sums_of_terms(x: Tensor, norm: BatchNormArgs) -> dict[str, Tensor]:
+    """`magnitudes` of a sample of any shape, of values that nobody chose."""
+    image = x.detach().reshape(*x.shape[:2], -1, 1)
+    norm = norm._make(value.detach() if isinstance(value, Tensor) else value for value in norm)
     operands = Operands(image, torch.zeros_like(image), [norm, norm], gradient_like(x).view_as(image))
-    found = magnitudes(operands, "none", relu=False)
+    found = magnitudes(operands, "none", roundings=ROUNDINGS)
     return found | {name: found[name].view_as(x) for name in ("y", "dx")}
 
 
@@ -93,7 +92,9 @@ def test_samples_of_the_function(backend, dtype, op_infos, device):
                 found = outcome(batch_norm_add_relu, tensors, options | ours, dtype)
                 expected = outcome(F.batch_norm, tensors, options, dtype)
                 exact = outcome(F.batch_norm, tensors, options, torch.float64)
-                added = sums_of_terms(tensors, options) if sample.input.numel() else {}
+                added = {}
+                if sample.input.numel():
+                    added = sums_of_terms(sample.input, BatchNormArgs(*sample.args, **options))
                 case = f"{op.full_name} {tuple(sample.input.shape)} {options}"
                 assert_agrees(case, found, expected, exact, added)
                 n_samples += 1
@@ -109,17 +110,14 @@ def test_error_samples_of_the_function(op_infos, device):
             batch_norm_add_relu(error.sample_input.input, *error.sample_input.args, **error.sample_input.kwargs)
 
 
-def module_outcome(module: nn.Module, batches: list[Tensor], training: bool) -> dict[str, Tensor]:
-    """Outputs and gradients of two passes, and all buffers."""
-    module.train(training)
-    found = {}
-    for index, batch in enumerate(batches):
-        x = batch.detach().clone().requires_grad_()
-        y = module(x)
-        y.backward(gradient_like(y))
-        found |= {f"y {index}": y.detach(), f"dx {index}": x.grad}
-    gradients = {f"d{name}": parameter.grad for name, parameter in module.named_parameters()}
-    return found | gradients | dict(module.named_buffers())
+def one_pass(module: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """The output, the gradients and all buffers after one forward and backward."""
+    module.zero_grad()
+    x = batch.detach().clone().requires_grad_()
+    y = module(x)
+    y.backward(gradient_like(y))
+    found = {"y": y.detach(), "dx": x.grad} | {f"d{name}": p.grad for name, p in module.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -132,31 +130,20 @@ def test_samples_of_the_module(training, dtype, either_backend, module_info, dev
     assert samples
     for sample in samples:
         construct, forward = sample.constructor_input, sample.forward_input
-        theirs = nn.BatchNorm2d(*construct.args, **construct.kwargs, device=device, dtype=dtype)
-        ours = FusedBatchNorm2d(*construct.args, **construct.kwargs, device=device, dtype=dtype)
+        theirs, ours = (
+            module(*construct.args, **construct.kwargs, device=device, dtype=dtype).train(training)
+            for module in (nn.BatchNorm2d, FusedBatchNorm2d)
+        )
         for parameter in theirs.parameters():
             nn.init.uniform_(parameter, -1, 1)
-        ours.load_state_dict(theirs.state_dict())
         assert repr(ours) == "Fused" + repr(theirs)
         (x,) = forward.args
-        batches = [x.detach(), 1 - x.detach() / 2]
-        exact = module_outcome(copy.deepcopy(theirs).double(), [batch.double() for batch in batches], training)
-        found, expected = (module_outcome(module, batches, training) for module in (ours, theirs))
-
-        norm = BatchNormArgs(
-            theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, training, eps=ours.eps
-        )
-        if norm.running_mean is None:
-            norm = norm._replace(training=True)
-        added = {}
-        for index, batch in enumerate(batches if x.numel() else []):
-            terms = magnitudes(
-                Operands(batch, torch.zeros_like(batch), [norm, norm], gradient_like(batch)), "none", False
-            )
-            added |= {f"y {index}": terms["y"], f"dx {index}": terms["dx"]}
-            for name in ("dweight", "dbias"):
-                added[name] = added.get(name, 0) + terms[name]
-        assert_agrees(f"{sample.desc} {construct.args} {construct.kwargs}", found, expected, exact, added)
+        for batch in (x.detach(), 1 - x.detach() / 2):
+            ours.load_state_dict(theirs.state_dict())
+            exact = one_pass(copy.deepcopy(theirs).double(), batch.double())
+            added = sums_of_terms(batch, ours.arguments()) if batch.numel() else {}
+            found, expected = (one_pass(module, batch) for module in (ours, theirs))
+            assert_agrees(f"{sample.desc} {construct.args} {construct.kwargs}", found, expected, exact, added)
 
 
 def test_error_samples_of_the_module(module_info, device, either_backend):
