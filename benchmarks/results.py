@@ -97,10 +97,15 @@ def replace_rows(path: Path, rows: Sequence[Mapping[str, str]], key: Sequence[st
     columns = list(rows[0])
     merged = {tuple(row[name] for name in key): row for row in read_rows(path, columns)}
     merged.update({tuple(row[name] for name in key): dict(row) for row in rows})
+    write_rows(path, list(merged.values()))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a file of `rows`, which have the same columns, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(merged.values())
+    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(text.getvalue().encode())

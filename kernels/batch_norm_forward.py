@@ -195,7 +195,7 @@ def combine_statistics_kernel(
 ):
     """mean and rstd of the pass, from the partials (TRAINING; also updates the running statistics) or as tracked.
 
-    `var_ptr` receives the biased variance of the partials.
+    `var_ptr` receives the biased variance of the partials; in fp64 that of huge values fits.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -225,7 +225,8 @@ def combine_statistics_kernel(
             tl.store(mean_ptr + offs_c, mean, mask=done > 0)
             tl.store(rstd_ptr + offs_c, unit / tl.sqrt(m2 / n_rows + epsilon * unit * unit), mask=done > 0)
             if var_ptr is not None:
-                tl.store(var_ptr + offs_c, m2 / n_rows / unit / unit, mask=done > 0)
+                variance = (m2 / n_rows).to(var_ptr.dtype.element_ty)
+                tl.store(var_ptr + offs_c, variance / unit / unit, mask=done > 0)
             if running_mean_ptr is not None:
                 new = tl.full([], momentum, acc_type)
                 old = tl.full([], 1.0 - momentum, acc_type)

@@ -16,10 +16,11 @@ NUM_WARPS = 4
 # The gradient's sums hold up to four tensors and three accumulators: half a tile keeps them far below 128 registers,
 # and the programs that fit then have as many bytes in flight. NCHW takes half a tile everywhere: each element has a
 # 64-bit offset of its own there.
-REDUCE_TILE_ELEMENTS = 1024
+SMALL_TILE_ELEMENTS = 1024
 
 # Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads.
 MAX_REGISTERS, MAX_REGISTERS_NCHW, MAX_REGISTERS_FP64 = 128, 168, 255
+MAX_REGISTERS_COMBINE = 255  # the combine kernels have a few programs in all
 
 # 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.
 MAX_BLOCK_C = 128
@@ -55,7 +56,7 @@ def choose_tiles(
     if channels_last:  # channels are contiguous: fill them first
         block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
     else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
-        tile_elements = REDUCE_TILE_ELEMENTS
+        tile_elements = min(tile_elements, SMALL_TILE_ELEMENTS)
         block_m = min(tile_elements, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
         block_c = min(tile_elements // block_m, triton.next_power_of_2(n_channels))
     block_m = tile_elements // block_c

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Join, Outputs, Saved
-from .ops.batch_norm import as_image, backward_op, dense, forward_op
+from .ops.batch_norm import as_image, backward_op, dense, forward_op, recompute_y
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
@@ -66,12 +66,13 @@ def batch_norm_add_relu(
 
     Raises (the exceptions of F.batch_norm, for what F.batch_norm refuses):
         ValueError: training with one value per channel or with eps <= 0, eps < 0, one running statistic of two when
-            training; the residual of another shape than x or on another device, or an unknown backend.
+            training; the residual of another shape than x or on another device, an image of 2^31 pixels or nearly so
+            in NCHW, or an unknown backend.
         RuntimeError: x has fewer than two dimensions; a vector of another shape than [C], type than the rule above
             allows, or device than x's; running statistics missing when not training, or requiring a gradient; or the
             backend asked for cannot run here.
         NotImplementedError: x is not of a type above.
-        TypeError: x or the residual is no tensor, the residual not of a type above, or momentum is None.
+        TypeError: x, the residual or a vector is no tensor, the residual not of a type above, or momentum is None.
 
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
     """
@@ -101,9 +102,9 @@ def run(
         residual = as_image(dense(residual, like=x))
         join = "add" if residual_norm is None else "bn"
     norms = (norm, residual_norm or BatchNormArgs(None, None))
-    contiguous = [_contiguous_vectors(norm) for norm in norms]
-    y = _BatchNormAddReLU.apply(as_image(x), residual, *contiguous[0], *contiguous[1], join, relu, fork, group)
-    for given, used in zip(norms, contiguous, strict=True):
+    dense_norms = _dense_vectors(*norms)
+    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], join, relu, fork, group)
+    for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
@@ -112,9 +113,10 @@ def run(
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
 
 
-def _contiguous_vectors(norm: BatchNormArgs) -> BatchNormArgs:
-    """The kernels address a vector by its first element alone."""
-    return norm._make(value.contiguous() if isinstance(value, Tensor) else value for value in norm)
+def _dense_vectors(*norms: BatchNormArgs) -> list[BatchNormArgs]:
+    """The kernels address a vector by its first element alone. A vector that two norms share stays one."""
+    vectors = {id(value): value.contiguous() for norm in norms for value in norm if isinstance(value, Tensor)}
+    return [norm._make(vectors.get(id(value), value) for value in norm) for norm in norms]
 
 
 def _copy_back(given: Tensor | None, used: Tensor | None) -> None:
@@ -165,6 +167,8 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         name: vectors[name] for name in ("running_mean", "running_var", "weight", "bias") if vectors[name] is not None
     }
     for name, vector in given.items():
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{prefix}{name} must be a Tensor, got {type(vector).__name__}")
         if vector.shape != (n_channels,):
             raise RuntimeError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
         if vector.device != x.device:
@@ -296,11 +300,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
 def _relu_closed(saved: Saved) -> Tensor:
     """Where the forward's ReLU closed, a bool tensor like x: its own rounding of y decides, not another formula's."""
     if saved.relu_mask is None:
-        # What a kernel recomputes from x; with two handles and a join it returns dz, here 1 where ReLU is open.
-        one = torch.ones_like(saved.x)
-        of_x = saved._replace(residual=None, residual_mean=None, residual_rstd=None)
-        is_open = backward_op(one, torch.zeros_like(one), *of_x, "add", True, False, False)[3]
-        return is_open == 0
+        return recompute_y(saved) <= 0
     if saved.relu_mask.dtype == torch.bool:
         return saved.relu_mask
     return reference.unpack_relu_mask(saved.relu_mask, saved.x)

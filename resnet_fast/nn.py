@@ -72,12 +72,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         group = self.group()
         if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
             raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
-        check_arguments(x, norm, residual, residual_args, group)  # a batch that is refused is not counted
+        check_arguments(x, norm, residual, residual_args, group)
+        y = run(x, norm, residual, residual_args, relu, fork, group=group)
         for module in (self, residual_norm):
             counter = None if module is None else module.counter()
             if counter is not None:
                 counter.add_(1)
-        return run(x, norm, residual, residual_args, relu, fork, group=group)
+        return y
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
@@ -120,7 +121,7 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
         relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
 
     Raises (in forward):
-        ValueError: as FusedBatchNorm2d, but one value per channel is enough here.
+        ValueError: as FusedBatchNorm2d, but one value per channel and process is enough here.
         RuntimeError: a process died, or did not come along within the timeout of the process group.
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
@@ -148,11 +149,6 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
             return None
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
-
-    @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-        """See `resnet_fast.convert_sync_batchnorm`."""
-        return convert_sync_batchnorm(module, process_group)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:

@@ -5,26 +5,21 @@ test_compiled_kernels.py wants to know: which rows are missing or left over, and
 Run without TRITON_INTERPRET.
 """
 
-import csv
-import io
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 
 import triton
 from compile_kernels import Compiled, compile_all, jobs
+from pages import DOCS, write_tables
 
-from benchmarks.results import read_rows
-from resnet_fast.files import whole_file
+from benchmarks.results import read_rows, write_rows
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 COLUMNS = (
     *("kernel", "dtype", "layout", "channels", "width", "join", "relu", "fork", "training", "target"),
     *("registers", "stack", "shared", "loads", "stores", "instructions", "loop", "matrix", "dots"),
     *("images_read", "images_written", "share", "offsets", "triton", "key"),
 )
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 # Of all but the path most taken, which is compiled whole, one in this many is compiled afresh in every test run.
 SAMPLE = 40
 
@@ -61,15 +56,8 @@ def write() -> None:
         if done % 100 == 0:
             print(f"{done} of {len(missing)} compiled", flush=True)
     rows = [known[job.key] for job in wanted]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(DOCS / "kernels.csv") as file:
-        file.write(text.getvalue().encode())
-    page = DOCS / "kernels.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_rows(DOCS / "kernels.csv", rows)
+    write_tables(DOCS / "kernels.md", tables(rows))
 
 
 def tables(rows: list[Row]) -> str:

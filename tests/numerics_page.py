@@ -14,12 +14,10 @@ import conftest  # noqa: F401  (chooses the interpreter where there is no GPU)
 import torch
 from matplotlib import pyplot
 from numerics import CASES, DTYPES, IMAGES, PROVIDERS, RESULTS, errors
+from pages import DOCS, write_tables
 
-from benchmarks.results import machine_columns, replace_rows
+from benchmarks.results import machine_columns, write_rows
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-KEY = ("case", "dtype", "result")
 SWEEPS = {"mean": "|mean| / std", "rows": "N·H·W", "corner": "corner"}
 PLOTS = {"mean": ("y", "dx", "dweight"), "rows": ("y", "dx", "running_var"), "corner": ("y", "dx")}
 CORNER_NAMES = [case.name for case in CASES if case.sweep == "corner"]
@@ -157,8 +155,7 @@ def _draw(panel, rows: list[Row], sweep: str) -> None:
 
 def write(folder: Path) -> None:
     rows = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    (folder / "numerics.csv").unlink(missing_ok=True)
-    replace_rows(folder / "numerics.csv", rows, KEY)
+    write_rows(folder / "numerics.csv", rows)
     draw(folder)
 
 
@@ -169,8 +166,7 @@ def draw(folder: Path) -> None:
         plot(rows, sweep, results, folder / f"numerics-{sweep}.png")
     page = folder / "numerics.md"
     if page.exists():
-        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_tables(page, tables(rows))
 
 
 if __name__ == "__main__":

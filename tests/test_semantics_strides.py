@@ -123,6 +123,21 @@ def test_vectors(vector, training, join, device):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_two_norms_share_strided_statistics(device):
+    """Both update them, one after the other, as in eager."""
+    x, residual = torch.randn(2, 4, 5, 3, 3, dtype=torch.float64, device=device)
+    outcomes = []
+    for shared in (torch.ones(5, 2, dtype=torch.float64, device=device)[:, 0], torch.ones(5).to(x)):
+        norm = BatchNormArgs(shared, torch.ones_like(shared), training=True)
+        batch_norm_add_relu(x, *norm, residual=residual, residual_norm=norm, backend="triton")
+        outcomes.append(shared)
+    expected = torch.ones(5).to(x)
+    for image in (x, residual):
+        F.batch_norm(image, expected, torch.ones_like(expected), training=True)
+    for shared in outcomes:
+        torch.testing.assert_close(shared, expected, rtol=1e-12, atol=1e-12)
+
+
 GRADIENTS = {
     "expanded": lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand_as(y),
     "sliced": lambda y: torch.linspace(-1, 1, 2 * y.numel(), dtype=y.dtype, device=y.device).view(*y.shape, 2)[..., 0],

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from budget import assert_within_budget
 from sync_worker import (
+    CHANNELS,
     JOINS,
     Norms,
     batch,
@@ -13,6 +15,7 @@ from sync_worker import (
     lost_process_task,
     network,
     norms_task,
+    passes_task,
     run_norms,
     start,
     train,
@@ -88,6 +91,19 @@ def test_equals_one_process_on_the_joint_batch(case, by_rank):
             images = batch(sum(sizes), torch.float64, "nchw")
             added = sum(image.abs().mean((0, 2, 3)) for image in images) if name.endswith("mean") else exact[name].abs()
             assert_within_budget(name, joint, expected[name], exact[name], added)
+
+
+def test_few_rows_and_huge_values(backend, tmp_path):
+    huge = 1e25 * torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
+    no_rows, one_row = torch.empty(0, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
+    batches = {"no rows": (no_rows, no_rows), "one row": (one_row, no_rows), "huge": (huge[:1], huge[1:])}
+    ranks = start(passes_task, 2, tmp_path, backend == "kernels", batches)
+    for _, running_mean, running_var in (found[name] for found in ranks for name in ("no rows", "one row")):
+        assert torch.equal(running_mean, torch.zeros(CHANNELS)) and torch.equal(running_var, torch.ones(CHANNELS))
+    assert torch.equal(ranks[0]["one row"][0], torch.zeros(1, CHANNELS, 1, 1))
+    exact = F.batch_norm(huge.double(), None, None, training=True)
+    y = torch.cat([found["huge"][0] for found in ranks]).double()
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)  # a hundred fp32 roundings; without a rescue y is 0
 
 
 @pytest.fixture(scope="module")

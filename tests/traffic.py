@@ -54,7 +54,7 @@ def formula(role: Role, n_images: int, n_channels: int, width: int) -> dict[str,
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
         "partials": 4 * tiles.choose_tiles(*shape).n_splits * n_channels,
-        "sums": 4 * tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS).n_splits * n_channels,
+        "sums": 4 * tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS).n_splits * n_channels,
         "vectors": 4 * n_channels,
         "pivots": 3 * 2 * n_channels,
     }

@@ -179,6 +179,13 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
         return _present(launch.backward(dy, dy_alias, saved, join, relu, training, residual_training), like=x)
 
 
+def recompute_y(saved: Saved) -> Tensor:
+    """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
+    norm = BatchNormArgs(None, None, saved.weight, saved.bias)
+    with device_guard(saved.x):
+        return launch.normalize(saved.x, norm, saved.mean, saved.rstd, None, None, None, None, relu=False).y
+
+
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")
 def _backward_fake(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
     *saved, join, relu, _, _ = arguments

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of several processes, on the Triton kernels or, as everywhere on ATen, in plain PyTorch.
+"""Batch norm over the batches of several processes, on the Triton kernels or in plain PyTorch where ATen is chosen.
 
 Forward: mean and variance of the own rows, one all_gather, Chan's formula (S2) in fp64, then the normalization.
 Backward: the sums of the own rows (B2), one all_reduce, then dx (B4). The processes' batches may differ in size, and
@@ -72,8 +72,8 @@ def _n_rows(x: Tensor) -> int:
 
 
 def _moments(x: Tensor, on_triton: bool) -> Tensor:
-    """Mean and biased variance of the own rows, [2, C]; zeros where there are none."""
-    moments = torch.zeros(2, x.shape[1], dtype=accumulation_type(x), device=x.device)
+    """Mean and biased variance of the own rows, [2, C] in fp64, where squares of huge values fit; 0 without rows."""
+    moments = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     if on_triton:
         moments[0], _ = launch.statistics(x, BatchNormArgs(None, None, training=True), var=moments[1])
     elif x.numel() > 0:
@@ -84,7 +84,7 @@ def _moments(x: Tensor, on_triton: bool) -> Tensor:
 def _gather(x: Tensor, own: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Mean and variance of all processes' rows, [tensors, 2, C], and their number, in fp64, by one collective."""
     count = torch.full((1,), _n_rows(x), dtype=torch.float64, device=x.device)
-    packed = torch.cat([count, *(moments.double().flatten() for moments in own)])
+    packed = torch.cat([count, *(moments.flatten() for moments in own)])
     gathered = packed.new_empty(dist.get_world_size(group), len(packed))
     dist.all_gather(list(gathered), packed, group=group)
     counts = gathered[:, 0, None, None]
@@ -101,9 +101,10 @@ def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Ten
     running_mean, running_var = norm.running_mean, norm.running_var
     if running_mean is not None and running_var is not None:
         if norm.training:
-            running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
             unbiased = var * (total_rows / (total_rows - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), norm.momentum)
+            for running, new in ((running_mean, mean), (running_var, unbiased)):
+                # A joint batch of one row has no variance, one without rows no mean: it leaves the statistics alone.
+                running.lerp_(new.to(running.dtype).where(total_rows > 1, running), norm.momentum)
         else:
             mean, var = running_mean.double(), running_var.double()
     acc_type = accumulation_type(x)

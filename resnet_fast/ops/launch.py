@@ -54,8 +54,10 @@ def run(kernel, grid: tuple, **arguments) -> None:
 def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
     """How a kernel with these arguments is compiled."""
     options = {"num_warps": tiles.NUM_WARPS}
-    if is_nvidia and "BLOCK_M" in arguments:  # the combine kernels have no tile of images
-        limit = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
+    if is_nvidia:
+        limit = tiles.MAX_REGISTERS_COMBINE
+        if "BLOCK_M" in arguments:
+            limit = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
         if limit is not None:
             options["maxnreg"] = limit
     return options
@@ -64,7 +66,7 @@ def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, in
 def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
 
-    `var`: [C], receives the batch's biased variance.
+    `var`: [C] in fp64, receives the batch's biased variance.
     """
     shape = Shape.of(x)
     cut = tiles.choose_tiles(*shape)
@@ -186,7 +188,7 @@ def gradient_sums(
     gradients of weight, bias, residual weight and residual bias.
     """
     shape = Shape.of(saved.x)
-    cut = tiles.choose_tiles(*shape, tiles.REDUCE_TILE_ELEMENTS)
+    cut = tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
