@@ -12,7 +12,12 @@ from torch import Tensor
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.ops import reference
 
+PER_CHANNEL = reference.PER_CHANNEL
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+# N1 and B2 to B4 round a term up to 30 times (Welford's step 3 and its sums by twos, 1/sqrt 4, N1 4, B2 3 and its sums,
+# B4 6); independent errors add up as the square root of their number: 6, and half as much again for luck.
+ROUNDINGS = 8
 
 # Views with gaps, overlaps or axes in another order, of a dense NCHW tensor.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,9 +37,6 @@ def _channels_last(image: Tensor) -> Tensor:
 def arrange(image: Tensor, layout: str) -> Tensor:
     """`image`, dense NCHW, in one of LAYOUTS or as one of VIEWS (the last two repeat values of it)."""
     return VIEWS[layout](image) if layout in VIEWS else image.contiguous(memory_format=LAYOUTS[layout])
-
-
-PER_CHANNEL = reference.PER_CHANNEL
 
 
 def channels(vector: Tensor) -> Tensor:
@@ -65,6 +67,20 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+CORNERS = (
+    Case("one image", (1, 24, 4, 4)),
+    Case("one channel", (4, 1, 3, 5)),
+    Case("odd channels", (2, 13, 8, 8)),
+    Case("channels not a multiple of eight", (3, 100, 4, 4)),
+    Case("7x7", (3, 40, 7, 7)),
+    Case("one pixel per image", (33, 16, 1, 1)),
+    Case("one value per channel, evaluation", (1, 16, 1, 1), training=False),
+    Case("evaluation", (3, 20, 5, 5), training=False),
+    Case("no affine", (2, 16, 5, 5), affine=False),
+    Case("no running statistics", (2, 16, 5, 5), running=False),
+)
 
 
 @dataclass
@@ -230,11 +246,6 @@ def magnitudes(operands: Operands, join: str, closed: Tensor | None = None, roun
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
     """Strides are equal, but for axes of one value, where they mean nothing."""
     return all(a == b or n == 1 for a, b, n in zip(tensor.stride(), other.stride(), tensor.shape, strict=True))
-
-
-# N1 and B2 to B4 round a term up to 30 times (Welford's step 3 and its sums by twos, 1/sqrt 4, N1 4, B2 3 and its sums,
-# B4 6); independent errors add up as the square root of their number: 6, and half as much again for luck.
-ROUNDINGS = 8
 
 
 def assert_agrees(operands: Operands, join: str, relu: bool, roundings: float = 1, create_graph: bool = False) -> None:

@@ -21,7 +21,7 @@ class Account:
         self.times = {kind: np.zeros(tensor.numel(), np.int64) for kind in ("read", "written")}
 
     def moved(self, kind: str) -> int:
-        """Bytes, each once: caches hold what is read again, the vectors of C and the pivot row."""
+        """Bytes, each once: caches hold what is read again, the vectors of C and the pivot's rows."""
         return self.itemsize * int(np.count_nonzero(self.times[kind]))
 
     @property

@@ -15,17 +15,15 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from fused_op import LAYOUTS
+from fused_op import LAYOUTS, PER_CHANNEL, Operands, channels, eager, ours, results
 from torch import Tensor
 
-from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
+from resnet_fast.functional import BatchNormArgs
 from resnet_fast.ops import reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGES = ("y", "dx", "dresidual")
 RESULTS = (*IMAGES, "dweight", "dbias", "running_mean", "running_var")
-PER_CHANNEL = (0, 2, 3)
 
 Noise = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -56,13 +54,6 @@ class Error(NamedTuple):
     @classmethod
     def of(cls, difference: Tensor) -> "Error":
         return cls(difference.abs().max().item(), difference.square().mean().sqrt().item())
-
-
-class Operands(NamedTuple):
-    x: Tensor
-    residual: Tensor
-    dy: Tensor
-    norm: BatchNormArgs
 
 
 def _mean_over_std(ratio: float) -> Noise:
@@ -124,11 +115,6 @@ LIMITS = (Case("outliers 1e4 in rows 0 and -1", _outlier(1e4, (0, 0), (-1, -1)))
 CASES = MEANS + ROWS + CORNERS + LIMITS
 
 
-def channels(vector: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1]."""
-    return vector[None, :, None, None]
-
-
 def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> Operands:
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(case.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -140,48 +126,25 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> Opera
     if case.only_x:
         residual = case.make_x(residual, dtype)
     norm = BatchNormArgs(torch.zeros(n_channels), torch.ones(n_channels), weight, bias, True, 0.1, 1e-5)
-    return Operands(
-        *(t.to(device, dtype).contiguous(memory_format=LAYOUTS[case.layout]) for t in (x, residual, dy)),
-        BatchNormArgs(*(v.to(device) if isinstance(v, Tensor) else v for v in norm)),
-    )
+    x, residual, dy = (t.to(device, dtype).contiguous(memory_format=LAYOUTS[case.layout]) for t in (x, residual, dy))
+    norm = BatchNormArgs(*(v.to(device) if isinstance(v, Tensor) else v for v in norm))
+    return Operands(x, residual, [norm, norm], dy)  # the residual's is not used
 
 
-def ours(x: Tensor, residual: Tensor, norm: BatchNormArgs) -> Tensor:
-    return batch_norm_add_relu(x, *norm, residual=residual, backend="triton")
-
-
-def eager(x: Tensor, residual: Tensor, norm: BatchNormArgs) -> Tensor:
-    return F.relu(F.batch_norm(x, *norm) + residual)
-
-
-def compiled(x: Tensor, residual: Tensor, norm: BatchNormArgs) -> Tensor:
+def compiled(*arguments) -> Tensor:
     torch.compiler.reset()  # else one shape too many runs eagerly, in silence
-    return torch.compile(eager, fullgraph=True, dynamic=False)(x, residual, norm)
+    return torch.compile(eager, fullgraph=True, dynamic=False)(*arguments)
 
 
 PROVIDERS = {"ours": ours, "eager": eager, "torch.compile": compiled}
-
-
-def run(provider: str, operands: Operands) -> dict[str, Tensor]:
-    """Every result of one forward and backward pass."""
-    x, residual, dy, norm = operands
-    weight, bias = (vector.detach().requires_grad_() for vector in (norm.weight, norm.bias))
-    norm = norm._replace(
-        running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone(), weight=weight, bias=bias
-    )
-    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
-    y = PROVIDERS[provider](x, residual, norm)
-    y.backward(dy)
-    gradients = {"dx": x.grad, "dresidual": residual.grad, "dweight": weight.grad, "dbias": bias.grad}
-    return {"y": y.detach(), **gradients, "running_mean": norm.running_mean, "running_var": norm.running_var}
 
 
 class Exact:
     """The pass in fp64, from the rounded operands."""
 
     def __init__(self, operands: Operands) -> None:
-        self.x, self.residual, self.dy = (tensor.double() for tensor in operands[:3])
-        self.norm = BatchNormArgs(*(v.double() if isinstance(v, Tensor) else v for v in operands.norm))
+        exact = operands.to(torch.float64)
+        self.x, self.residual, self.dy, self.norm = exact.x, exact.residual, exact.dy, exact.norms[0]
         pivot = self.x[:1, :, :1, :1]  # fp64 has no digits to spare either where a channel is constant 1e30
         shift = (self.x - pivot).mean(PER_CHANNEL, keepdim=True)
         self.centered = self.x - pivot - shift
@@ -234,7 +197,7 @@ def scales(magnitudes: dict[str, Tensor]) -> dict[str, Tensor]:
 def errors(case: Case, dtype: torch.dtype, provider: str, device: torch.device) -> dict[str, Error]:
     """The error of every result of `provider`; infinite where a result is not finite and the exact one, rounded, is."""
     operands = make_operands(case, dtype, device)
-    found, exact = run(provider, operands), Exact(operands)
+    found, exact = results(PROVIDERS[provider], operands, "add", True, "triton"), Exact(operands)
     expected, scale = exact.results(relu_open=~(found["y"] <= 0)), scales(exact.magnitudes())
 
     def difference(name: str) -> Tensor:

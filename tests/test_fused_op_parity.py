@@ -4,24 +4,15 @@ import itertools
 
 import pytest
 import torch
-from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, assert_agrees, eager, make_operands, ours, results
+from fused_op import CORNERS, LAYOUTS, ROUNDINGS, VIEWS, Case, assert_agrees, eager, make_operands, ours, results
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 PLAIN = Case("plain", (3, 16, 6, 5))
-CORNERS = (
-    Case("one image", (1, 24, 4, 4)),
-    Case("one channel", (4, 1, 3, 5)),
-    Case("odd channels", (2, 13, 8, 8)),
-    Case("channels not a multiple of eight", (3, 100, 4, 4)),
-    Case("7x7", (3, 40, 7, 7)),
-    Case("one pixel per image", (33, 16, 1, 1)),
-    Case("one value per channel, evaluation", (1, 16, 1, 1), training=False),
+CASES = (
+    *CORNERS,
     Case("several tiles and splits", (5, 200, 9, 11)),
     Case("mean 1000 standard deviations", (4, 16, 8, 8), mean=1000.0),
-    Case("evaluation", (3, 20, 5, 5), training=False),
-    Case("no affine", (2, 16, 5, 5), affine=False),
-    Case("no running statistics", (2, 16, 5, 5), running=False),
     Case("constant channels, at ReLU's kink", (3, 4, 3, 5), mean=0.7, std=0.0, affine=False),
     Case("two handles, frozen shortcut", (2, 9, 5, 7), residual_training=False, fork=True, momentum=1.0),
 )
@@ -44,13 +35,13 @@ def test_every_join_type_and_layout(join, relu, layout, dtype, device):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("join", ("none", "bn"))
-@pytest.mark.parametrize("case", CORNERS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_corners_on_the_kernels(case, join, layout, dtype, device):
     check(case, join, True, layout, dtype, device)
 
 
 @pytest.mark.parametrize("join", ("none", "bn"))
-@pytest.mark.parametrize("case", CORNERS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_corners_with_gradients_that_can_be_differentiated(case, join, device):
     operands = make_operands(case, torch.float32, "channels_last", device)
     assert_agrees(operands, join, True, ROUNDINGS, create_graph=True)
@@ -61,7 +52,7 @@ def test_views(view, device):
     check(Case("view", (3, 9, 5, 4)), "bn", True, view, torch.float32, device)
 
 
-@pytest.mark.parametrize("case", (PLAIN, *CORNERS), ids=str)
+@pytest.mark.parametrize("case", (PLAIN, *CASES), ids=str)
 def test_aten_on_cpu_is_eager_to_the_bit(case):
     """Users without a GPU get the very same numbers."""
     for dtype, join, relu, layout in itertools.product(DTYPES, ("none", "add", "bn"), (True, False), LAYOUTS):

@@ -1,7 +1,9 @@
 """Kernels write all of their outputs and nothing else, and read nothing outside of their inputs."""
 
 import contextlib
+import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,68 +13,78 @@ from guard import guarded_memory
 from interpreter import needs_interpreter
 from ledger import ledger
 from memory_cases import CASES, copy
+from torch import Tensor
 
-from resnet_fast.functional import batch_norm_add_relu
+from resnet_fast.ops import launch, reference
+from resnet_fast.ops.arguments import BatchNormArgs
 
 PLAIN = Case("plain", (3, 20, 6, 5))
+FORKED = replace(PLAIN, fork=True)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def forked(x, residual, norms, join, relu, backend):
-    """The operation with two handles, both used."""
-    first, second = batch_norm_add_relu(
-        x,
-        *norms[0],
-        residual=None if join == "none" else residual,
-        residual_norm=norms[1] if join == "bn" else None,
-        relu=relu,
-        fork=True,
-        backend=backend,
-    )
-    return first + 2 * second
+def watched(function) -> tuple[dict[str, Tensor], set[str]]:
+    """What `function` returns, and the names of the kernels that it launches.
 
-
-def residual_frozen(x, residual, norms, join, relu, backend):
-    return ours(x, residual, [norms[0], norms[1]._replace(training=False)], join, relu, backend)
-
-
-def check(operation, case, dtype, join, relu, layout, device):
-    """The guard and, where kernels are interpreted, the ledger find nothing, and the frames leave the result alone."""
-    operands = make_operands(case, dtype, layout, device)
+    The guard and, where kernels are interpreted, the ledger find nothing, and the frames leave the result alone.
+    """
     with ledger() if triton.knobs.runtime.interpret else contextlib.nullcontext(), guarded_memory() as kernels:
-        found = results(operation, operands, join, relu, "triton")
-    expected = results(operation, operands, join, relu, "triton")  # in bare memory, once the guard has let it pass
-    data_kernels = {"normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
-    assert kernels >= data_kernels | ({"statistics_kernel"} if case.training else set())
+        found = function()
+    expected = function()  # in bare memory, once the guard has let it pass
+    assert found.keys() == expected.keys()
     for name in expected:
         assert not found[name].isnan().any(), name
         assert torch.equal(found[name], expected[name]), name
+    return found, kernels
+
+
+def check(case, dtype, join, relu, layout, device):
+    operands = make_operands(case, dtype, layout, device)
+    operation = functools.partial(ours, fork=case.fork)
+    _, kernels = watched(functools.partial(results, operation, operands, join, relu, "triton"))
+    data_kernels = {"normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
+    assert kernels >= data_kernels | ({"statistics_kernel"} if case.training else set())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("join", ("none", "bn"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_corners(case, join, layout, device):
-    check(ours, case, torch.bfloat16, join, True, layout, device)
+    check(case, torch.bfloat16, join, True, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operation", (ours, forked), ids=("one handle", "two handles"))
-def test_every_join(operation, layout, device):
+@pytest.mark.parametrize("case", (PLAIN, FORKED), ids=("one handle", "two handles"))
+def test_every_join(case, layout, device):
     for join, relu in itertools.product(("none", "add", "bn"), (True, False)):
-        check(operation, PLAIN, torch.bfloat16, join, relu, layout, device)
+        check(case, torch.bfloat16, join, relu, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
 def test_other_types(dtype, layout, device):
     for join in ("none", "bn"):
-        check(forked, PLAIN, dtype, join, True, layout, device)
+        check(FORKED, dtype, join, True, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_statistics_beside_frozen_ones(layout, device):
-    check(residual_frozen, PLAIN, torch.float32, "bn", True, layout, device)
+    check(replace(PLAIN, residual_training=False), torch.float32, "bn", True, layout, device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_for_other_processes(layout, device):
+    """The launch of the synchronized batch norm, which alone asks for it."""
+    x = make_operands(PLAIN, torch.float32, layout, device).x
+
+    def statistics() -> dict[str, Tensor]:
+        var = x.new_empty(x.shape[1])
+        mean, rstd = launch.statistics(x, BatchNormArgs(None, None, training=True), var=var)
+        return {"mean": mean, "rstd": rstd, "var": var}
+
+    found, kernels = watched(statistics)
+    assert kernels == {"statistics_kernel", "combine_statistics_kernel"}
+    torch.testing.assert_close(found["var"], reference.statistics(x)[1])  # or another vector has come by its name
 
 
 @pytest.mark.parametrize(

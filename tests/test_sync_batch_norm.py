@@ -172,11 +172,14 @@ def test_conversion_refuses_what_it_does_not_know():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_a_converted_model_still_fuses():
+def test_a_converted_model_still_fuses(monkeypatch):
     """A block whose norms are all synchronized fuses; one with a mixture runs step by step."""
     block = network()[3]
     convert_sync_batchnorm(block)
     assert block.can_fuse()
+    group = object()
+    monkeypatch.setattr(block.bn2, "group", lambda: group)
+    assert not block.can_fuse()
 
 
 def test_norms_that_are_synchronized_differently_are_refused(monkeypatch):

@@ -65,7 +65,7 @@ def sums_of_terms(x: Tensor, norm: BatchNormArgs) -> dict[str, Tensor]:
     return found | {name: found[name].view_as(x) for name in ("y", "dx")}
 
 
-def assert_agrees(case: str, found: dict, expected: dict, exact: dict, added: dict) -> None:
+def assert_outcomes_agree(case: str, found: dict, expected: dict, exact: dict, added: dict) -> None:
     assert found.keys() == expected.keys(), case
     for name, theirs in expected.items():
         label, ours = f"{case}: {name}", found[name]
@@ -96,7 +96,7 @@ def test_samples_of_the_function(backend, dtype, op_infos, device):
                 if sample.input.numel():
                     added = sums_of_terms(sample.input, BatchNormArgs(*sample.args, **options))
                 case = f"{op.full_name} {tuple(sample.input.shape)} {options}"
-                assert_agrees(case, found, expected, exact, added)
+                assert_outcomes_agree(case, found, expected, exact, added)
                 n_samples += 1
     assert n_samples > 0
 
@@ -143,7 +143,7 @@ def test_samples_of_the_module(training, dtype, either_backend, module_info, dev
             exact = one_pass(copy.deepcopy(theirs).double(), batch.double())
             added = sums_of_terms(batch, ours.arguments()) if batch.numel() else {}
             found, expected = (one_pass(module, batch) for module in (ours, theirs))
-            assert_agrees(f"{sample.desc} {construct.args} {construct.kwargs}", found, expected, exact, added)
+            assert_outcomes_agree(f"{sample.desc} {construct.args} {construct.kwargs}", found, expected, exact, added)
 
 
 def test_error_samples_of_the_module(module_info, device, either_backend):
