@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import ROUNDINGS, assert_within_budget
 from torch import Tensor
 
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
@@ -14,10 +14,6 @@ from resnet_fast.ops import reference
 
 PER_CHANNEL = reference.PER_CHANNEL
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-
-# N1 and B2 to B4 round a term up to 30 times (Welford's step 3 and its sums by twos, 1/sqrt 4, N1 4, B2 3 and its sums,
-# B4 6); independent errors add up as the square root of their number: 6, and half as much again for luck.
-ROUNDINGS = 8
 
 # Views with gaps, overlaps or axes in another order, of a dense NCHW tensor.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -9,7 +9,8 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from fused_op import LAYOUTS, ROUNDINGS, VIEWS, Case, Operands, assert_agrees, make_operands, ours, results
+from budget import ROUNDINGS
+from fused_op import LAYOUTS, VIEWS, Case, Operands, assert_agrees, make_operands, ours, results
 from hypothesis import HealthCheck, given, settings
 
 from resnet_fast.ops.batch_norm import layout as layout_of

@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
-from fused_op import ROUNDINGS, Operands, magnitudes
+from budget import ROUNDINGS, assert_within_budget
+from fused_op import Operands, magnitudes
 from torch import Tensor, nn
 
 from resnet_fast import FusedBatchNorm2d
