@@ -72,13 +72,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         group = self.group()
         if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
             raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
-        check_arguments(x, norm, residual, residual_args, group)
-        y = run(x, norm, residual, residual_args, relu, fork, group=group)
+        check_arguments(x, norm, residual, residual_args, group)  # a batch that is refused is not counted
         for module in (self, residual_norm):
             counter = None if module is None else module.counter()
             if counter is not None:
                 counter.add_(1)
-        return y
+        return run(x, norm, residual, residual_args, relu, fork, group=group)
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
