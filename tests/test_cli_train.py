@@ -203,7 +203,7 @@ def test_a_real_ctrl_c_leaves_no_traceback_and_no_half_file(tmp_path: Path):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "resnet-fast: interrupted" in errors and "config.json only" in errors and "Traceback" not in errors
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
