@@ -72,7 +72,8 @@ def batch_norm_add_relu(
             allows, or device than x's; running statistics missing when not training, or requiring a gradient; or the
             backend asked for cannot run here.
         NotImplementedError: x is not of a type above.
-        TypeError: x, the residual or a vector is no tensor, the residual not of a type above, or momentum is None.
+        TypeError: x, the residual or a vector is no tensor, the residual not of a type above, residual_norm no
+            BatchNormArgs, or momentum is None.
 
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
     """
@@ -140,6 +141,8 @@ def check_arguments(
     if x.dtype not in FLOATING:
         raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     _check_norm("", x, norm)
+    if not isinstance(residual_norm, BatchNormArgs | None):
+        raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
     training = norm.training or (residual_norm is not None and residual_norm.training)
     if training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
         # torch's own rule and wording (torch.nn.functional._verify_batch_size)

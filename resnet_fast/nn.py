@@ -38,15 +38,15 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.relu = relu
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """relu(bn(x) + residual); x and residual: [N, C, H, W]. Errors are those of `batch_norm_add_relu`, and a
-        ValueError where x is not 4-D.
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(bn(input) + residual); both [N, C, H, W]. Errors are those of `batch_norm_add_relu`, and a ValueError
+        where the input is not 4-D.
         """
-        if isinstance(x, fx.Proxy):  # torch.fx takes nn.BatchNorm2d as one step, whose mode may still change: so here
-            tracer: Any = x.tracer
-            arguments = (x,) if residual is None else (x, residual)
+        if isinstance(input, fx.Proxy):  # to torch.fx nn.BatchNorm2d is one step, whose mode may still change: so here
+            tracer: Any = input.tracer
+            arguments = (input,) if residual is None else (input, residual)
             return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
-        return self.fused(x, residual, relu=self.relu)
+        return self.fused(input, residual, relu=self.relu)
 
     def fused(
         self,
@@ -164,8 +164,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         `module`.
 
     Raises:
-        TypeError: a batch norm of another class, whose forward is not known; nothing is changed then.
+        TypeError: a batch norm of another class, whose forward is not known, or a process group that is none; nothing
+            is changed then.
     """
+    if not isinstance(process_group, dist.ProcessGroup | None):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
     fused, plain = [], []
     for name, norm in module.named_modules():
         if type(norm) in (nn.BatchNorm2d, FusedBatchNorm2d, FusedSyncBatchNorm2d):

@@ -43,6 +43,11 @@ CASES = {
     ),
     "residual elsewhere": ({"residual": X.to("meta")}, ValueError, "residual must be on x's device cpu, got meta"),
     "residual_norm alone": ({"residual_norm": NORM}, ValueError, "residual_norm needs a residual, got residual=None"),
+    "residual_norm no BatchNormArgs": (
+        {"residual": X, "residual_norm": (VECTOR, VECTOR)},
+        TypeError,
+        "residual_norm must be a BatchNormArgs, got tuple",
+    ),
     "residual_norm's weight": (
         {"residual": X, "residual_norm": NORM._replace(weight=torch.ones(2))},
         RuntimeError,

@@ -47,6 +47,7 @@ def test_relu_and_residual(device):
     x, residual = torch.randn(2, 8, 4, 4, device=device), torch.randn(2, 8, 4, 4, device=device)
     expected = torch.relu(nn.BatchNorm2d(8).to(device)(x) + residual)
     torch.testing.assert_close(module(x, residual), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module(input=x, residual=residual), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_repr():

@@ -37,6 +37,13 @@ def test_signature(name):
     ]
 
 
+def test_signature_of_the_class():
+    *ours, stem = inspect.signature(resnet_fast.models.resnet.ResNet).parameters.values()
+    theirs = inspect.signature(torchvision_models.ResNet).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+    assert (stem.name, stem.kind) == ("stem", stem.KEYWORD_ONLY)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_shapes_and_initial_weights(name):
     states = []

@@ -38,6 +38,30 @@ def test_functional_call(either_backend, device):
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    (
+        lambda loss: torch.func.grad(loss),
+        lambda loss: torch.func.jacrev(loss),
+        lambda loss: lambda p, x: torch.func.vmap(torch.func.grad(loss), (None, 0))(p, x[:, None]),  # of each image
+        lambda loss: lambda p, x: torch.func.jvp(lambda x: loss(p, x), (x,), (x,)),
+    ),
+    ids=("grad", "jacrev", "vmap of grad", "jvp"),
+)
+def test_transforms_of_torch_func(transform, device):
+    """They take ATen by themselves, where the kernels would run."""
+    x, outcomes = images(device, torch.float64), []
+    for model in pair(device, torch.float64):
+        model.eval()
+
+        def loss(parameters, x, model=model):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        outcomes.append(transform(loss)(parameters, x))
+    torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
+
+
 class Double(nn.Module):
     def forward(self, weight):
         return 2 * weight

@@ -169,6 +169,8 @@ def test_conversion_refuses_what_it_does_not_know():
     model = nn.Sequential(nn.BatchNorm2d(4), Special(4))
     with pytest.raises(TypeError, match="1 must be a batch norm of torch or resnet_fast, got .*Special"):
         convert_sync_batchnorm(model)
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup or None, got 'world'"):
+        convert_sync_batchnorm(model[0], "world")
     assert type(model[0]) is nn.BatchNorm2d
 
 

@@ -123,8 +123,8 @@ class ResNet(torchvision_resnet.ResNet):
         block: BasicBlock or Bottleneck.
         layers: blocks per stage.
         stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pooling: for images of about 32x32).
-        kwargs: those of torchvision's ResNet: num_classes, zero_init_residual, groups, width_per_group,
-            replace_stride_with_dilation, norm_layer.
+        num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation: as torchvision's.
+        norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
 
     Input [N, 3, H, W] in any layout; output [N, num_classes].
 
@@ -141,14 +141,27 @@ class ResNet(torchvision_resnet.ResNet):
         self,
         block: type[BasicBlock | Bottleneck],
         layers: list[int],
-        *args: Any,
-        stem: Stem = "imagenet",
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
-        **kwargs: Any,
+        *,
+        stem: Stem = "imagenet",
     ) -> None:
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
-        super().__init__(block, layers, *args, norm_layer=norm_layer or FusedBatchNorm2d, **kwargs)
+        super().__init__(
+            block,
+            layers,
+            num_classes,
+            zero_init_residual,
+            groups,
+            width_per_group,
+            replace_stride_with_dilation,
+            norm_layer or FusedBatchNorm2d,
+        )
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")

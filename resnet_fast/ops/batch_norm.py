@@ -44,7 +44,8 @@ def why_not_triton(device: torch.device) -> str | None:
 def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     """The backend for x: the requested one, or Triton wherever it runs and there is something to compute, else ATen.
 
-    torch.export gets ATen, whose operators have gradients and run where this library is not installed.
+    torch.export gets ATen, whose operators have gradients and run where this library is not installed, and so do the
+    transforms of torch.func, which need operators that transform.
 
     Raises:
         ValueError: `requested` is no backend.
@@ -56,6 +57,8 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
         return "aten"
     if torch.compiler.is_exporting():
         reason = "torch.export keeps ATen operators alone"
+    elif torch._C._are_functorch_transforms_active():  # as torch.autograd.Function asks
+        reason = "torch.func transforms ATen operators alone"
     else:
         reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
     if requested == "triton" and reason is not None:
