@@ -141,7 +141,7 @@ def check_arguments(
     if x.dtype not in FLOATING:
         raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     _check_norm("", x, norm)
-    if not isinstance(residual_norm, BatchNormArgs | None):
+    if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
         raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
     training = norm.training or (residual_norm is not None and residual_norm.training)
     if training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
