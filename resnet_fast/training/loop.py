@@ -3,8 +3,7 @@
     result = train(TrainConfig(dataset="digits"))
     result.test_accuracy, result.model, result.out
 
-Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
-the optimizer, the batch-norm statistics and the loss in fp32.
+The step itself is in step.py.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ from resnet_fast.training.config import MODELS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 from resnet_fast.training.schedule import SCHEDULES
+from resnet_fast.training.step import autocast, training_step
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -173,17 +173,12 @@ def train_epoch(
     reporter.start_epoch(epoch, n_steps)
     for step, (images, labels) in enumerate(dataset.train.batches(config.batch_size, generator)):
         images = crop_and_flip(images, dataset.crop_padding, dataset.flip, generator)
-        with autocast(config):
-            logits = model(normalize(images, dataset.mean, dataset.std))
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
+        images = normalize(images, dataset.mean, dataset.std)
         lr = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses[step], logits = training_step(model, optimizer, images, labels, config.precision)
         scheduler.step()
 
-        losses[step] = loss.detach()
-        n_correct += (logits.detach().argmax(1) == labels).sum()
+        n_correct += (logits.argmax(1) == labels).sum()
         sizes.append(len(labels))
         done = step + 1
         if done % CHECK_EVERY[device.type] == 0 or done == n_steps:
@@ -215,14 +210,8 @@ def evaluate(model: nn.Module, split: Split, dataset: ImageDataset, config: Trai
     n_correct = torch.zeros((), dtype=torch.int64, device=config.device)
     # Without a backward to store for, twice the batch fits where training does.
     for images, labels in split.batches(2 * config.batch_size):
-        with autocast(config):
+        with autocast(images.device, config.precision):
             logits = model(normalize(images, dataset.mean, dataset.std))
         total_loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         n_correct += (logits.argmax(1) == labels).sum()
     return float(total_loss) / len(split), int(n_correct) / len(split)
-
-
-def autocast(config: TrainConfig) -> torch.autocast:
-    """Return the context in which the forward runs."""
-    device_type = torch.device(config.device).type
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
