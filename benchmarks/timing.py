@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-WARM_UP = {"cpu": 3, "cuda": 20}  # rounds; on a GPU kernels compile, cuDNN chooses algorithms, and the clocks rise
-ROUNDS = {"cpu": 30, "cuda": 200}
+# Of the GPU's clock, some milliseconds: longer than the launches of any operation or block take.
+SPIN_CYCLES = 10_000_000
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: int,
+    hide_launches: bool = False,
 ) -> dict[str, list[float]]:
     """Run every callable once per round, in the opposite order of the round before, and time each run.
 
@@ -23,11 +27,11 @@ def alternate(
         device: where it runs; a GPU is timed with CUDA events.
         rounds: timed runs of each.
         warm_up: rounds before them.
+        hide_launches: let a GPU spin while the launches queue up, so that they do not count: the time is the device's.
 
     Returns:
         Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round.
     """
-    timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     collects = gc.isenabled()
@@ -36,7 +40,10 @@ def alternate(
     try:
         for number in range(-warm_up, rounds):
             for name in order:
-                milliseconds = timer(calls[name], device)
+                if device.type == "cuda":
+                    milliseconds = _time_on_gpu(calls[name], device, hide_launches)
+                else:
+                    milliseconds = _time_on_cpu(calls[name])
                 if number >= 0:
                     times[name].append(milliseconds)
             order.reverse()
@@ -52,16 +59,18 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def _time_on_cpu(call: Callable[[], object], device: torch.device) -> float:
+def _time_on_cpu(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - begin)
 
 
-def _time_on_gpu(call: Callable[[], object], device: torch.device) -> float:
+def _time_on_gpu(call: Callable[[], object], device: torch.device, hide_launches: bool) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     stream = torch.cuda.current_stream(device)
     torch.cuda.synchronize(device)
+    if hide_launches:
+        torch.cuda._sleep(SPIN_CYCLES)  # private, and what torch's own tests spin with
     begin.record(stream)
     call()
     end.record(stream)

@@ -1,0 +1,165 @@
+"""The input path: shuffled batches of 32x32 images, cropped, flipped, normalized, on the device; an epoch at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.replay import CLOCK
+from benchmarks.work import Work
+from resnet_fast.data import crop_and_flip, normalize
+from resnet_fast.data.dataset import TensorSplit
+
+# isort: split
+from torchvision import transforms
+
+N_IMAGES = {"cpu": 2048, "cuda": 16384}
+BATCH_SIZES = {"cpu": 128, "cuda": 512}
+N_CHECKED = 16
+SIZE, PADDING = 32, 4
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+N_WORKERS = 2
+
+
+class Data(NamedTuple):
+    """Images, uint8 [N, 3, 32, 32], on the CPU; their labels, [N]; and the device."""
+
+    images: Tensor
+    labels: Tensor
+    device: torch.device
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def on_device(data: Data, batch_size: int, shuffle: bool) -> Batches:
+    """resnet_fast's: the data set lies on the device, and a whole batch is augmented at once."""
+    split = TensorSplit(data.images, data.labels).to(data.device)
+    generator = torch.Generator()
+
+    class Epoch:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for images, labels in split.batches(batch_size, generator if shuffle else None):
+                yield normalize(crop_and_flip(images, PADDING, True, generator), MEAN, STD), labels
+
+    return Epoch()
+
+
+class PILImages(Dataset):
+    """What torchvision's CIFAR10 hands out: a PIL image, transformed, and its label."""
+
+    def __init__(self, data: Data, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images = data.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels, self.transform = data.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Batches:
+    """As the tutorials write it: transforms of single images in a DataLoader's workers."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(SIZE, padding=PADDING),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    is_cuda = data.device.type == "cuda"
+    loader = DataLoader(
+        PILImages(data, transform),
+        batch_size,
+        shuffle=shuffle,
+        num_workers=N_WORKERS if shuffle else 0,
+        persistent_workers=shuffle,
+        pin_memory=is_cuda,
+    )
+
+    class Epoch:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for images, labels in loader:
+                yield images.to(data.device, non_blocking=True), labels.to(data.device, non_blocking=True)
+
+    return Epoch()
+
+
+class LoaderRun(Run):
+    """An epoch over all images."""
+
+    def __init__(self, make: Callable[[Data, int, bool], Batches], setting: Setting, data: Data) -> None:
+        self.make, self.data = make, data
+        self.epoch = make(data, setting.batch_size, True)
+
+    def __call__(self) -> int:
+        return sum(len(labels) for _, labels in self.epoch)
+
+    def observe(self) -> dict[str, Tensor]:
+        """Each of the first images, augmented, divided by the nearest of its crops: 1, if it is one of them."""
+        few = Data(self.data.images[:N_CHECKED], self.data.labels[:N_CHECKED], self.data.device)
+        ((images, labels),) = self.make(few, N_CHECKED, False)
+        return {"labels": labels.cpu(), "distance to the nearest crop": 1 + nearest(images.cpu(), few.images)}
+
+    def finish(self) -> None:
+        if (n_images := self()) != len(self.data.images):
+            raise RuntimeError(f"an epoch must have {len(self.data.images)} images, got {n_images}")
+
+
+def nearest(found: Tensor, images: Tensor) -> Tensor:
+    """The largest difference of each image from the nearest of its 162 normalized crops, flipped or not.
+
+    Args:
+        found: [N, 3, 32, 32], augmented and normalized.
+        images: [N, 3, 32, 32], uint8.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+    padded = torch.nn.functional.pad(images.double() / 255, (PADDING,) * 4)
+    crops = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [N, 81, 3, 32, 32]
+    crops = (torch.cat([crops, crops.flip(-1)], 1) - mean) / std
+    return (crops - found.double()[:, None]).abs().flatten(2).amax(2).amin(1)
+
+
+class LoaderLevel(Level):
+    name = "loader"
+    hide_launches = False
+    rounds = {"cpu": 10, "cuda": 10}
+    quick_rounds = {"cpu": 3, "cuda": 3}
+    providers = {
+        "torchvision": Provider(partial(LoaderRun, torchvision_loader)),
+        "on device": Provider(partial(LoaderRun, on_device)),
+    }
+
+    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
+        case = f"{N_IMAGES[device.type]} images 3x32x32"
+        yield Setting(case, "epoch", "fp32", "channels_last", BATCH_SIZES[device.type])
+
+    def problem(self, setting: Setting, device: torch.device) -> Problem:
+        generator = torch.Generator().manual_seed(torch.seed())  # fresh data in every run
+        n_images = N_IMAGES[device.type]
+        images = torch.randint(256, (n_images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+        data = Data(images, torch.randint(10, (n_images,), generator=generator), device)
+        exact = {"labels": data.labels[:N_CHECKED], "distance to the nearest crop": torch.ones(N_CHECKED)}
+        return Problem(data, exact, 2.0**-24, 16)
+
+    def work(self, setting: Setting) -> Work:
+        return Work(0)  # no roof is claimed for an input path
+
+    def n_images(self, setting: Setting) -> int:
+        return int(setting.case.split()[0])
+
+
+LEVEL = LoaderLevel()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_loader(timed: Callable[[], None]) -> None:
+    timed()

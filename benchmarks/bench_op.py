@@ -1,0 +1,289 @@
+"""The fused operation alone, at ResNet-18's stage shapes: batch norm, the residual added, ReLU, and their gradients.
+
+Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.correctness import rounding_of
+from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.replay import CLOCK
+from benchmarks.work import STAGES, Work, operation_bytes
+from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512)}
+# Batch norm, the addition, ReLU, and the same backwards.
+N_ROUNDINGS = 6
+
+
+class Operation(NamedTuple):
+    """relu(bn(x) + residual); join "none", "add" or "bn"; forked: y has two consumers."""
+
+    join: str
+    fork: bool = False
+
+
+OPERATIONS = {
+    "BN+ReLU": Operation("none"),
+    "BN+add+ReLU": Operation("add"),
+    "BN+BN+add+ReLU": Operation("bn"),
+    "BN+add+ReLU, forked": Operation("add", fork=True),
+}
+
+
+@dataclass
+class Inputs:
+    """One set: x, residual, dy and the second consumer's dy, all [N, C, H, W]."""
+
+    x: Tensor
+    residual: Tensor | None
+    dys: tuple[Tensor, ...]
+
+
+@dataclass
+class Data:
+    """Sets of inputs in rotation, the first of which is checked; and both norms' weight and bias, [C]."""
+
+    operation: Operation
+    sets: list[Inputs]
+    affine: list[tuple[Tensor, Tensor]]
+
+
+Norms = list[BatchNormArgs]
+Outputs = tuple[Tensor, ...]  # y, and where it is forked its alias
+Function = Callable[[Operation, Tensor, Tensor | None, Norms], Outputs]
+
+
+def eager(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
+    """As torchvision's blocks run it."""
+    y = F.batch_norm(x, *norms[0])
+    if residual is not None:
+        y += residual if operation.join == "add" else F.batch_norm(residual, *norms[1])
+    y = F.relu(y, inplace=True)
+    return (y, y.view_as(y)) if operation.fork else (y,)
+
+
+def fused(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
+    joined = norms[1] if operation.join == "bn" else None
+    y = batch_norm_add_relu(x, *norms[0], residual=residual, residual_norm=joined, fork=operation.fork)
+    return y if operation.fork else (y,)
+
+
+def fused_apart(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
+    """Without what a fork and the bn join save: autograd adds the gradients, the shortcut's norm is an operation."""
+    if residual is not None and operation.join == "bn":
+        residual = batch_norm_add_relu(residual, *norms[1], relu=False)
+    y = batch_norm_add_relu(x, *norms[0], residual=residual)
+    return (y, y.view_as(y)) if operation.fork else (y,)
+
+
+class OpRun(Run):
+    """`function` with norms of its own."""
+
+    def __init__(self, function: Function, setting: Setting, data: Data) -> None:
+        self.function, self.direction, self.data = function, setting.direction, data
+        self.norms = [fresh_norm(*affine) for affine in data.affine]
+        self.turn: Iterator[Callable[[], object]] = itertools.cycle(
+            [self._prepared(inputs) for inputs in data.sets] if self.direction != "backward" else [self._first_time]
+        )
+
+    def _first_time(self) -> object:
+        """The graphs of the backward are built by the first call: `observe` comes before it."""
+        self.turn = itertools.cycle([self._prepared(inputs) for inputs in self.data.sets])
+        return self()
+
+    def __call__(self) -> object:
+        return next(self.turn)()
+
+    def _prepared(self, inputs: Inputs) -> Callable[[], object]:
+        if self.direction == "forward":
+            return partial(self._forward, inputs)
+        if self.direction == "both":
+            return lambda: self._backward(self._forward(inputs), inputs)
+        outputs = self._forward(inputs)
+        return lambda: self._backward(outputs, inputs, retain_graph=True)
+
+    def _forward(self, inputs: Inputs) -> Outputs:
+        return self.function(self.data.operation, inputs.x, inputs.residual, self.norms)
+
+    def _backward(self, outputs: Outputs, inputs: Inputs, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, self._differentiable(inputs), inputs.dys, retain_graph=retain_graph)
+
+    def _differentiable(self, inputs: Inputs) -> list[Tensor]:
+        tensors = [inputs.x, inputs.residual]
+        for norm in self.norms:
+            tensors += [norm.weight, norm.bias]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def observe(self) -> dict[str, Tensor]:
+        inputs = self.data.sets[0]
+        outputs = self._forward(inputs)
+        found = {"y": outputs[0].detach().clone()}
+        found |= {f"gradient {i}": gradient for i, gradient in enumerate(self._backward(outputs, inputs))}
+        for i, norm in enumerate(self.norms):
+            assert norm.running_mean is not None and norm.running_var is not None
+            found |= {f"running_mean {i}": norm.running_mean.clone(), f"running_var {i}": norm.running_var.clone()}
+        return found
+
+
+def fresh_norm(weight: Tensor, bias: Tensor) -> BatchNormArgs:
+    """A batch norm in training, with running statistics of 0 and 1 and with parameters of its own."""
+    parameters = (weight.clone().requires_grad_(), bias.clone().requires_grad_())
+    return BatchNormArgs(torch.zeros_like(weight), torch.ones_like(weight), *parameters, training=True)
+
+
+def build_compiled(setting: Setting, data: Data) -> OpRun:
+    return OpRun(torch.compile(eager, dynamic=False, fullgraph=True), setting, data)
+
+
+def build_peer(make: Callable, setting: Setting, data: Data) -> OpRun:
+    module, call = make(setting.shape[0])
+    module.to(data.sets[0].x.device)
+
+    def function(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
+        return (call(x, residual),)
+
+    run = OpRun(function, setting, data)
+    norm = run.norms[0]
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, name)
+        setattr(module, name, torch.nn.Parameter(tensor) if tensor.requires_grad else tensor)
+    run.norms = [norm._replace(weight=module.weight, bias=module.bias)]
+    return run
+
+
+def peer_why_not(module: str, setting: Setting, device: torch.device) -> str | None:
+    operation = operation_of(setting)
+    if operation.fork:
+        return "a fork is no part of the peers' operation"
+    return peers.why_not(module, operation.join, setting.precision, setting.layout, device)
+
+
+def apart_why_not(setting: Setting, device: torch.device) -> str | None:
+    operation = operation_of(setting)
+    if device.type == "cpu":
+        return "on a CPU nothing is joined"
+    return None if operation.fork or operation.join == "bn" else "neither a fork nor a bn join to take apart"
+
+
+def operation_of(setting: Setting) -> Operation:
+    return OPERATIONS[setting.case.rpartition(" ")[0]]
+
+
+class OpLevel(Level):
+    name = "op"
+    hide_launches = True
+    rounds = {"cpu": 20, "cuda": 100}
+    quick_rounds = {"cpu": 8, "cuda": 50}
+    providers = {
+        "eager": Provider(partial(OpRun, eager)),
+        "compile": Provider(build_compiled),
+        "fused": Provider(partial(OpRun, fused)),
+        "fused, apart": Provider(partial(OpRun, fused_apart), apart_why_not),
+        **{
+            name: Provider(partial(build_peer, make), partial(peer_why_not, module))
+            for name, (module, make) in peers.PEERS.items()
+        },
+    }
+
+    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
+        has_apex = peers.why_not("apex.contrib.groupbn.batch_norm", "none", "fp16", "channels_last", device) is None
+        precisions = ["bf16"] if quick else ["bf16", "fp32"] + ["fp16"] * has_apex
+        layouts = ["channels_last"] if quick else list(LAYOUTS)
+        directions = ["both"] if quick else ["forward", "backward", "both"]
+        operations = {name: operation for name, operation in OPERATIONS.items() if not (quick and operation.fork)}
+        for precision, layout, direction in itertools.product(precisions, layouts, directions):
+            for batch_size in BATCH_SIZES[device.type][-1:] if quick else BATCH_SIZES[device.type]:
+                for (name, operation), (n_channels, width) in itertools.product(operations.items(), STAGES):
+                    if not (operation.fork and direction == "forward"):
+                        case = f"{name} {n_channels}x{width}x{width}"
+                        yield Setting(case, direction, precision, layout, batch_size, (n_channels, width, width))
+
+    def problem(self, setting: Setting, device: torch.device) -> Problem:
+        operation, n_channels = operation_of(setting), setting.shape[0]
+        generator = torch.Generator(device).manual_seed(torch.seed())  # fresh data in every run
+        dtype, memory_format = DTYPES[setting.precision], LAYOUTS[setting.layout]
+
+        def image() -> Tensor:
+            values = torch.randn(setting.batch_size, *setting.shape, generator=generator, device=device)
+            return values.to(dtype).contiguous(memory_format=memory_format)
+
+        def vector() -> Tensor:
+            return torch.rand(n_channels, generator=generator, device=device) + 0.5
+
+        def inputs() -> Inputs:
+            residual = image().requires_grad_() if operation.join != "none" else None
+            return Inputs((1 + 2 * image()).detach().requires_grad_(), residual, tuple(dys()))
+
+        def dys() -> Iterator[Tensor]:
+            for _ in range(1 + operation.fork):
+                yield image()
+
+        first = inputs()
+        n_sets = number_of_sets(first, device)
+        affine = [(vector(), vector() - 1) for _ in range(1 + (operation.join == "bn"))]
+        data = Data(operation, [first, *(inputs() for _ in range(n_sets - 1))], affine)
+        rounding = rounding_of(setting.precision, torch.device("cpu"))  # no product here, so no TF32
+        return Problem(data, exact(data, rounding), rounding, N_ROUNDINGS)
+
+    def work(self, setting: Setting) -> Work:
+        operation = operation_of(setting)
+        n_elements = setting.batch_size * math.prod(setting.shape)
+        item_size = DTYPES[setting.precision].itemsize
+        return Work(operation_bytes(operation.join, operation.fork, setting.direction, n_elements, item_size))
+
+
+def number_of_sets(inputs: Inputs, device: torch.device) -> int:
+    """So many that a set comes round after three times the L2 cache has been read; 4 on a CPU."""
+    if device.type == "cpu":
+        return 4
+    size = sum(tensor.nbytes for tensor in (inputs.x, inputs.residual, *inputs.dys) if tensor is not None)
+    return 1 + math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / size)
+
+
+def exact(data: Data, rounding: float) -> dict[str, Tensor]:
+    """Eager's results in fp64 for the first set. Its gradients are set to 0 where y before ReLU is within some
+    roundings of 0: there providers may differ in whether ReLU is open, and all are right.
+    """
+    first = data.sets[0]
+    double = Inputs(
+        first.x.detach().double().requires_grad_(),
+        None if first.residual is None else first.residual.detach().double().requires_grad_(),
+        tuple(dy.double() for dy in first.dys),
+    )
+    run = OpRun(eager, Setting("", "both", "", "", 0), Data(data.operation, [double], _double(data.affine)))
+    with torch.no_grad():
+        norms = [fresh_norm(*affine) for affine in _double(data.affine)]
+        z = F.batch_norm(double.x, *norms[0])
+        if double.residual is not None:
+            z += double.residual if data.operation.join == "add" else F.batch_norm(double.residual, *norms[1])
+        near = z.abs() < 16 * rounding
+        for dy, wide in zip(first.dys, double.dys, strict=True):
+            dy.masked_fill_(near, 0)
+            wide.masked_fill_(near, 0)
+    return run.observe()
+
+
+def _double(affine: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(weight.double(), bias.double()) for weight, bias in affine]
+
+
+LEVEL = OpLevel()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_op(timed: Callable[[], None]) -> None:
+    timed()

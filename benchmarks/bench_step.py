@@ -1,0 +1,197 @@
+"""The whole training step of ResNet-18 (3x3 stem, 10 classes, 32x32 images): forward, loss, backward, SGD.
+
+Launches count: a step is timed from an idle device until its last kernel has ended.
+
+Numerics: in bf16 the forward runs under autocast; weights, gradients and optimizer state are fp32. In fp32 on a GPU
+cuDNN's convolutions round their inputs to TF32, torch's default, for every provider alike.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.correctness import rounding_of
+from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.networks import (
+    PRECISIONS,
+    Graph,
+    compiled,
+    cudnn_benchmark,
+    eager_resnet18,
+    fused_resnet18,
+    on_cuda,
+)
+from benchmarks.replay import CLOCK
+from benchmarks.work import Work, flops, network_bytes
+from resnet_fast.training.step import training_step
+
+BATCH_SIZES = {"cpu": (32,), "cuda": (128, 512, 1024)}
+CASE = "ResNet-18, 3x3 stem"
+N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
+# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
+LEARNING_RATE = 0.01
+# Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.
+N_ROUNDINGS = 36
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Data(NamedTuple):
+    """The initial weights, on the CPU, and the batches, of which the first is checked."""
+
+    weights: dict[str, Tensor]
+    batches: list[Batch]
+
+
+class StepRun(Run):
+    """A model, its optimizer and its batches.
+
+    Args:
+        make_model: the network.
+        tuned: channels_last, the setting's precision, cudnn.benchmark, the fused optimizer; else what a user has who
+            sets nothing: NCHW, fp32, and torch's defaults.
+        compile_model: wraps the model for its forward.
+        graph: replay the step as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        setting: Setting,
+        data: Data,
+        tuned: bool = True,
+        compile_model: Callable[[nn.Module], Any] = lambda model: model,
+        graph: bool = False,
+    ) -> None:
+        self.tuned, self.precision = tuned, setting.precision if tuned else "fp32"
+        self.model = make_model().train()
+        self.model.load_state_dict(data.weights, strict=True)
+        layout = torch.channels_last if tuned else torch.contiguous_format
+        self.model.to(device=data.batches[0][0].device, memory_format=layout)  # type: ignore[call-overload]
+        batches = [(images.contiguous(memory_format=layout), labels) for images, labels in data.batches]
+        self.batches = itertools.cycle(batches)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=LEARNING_RATE,
+            momentum=0.9,
+            weight_decay=5e-4,
+            nesterov=True,
+            fused=True if tuned else None,
+        )
+        self.forward = compile_model(self.model)
+        self.graph: Graph | None = None
+        if graph:
+            self._record(*batches[0])
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        """Record the step, and undo what the steps before did to weights, running statistics and momentum."""
+        self.images, self.labels = images.clone(), labels.clone()
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        with cudnn_benchmark(True):
+            self.graph = Graph(lambda: self._step(self.images, self.labels))
+        self.model.load_state_dict(before, strict=True)
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()  # which the first step multiplies and adds its gradient to
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return training_step(self.forward, self.optimizer, images, labels, self.precision)[0]
+
+    def __call__(self) -> Tensor:
+        images, labels = next(self.batches)
+        if self.graph is not None:
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            return self.graph()
+        with cudnn_benchmark(self.tuned):
+            return self._step(images, labels)
+
+    def observe(self) -> dict[str, Tensor]:
+        return observe(self.model, self())
+
+    def finish(self) -> None:
+        loss = self().item()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RuntimeError(f"the loss became {loss}: what was timed is no training step")
+
+
+def observe(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The loss, every gradient and every buffer after a step; zeros for a gradient that there is not."""
+    found = {"loss": loss.clone()}
+    for name, parameter in model.named_parameters():
+        found[f"d {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """In fp64, and NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    images, labels = batch
+    model = copy.deepcopy(model).to(device=images.device, dtype=torch.float64).train()
+    loss = F.cross_entropy(model(images.double().contiguous()), labels)
+    loss.backward()
+    return observe(model, loss.detach())
+
+
+class StepLevel(Level):
+    name = "training_step"
+    hide_launches = False
+    rounds = {"cpu": 40, "cuda": 100}
+    quick_rounds = {"cpu": 8, "cuda": 30}
+    image_size = 32
+    providers = {
+        "eager, tuned": Provider(partial(StepRun, eager_resnet18)),
+        "eager": Provider(partial(StepRun, eager_resnet18, tuned=False)),
+        "eager, tuned, graph": Provider(partial(StepRun, eager_resnet18, graph=True), on_cuda),
+        "compile": Provider(partial(StepRun, eager_resnet18, compile_model=compiled("default"))),
+        "compile, max-autotune": Provider(
+            partial(StepRun, eager_resnet18, compile_model=compiled("max-autotune")),
+            lambda setting, device: None if device.type == "cuda" else "max-autotune tunes for GPUs",
+        ),
+        "fused": Provider(partial(StepRun, fused_resnet18)),
+        "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda),
+    }
+
+    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
+        batch_sizes = BATCH_SIZES[device.type]
+        if quick and device.type == "cuda":
+            batch_sizes = batch_sizes[:2]
+        for precision in PRECISIONS[:1] if quick else PRECISIONS:
+            for batch_size in batch_sizes:
+                yield Setting(CASE, "step", precision, "channels_last", batch_size)
+
+    def problem(self, setting: Setting, device: torch.device) -> Problem:
+        generator = torch.Generator().manual_seed(torch.seed())  # fresh data in every run
+        shape = (setting.batch_size, 3, self.image_size, self.image_size)
+
+        def batch() -> Batch:
+            # Never zeros, on which a processor draws less power and clocks higher.
+            images = torch.randn(shape, generator=generator)
+            return images.to(device), torch.randint(10, shape[:1], generator=generator).to(device)
+
+        model, batches = eager_resnet18(), [batch() for _ in range(N_BATCHES)]
+        exact = exact_first_step(model, batches[0])
+        rounding = rounding_of(setting.precision, device)
+        return Problem(Data(model.state_dict(), batches), exact, rounding, N_ROUNDINGS)
+
+    def work(self, setting: Setting) -> Work:
+        item_size = 2 if setting.precision == "bf16" else 4
+        return Work(network_bytes(setting.batch_size, item_size), setting.batch_size * flops_per_image())
+
+
+@cache
+def flops_per_image() -> float:
+    return flops(eager_resnet18, (2, 3, 32, 32), input_needs_gradient=False) / 2
+
+
+LEVEL = StepLevel()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_training_step(timed: Callable[[], None]) -> None:
+    timed()

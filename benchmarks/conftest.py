@@ -1,0 +1,128 @@
+"""Turns the settings and providers of bench_*.py into tests, measures each setting once, and writes the results."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.limits import Limits, measure_limits
+from benchmarks.replay import CLOCK
+from benchmarks.results import RESULTS, device_name, device_slug, machine_columns, replace_rows
+from resnet_fast.training.config import choose_device
+
+MEASURED = pytest.StashKey[dict]()
+WRITTEN = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("resnet_fast")
+    group.addoption("--quick", action="store_true", help="few settings, few rounds: 3 minutes on 2 cores, 5 on a GPU")
+    group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's own number")
+    group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder of the results, default benchmarks/results")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads it
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.benchmark_columns is None:
+        config.option.benchmark_columns = ["min", "median", "max", "rounds"]  # 80 columns hold no more
+    config.stash[MEASURED], config.stash[WRITTEN] = {}, {}
+    try:
+        choose_device(config.option.device)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if config.option.rounds is not None and config.option.rounds < 1:
+        raise pytest.UsageError(f"--rounds must be at least 1, got {config.option.rounds}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = choose_device(config.option.device)
+    return f"device: {device_name(device)} ({device}), torch {torch.__version__}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    level: harness.Level = vars(metafunc.module)["LEVEL"]
+    device = choose_device(metafunc.config.option.device)
+    # The providers of a setting one after the other: the first of them has all of them measured.
+    cases = [
+        pytest.param(setting, provider, id=f"{setting}-{provider}".replace(", ", "-"))
+        for setting in level.settings(device, metafunc.config.option.quick)
+        for provider in level.providers
+    ]
+    metafunc.parametrize(("setting", "provider"), cases)
+
+
+@pytest.fixture
+def timed(request: pytest.FixtureRequest, setting: harness.Setting, provider: str) -> Callable[[], None]:
+    """Hands the times of this test's provider to pytest-benchmark; raises what was wrong with it."""
+    level, device = request.module.LEVEL, choose_device(request.config.option.device)
+    reason = level.providers[provider].why_not(setting, device)
+    if reason is not None:
+        pytest.skip(f"{provider}: {reason}")
+    benchmark = request.getfixturevalue("benchmark")
+
+    def hand_over() -> None:
+        measured = _measured(request, level, setting, device)
+        error = measured.refused.get(provider)
+        if isinstance(error, torch.OutOfMemoryError):
+            pytest.skip(f"{provider}: does not fit in the memory of {device}")
+        if error is not None:
+            raise error
+        benchmark.group, benchmark.name = f"{level.name}: {setting}", provider
+        CLOCK.replay(benchmark, measured.times[provider])
+
+    return hand_over
+
+
+def _measured(
+    request: pytest.FixtureRequest, level: harness.Level, setting: harness.Setting, device: torch.device
+) -> harness.Measured:
+    """Measure all providers of the setting that are selected, once, and write their rows."""
+    done, key, options = request.config.stash[MEASURED], (level.name, setting), request.config.option
+    if key not in done:
+        selected: list[dict[str, Any]] = [
+            item.callspec.params
+            for item in request.session.items
+            if isinstance(item, pytest.Function) and item.module is request.module
+        ]
+        names = [params["provider"] for params in selected if params["setting"] == setting]
+        names = [name for name in names if level.providers[name].why_not(setting, device) is None]
+        rounds = options.rounds or (level.quick_rounds if options.quick else level.rounds)[device.type]
+        limits = _limits(device, options.results)
+        done[key] = harness.measure(level, setting, device, names, rounds)
+        rows = harness.rows(level, setting, done[key], limits, machine_columns(device))
+        if rows:
+            path = options.results / device_slug(device) / f"{level.name}.csv"
+            replace_rows(path, rows, harness.KEY)
+            request.config.stash[WRITTEN].setdefault(path, []).append((setting, rows))
+    return done[key]
+
+
+@lru_cache(maxsize=1)
+def _limits(device: torch.device, results: Path) -> Limits:
+    """Measured when the first setting is, and written beside its rows."""
+    limits = measure_limits(device)
+    row = {"copy_gb_per_s": f"{limits.copy / 1e9:.2f}"}
+    row |= {f"{precision}_tflop_per_s": f"{rate / 1e12:.4f}" for precision, rate in limits.matrix.items()}
+    replace_rows(results / device_slug(device) / "limits.csv", [row | machine_columns(device)], ["device"])
+    return limits
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """What pytest-benchmark's tables do not say: speed-up, bandwidth, and how near to the floor."""
+    for path, measured in config.stash[WRITTEN].items():
+        terminalreporter.section(f"{path.parent.name}/{path.name}")
+        terminalreporter.write_line(
+            f"{'':25}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'speed-up':>10}{'of floor':>10}"
+        )
+        for setting, rows in measured:
+            terminalreporter.write_line(str(setting))
+            for row in rows:
+                figures = [f"{float(row[name]):.3f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
+                figures.append(f"{float(row['speedup_p50']):.2f}x")
+                figures.append(f"{float(row['of_floor']):.1%}" if row["of_floor"] else "")
+                terminalreporter.write_line(f"  {row['provider']:23}" + "".join(f"{figure:>10}" for figure in figures))

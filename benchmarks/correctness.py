@@ -1,0 +1,76 @@
+"""The gate before the clock: what is wrong, or interpreted, is not timed."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from resnet_fast.ops import why_not_triton
+
+
+class WrongProviderError(RuntimeError):
+    """A provider does not compute what is asked for, so it is not timed."""
+
+
+def refuse_interpreter() -> None:
+    """Raise RuntimeError where Triton's kernels are interpreted: their time says nothing about compiled ones."""
+    if why_not_triton(torch.device("cpu")) is None:  # Triton runs on CPU tensors in its interpreter only
+        raise RuntimeError(
+            "interpreted kernels are not timed: Triton's interpreter is thousands of times slower than what it "
+            "interprets; unset TRITON_INTERPRET"
+        )
+
+
+def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """The L2 distance of every result from the exact one; infinite where it is missing or of another shape."""
+    return {
+        key: _norm(found[key].double() - value.double())
+        if key in found and found[key].shape == value.shape
+        else math.inf
+        for key, value in exact.items()
+    }
+
+
+def check(
+    name: str,
+    own: Mapping[str, float],
+    baseline: Mapping[str, float],
+    exact: Mapping[str, Tensor],
+    rounding: float,
+    n_roundings: int,
+) -> None:
+    """Error against fp64 <= 2 x the baseline's own error + sqrt(n) roundings of the exact value, in L2 norm.
+
+    The baseline's own error is what the precision costs; no provider has to be better, and one that computes something
+    else is off by far more than twice of it. The second term is for those values where the baseline happens to be
+    exact: roundings of consecutive layers are independent of each other, so they add up as a square root.
+
+    Args:
+        name: of the provider, for the message.
+        own, baseline: `errors` of the provider and of the baseline.
+        exact: results in fp64.
+        rounding: the largest relative error of one rounding.
+        n_roundings: how many follow each other.
+
+    Raises:
+        WrongProviderError: an error is larger, or NaN.
+    """
+    for key, value in exact.items():
+        allowed = 2 * baseline[key] + math.sqrt(n_roundings) * rounding * _norm(value)
+        if not own[key] <= allowed:  # not "own > allowed", which NaN passes
+            raise WrongProviderError(
+                f"{name} is wrong and is not timed: the error of {key!r} must be at most {allowed:.3g}, "
+                f"got {own[key]:.3g}"
+            )
+
+
+def rounding_of(precision: str, device: torch.device) -> float:
+    """The largest relative error of one rounding of a convolution's inputs; TF32 for fp32 on a GPU, where allowed."""
+    if precision == "fp32":
+        return 2.0**-11 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 2.0**-24
+    return 2.0**-8 if precision == "bf16" else 2.0**-11
+
+
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor.double()).item()

@@ -1,0 +1,52 @@
+"""What the machine can do at most, measured in the same run: the roof over every figure."""
+
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.timing import alternate, percentiles
+from benchmarks.work import Work
+
+# Far beyond the caches, and no more than a small machine has.
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+ROUNDS = {"cpu": 10, "cuda": 30}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Limits(NamedTuple):
+    """Copy bandwidth in bytes/s, read plus written; matrix rate in operations/s, 2 per multiply-add, by precision."""
+
+    copy: float
+    matrix: dict[str, float]
+
+    def floor_ms(self, work: Work, precision: str) -> float:
+        """The serial floor in ms: all bytes at the copy bandwidth, then all operations at the matrix rate."""
+        seconds = work.bytes / self.copy + (work.flops / self.matrix[precision] if work.flops else 0)
+        return 1e3 * seconds
+
+
+def measure_limits(device: torch.device) -> Limits:
+    """Time a copy and a square product of random data; their medians. fp32 products round to TF32 on a GPU, as cuDNN's
+    convolutions do by torch's default.
+    """
+    source = torch.empty(COPY_BYTES[device.type] // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    copy_ms = _median_ms(lambda: target.copy_(source), device)
+    n = MATRIX_SIZE[device.type]
+    square = source[: n * n].view(n, n)
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        matrix = {}
+        for precision, dtype in DTYPES.items():
+            a = square.to(dtype)
+            b = a.t().contiguous()
+            matrix[precision] = 2e3 * n**3 / _median_ms(lambda a=a, b=b: a @ b, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return Limits(2e3 * source.nbytes / copy_ms, matrix)
+
+
+def _median_ms(call, device: torch.device) -> float:
+    (times,) = alternate({"": call}, device, ROUNDS[device.type], warm_up=3, hide_launches=True).values()
+    return percentiles(times)[1]

@@ -1,0 +1,81 @@
+"""What a run has to move and to multiply: the bytes and operations from which floors and bandwidths are computed.
+
+Bytes are those of the fused two-pass design, kernels/README.md "Bytes moved per element", for every provider alike: a
+provider that moves more shows a lower bandwidth. They leave out partial sums and vectors (1 % at batch 512).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Work(NamedTuple):
+    """Bytes that batch norm + add + ReLU move, and floating-point operations of convolutions and the linear layer."""
+
+    bytes: float
+    flops: float = 0.0
+
+
+class Role(NamedTuple):
+    """A fused operation's place in ResNet-18; every one ends in ReLU, in training mode."""
+
+    name: str
+    join: str
+    fork: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+STEM = Role("BN+ReLU, forked (stem)", "none", True)
+INNER = Role("BN+ReLU (A)", "none", False)
+BLOCK = Role("BN+add+ReLU, forked (B)", "add", True)
+LAST = Role("BN+add+ReLU (last block)", "add", False)
+PROJECTION = Role("bn join, forked (B + C)", "bn", True)
+
+STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, map width
+# (role, channels, map width) of ResNet-18 with the 3x3 stem on 32x32 images.
+NETWORK = [(STEM, *STAGES[0])]
+for stage in STAGES:
+    NETWORK += [(INNER, *stage), (PROJECTION if stage != STAGES[0] else BLOCK, *stage)]
+    NETWORK += [(INNER, *stage), (LAST if stage == STAGES[-1] else BLOCK, *stage)]
+
+
+def operation_bytes(join: str, fork: bool, direction: str, n_elements: int, item_size: int) -> float:
+    """Bytes of one fused operation that ends in ReLU, over a tensor of `n_elements`.
+
+    Args:
+        join: "none", "add" or "bn".
+        fork: whether y has two consumers; counts in the backward alone.
+        direction: "forward", "backward" or "both".
+        n_elements: of x.
+        item_size: bytes of an element, 2 for bf16.
+    """
+    has_residual = join != "none"
+    # Tensors read and written, and ReLU bits (1/8 byte), once in each direction.
+    forward = 3 + has_residual + (join == "bn")
+    backward = 5 + (has_residual or fork) + fork + 3 * (join == "bn")
+    images = forward * (direction != "backward") + backward * (direction != "forward")
+    bits = has_residual * (2 if direction == "both" else 1)
+    return n_elements * (images * item_size + bits / 8)
+
+
+def network_bytes(n_images: int, item_size: int) -> float:
+    """Bytes of all fused operations in a training step of ResNet-18 with the 3x3 stem on 32x32 images."""
+    return sum(
+        operation_bytes(role.join, role.fork, "both", n_images * n_channels * width * width, item_size)
+        for role, n_channels, width in NETWORK
+    )
+
+
+def flops(make_model: Callable[[], nn.Module], input_shape: tuple[int, ...], input_needs_gradient: bool) -> float:
+    """Floating-point operations of a forward and backward pass (2 per multiply-add), counted on meta tensors."""
+    with torch.device("meta"):
+        model, x = make_model(), torch.empty(input_shape, requires_grad=input_needs_gradient)
+    with FlopCounterMode(display=False) as counter:
+        y: Tensor = model(x)
+        y.sum().backward()
+    return float(counter.get_total_flops())
