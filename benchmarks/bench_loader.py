@@ -75,14 +75,14 @@ def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Batches:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    is_cuda = data.device.type == "cuda"
+    n_workers = N_WORKERS if shuffle else 0
     loader = DataLoader(
         PILImages(data, transform),
         batch_size,
         shuffle=shuffle,
-        num_workers=N_WORKERS if shuffle else 0,
-        persistent_workers=shuffle,
-        pin_memory=is_cuda,
+        num_workers=n_workers,
+        persistent_workers=n_workers > 0,
+        pin_memory=data.device.type == "cuda",
     )
 
     class Epoch:

@@ -1,43 +1,84 @@
-"""A benchmark times nothing that is wrong or interpreted, and its rows are whole, single, and free of paths."""
+"""A benchmark times nothing that is wrong or interpreted, and what it times ends up in its rows."""
 
+import copy
 import csv
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from typer.testing import CliRunner
 
-from benchmarks import compare_steps, results, training_step
+from benchmarks import bench_block, bench_loader, bench_op, bench_step, correctness, harness
+from benchmarks.bench_op import OpRun
+from benchmarks.bench_step import StepRun
+from benchmarks.correctness import WrongProviderError
+from benchmarks.harness import COLUMNS, Measured, Provider, Setting
+from benchmarks.limits import Limits
+from benchmarks.networks import eager_resnet18
+from benchmarks.replay import ReplayClock
 from benchmarks.timing import alternate, percentiles
-from benchmarks.training_step import Setting, WrongProviderError, checked_steps, eager
+from benchmarks.work import Work
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-COLUMNS = (
-    "provider,precision,batch_size,rounds,p20_ms,p50_ms,p80_ms,images_per_s,ratio_p20,ratio_p50,ratio_p80,"
-    "device,driver,cpu_threads,torch,triton,resnet_fast,commit,date_utc"
-)
-
-# A process of its own, without the interpreter in which tests without a GPU run the kernels; small, for it to be fast.
-COMPARE = """
-import functools, sys
-import torch
-from benchmarks import compare_steps
-torch.set_num_threads(1)
-compare_steps.WARM_UP = {"cpu": 1}
-compare_steps.Setting = functools.partial(compare_steps.Setting, image_size=16)
-for precision, rounds in (("fp32", "2"), ("bf16", "2"), ("fp32", "3")):
-    options = ["--device", "cpu", "--batch-size", "4", "--results", sys.argv[1]]
-    compare_steps.app([*options, "--precision", precision, "--rounds", rounds], standalone_mode=False)
-"""
+OP = Setting("BN+add+ReLU 8x5x5", "both", "bf16", "channels_last", 6, shape=(8, 5, 5))
+BLOCK = Setting("BasicBlock", "both", "bf16", "channels_last", 4, shape=(8, 16, 6))
+STEP = Setting("ResNet-18", "step", "bf16", "channels_last", 4)
+LOADER = Setting("64 images 3x32x32", "epoch", "fp32", "channels_last", 32)
 
 
-def without_residual_gradient() -> nn.Module:
-    model = eager()
+@pytest.fixture(autouse=True)
+def small_and_of_eager_alone(monkeypatch):
+    """Small data; and no interpreted kernel among the providers here, so that nothing has to be refused for one."""
+    monkeypatch.setattr(harness, "refuse_interpreter", lambda: None)
+    monkeypatch.setattr(bench_step.StepLevel, "image_size", 16)
+    monkeypatch.setitem(bench_loader.N_IMAGES, "cpu", 64)
+    monkeypatch.setattr(bench_loader, "N_WORKERS", 0)
+
+
+def with_wrong(level: harness.Level, build, right=None) -> harness.Level:
+    """The level with its baseline, a wrong provider, and a right one, which is the baseline under another name."""
+    planted, baseline = copy.copy(level), level.providers[level.baseline]
+    planted.providers = {level.baseline: baseline, "wrong": Provider(build), "right": right or baseline}
+    return planted
+
+
+def of_op(change):
+    """An operation that computes `change` of eager's."""
+    return lambda setting, data: OpRun(partial(change, bench_op.eager), setting, data)
+
+
+def without_residual_gradient(eager, operation, x, residual, norms):
+    return eager(operation, x, residual.detach() + 0 * residual, norms)
+
+
+def without_relu(eager, operation, x, residual, norms):
+    return (F.batch_norm(x, *norms[0]) + residual,)
+
+
+def with_running_mean_alone(eager, operation, x, residual, norms):
+    return eager(operation, x, residual, [norms[0]._replace(running_var=norms[0].running_var.clone()), *norms[1:]])
+
+
+def not_a_number(eager, operation, x, residual, norms):
+    return tuple(y * float("nan") for y in eager(operation, x, residual, norms))
+
+
+def block_without_shortcut(n_in, n_out, width):
+    block = bench_block.eager(n_in, n_out, width)
+    block.forward = lambda x: (
+        F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))) + 0 * block.downsample(x)
+    )
+    return block
+
+
+def detached_shortcut() -> nn.Module:
+    model = eager_resnet18()
     block = model.layer2[1]
     conv1, bn1, conv2, bn2 = block.conv1, block.bn1, block.conv2, block.bn2
     block.forward = lambda x: (bn2(conv2(bn1(conv1(x)).relu())) + x.detach()).relu()
@@ -45,122 +86,172 @@ def without_residual_gradient() -> nn.Module:
 
 
 def without_running_statistics() -> nn.Module:
-    model = eager()
+    model = eager_resnet18()
     model.bn1.momentum = 0.0
     return model
 
 
 def frozen() -> nn.Module:
-    model = eager()
+    model = eager_resnet18()
     model.fc.bias.requires_grad_(False)
     return model
 
 
-def not_a_number() -> nn.Module:
-    model = eager()
-    model.fc.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-    return model
+def of_loader(change):
+    """torchvision's loader, each batch changed."""
+
+    def batches(data, batch_size, shuffle):
+        return [change(*batch) for batch in bench_loader.torchvision_loader(data, batch_size, shuffle)]
+
+    return partial(bench_loader.LoaderRun, batches)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "precision"),
-    [
-        (without_residual_gradient, "fp32"),
-        (without_residual_gradient, "bf16"),
-        (without_running_statistics, "bf16"),
-        (frozen, "bf16"),
-        (not_a_number, "fp32"),
-    ],
-)
-def test_wrong_provider_is_refused(wrong, precision):
-    setting = Setting(CPU, precision, batch_size=4, image_size=16)
-    with pytest.raises(WrongProviderError, match="wrong is wrong and is not timed"):
-        checked_steps(setting, {"eager": eager, "wrong": wrong})
+CASES = {
+    "op, residual's gradient": (bench_op.LEVEL, OP, of_op(without_residual_gradient)),
+    "op, no ReLU": (bench_op.LEVEL, OP, of_op(without_relu)),
+    "op, running variance": (bench_op.LEVEL, OP, of_op(with_running_mean_alone)),
+    "op, NaN": (bench_op.LEVEL, OP, of_op(not_a_number)),
+    "block, no shortcut": (bench_block.LEVEL, BLOCK, partial(bench_block.BlockRun, block_without_shortcut)),
+    "step, detached shortcut": (bench_step.LEVEL, STEP, partial(StepRun, detached_shortcut)),
+    "step, running statistics": (bench_step.LEVEL, STEP, partial(StepRun, without_running_statistics)),
+    "step, frozen bias": (bench_step.LEVEL, STEP, partial(StepRun, frozen)),
+    "loader, scale": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (1.01 * images, labels))),
+    "loader, upside down": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images.flip(2), labels))),
+    "loader, labels": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images, labels.flip(0)))),
+}
 
 
-def test_providers_start_from_the_same_weights_and_batches():
-    steps = checked_steps(Setting(CPU, "fp32", batch_size=4, image_size=16), {"a": eager, "b": eager})
-    assert steps["a"]().item() == steps["b"]().item()
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_provider_is_refused_and_the_others_are_timed(case):
+    level, setting, build = CASES[case]
+    planted = with_wrong(level, build)
+    measured = harness.measure(planted, setting, CPU, ["wrong", "right"], rounds=2)
+    assert measured.times.keys() == {level.baseline, "right"}
+    (error,) = measured.refused.values()
+    assert isinstance(error, WrongProviderError) and str(error).startswith("wrong is wrong and is not timed")
 
 
-def test_nothing_is_timed_or_written_for_a_wrong_provider(tmp_path, monkeypatch):
-    timed = []
-    monkeypatch.setattr(compare_steps, "PROVIDERS", {"eager": eager, "fused": without_running_statistics})
-    monkeypatch.setattr(compare_steps, "alternate", lambda *arguments: timed.append(arguments))
-    monkeypatch.setattr(compare_steps, "refuse_interpreter", lambda: None)  # neither of the two runs a kernel
-    done = CliRunner().invoke(compare_steps.app, ["--device", "cpu", "--batch-size", "2", "--results", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "fused is wrong and is not timed (cpu, fp32, batch 2)" in done.stderr
-    assert not timed and not list(tmp_path.iterdir())
+def test_without_the_baseline_nothing_is_timed():
+    level = with_wrong(bench_op.LEVEL, None)
+    level.providers = {"wrong": Provider(of_op(not_a_number)), "right": level.providers["right"]}
+    measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=2)
+    assert not measured.times and measured.refused.keys() == {"wrong", "right"}
+    assert not harness.rows(level, OP, measured, Limits(1.0, {"bf16": 1.0}), {})
 
 
-def test_interpreted_kernels_are_refused(tmp_path, monkeypatch):
-    if torch.cuda.is_available():  # elsewhere the tests do interpret them
-        monkeypatch.setattr(training_step, "why_not_triton", lambda device: None)
-    monkeypatch.setattr(compare_steps, "checked_steps", lambda *arguments: pytest.fail("went on"))
-    done = CliRunner().invoke(compare_steps.app, ["--device", "cpu", "--results", str(tmp_path)])
-    assert done.exit_code == 1 and "interpreted kernels are not timed" in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_a_loss_that_is_not_finite_is_no_training_step(monkeypatch):
+    monkeypatch.setattr(bench_step, "LEARNING_RATE", 1e6)
+    with pytest.raises(RuntimeError, match="the loss became .*: what was timed is no training step"):
+        harness.measure(bench_step.LEVEL, STEP, CPU, [], rounds=4)
 
 
-def test_rows_are_whole_and_replaced(tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", COMPARE, str(tmp_path)]
+def test_an_epoch_that_loses_images_is_none():
+    batches = [(torch.zeros(0), torch.zeros(63))]
+    run = bench_loader.LoaderRun(lambda *_: batches, LOADER, bench_loader.LEVEL.problem(LOADER, CPU).data)
+    with pytest.raises(RuntimeError, match="an epoch must have 64 images, got 63"):
+        run.finish()
+
+
+def test_interpreted_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr(correctness, "why_not_triton", lambda device: None)
+    with pytest.raises(RuntimeError, match="interpreted kernels are not timed"):
+        correctness.refuse_interpreter()
+
+
+@pytest.mark.parametrize("direction", ("forward", "backward", "both"))
+@pytest.mark.parametrize("name", bench_op.OPERATIONS)
+def test_every_operation_of_ours_passes_its_check(name, direction):
+    setting = Setting(f"{name} 8x4x4", direction, "fp32", "channels_last", 4, shape=(8, 4, 4))
+    measured = harness.measure(bench_op.LEVEL, setting, CPU, ["fused", "fused, apart"], rounds=1)
+    assert measured.times.keys() == {"eager", "fused", "fused, apart"}, measured.refused
+
+
+@pytest.mark.parametrize("n_out", (8, 16))
+def test_every_block_of_ours_passes_its_check(n_out):
+    setting = Setting("BasicBlock", "both", "fp32", "channels_last", 4, shape=(8, n_out, 6))
+    measured = harness.measure(bench_block.LEVEL, setting, CPU, ["fused"], rounds=1)
+    assert measured.times.keys() == {"eager", "fused"}, measured.refused
+
+
+def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch):
+    """Where there is no CUDA, with a stand-in for the graph, which runs the step instead of replaying it."""
+
+    class Graph:
+        def __init__(self, call):
+            for _ in range(4):
+                call()
+            self.call = call
+
+        def __call__(self):
+            return self.call()
+
+    monkeypatch.setattr(bench_step, "Graph", Graph)
+    graphed = Provider(partial(StepRun, eager_resnet18, graph=True))
+    level = with_wrong(bench_step.LEVEL, partial(StepRun, frozen, graph=True), graphed)
+    measured = harness.measure(level, STEP, CPU, ["wrong", "right"], rounds=1)
+    assert "right" in measured.times and "wrong" in measured.refused
+
+
+def test_a_peer_has_the_parameters_that_are_checked(monkeypatch):
+    class Peer(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    build = partial(bench_op.build_peer, lambda n: (peer := Peer(n), lambda x, residual: peer(x)))
+    setting = Setting("BN+ReLU 8x5x5", "both", "fp32", "NCHW", 6, shape=(8, 5, 5))
+    level = with_wrong(bench_op.LEVEL, of_op(not_a_number), Provider(build))
+    assert "right" in harness.measure(level, setting, CPU, ["right"], rounds=1).times
+
+
+def test_rows_hold_times_ratios_and_floors():
+    measured = Measured({"eager": [2.0, 4.0, 6.0], "fused": [1.0, 4.0, 2.0]}, {}, {})
+    limits = Limits(copy=1e9, matrix={"bf16": 1e12})
+    level = copy.copy(bench_op.LEVEL)
+    level.work = lambda setting: Work(bytes=1e6, flops=5e8)
+    eager, fused = harness.rows(level, OP, measured, limits, {"device": "d"})
+    assert tuple(fused) == (*COLUMNS, "device")
+    assert (fused["p50_ms"], fused["images_per_s"]) == ("2.0000", "3000.0")
+    assert eager["speedup_p50"] == "1.0000"
+    assert fused["speedup_p50"] == "2.0000"  # the median of 2, 1 and 3, not the ratio of the medians
+    assert (fused["mbytes"], fused["gflop"], fused["gb_per_s"]) == ("1.000", "0.500", "0.50")
+    assert (fused["floor_ms"], fused["of_floor"]) == ("1.5000", "0.7500")
+
+
+def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    selected = "fused and 512x4x4 and BN-ReLU or loader"
+    options = ["--quick", "--rounds", "2", "--results", str(tmp_path), "--device", "cpu", "-k", "512x4x4 and fused"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*/*")
-    assert path.name == "training_step.csv" and path.parent.name.endswith("-1-threads")
-    text = path.read_text()
-    assert text.splitlines()[0] == COLUMNS
-    assert str(ROOT) not in text and str(tmp_path) not in text and "/" not in text
+    assert done.returncode == 0, (selected, done.stdout, done.stderr)
+    (limits,) = csv.DictReader(next(tmp_path.glob("*/limits.csv")).read_text().splitlines())
+    assert float(limits["copy_gb_per_s"]) > 0 and float(limits["bf16_tflop_per_s"]) > 0
+    text = next(tmp_path.glob("*/op.csv")).read_text()
+    assert str(ROOT) not in text and str(tmp_path) not in text
     rows = list(csv.DictReader(text.splitlines()))
-    assert [(row["provider"], row["precision"], row["rounds"]) for row in rows] == [
-        ("eager", "fp32", "3"),
-        ("fused", "fp32", "3"),
-        ("eager", "bf16", "2"),
-        ("fused", "bf16", "2"),
-    ]
+    assert [row["provider"] for row in rows] == 3 * ["eager", "fused"]
     for row in rows:
-        empty = {name for name, value in row.items() if not value}
-        assert empty <= {"driver", "triton"}
+        assert {name for name, value in row.items() if not value} <= {"driver", "triton", "peak_mb"}
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
-        assert float(row["images_per_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
-    assert rows[0]["ratio_p50"] == "1.0000"
+        assert f"{float(row['p50_ms']):.3f}" in done.stdout
 
 
-def test_a_file_with_other_columns_is_left_alone(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="rows.csv must have the columns a, c"):
-        results.replace_rows(path, [{"a": "1", "c": "3"}], ["a"])
-    assert path.read_text() == "a,b\n1,2\n"
+def test_a_wrong_option_is_named():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--device", "tpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 4 and "device must be auto, cpu, cuda or cuda:N, got 'tpu'" in done.stderr + done.stdout
 
 
-def test_unfinished_rows_leave_the_file_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "rows.csv"
-    results.replace_rows(path, [{"a": "1", "b": "2"}], ["a"])
+def test_the_clock_tells_the_recorded_times():
+    clock = ReplayClock()
 
-    def full_disk(fd):
-        raise OSError("no space left on device")
+    class Benchmark:
+        def pedantic(self, target, rounds, iterations):
+            self.seconds = [-(clock() - clock()) for _ in range(rounds)]
 
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        results.replace_rows(path, [{"a": "1", "b": "3"}], ["a"])
-    assert path.read_text() == "a,b\n1,2\n" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("AMD EPYC", "amd-epyc"),
-        ("Intel(R) Xeon(R) Platinum 8480+ @ 2.00GHz", "intel-xeon-platinum-8480"),
-        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
-        ("../../etc/passwd", "etc-passwd"),
-        ("\\\\ ..", "unknown"),
-    ],
-)
-def test_slug_is_no_path(name, expected):
-    assert results.slug(name) == expected
+    benchmark = Benchmark()
+    clock.replay(benchmark, [1.0, 5.0, 2.0])
+    assert benchmark.seconds == pytest.approx([1e-3, 5e-3, 2e-3])
 
 
 def test_order_turns_round_every_round():
@@ -172,23 +263,3 @@ def test_order_turns_round_every_round():
 
 def test_percentiles():
     assert percentiles(range(101)) == pytest.approx((20, 50, 80))
-
-
-def test_commit_of_a_copy_is_unknown_and_of_a_changed_tree_dirty(tmp_path):
-    def git(*arguments: str) -> None:
-        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
-
-    assert results.commit(tmp_path) == "unknown"
-    git("init")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "m")
-    head = results.commit(tmp_path)
-    assert len(head) >= 12 and not head.endswith("-dirty")
-    written = tmp_path / "benchmarks" / "results" / "rows.csv"
-    written.parent.mkdir(parents=True)
-    written.write_text("1")
-    assert results.commit(tmp_path) == head, "results that were just written make the code dirty"
-    (tmp_path / "file").write_text("2")
-    assert results.commit(tmp_path) == f"{head}-dirty"
-    assert results.commit(written.parent) == "unknown", "a copy inside another repository has not its commit"

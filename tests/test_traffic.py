@@ -10,9 +10,22 @@ import torch
 from fused_op import Case, make_operands, ours, results
 from interpreter import needs_interpreter
 from ledger import Launch, ledger
-from traffic import BLOCK, INNER, LAST, NETWORK, PROJECTION, STAGES, STEM, Role, count, formula, image_bytes
+from traffic import count, formula, image_bytes
 
 import resnet_fast
+from benchmarks.bench_step import flops_per_image
+from benchmarks.work import (
+    BLOCK,
+    INNER,
+    LAST,
+    NETWORK,
+    PROJECTION,
+    STAGES,
+    STEM,
+    Role,
+    network_bytes,
+    operation_bytes,
+)
 
 README = Path(__file__).parents[1] / "kernels/README.md"
 IMAGES = {32: 1, 16: 1, 8: 3, 4: 9}  # per batch, by map width: 24 to 72 tiles, and a last split that is not full
@@ -86,3 +99,23 @@ def table(batch: int) -> str:
     rows["resnet_fast, with partial results and vectors"] = sum(moved.total() for moved in network(batch).values())
     title = f"\nBN, addition and ReLU in one training step of ResNet-18, bf16, batch {batch}:\n"
     return title + "\n".join(f"{name:56} {size / 1e9:5.2f} GB" for name, size in rows.items())
+
+
+BACKWARD_KERNELS = {"reduce_kernel", "combine_gradients_kernel", "input_gradients_kernel"}
+
+
+@pytest.mark.parametrize("role", (STEM, INNER, BLOCK, LAST, PROJECTION), ids=str)
+def test_the_benchmarks_count_the_same_bytes(role):
+    kernels = formula(role, 8, *STAGES[1])
+    backward = image_bytes({name: moved for name, moved in kernels.items() if name in BACKWARD_KERNELS})
+    n_elements = 8 * STAGES[1][0] * STAGES[1][1] ** 2
+    expected = {"forward": image_bytes(kernels) - backward, "backward": backward, "both": image_bytes(kernels)}
+    for direction, size in expected.items():
+        found = operation_bytes(role.join, role.fork, direction, n_elements, item_size=2)
+        assert found == size, direction
+
+
+def test_the_benchmarks_count_the_work_of_a_step():
+    assert network_bytes(1, item_size=2) == image_bytes(network(1))
+    # 555,422,720 multiply-adds forward, twice as many backward, but for the gradient of the images.
+    assert flops_per_image() == 2 * (3 * 555_422_720 - 64 * 27 * 32 * 32)

@@ -1,10 +1,10 @@
 """The bytes that the kernels move in ResNet-18: as counted by the ledger, and by the formula of kernels/README.md."""
 
 from collections import Counter
-from typing import NamedTuple
 
 from ledger import Launch
 
+from benchmarks.work import Role
 from resnet_fast.kernels import tiles
 
 
@@ -19,31 +19,6 @@ def count(launches: list[Launch]) -> dict[str, Counter]:
             for kind in ("read", "written"):
                 moved["pivots" if is_pivot else account.what, kind] += account.moved(kind)
     return kernels
-
-
-class Role(NamedTuple):
-    """A fused operation's place in ResNet-18; every one ends in ReLU, in training mode and bf16."""
-
-    name: str
-    join: str
-    fork: bool
-
-    def __str__(self) -> str:
-        return self.name
-
-
-STEM = Role("BN+ReLU, forked (stem)", "none", True)
-INNER = Role("BN+ReLU (A)", "none", False)
-BLOCK = Role("BN+add+ReLU, forked (B)", "add", True)
-LAST = Role("BN+add+ReLU (last block)", "add", False)
-PROJECTION = Role("bn join, forked (B + C)", "bn", True)
-
-STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, map width
-# (role, channels, map width) of ResNet-18 with the 3x3 stem on 32x32 images.
-NETWORK = [(STEM, *STAGES[0])]
-for stage in STAGES:
-    NETWORK += [(INNER, *stage), (PROJECTION if stage != STAGES[0] else BLOCK, *stage)]
-    NETWORK += [(INNER, *stage), (LAST if stage == STAGES[-1] else BLOCK, *stage)]
 
 
 def formula(role: Role, n_images: int, n_channels: int, width: int) -> dict[str, Counter]:
