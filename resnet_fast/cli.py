@@ -1,7 +1,7 @@
-"""The command line: `resnet-fast train`.
+"""The command line: `resnet-fast train` and `resnet-fast doctor`.
 
-Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), 2 a wrong argument,
-130 interrupted.
+Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full) or a machine on which
+something needed is missing or computes wrong, 2 a wrong argument, 130 interrupted.
 """
 
 import sys
@@ -12,6 +12,7 @@ try:
     import typer
 
     from resnet_fast.data import DATASETS, DataError
+    from resnet_fast.doctor import Finding, diagnose, exit_code, format_end, format_finding
     from resnet_fast.training import MODELS, RECIPES, DivergedError, TrainConfig
     from resnet_fast.training import train as run_training
     from resnet_fast.training.config import PRECISIONS, STEMS
@@ -128,6 +129,26 @@ def train(
         kept = f"; {_what_is_kept(config.out)}" if (config.out / "config.json").exists() else ""
         _stop(1, f"error: {error}{kept}")
     reporter.finish(result)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+) -> None:
+    """Say what runs here and why, check that it computes right, and say what to do where something is missing."""
+
+    def show(finding: Finding) -> None:
+        for line in format_finding(finding):
+            print(line, flush=True)  # the next finding may take seconds
+
+    try:
+        findings = diagnose(device, show)
+    except ValueError as error:
+        _stop(2, f"error: {error}; resnet-fast doctor without --device says what there is")
+    except KeyboardInterrupt:
+        _stop(130, "interrupted")
+    print(f"\n{format_end(findings)}")
+    raise typer.Exit(exit_code(findings))
 
 
 def _stop(code: int, message: str) -> NoReturn:

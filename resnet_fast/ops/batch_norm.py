@@ -13,6 +13,7 @@ from torch import Tensor
 from .arguments import BatchNormArgs, Gradients, Outputs, Saved, accumulation_type
 
 Backend = Literal["triton", "aten"]
+INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
 launch: Any
 try:
@@ -37,8 +38,13 @@ def why_not_triton(device: torch.device) -> str | None:
     if device.type == "cpu":
         if _INTERPRETED:
             return None
-        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before resnet_fast is imported"
+        return f"CPU tensors need Triton's interpreter: set {INTERPRETER}=1 before resnet_fast is imported"
     return f"Triton has no backend for {device.type} tensors"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which is for tests, and slow."""
+    return _INTERPRETED
 
 
 def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
