@@ -10,7 +10,7 @@ help:
 	@echo "               [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
 	@echo "make test      set up .venv, run every test"
 	@echo "make lint      ruff and pyright"
-	@echo "make bench     pytest benchmarks: the training step, eager against fused"
+	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
 	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
 
@@ -26,7 +26,7 @@ lint: .venv/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/dev
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks --quick $(ARGS)
 
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)

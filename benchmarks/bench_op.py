@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks import peers
 from benchmarks.correctness import rounding_of
@@ -146,6 +147,8 @@ def fresh_norm(weight: Tensor, bias: Tensor) -> BatchNormArgs:
 
 
 def build_compiled(setting: Setting, data: Data) -> OpRun:
+    # A backward that is run again and again may not overwrite what the forward has saved.
+    functorch_config.donated_buffer = setting.direction != "backward"
     return OpRun(torch.compile(eager, dynamic=False, fullgraph=True), setting, data)
 
 

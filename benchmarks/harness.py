@@ -137,6 +137,7 @@ def measure(level: Level, setting: Setting, device: torch.device, names: Sequenc
                 peaks[name] = torch.cuda.max_memory_allocated(device) - begin
             baseline_errors = baseline_errors or own
             check(name, own, baseline_errors, problem.exact, problem.rounding, problem.n_roundings)
+            run()  # as it will be timed, for what fails then to fail here
             runs[name] = run
         except Exception as error:  # a peer may fail in any way; its test reports it, and the others go on
             error = error.with_traceback(None)  # which would keep the provider's memory
