@@ -96,7 +96,7 @@ class BlockLevel(Level):
     quick_rounds = {"cpu": 8, "cuda": 50}
     providers = {
         "eager": Provider(partial(BlockRun, eager)),
-        "compile": Provider(partial(BlockRun, eager, compile_model=compiled("default"))),
+        "compile": Provider(partial(BlockRun, eager, compile_model=compiled("default")), slow_on=("cpu",)),
         "fused": Provider(partial(BlockRun, fused)),
     }
 

@@ -148,10 +148,11 @@ class StepLevel(Level):
         "eager, tuned": Provider(partial(StepRun, eager_resnet18)),
         "eager": Provider(partial(StepRun, eager_resnet18, tuned=False)),
         "eager, tuned, graph": Provider(partial(StepRun, eager_resnet18, graph=True), on_cuda),
-        "compile": Provider(partial(StepRun, eager_resnet18, compile_model=compiled("default"))),
+        "compile": Provider(partial(StepRun, eager_resnet18, compile_model=compiled("default")), slow_on=("cpu",)),
         "compile, max-autotune": Provider(
             partial(StepRun, eager_resnet18, compile_model=compiled("max-autotune")),
             lambda setting, device: None if device.type == "cuda" else "max-autotune tunes for GPUs",
+            slow_on=("cuda",),
         ),
         "fused": Provider(partial(StepRun, fused_resnet18)),
         "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda),

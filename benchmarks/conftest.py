@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def timed(request: pytest.FixtureRequest, setting: harness.Setting, provider: str) -> Callable[[], None]:
     """Hands the times of this test's provider to pytest-benchmark; raises what was wrong with it."""
     level, device = request.module.LEVEL, choose_device(request.config.option.device)
-    reason = level.providers[provider].why_not(setting, device)
+    reason = level.why_not(provider, setting, device, request.config.option.quick)
     if reason is not None:
         pytest.skip(f"{provider}: {reason}")
     benchmark = request.getfixturevalue("benchmark")
@@ -90,7 +90,7 @@ def _measured(
             if isinstance(item, pytest.Function) and item.module is request.module
         ]
         names = [params["provider"] for params in selected if params["setting"] == setting]
-        names = [name for name in names if level.providers[name].why_not(setting, device) is None]
+        names = [name for name in names if level.why_not(name, setting, device, options.quick) is None]
         rounds = options.rounds or (level.quick_rounds if options.quick else level.rounds)[device.type]
         limits = _limits(device, options.results)
         done[key] = harness.measure(level, setting, device, names, rounds)

@@ -71,10 +71,13 @@ class Problem(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """How to build an implementation, and why it cannot run in a setting on a device, or None."""
+    """How to build an implementation; why it cannot run in a setting on a device, or None; and the device types on
+    which it compiles too long for a quick run.
+    """
 
     build: Callable[[Setting, Any], Run]
     why_not: Callable[[Setting, torch.device], str | None] = lambda setting, device: None
+    slow_on: tuple[str, ...] = ()
 
 
 class Level(ABC):
@@ -98,6 +101,13 @@ class Level(ABC):
     def n_images(self, setting: Setting) -> int:
         """Images of a run."""
         return setting.batch_size
+
+    def why_not(self, name: str, setting: Setting, device: torch.device, quick: bool) -> str | None:
+        """None where a provider can be timed, else the reason."""
+        provider = self.providers[name]
+        if quick and device.type in provider.slow_on:
+            return "compiles too long for --quick"
+        return provider.why_not(setting, device)
 
     @property
     def baseline(self) -> str:
