@@ -4,9 +4,8 @@
     innermost:                    aten::copy_ < aten::to < aten::conv2d < training step      -> layout and casts
     a view:                       aten::t < aten::linear < training step                     -> convolution, linear
 
-Everything the optimizer runs is the optimizer's, its copies too. The block's addition and the autograd engine's addition
-of the two gradients of a block's input are the same kind of operator, and the fused kernels do both: all additions
-outside of the optimizer count as "batch norm + add + ReLU".
+Everything the optimizer runs is the optimizer's, its copies too. All other additions are "batch norm + add + ReLU": the
+block's own, and the autograd engine's of the two gradients of a block's input. The fused kernels do both.
 """
 
 import re
@@ -21,7 +20,7 @@ OTHER = "pooling, other"
 # In the order of the tables and bars; what is left of the step follows as "idle" or "between operators".
 CATEGORIES = (CONVOLUTION, NORM, LAYOUT, OPTIMIZER, LOSS, OTHER)
 
-# Of autograd's nodes, at the end of a name: the engine's own event is "autograd::engine::evaluate_function: XBackward0".
+# Of autograd's nodes, at the end: the engine has an event "autograd::engine::evaluate_function: XBackward0", too.
 _NODE = r"Backward\d*$"
 _SAYS = {
     LAYOUT: rf"^aten::(to|_to_copy|copy_|contiguous|clone)$|ToCopy{_NODE}|nchwToNhwc|nhwcToNchw",

@@ -19,8 +19,8 @@ from resnet_fast.training.config import TrainConfig
 
 # fp64 needs four times the memory of bf16: with so few images it fits wherever the step itself does.
 N_IMAGES = 16
-# Of all gradients and running statistics together, in L2 norm. Rounding to fp64 in another order gives 4e-15 (ResNet-18)
-# to 2e-12 (ResNet-152), a block of ResNet-18 whose shortcut has lost its gradient 0.2.
+# Of all gradients and running statistics together, in L2 norm. Another order of summation in fp64 gives 4e-15
+# (ResNet-18) to 2e-12 (ResNet-152), a block of ResNet-18 whose shortcut has lost its gradient 0.2.
 MAX_DIFFERENCE = 1e-6
 
 

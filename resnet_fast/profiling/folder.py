@@ -97,6 +97,5 @@ def _write_trace(path: Path, trace: torch.profiler.profile) -> None:
     with tempfile.TemporaryDirectory() as folder:  # the profiler writes to a name, not to an open file
         unpacked = Path(folder) / path.name.removesuffix(".gz")
         trace.export_chrome_trace(str(unpacked))
-        # With the highest level a trace is a few percent smaller and takes several times as long.
-        with whole_file(path) as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as packed, open(unpacked, "rb") as text:
+        with whole_file(path) as file, gzip.GzipFile("", "wb", fileobj=file) as packed, open(unpacked, "rb") as text:
             shutil.copyfileobj(text, packed)

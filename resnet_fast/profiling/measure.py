@@ -82,7 +82,7 @@ def profile_steps(
     profiles = []
     for name, step in steps.items():
         trace = record(step, device, n_steps)
-        parts, ms = parts_of(trace.events(), device, n_steps)
+        parts, ms = parts_of(trace.events() or [], device, n_steps)
         profiles.append(StepProfile(name, parts, ms, times[name], trace))
     return profiles
 

@@ -1,7 +1,7 @@
 """The two training steps to be profiled: from the same weights, on the same images, and checked before they are.
 
-    steps = checked_steps(config)   # {"eager": …, "fused": …}
-    steps["fused"]()                # one step on the next batch
+steps = checked_steps(config)   # {"eager": …, "fused": …}
+steps["fused"]()                # one step on the next batch
 """
 
 import itertools

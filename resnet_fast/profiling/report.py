@@ -45,9 +45,9 @@ class Report:
         config = self.config
         size = f"{config.image_size}x{config.image_size}"
         self._print(f"One training step of {config.model} ({config.stem} stem, {size} images)", "bold")
-        self._print(f"{config.device}, {config.precision}, batch {config.batch_size}; of each of the two the first step")
+        self._print(f"{config.device}, {config.precision}, batch {config.batch_size}")
         n_warm = WARM_UP[self.device.type]
-        self._print(f"is checked, {n_warm} more warm up, and {self.n_steps} are profiled and averaged")
+        self._print(f"eager and fused: the first step is checked, {n_warm} more warm up, {self.n_steps} are profiled")
 
     def show(self, profiles: Sequence[StepProfile]) -> None:
         """Print both tables and what is to be known about them."""
@@ -62,11 +62,11 @@ class Report:
     def finish(self, out: Path, names: Sequence[str]) -> None:
         """Say what was written."""
         self._print("")
-        self._print(f"{', '.join(names)}: {out}")
-        self._print("(traces: open them in https://ui.perfetto.dev)")
+        self._print("The traces open in https://ui.perfetto.dev; written were")
+        self._print(f"{', '.join(names)}:")
+        self._print(str(out))
 
     def _categories(self, profiles: Sequence[StepProfile]) -> Table:
-        eager, fused = profiles
         table = self._table("milliseconds per step", profiles, share=True)
         for category in (*CATEGORIES, rest_of(self.device)):
             ms = [profile.ms_of(category) for profile in profiles]
@@ -122,21 +122,20 @@ class Report:
         color = "" if zero else "red" if sign else "green"
         cells.append(Text(f"{sign}{text.lstrip('-') if zero else text}", style=color))
         if self.device.type != "cpu":
-            cells.append(" / ".join(f"{value:.0f}" for value in launches))
+            cells.append(" / ".join(f"{value:.0f}" for value in launches) if any(launches) else "")
         return cells
 
     def _remarks(self, profiles: Sequence[StepProfile]) -> list[str]:
-        eager, fused = profiles
         longest = max(profile.unprofiled_ms for profile in profiles)
         times = [f"{profile.provider} {format_ms(profile.unprofiled_ms, longest)} ms" for profile in profiles]
-        lines = [f"Without the profiler, which costs time itself, a step takes {', '.join(times)}."]
+        lines = [f"A step without the profiler, which costs time: {', '.join(times)}"]
         if self.device.type != "cpu":
             idle = [max(0.0, profile.unprofiled_ms - _busy(profile)) for profile in profiles]
             texts = [f"{p.provider} {format_ms(ms, longest)} ms" for p, ms in zip(profiles, idle, strict=True)]
-            lines.append(f"Less the kernels' time, about {', '.join(texts)} of it is idle.")
+            lines.append(f"of it idle, the step less its kernels: {', '.join(texts)}")
         reason = why_not_triton(self.device)
         if self.device.type == "cpu":
-            lines.append("On a CPU both run the same ATen operators: no gain is to be expected here.")
+            lines.append("On a CPU both run the same ATen operators: no gain is to be expected.")
         elif reason is not None:
             lines.append(f"fused runs on ATen like eager, so no gain is to be expected: {reason}")
         return lines
@@ -153,7 +152,7 @@ def label(part: Part) -> str:
     """
     if not part.kernel:
         return part.operator
-    name = part.kernel.removeprefix("void ")
+    name = re.sub(r"^(void |std::enable_if<.*?>::type )", "", part.kernel)
     head = re.split(r"[<(]", name.replace("(anonymous namespace)::", ""), maxsplit=1)[0]
     short = head.rsplit("::", 1)[-1].strip() or name
     return f"{short} ({part.operator.removeprefix('aten::')})" if "<" in name and part.operator else short
