@@ -21,6 +21,8 @@ from resnet_fast.profiling.categories import OPTIMIZER, category_of, is_operator
 STEP = "training step"
 IDLE = "idle"
 BETWEEN = "between operators"
+# What libkineto calls waiting, which some versions put on the GPU's time line.
+WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 
 class ProfileError(RuntimeError):
@@ -145,21 +147,25 @@ def _gpu_parts(events: Sequence[FunctionEvent], device: torch.device) -> list[tu
     """Category, operator, kernel, time in µs, and 1 for a launch, of every kernel, and the idle time."""
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     # Annotations have a copy on the GPU's time line, from their first kernel to their last: those are not kernels.
-    annotations = {event.name for event in on_cpu if event.is_user_annotation}
-    kernels = [event for event in events if event.device_type != DeviceType.CPU and event.name not in annotations]
+    no_kernels = {*WAITS, *(event.name for event in on_cpu if event.is_user_annotation)}
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and event.name not in no_kernels]
     if not kernels:
         raise ProfileError(
             f"the profiler saw no kernel on {device}: it needs CUPTI, and no other profiler beside it; "
             "KINETO_LOG_LEVEL=0 shows what it says"
         )
-    # An operator knows its kernels by name and duration only. Where two are equal in both, it does not matter which.
-    launched_by = {(kernel.name, kernel.duration): event for event in on_cpu for kernel in event.kernels}
+    # An operator knows its kernels by name and duration only. Of two that are equal in both it does not matter which
+    # is whose, if each is given away once.
+    launched_by: defaultdict[tuple[str, float], list[FunctionEvent]] = defaultdict(list)
+    for event in on_cpu:
+        for launched in event.kernels:
+            launched_by[launched.name, launched.duration].append(event)
     spans = [(kernel.time_range.start, kernel.time_range.end) for kernel in kernels]
     busy = exclusive_times(spans)
     found = []
     for kernel, (start, end), time_us in zip(kernels, spans, busy, strict=True):
-        operator = launched_by.get((kernel.name, end - start))
-        names = [] if operator is None else list(_names(operator))
+        operators = launched_by[kernel.name, end - start]
+        names = list(_names(operators.pop())) if operators else []
         found.append((category_of([kernel.name, *names]), names[0] if names else "", kernel.name, time_us, 1))
     span = max(end for _, end in spans) - min(start for start, _ in spans)
     return [*found, (IDLE, "", "", span - sum(busy), 0)]

@@ -62,8 +62,8 @@ class Report:
     def finish(self, out: Path, names: Sequence[str]) -> None:
         """Say what was written."""
         self._print("")
-        self._print("The traces open in https://ui.perfetto.dev; written were")
-        self._print(f"{', '.join(names)}:")
+        self._print("Written, the traces for https://ui.perfetto.dev:")
+        self._print(", ".join(names))
         self._print(str(out))
 
     def _categories(self, profiles: Sequence[StepProfile]) -> Table:
@@ -119,7 +119,8 @@ class Report:
         text = format_ms(ms[1] - ms[0], longest)
         zero = float(text) == 0
         sign = "" if zero or text.startswith("-") else "+"
-        color = "" if zero else "red" if sign else "green"
+        # On a CPU a difference is noise, which a color would make look like a finding.
+        color = "" if zero or self.device.type == "cpu" else "red" if sign else "green"
         cells.append(Text(f"{sign}{text.lstrip('-') if zero else text}", style=color))
         if self.device.type != "cpu":
             cells.append(" / ".join(f"{value:.0f}" for value in launches) if any(launches) else "")
