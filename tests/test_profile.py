@@ -91,6 +91,14 @@ def test_the_parts_on_a_cpu_are_the_steps_wall_time(recorded: EventList):
     assert sum(part.ms for part in parts) == pytest.approx(ms) == pytest.approx(sum(walls) / 2000)
 
 
+def test_what_runs_outside_of_the_steps_is_not_theirs():
+    step, inside = FunctionEvent(0, STEP, 1, 0.0, 10.0), FunctionEvent(1, "aten::add_", 1, 2.0, 5.0)
+    events = EventList([step, inside, FunctionEvent(2, "aten::copy_", 1, 20.0, 30.0)])
+    events._build_tree()
+    parts, ms = parts_of(events, CPU, 1)
+    assert ms == 0.010 and {(part.category, part.ms) for part in parts} == {(NORM, 0.003), (BETWEEN, 0.007)}
+
+
 def gpu_events() -> EventList:
     """Two steps, in µs, as the profiler returns them; kernels run 60 µs of each, 5 of them together."""
     events = []
