@@ -159,7 +159,8 @@ def run(*args: object):
     return CliRunner().invoke(cli.app, ["profile", *map(str, args)])
 
 
-def test_an_occupied_folder_exits_with_2_and_is_left_alone(tmp_path: Path):
+def test_an_occupied_folder_exits_with_2_and_is_left_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cli, "profile_steps", lambda *arguments: pytest.fail("went on"))
     (tmp_path / "notes").write_text("mine")
     result = run("--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 2 and "already holds notes" in result.stderr and result.stdout == ""
