@@ -25,6 +25,7 @@ setup(
         "resnet_fast.kernels",
         "resnet_fast.models",
         "resnet_fast.ops",
+        "resnet_fast.profiling",
         "resnet_fast.training",
     ],
     package_dir={"resnet_fast.kernels": "kernels"},

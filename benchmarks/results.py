@@ -2,7 +2,6 @@
 
 import csv
 import io
-import platform
 import re
 import shutil
 import subprocess
@@ -14,21 +13,10 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.files import whole_file
+from resnet_fast.machine import device_name, triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or of the CPU model, as its maker writes it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        cpuinfo = ""
-    found = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo, re.MULTILINE)
-    return (found[1] if found else platform.processor() or platform.machine() or "unknown CPU").strip()
 
 
 def device_slug(device: torch.device) -> str:
@@ -50,7 +38,7 @@ def machine_columns(device: torch.device) -> dict[str, str]:
         "driver": _driver() if device.type == "cuda" else "",
         "cpu_threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "resnet_fast": __version__,
         "commit": commit(),
         "date_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -109,14 +97,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
-
-
-def _triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
 
 
 def _driver() -> str:

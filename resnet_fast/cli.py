@@ -1,4 +1,4 @@
-"""The command line: `resnet-fast train` and `resnet-fast doctor`.
+"""The command line: `resnet-fast train`, `resnet-fast profile` and `resnet-fast doctor`.
 
 Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full) or a machine on which
 something needed is missing or computes wrong, 2 a wrong argument, 130 interrupted.
@@ -8,15 +8,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
+
 try:
     import typer
 
     from resnet_fast.data import DATASETS, DataError
     from resnet_fast.doctor import Finding, diagnose, exit_code, format_end, format_finding
+    from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
+    from resnet_fast.profiling.report import Report
     from resnet_fast.training import MODELS, RECIPES, DivergedError, TrainConfig
     from resnet_fast.training import train as run_training
     from resnet_fast.training.config import PRECISIONS, STEMS
     from resnet_fast.training.console import make_reporter
+    from resnet_fast.training.run_folder import check_is_free
     from resnet_fast.training.schedule import SCHEDULES
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich", "matplotlib"):
@@ -129,6 +134,50 @@ def train(
         kept = f"; {_what_is_kept(config.out)}" if (config.out / "config.json").exists() else ""
         _stop(1, f"error: {error}{kept}")
     reporter.finish(result)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(metavar=_choices(MODELS), help="The network.")] = TrainConfig.model,
+    stem: Annotated[
+        str, typer.Option(metavar=_choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
+    ] = TrainConfig.stem,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
+    precision: Annotated[
+        str, typer.Option(metavar=_choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
+    ] = TrainConfig.precision,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Profiled steps, averaged. [default: 10; on a CPU 3]", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, new or empty. [default: runs/profile-<model>-<time>]", show_default=False),
+    ] = None,
+) -> None:
+    """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
+    try:
+        config = profile_config(model, stem, batch_size, precision, device, image_size, out)
+        check_is_free(config.out)
+    except (ValueError, FileExistsError) as error:
+        _stop(2, f"error: {error}")
+    report = Report(config, steps)
+    report.start()
+    try:
+        profiles = profile_steps(config, steps)
+        report.show(profiles)
+        names = write_files(config.out, profiles, config)
+    except KeyboardInterrupt:
+        # Each file is there as a whole or not at all, and hidden ones are not left behind.
+        kept = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
+        _stop(130, f"interrupted; {config.out} keeps {', '.join(kept)}" if kept else "interrupted; nothing was written")
+    except (ProfileError, torch.OutOfMemoryError, OSError) as error:
+        _stop(1, f"error: {error}")
+    report.finish(config.out, names)
 
 
 @app.command()

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "resnet_fast"
 
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network.
-LAYERS = ("files", "kernels", "ops", "functional", "nn", "models", "data", "training", "parity", "doctor", "cli")
+LAYERS = (
+    *("files", "machine", "kernels", "ops", "functional", "nn", "models", "data", "training"),
+    *("profiling", "parity", "doctor", "cli"),
+)
 DATA_MAY_IMPORT = {"data"}
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
 

@@ -103,7 +103,7 @@ class TrainConfig:
             filled_in[name] = default if getattr(self, name) is None else getattr(self, name)
         filled_in["workers"] = min(4, os.cpu_count() or 1) if self.workers is None else self.workers
         if self.out is None:
-            filled_in["out"] = _free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+            filled_in["out"] = free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}")
         else:
             filled_in["out"] = Path(self.out).expanduser()
         for name, value in filled_in.items():
@@ -162,7 +162,7 @@ def choose_precision(device: torch.device) -> str:
     return "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "fp32"
 
 
-def _free_folder(name: str) -> Path:
+def free_folder(name: str) -> Path:
     """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
     candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
     return next(folder for folder in candidates if not folder.exists())

@@ -16,6 +16,7 @@ import torch
 from resnet_fast import __version__
 from resnet_fast.data import ImageDataset
 from resnet_fast.files import whole_file
+from resnet_fast.machine import device_name
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
@@ -90,7 +91,7 @@ def _describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
             "resnet_fast": __version__,
         },
         "threads": torch.get_num_threads(),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_name": device_name(device),
     }
 
 

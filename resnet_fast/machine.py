@@ -1,0 +1,28 @@
+"""What a measurement says about the machine on which it was taken."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the CPU model, as its maker writes it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        cpuinfo = ""
+    found = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo, re.MULTILINE)
+    return (found[1] if found else platform.processor() or platform.machine() or "unknown CPU").strip()
+
+
+def triton_version() -> str:
+    """Return triton's version, or nothing where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__

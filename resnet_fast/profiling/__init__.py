@@ -1,0 +1,12 @@
+"""Where the time of a training step goes: eager and fused under torch.profiler, side by side.
+
+config = profile_config(model="resnet18", batch_size=128)
+profiles = profile_steps(config, n_steps=10)
+write_files(config.out, profiles, config)
+"""
+
+from resnet_fast.profiling.folder import write_files
+from resnet_fast.profiling.measure import profile_config, profile_steps
+from resnet_fast.profiling.recording import Part, ProfileError, StepProfile
+
+__all__ = ["Part", "ProfileError", "StepProfile", "profile_config", "profile_steps", "write_files"]

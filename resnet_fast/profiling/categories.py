@@ -1,0 +1,58 @@
+"""What an operator or a kernel is for: the innermost name that says something, from the kernel out to the step.
+
+    names:     void nchwToNhwc… < aten::cudnn_convolution < aten::conv2d < training step    -> layout and casts
+    innermost:                    aten::copy_ < aten::to < aten::conv2d < training step      -> layout and casts
+    a view:                       aten::t < aten::linear < training step                     -> convolution, linear
+
+Everything the optimizer runs is the optimizer's, its copies too. All other additions are "batch norm + add + ReLU": the
+block's own, and the autograd engine's of the two gradients of a block's input. The fused kernels do both.
+"""
+
+import re
+from collections.abc import Iterable
+
+CONVOLUTION = "convolution, linear"
+NORM = "batch norm + add + ReLU"
+LAYOUT = "layout and casts"
+OPTIMIZER = "optimizer"
+LOSS = "loss"
+OTHER = "pooling, other"
+# In the order of the tables and bars; what is left of the step follows as "idle" or "between operators".
+CATEGORIES = (CONVOLUTION, NORM, LAYOUT, OPTIMIZER, LOSS, OTHER)
+
+# Of autograd's nodes, at the end: the engine has an event "autograd::engine::evaluate_function: XBackward0", too.
+_NODE = r"Backward\d*$"
+_SAYS = {
+    LAYOUT: rf"^aten::(to|_to_copy|copy_|contiguous|clone)$|ToCopy{_NODE}|nchwToNhwc|nhwcToNchw",
+    NORM: r"^resnet_fast::|^aten::\w*batch_norm\w*$|^aten::(add_?|relu_?|clamp_min_?|threshold(_backward)?)$"
+    rf"|(BatchNorm|BatchNormAddReLU|Relu){_NODE}|_BatchNormAddReLU$",
+    CONVOLUTION: rf"^aten::\w*conv(2d|olution)\w*$|^aten::(linear|addmm|mm)$|(Convolution|Addmm){_NODE}",
+    LOSS: rf"^aten::(cross_entropy_loss|\w*log_softmax\w*|nll_loss\w*|ones_like)$|(LogSoftmax|NllLoss\w*?){_NODE}",
+    OTHER: rf"^aten::(\w*pool2d\w*|mean)$|(Mean|\w*Pool\w*?){_NODE}",
+}
+_RULES = {category: re.compile(pattern) for category, pattern in _SAYS.items()}
+_OPERATOR = re.compile(r"^(?!autograd::|torch::)\w+::")
+
+
+def category_of(names: Iterable[str]) -> str:
+    """Return the category of an event.
+
+    Args:
+        names: of the kernel, if it is one, of the operator that launched it, and of all its ancestors, innermost first.
+
+    Returns:
+        One of CATEGORIES; "pooling, other" where no name says anything.
+    """
+    names = list(names)
+    if any(name.startswith("Optimizer.") for name in names):
+        return OPTIMIZER
+    for name in names:
+        for category, rule in _RULES.items():
+            if rule.search(name):
+                return category
+    return OTHER
+
+
+def is_operator(name: str) -> bool:
+    """Return whether an event is an operator's: autograd's nodes and annotations are what calls operators."""
+    return _OPERATOR.search(name) is not None

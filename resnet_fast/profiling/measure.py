@@ -1,0 +1,116 @@
+"""Warm up, time a few steps without the profiler, profile a few with it."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resnet_fast.profiling.check import refuse_interpreter
+from resnet_fast.profiling.providers import PROVIDERS, checked_steps
+from resnet_fast.profiling.recording import StepProfile, parts_of, record, synchronize
+from resnet_fast.training.config import TrainConfig, choose_device, free_folder
+
+# By device. A GPU needs more steps until cuDNN has chosen its algorithms, the kernels are compiled and the clock is up.
+WARM_UP = {"cpu": 2, "cuda": 20}
+STEPS = {"cpu": 3, "cuda": 10}
+BATCH_SIZE = {"cpu": 32, "cuda": 128}
+MIN_TIMED = 3
+# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
+LEARNING_RATE = 0.01
+
+
+def profile_config(
+    model: str = "resnet18",
+    stem: str = "cifar",
+    batch_size: int | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    image_size: int = 32,
+    out: Path | None = None,
+) -> TrainConfig:
+    """Return the settings of the step, checked and filled in: batch_size 32 on a CPU, 128 on a GPU.
+
+    Raises:
+        ValueError: a setting breaks the rule that TrainConfig has for it.
+    """
+    kind = choose_device(device).type
+    return TrainConfig(
+        model=model,
+        stem=stem,
+        batch_size=BATCH_SIZE[kind] if batch_size is None else batch_size,
+        precision=precision,
+        device=device,
+        image_size=image_size,
+        lr=LEARNING_RATE,
+        out=free_folder(f"profile-{model}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out,
+    )
+
+
+def profile_steps(
+    config: TrainConfig,
+    n_steps: int | None = None,
+    providers: Mapping[str, Callable[[TrainConfig], nn.Module]] = PROVIDERS,
+) -> list[StepProfile]:
+    """Profile the training step of every provider.
+
+    Args:
+        config: model, stem, batch_size, image_size, precision, device and seed count.
+        n_steps: profiled of each, averaged; None: 3 on a CPU, 10 on a GPU.
+        providers: make the networks; the first is what the others are compared with.
+
+    Returns:
+        A profile by provider, in their order.
+
+    Raises:
+        ValueError: n_steps is below 1.
+        ProfileError: a provider does not compute the step, the kernels are interpreted, or the profiler saw nothing.
+    """
+    device = torch.device(config.device)
+    if n_steps is None:
+        n_steps = STEPS[device.type]
+    if n_steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {n_steps}")
+    refuse_interpreter()
+    steps = checked_steps(config, providers)
+    for step in steps.values():
+        for _ in range(WARM_UP[device.type]):
+            step()
+    times = _time(steps, device, max(n_steps, MIN_TIMED))
+    profiles = []
+    for name, step in steps.items():
+        trace = record(step, device, n_steps)
+        parts, ms = parts_of(trace.events() or [], device, n_steps)
+        profiles.append(StepProfile(name, parts, ms, times[name], trace))
+    return profiles
+
+
+def _time(steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """The median time of each step in milliseconds, in turns, so that a change of the machine's speed meets both.
+
+    On a GPU it is the time between two events on its own time line: the program runs ahead, as in training.
+    """
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in steps}
+    synchronize(device)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_time_gpu(step) if device.type == "cuda" else _time_cpu(step))
+    synchronize(device)
+    return {name: statistics.median(read() for read in reads) for name, reads in times.items()}
+
+
+def _time_cpu(step: Callable[[], object]) -> Callable[[], float]:
+    began = time.perf_counter()
+    step()
+    ms = 1000 * (time.perf_counter() - began)
+    return lambda: ms
+
+
+def _time_gpu(step: Callable[[], object]) -> Callable[[], float]:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    step()
+    ended.record()
+    return lambda: began.elapsed_time(ended)

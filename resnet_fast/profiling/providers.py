@@ -1,0 +1,91 @@
+"""The two training steps to be profiled: from the same weights, on the same images, and checked before they are.
+
+steps = checked_steps(config)   # {"eager": …, "fused": …}
+steps["fused"]()                # one step on the next batch
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
+from resnet_fast.training.config import MODELS, TrainConfig
+from resnet_fast.training.loop import make_optimizer
+from resnet_fast.training.step import training_step
+
+N_CLASSES = 10
+N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
+
+
+def eager(config: TrainConfig) -> nn.Module:
+    """torchvision's network, with the stem changed as its users change it."""
+    model = getattr(torchvision_models, config.model)(num_classes=N_CLASSES)
+    if config.stem == "cifar":
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    return model
+
+
+def fused(config: TrainConfig) -> nn.Module:
+    return MODELS[config.model](num_classes=N_CLASSES, stem=config.stem)
+
+
+# The first is what the other is compared with.
+PROVIDERS: Mapping[str, Callable[[TrainConfig], nn.Module]] = {"eager": eager, "fused": fused}
+
+
+class Step:
+    """A model, its optimizer and its batches; a call runs one training step on the next batch."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.model, self.precision = model.train(), config.precision
+        self.optimizer = make_optimizer(model, config)
+        self.batches = itertools.cycle(batches)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Return the loss, [], and the logits, [N, 10]."""
+        return training_step(self.model, self.optimizer, *next(self.batches), self.precision)
+
+
+def checked_steps(
+    config: TrainConfig, providers: Mapping[str, Callable[[TrainConfig], nn.Module]] = PROVIDERS
+) -> dict[str, Step]:
+    """Return the step of every provider, tuned alike (channels_last, cudnn.benchmark), its first one run and checked.
+
+    Raises:
+        ProfileError: a provider does not compute the training step.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
+        torch.backends.cudnn.benchmark = True
+    batches = _random_batches(config, device)
+    with torch.random.fork_rng(devices=[]):  # the models are made on the CPU
+        torch.manual_seed(config.seed)
+        models = {name: make(config) for name, make in providers.items()}
+    weights = next(iter(models.values())).state_dict()
+    for model in models.values():
+        model.load_state_dict(weights, strict=True)
+        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    check_gradients(models, *batches[0])
+    exact = exact_logits(next(iter(models.values())), batches[0][0])
+
+    steps = {name: Step(model, config, batches) for name, model in models.items()}
+    first = {name: step() for name, step in steps.items()}
+    check_first_step(first, exact, batches[0][1], models, config)
+    return steps
+
+
+def _random_batches(config: TrainConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Random images in channels_last, never zeros, on which a processor draws less power and clocks higher."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    batches = []
+    for _ in range(N_BATCHES):
+        images = torch.randn(shape, generator=generator).to(device)
+        labels = torch.randint(N_CLASSES, shape[:1], generator=generator).to(device)
+        batches.append((images.contiguous(memory_format=torch.channels_last), labels))
+    return batches
