@@ -1,0 +1,146 @@
+"""`python -m benchmarks.report`: report.md and pictures of every device, and the README's tables, from the CSV files.
+
+Exit codes: 0 done, 1 a file of results or the README is not as it must be, or with --check stale; 2 a wrong argument.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from PIL import Image
+
+from benchmarks.measured import Folder, read_folders
+from benchmarks.pictures import SOURCES, digest, pictures
+from benchmarks.results import RESULTS, ROOT
+from benchmarks.tables import readme_tables, report
+from resnet_fast.files import whole_file
+
+MARKER = re.compile(r"^<!-- (/?)benchmarks(?:: (\S+))? -->$", re.MULTILINE)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def new_readme(text: str, readme: Path, folders: Sequence[Folder]) -> str:
+    """The README with what stands between `<!-- benchmarks: <folder> -->` and `<!-- /benchmarks -->` made anew.
+
+    Raises:
+        ValueError: a marker has no counterpart, or names no folder of results.
+    """
+    by_name = {folder.path.name: folder for folder in folders}
+    pieces, end, opened = [], 0, None
+    for marker in MARKER.finditer(text):
+        line = text.count("\n", 0, marker.start()) + 1
+        closes, name = bool(marker[1]), marker[2]
+        if closes != (opened is not None) or closes == bool(name):
+            raise ValueError(
+                f"{readme.name}, line {line}: {marker[0]!r}, but every '<!-- benchmarks: <device> -->' needs one "
+                "'<!-- /benchmarks -->' after it, before the next"
+            )
+        if opened is not None:
+            pieces += [f"\n\n{readme_tables(by_name[opened], readme)}\n\n", marker[0]]
+        elif name not in by_name:
+            raise ValueError(f"{readme.name}, line {line}: no results of {name!r}; there are {', '.join(by_name)}")
+        else:
+            pieces.append(text[end : marker.end()])
+        opened, end = None if closes else name, marker.end()
+    if opened is not None:
+        raise ValueError(f"{readme.name}: '<!-- benchmarks: {opened} -->' has no '<!-- /benchmarks -->' after it")
+    return "".join([*pieces, text[end:]])
+
+
+def texts(folders: Sequence[Folder], readme: Path) -> dict[Path, str]:
+    """What every report and the README have to be."""
+    found = {folder.path / "report.md": report(folder, list(pictures(folder))) for folder in folders}
+    return found | {readme: new_readme(readme.read_text(encoding="utf-8"), readme, folders)}
+
+
+def stale(results: Path, readme: Path) -> list[Path]:
+    """The files that are not what the CSV files give: texts that differ, pictures drawn from other rows or of none.
+
+    Raises:
+        ValueError: as `read_folders` and `new_readme`.
+    """
+    folders = read_folders(results)
+    found = [path for path, text in texts(folders, readme).items() if _read(path) != text]
+    for folder in folders:
+        made = pictures(folder)
+        for name in SOURCES:
+            expected = digest(folder, name) if name in made else None
+            if _digest_in(folder.path / f"{name}.png") != expected:
+                found.append(folder.path / f"{name}.png")
+    return found
+
+
+def write(results: Path, readme: Path) -> list[Path]:
+    """Write reports, pictures and the README, all of them or, where one cannot be made, none; remove pictures of which
+    the data are gone. Returns what was written.
+    """
+    folders = read_folders(results)
+    contents = {path: text.encode() for path, text in texts(folders, readme).items()}
+    gone = []
+    for folder in folders:
+        made = pictures(folder)
+        for name in SOURCES:
+            path = folder.path / f"{name}.png"
+            if name not in made:
+                gone.append(path)
+                continue
+            picture = io.BytesIO()
+            made[name](picture)
+            contents[path] = picture.getvalue()
+    for path, content in contents.items():
+        with whole_file(path) as file:
+            file.write(content)
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return list(contents)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _digest_in(path: Path) -> str | None:
+    """What `style.save` wrote; None where there is no picture, "" where it is none of ours."""
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get("Data", ""))
+    except OSError:
+        return ""
+
+
+@app.command()
+def main(
+    results: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of the devices' folders.")
+    ] = RESULTS,
+    readme: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="Its tables stand between <!-- benchmarks: … --> markers."),
+    ] = ROOT / "README.md",
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; say which files are stale.")] = False,
+) -> None:
+    """Turn the CSV files of results into report.md and pictures, and refresh the README's tables."""
+    try:
+        if check:
+            if found := stale(results, readme):
+                _stop(f"stale, run python -m benchmarks.report: {', '.join(map(str, found))}")
+        else:
+            for path in write(results, readme):
+                typer.echo(path)
+    except (ValueError, OSError) as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.report")

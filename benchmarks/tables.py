@@ -1,0 +1,263 @@
+"""The tables of benchmarks/results/<device>/report.md and of the README, as Markdown."""
+
+import itertools
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.measured import LEVELS, Folder, Measurement, Origin
+
+TITLES = {
+    "training_step": "Training step",
+    "block": "Block",
+    "op": "Fused operation",
+    "loader": "Loader, one epoch",
+}
+DIRECTIONS = {"both": "forward and backward"}
+PICTURES = {
+    "speedups": "Speed-up over the baseline, by level",
+    "roofline": "Roofline of steps and blocks, and bandwidth of the operation",
+    "step_time": "Time of the training step against batch size",
+    "categories": "Time of the training step by category",
+}
+UNTUNED = "`eager` is PyTorch with nothing set, fp32 in NCHW, whatever the precision beside it"
+COLUMNS_MEAN = """\
+What the columns mean:
+
+- **ms**: time of a run, the median over the rounds (20th – 80th percentile).
+- **speed-up**: the baseline's time / this provider's in the same round, median (20th – 80th percentile): paired
+  round by round, so it is not the ratio of the two medians. Above 1 is faster than the baseline that is named.
+- **GB/s**: bytes / median time. The bytes are those of the fused two-pass design, for every provider alike: one that
+  moves more shows a lower bandwidth.
+- **% of floor**: the time of those bytes at the copy bandwidth plus that of the operations at the matrix rate, both
+  measured in the same run, / median time. 100 % cannot be beaten, but by bytes that stay in a cache.
+- **peak MB**: the most memory allocated on the GPU in the first run, beyond what was there before.
+- **images/s**: images / median time."""
+
+
+def report(folder: Folder, pictures: Iterable[str]) -> str:
+    """The text of report.md, with links to the pictures of these names."""
+    lines = [f"# {folder.title}", "", "Made from the CSV files beside it by `python -m benchmarks.report`.", ""]
+    lines += [*_about(folder), "", COLUMNS_MEAN]
+    for picture in pictures:
+        if picture != "categories":
+            lines += ["", f"![{PICTURES[picture]}]({picture}.png)"]
+    for name, rows in folder.rows.items():
+        lines += ["", f"## {TITLES[name]}", "", f"The baseline is `{LEVELS[name].baseline}`."]
+        if name == "training_step" and any(row.provider == "eager" for row in rows):
+            lines[-1] += f" {UNTUNED}."
+        facets = list(dict.fromkeys((row.direction, row.precision, row.layout) for row in rows))
+        for facet in facets:
+            of_facet = [row for row in rows if (row.direction, row.precision, row.layout) == facet]
+            lines += ["", f"### {TITLES[name]}: {_direction(facet[0])}{facet[1]}, {facet[2]}", ""]
+            lines += _table(folder, name, of_facet)
+    if folder.parts:
+        where = folder.profiled_on or "profile.csv does not say where it was measured"
+        lines += ["", "## Training step by category", "", f"Milliseconds per step under the profiler: {where}."]
+        if "categories" in pictures:
+            lines += ["", f"![{PICTURES['categories']}](categories.png)"]
+        lines += ["", *_categories(folder)]
+    return "\n".join(lines) + "\n"
+
+
+def _direction(direction: str) -> str:
+    return "" if direction in ("step", "epoch") else f"{DIRECTIONS.get(direction, direction)}, "
+
+
+def _about(folder: Folder) -> list[str]:
+    lines = [f"- Measured on {folder.origins[0]}."] if len(folder.origins) == 1 else []
+    if len(folder.origins) > 1:
+        lines = ["- Measured at different times; a number behind a provider says which:"]
+        lines += [f"  - <sup>{number}</sup> {origin}" for number, origin in enumerate(folder.origins, 1)]
+    if folder.apart:
+        lines.append(
+            "- † The speed-up is over the baseline of its own run, which is not the row shown: measured later, "
+            "or missing."
+        )
+    if folder.limits:
+        rates = [f"{rate:.3g} TFLOP/s in {precision}" for precision, rate in folder.limits.matrix.items()]
+        when = "" if folder.limits.origin in folder.origins[-1:] else f" ({folder.limits.origin})"
+        lines.append(
+            f"- Limits, as last measured{when}: copy {folder.limits.copy:.4g} GB/s (read plus written), matrix product "
+            f"{', '.join(rates)}."
+        )
+    return lines
+
+
+def marks(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> str:
+    """Which of the listed origins these have, if several are listed; and whether their baseline's row is another's."""
+    numbers = sorted({origins.index(row.origin) + 1 for row in rows}) if len(origins) > 1 else []
+    shown = f"<sup>{', '.join(map(str, numbers))}</sup>" if numbers else ""
+    return (" †" if any(row in folder.apart for row in rows) else "") + shown
+
+
+def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]:
+    """Rows of one direction, precision and layout; a column without a value in any row is left out."""
+
+    def provider(row: Measurement) -> str:
+        return f"{row.provider}{marks(folder, folder.origins, [row])}"
+
+    columns: dict[str, Callable[[Measurement], str]] = {
+        "provider": provider,
+        "ms": lambda row: f"{significant(row.ms.p50)} ({significant(row.ms.p20)} – {significant(row.ms.p80)})",
+        "speed-up": lambda row: speedup(level, row),
+        "GB/s": lambda row: f"{row.gb_per_s:,.2f}" if row.gb_per_s else "",
+        "% of floor": lambda row: percent(row.of_floor) if row.of_floor else "",
+        "peak MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:,.1f}",
+    }
+    if level in ("training_step", "loader"):
+        columns["images/s"] = lambda row: f"{row.images_per_s:,.0f}"
+    table, last = [], None
+    for row in rows:
+        setting = ["", ""] if row.setting == last else [row.case, str(row.batch_size)]
+        table.append([*setting, *(cell(row) for cell in columns.values())])
+        last = row.setting
+    return markdown(["case", "batch", *columns], table)
+
+
+def markdown(header: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, text to the left and figures to the right; empty columns are left out."""
+    kept = [i for i in range(len(header)) if any(line[i] for line in table)]
+    sides = ["---" if header[i] in ("case", "provider", "category") or i == 0 else "---:" for i in kept]
+    lines = [[header[i] for i in kept], sides, *([line[i] for i in kept] for line in table)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _categories(folder: Folder) -> list[str]:
+    lines, parts = [], folder.parts
+    for precision, batch_size in dict.fromkeys((part.precision, part.batch_size) for part in parts):
+        chosen = {
+            (part.category, part.provider): part.ms
+            for part in parts
+            if (part.precision, part.batch_size) == (precision, batch_size)
+        }
+        providers = list(dict.fromkeys(provider for _, provider in chosen))
+        what = ", ".join(filter(None, [precision, batch_size and f"batch {batch_size}"])) or "category"
+        table = [
+            [category, *(significant(chosen.get((category, provider), 0.0)) for provider in providers)]
+            for category in dict.fromkeys(category for category, _ in chosen)
+        ]
+        sums = [sum(ms for (_, name), ms in chosen.items() if name == provider) for provider in providers]
+        table.append(["sum", *map(significant, sums)])
+        lines += [*markdown([what, *providers], table), ""]
+    return lines[:-1]
+
+
+def readme_tables(folder: Folder, readme: Path) -> str:
+    """What stands in the README between the device's markers.
+
+    Raises:
+        ValueError: the folder has no rows that the README shows.
+    """
+    steps = folder.rows.get("training_step", [])
+    operations = [
+        row
+        for row in folder.rows.get("op", [])
+        if (row.direction, row.precision, row.layout) == ("both", "bf16", "channels_last")
+    ]
+    if not (steps or operations):
+        raise ValueError(
+            f"the README shows {folder.path.name}, but its CSV files have neither a training step nor an operation "
+            "forward and backward in bf16, channels_last"
+        )
+    origins = [origin for origin in folder.origins if any(row.origin == origin for row in (*steps, *operations))]
+    lines: list[str] = []
+    if steps:
+        lines += [*_readme_steps(folder, origins, steps), ""]
+    if operations:
+        lines += [*_readme_operations(folder, origins, operations), ""]
+    if len(origins) > 1:
+        lines += [f"<sup>{number}</sup> {origin};" for number, origin in enumerate(origins, 1)]
+    else:
+        lines.append(f"{origins[0]};")
+    if any(row in folder.apart for row in (*steps, *operations)):
+        lines.append("† over the baseline of its own run, which is not the row shown;")
+    link = Path(os.path.relpath(folder.path / "report.md", readme.parent)).as_posix()
+    return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{link}]({link})."])
+
+
+def _readme_steps(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+    """A line for each precision and provider, a column for each batch size."""
+    found = {(row.precision, row.provider, row.batch_size): row for row in rows}
+    batch_sizes = sorted({row.batch_size for row in rows})
+
+    def cell(row: Measurement | None) -> str:
+        if row is None:
+            return "–"
+        floor = f", {percent(row.of_floor)}" if row.of_floor else ""
+        time = f"{significant(row.ms.p50)} ms, {speedup('training_step', row)}"
+        return f"{time}{floor}{marks(folder, origins, [row])}"
+
+    table = []
+    for precision in dict.fromkeys(row.precision for row in rows):
+        of_precision = [row for row in rows if row.precision == precision]
+        for i, name in enumerate(providers_of("training_step", of_precision)):
+            cells = [cell(found.get((precision, name, size))) for size in batch_sizes]
+            table.append(["" if i else precision, name, *cells])
+    baseline = LEVELS["training_step"].baseline
+    note = f"Median time of a step, speed-up over `{baseline}` (20th – 80th percentile of paired rounds), % of floor."
+    if any(row.provider == "eager" for row in rows):
+        note += f"\n{UNTUNED}."
+    header = ["training step", "provider", *(f"batch {size}" for size in batch_sizes)]
+    return [*markdown(header, table), "", note]
+
+
+def _readme_operations(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+    """A line for each operation and batch size, a column for each provider: over the stage shapes."""
+    providers = providers_of("op", rows)
+
+    def cell(group: Sequence[Measurement], n_shapes: int) -> str:
+        if not group:
+            return "–"
+        found = [row.speedup.p50 for row in group]
+        middle = f"{statistics.median(found):.2f}×"
+        if group[0].provider == LEVELS["op"].baseline:
+            middle = "1×"
+        elif len(group) > 1:
+            middle += f" ({min(found):.2f} – {max(found):.2f})"
+        floors = [row.of_floor for row in group if row.of_floor]
+        floor = f", {percent(statistics.median(floors))}" if floors else ""
+        few = f", {len(group)} of {n_shapes} shapes" if len(group) < n_shapes else ""
+        return f"{middle}{floor}{few}{marks(folder, origins, group)}"
+
+    table = []
+    for key in dict.fromkeys((operation_and_shape(row.case)[0], row.batch_size) for row in rows):
+        of_key = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == key]
+        n_shapes = len({row.case for row in of_key})
+        cells = [cell([row for row in of_key if row.provider == name], n_shapes) for name in providers]
+        table.append([f"{key[0]}, batch {key[1]}", *cells])
+    note = f"Speed-up over `{LEVELS['op'].baseline}`, median over the stage shapes (least – most); median % of floor."
+    return [*markdown(["operation, forward and backward, bf16, channels_last", *providers], table), "", note]
+
+
+def operation_and_shape(case: str) -> tuple[str, str]:
+    """ "BN+add+ReLU 64x32x32" in its two parts."""
+    found = re.search(r"^(.*?) (\d+x\d+x\d+)(.*)$", case)
+    return (found[1] + found[3], found[2]) if found else (case, "")
+
+
+def providers_of(level: str, rows: Iterable[Measurement]) -> list[str]:
+    """In the level's order, then those it does not know."""
+    found = dict.fromkeys(row.provider for row in rows)
+    return [name for name in dict.fromkeys(itertools.chain(LEVELS[level].providers, found)) if name in found]
+
+
+def significant(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{decimals}f}"
+
+
+def speedup(level: str, row: Measurement) -> str:
+    if row.provider == LEVELS[level].baseline:
+        return "1×"
+    return f"{row.speedup.p50:.2f}× ({row.speedup.p20:.2f} – {row.speedup.p80:.2f})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
