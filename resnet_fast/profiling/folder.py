@@ -6,10 +6,12 @@ import io
 import shutil
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from resnet_fast import __version__
 from resnet_fast.files import whole_file
 from resnet_fast.machine import device_name, triton_version
 from resnet_fast.profiling.picture import draw_bars
@@ -43,6 +45,8 @@ def _table(profiles: Sequence[StepProfile], config: TrainConfig, device: torch.d
         "cpu_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton_version(),
+        "resnet_fast": __version__,
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "model": config.model,
         "stem": config.stem,
         "image_size": config.image_size,
