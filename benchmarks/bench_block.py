@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.correctness import rounding_of
+from benchmarks.correctness import Tolerance, rounding_of
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark
 from benchmarks.replay import CLOCK
@@ -128,7 +128,8 @@ class BlockLevel(Level):
         x, dy = sets[0][0].detach().double().contiguous().requires_grad_(), sets[0][1].double().contiguous()
         y = block(x)
         exact = observe(block, y, torch.autograd.grad(y, [x, *block.parameters()], dy))
-        return Problem(Data(weights, sets), exact, rounding_of(setting.precision, device), N_ROUNDINGS)
+        rounding, n_elements = rounding_of(setting.precision, device), dy.numel()
+        return Problem(Data(weights, sets), exact, Tolerance(rounding, N_ROUNDINGS, n_elements // n_out, n_elements))
 
     def work(self, setting: Setting) -> Work:
         n_in, n_out, width = setting.shape

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work
@@ -148,7 +149,7 @@ class LoaderLevel(Level):
         images = torch.randint(256, (n_images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
         data = Data(images, torch.randint(10, (n_images,), generator=generator), device)
         exact = {"labels": data.labels[:N_CHECKED], "distance to the nearest crop": torch.ones(N_CHECKED)}
-        return Problem(data, exact, 2.0**-24, 16)
+        return Problem(data, exact, Tolerance(2.0**-24, n_roundings=16, n_rows=0))
 
     def work(self, setting: Setting) -> Work:
         return Work(0)  # no roof is claimed for an input path

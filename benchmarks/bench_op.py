@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks import peers
-from benchmarks.correctness import rounding_of
+from benchmarks.correctness import Tolerance, rounding_of
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
@@ -240,7 +240,8 @@ class OpLevel(Level):
         affine = [(vector(), vector() - 1) for _ in range(1 + (operation.join == "bn"))]
         data = Data(operation, [first, *(inputs() for _ in range(n_sets - 1))], affine)
         rounding = rounding_of(setting.precision, torch.device("cpu"))  # no product here, so no TF32
-        return Problem(data, exact(data, rounding), rounding, N_ROUNDINGS)
+        n_rows = first.x.numel() // n_channels
+        return Problem(data, exact(data, rounding), Tolerance(rounding, N_ROUNDINGS, n_rows))
 
     def work(self, setting: Setting) -> Work:
         operation = operation_of(setting)

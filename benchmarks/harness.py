@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.correctness import check, errors, refuse_interpreter
+from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
 from benchmarks.timing import alternate, percentiles
 from benchmarks.work import Work
@@ -62,12 +62,11 @@ class Run(ABC):
 
 
 class Problem(NamedTuple):
-    """The inputs of a setting, the exact results of the first, and the rounding that `correctness.check` allows."""
+    """The inputs of a setting, the exact results of the first, and what `correctness.check` allows."""
 
     data: Any
     exact: dict[str, Tensor]
-    rounding: float
-    n_roundings: int
+    tolerance: Tolerance
 
 
 class Provider(NamedTuple):
@@ -146,7 +145,7 @@ def measure(level: Level, setting: Setting, device: torch.device, names: Sequenc
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated(device) - begin
             baseline_errors = baseline_errors or own
-            check(name, own, baseline_errors, problem.exact, problem.rounding, problem.n_roundings)
+            check(name, own, baseline_errors, problem.exact, problem.tolerance)
             run()  # as it will be timed, for what fails then to fail here
             runs[name] = run
         except Exception as error:  # a peer may fail in any way; its test reports it, and the others go on
