@@ -13,20 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.correctness import Tolerance, rounding_of
+from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
-from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark
+from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark, on_cuda
 from benchmarks.replay import CLOCK
+from benchmarks.timing import rotation
 from benchmarks.work import STAGES, Work, flops, operation_bytes
 from resnet_fast import FusedBatchNorm2d
 from resnet_fast.models.resnet import BasicBlock
+from resnet_fast.profiling.check import rounding_of
 from resnet_fast.training.step import autocast
 
 # isort: split
 from torchvision.models import resnet as torchvision_resnet
 
 BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512)}
-N_SETS = 4
 N_ROUNDINGS = 12  # two convolutions, each with its operands and batch norm, forward and backward
 
 IDENTITY = {f"BasicBlock {n_channels}x{width}x{width}": (n_channels, n_channels, width) for n_channels, width in STAGES}
@@ -37,10 +38,11 @@ PROJECTION = {
 
 
 class Data(NamedTuple):
-    """The block's initial weights, and (x, dy) in rotation, of which the first is checked."""
+    """The block's initial weights; (x, dy), of which the first is checked; and the same in turn for all providers."""
 
     weights: dict[str, Tensor]
-    sets: list[tuple[Tensor, Tensor]]
+    first: tuple[Tensor, Tensor]
+    turn: Iterator[tuple[Tensor, Tensor]]
 
 
 def make_block(
@@ -68,19 +70,20 @@ class BlockRun(Run):
     ) -> None:
         self.block = make(*setting.shape).train()
         self.block.load_state_dict(data.weights, strict=True)
-        self.block.to(data.sets[0][0].device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.forward, self.precision = compile_model(self.block), setting.precision
-        self.sets = itertools.cycle(data.sets)
+        self.block.to(data.first[0].device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.forward, self.precision, self.data = compile_model(self.block), setting.precision, data
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, dy = next(self.sets)
+        return self._run(*next(self.data.turn))
+
+    def _run(self, x: Tensor, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with cudnn_benchmark(True):
             with autocast(x.device, self.precision):
                 y = self.forward(x)
             return y, torch.autograd.grad(y, [x, *self.block.parameters()], dy.to(y.dtype))
 
     def observe(self) -> dict[str, Tensor]:
-        return observe(self.block, *self())
+        return observe(self.block, *self._run(*self.data.first))
 
 
 def observe(block: nn.Module, y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -97,6 +100,9 @@ class BlockLevel(Level):
     providers = {
         "eager": Provider(partial(BlockRun, eager)),
         "compile": Provider(partial(BlockRun, eager, compile_model=compiled("default")), slow_on=("cpu",)),
+        "compile, max-autotune": Provider(
+            partial(BlockRun, eager, compile_model=compiled("max-autotune-no-cudagraphs")), on_cuda, slow_on=("cuda",)
+        ),
         "fused": Provider(partial(BlockRun, fused)),
     }
 
@@ -121,7 +127,8 @@ class BlockLevel(Level):
             values = torch.randn(shape, generator=generator, device=device).to(dtype)
             return values.contiguous(memory_format=torch.channels_last)
 
-        sets = [(image(n_in, width).requires_grad_(), image(n_out, width_out)) for _ in range(N_SETS)]
+        n_sets = rotation(setting.batch_size * n_in * width**2 * dtype.itemsize, device)
+        sets = [(image(n_in, width).requires_grad_(), image(n_out, width_out)) for _ in range(n_sets)]
         block = eager(*setting.shape)
         weights = copy.deepcopy(block.state_dict())
         block = block.to(device).double().train()
@@ -129,7 +136,8 @@ class BlockLevel(Level):
         y = block(x)
         exact = observe(block, y, torch.autograd.grad(y, [x, *block.parameters()], dy))
         rounding, n_elements = rounding_of(setting.precision, device), dy.numel()
-        return Problem(Data(weights, sets), exact, Tolerance(rounding, N_ROUNDINGS, n_elements // n_out, n_elements))
+        tolerance = Tolerance(rounding, N_ROUNDINGS, n_elements // n_out, n_elements)
+        return Problem(Data(weights, sets[0], itertools.cycle(sets)), exact, tolerance)
 
     def work(self, setting: Setting) -> Work:
         n_in, n_out, width = setting.shape

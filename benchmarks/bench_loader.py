@@ -1,6 +1,7 @@
 """The input path: shuffled batches of 32x32 images, cropped, flipped, normalized, on the device; an epoch at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ BATCH_SIZES = {"cpu": 128, "cuda": 512}
 N_CHECKED = 16
 SIZE, PADDING = 32, 4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
-N_WORKERS = 2
+UNMOVED = PADDING * (2 * PADDING + 1) + PADDING  # among the 81 crops of an image
+N_WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Data(NamedTuple):
@@ -36,20 +38,19 @@ class Data(NamedTuple):
     device: torch.device
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-def on_device(data: Data, batch_size: int, shuffle: bool) -> Batches:
+def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
     """resnet_fast's: the data set lies on the device, and a whole batch is augmented at once."""
     split = TensorSplit(data.images, data.labels).to(data.device)
     generator = torch.Generator()
 
-    class Epoch:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in split.batches(batch_size, generator if shuffle else None):
-                yield normalize(crop_and_flip(images, PADDING, True, generator), MEAN, STD), labels
+    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in split.batches(batch_size, generator if shuffle else None):
+            yield normalize(crop_and_flip(images, PADDING, True, generator), MEAN, STD), labels
 
-    return Epoch()
+    return epoch
 
 
 class PILImages(Dataset):
@@ -66,7 +67,7 @@ class PILImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Batches:
+def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Epoch:
     """As the tutorials write it: transforms of single images in a DataLoader's workers."""
     transform = transforms.Compose(
         [
@@ -86,37 +87,41 @@ def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Batches:
         pin_memory=data.device.type == "cuda",
     )
 
-    class Epoch:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in loader:
-                yield images.to(data.device, non_blocking=True), labels.to(data.device, non_blocking=True)
+    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in loader:
+            yield images.to(data.device, non_blocking=True), labels.to(data.device, non_blocking=True)
 
-    return Epoch()
+    return epoch
 
 
 class LoaderRun(Run):
     """An epoch over all images."""
 
-    def __init__(self, make: Callable[[Data, int, bool], Batches], setting: Setting, data: Data) -> None:
+    def __init__(self, make: Callable[[Data, int, bool], Epoch], setting: Setting, data: Data) -> None:
         self.make, self.data = make, data
         self.epoch = make(data, setting.batch_size, True)
 
     def __call__(self) -> int:
-        return sum(len(labels) for _, labels in self.epoch)
+        return sum(len(labels) for _, labels in self.epoch())
 
     def observe(self) -> dict[str, Tensor]:
-        """Each of the first images, augmented, divided by the nearest of its crops: 1, if it is one of them."""
+        """Of the first images, in order: labels, distance to the nearest crop, and whether any crop was moved."""
         few = Data(self.data.images[:N_CHECKED], self.data.labels[:N_CHECKED], self.data.device)
-        ((images, labels),) = self.make(few, N_CHECKED, False)
-        return {"labels": labels.cpu(), "distance to the nearest crop": 1 + nearest(images.cpu(), few.images)}
+        ((images, labels),) = self.make(few, N_CHECKED, False)()
+        distance, crop = nearest(images.cpu(), few.images)
+        # 1 + distance: a distance of 0 would leave no room for a rounding.
+        return {"labels": labels.cpu(), "1 + distance": 1 + distance, "moved": (crop != UNMOVED).any()}
 
     def finish(self) -> None:
-        if (n_images := self()) != len(self.data.images):
-            raise RuntimeError(f"an epoch must have {len(self.data.images)} images, got {n_images}")
+        labels = torch.cat([labels.cpu() for _, labels in self.epoch()])
+        if not torch.equal(labels.sort().values, self.data.labels.sort().values) or torch.equal(
+            labels, self.data.labels
+        ):
+            raise RuntimeError(f"an epoch must be a shuffle of the {len(self.data.labels)} images, and is none")
 
 
-def nearest(found: Tensor, images: Tensor) -> Tensor:
-    """The largest difference of each image from the nearest of its 162 normalized crops, flipped or not.
+def nearest(found: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image the nearest of its 162 normalized crops, flipped or not: the largest difference, and which it is.
 
     Args:
         found: [N, 3, 32, 32], augmented and normalized.
@@ -126,7 +131,9 @@ def nearest(found: Tensor, images: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(images.double() / 255, (PADDING,) * 4)
     crops = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [N, 81, 3, 32, 32]
     crops = (torch.cat([crops, crops.flip(-1)], 1) - mean) / std
-    return (crops - found.double()[:, None]).abs().flatten(2).amax(2).amin(1)
+    distances = (crops - found.double()[:, None]).abs().flatten(2).amax(2)
+    least = distances.min(1)
+    return least.values, least.indices
 
 
 class LoaderLevel(Level):
@@ -134,6 +141,7 @@ class LoaderLevel(Level):
     hide_launches = False
     rounds = {"cpu": 10, "cuda": 10}
     quick_rounds = {"cpu": 3, "cuda": 3}
+    warm_up = {"cpu": 1, "cuda": 1}  # the workers start
     providers = {
         "torchvision": Provider(partial(LoaderRun, torchvision_loader)),
         "on device": Provider(partial(LoaderRun, on_device)),
@@ -148,7 +156,7 @@ class LoaderLevel(Level):
         n_images = N_IMAGES[device.type]
         images = torch.randint(256, (n_images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
         data = Data(images, torch.randint(10, (n_images,), generator=generator), device)
-        exact = {"labels": data.labels[:N_CHECKED], "distance to the nearest crop": torch.ones(N_CHECKED)}
+        exact = {"labels": data.labels[:N_CHECKED], "1 + distance": torch.ones(N_CHECKED), "moved": torch.tensor(True)}
         return Problem(data, exact, Tolerance(2.0**-24, n_roundings=16, n_rows=0))
 
     def work(self, setting: Setting) -> Work:

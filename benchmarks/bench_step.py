@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.correctness import Tolerance, rounding_of
+from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import (
     PRECISIONS,
@@ -30,6 +30,7 @@ from benchmarks.networks import (
 )
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
+from resnet_fast.profiling.check import rounding_of
 from resnet_fast.training.step import training_step
 
 BATCH_SIZES = {"cpu": (32,), "cuda": (128, 512, 1024)}
@@ -81,14 +82,7 @@ class StepRun(Run):
         self.model.to(device=data.batches[0][0].device, memory_format=layout)  # type: ignore[call-overload]
         batches = [(images.contiguous(memory_format=layout), labels) for images, labels in data.batches]
         self.batches = itertools.cycle(batches)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=LEARNING_RATE,
-            momentum=0.9,
-            weight_decay=5e-4,
-            nesterov=True,
-            fused=True if tuned else None,
-        )
+        self.optimizer = make_optimizer(self.model, fused=True if tuned else None)
         self.forward = compile_model(self.model)
         self.graph: Graph | None = None
         if graph:
@@ -117,7 +111,8 @@ class StepRun(Run):
             return self._step(images, labels)
 
     def observe(self) -> dict[str, Tensor]:
-        return observe(self.model, self())
+        before = copy.deepcopy(list(self.model.parameters()))
+        return observe(self.model, self(), before)
 
     def finish(self) -> None:
         loss = self().item()
@@ -125,21 +120,30 @@ class StepRun(Run):
             raise RuntimeError(f"the loss became {loss}: what was timed is no training step")
 
 
-def observe(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The loss, every gradient and every buffer after a step; zeros for a gradient that there is not."""
+def observe(model: nn.Module, loss: Tensor, before: list[nn.Parameter]) -> dict[str, Tensor]:
+    """The loss, every gradient, what the optimizer made of it, and every buffer; zeros for a gradient there is not."""
     found = {"loss": loss.clone()}
-    for name, parameter in model.named_parameters():
+    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
         found[f"d {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        found[f"d {name}, step"] = (parameter - old).detach()
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def make_optimizer(model: nn.Module, fused: bool | None) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused
+    )
 
 
 def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """In fp64, and NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     images, labels = batch
     model = copy.deepcopy(model).to(device=images.device, dtype=torch.float64).train()
+    before = copy.deepcopy(list(model.parameters()))
     loss = F.cross_entropy(model(images.double().contiguous()), labels)
     loss.backward()
-    return observe(model, loss.detach())
+    make_optimizer(model, fused=None).step()
+    return observe(model, loss.detach(), before)
 
 
 class StepLevel(Level):
@@ -151,15 +155,16 @@ class StepLevel(Level):
     providers = {
         "eager, tuned": Provider(partial(StepRun, eager_resnet18)),
         "eager": Provider(partial(StepRun, eager_resnet18, tuned=False)),
-        "eager, tuned, graph": Provider(partial(StepRun, eager_resnet18, graph=True), on_cuda),
+        "eager, tuned, graph": Provider(partial(StepRun, eager_resnet18, graph=True), on_cuda, has_peak=False),
         "compile": Provider(partial(StepRun, eager_resnet18, compile_model=compiled("default")), slow_on=("cpu",)),
         "compile, max-autotune": Provider(
             partial(StepRun, eager_resnet18, compile_model=compiled("max-autotune")),
-            lambda setting, device: None if device.type == "cuda" else "max-autotune tunes for GPUs",
+            on_cuda,
             slow_on=("cuda",),
+            has_peak=False,
         ),
         "fused": Provider(partial(StepRun, fused_resnet18)),
-        "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda),
+        "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda, has_peak=False),
     }
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:

@@ -92,12 +92,14 @@ def _measured(
         names = [params["provider"] for params in selected if params["setting"] == setting]
         names = [name for name in names if level.why_not(name, setting, device, options.quick) is None]
         rounds = options.rounds or (level.quick_rounds if options.quick else level.rounds)[device.type]
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
         limits = _limits(device, options.results)
         done[key] = harness.measure(level, setting, device, names, rounds)
         rows = harness.rows(level, setting, done[key], limits, machine_columns(device))
         if rows:
             path = options.results / device_slug(device) / f"{level.name}.csv"
-            replace_rows(path, rows, harness.KEY)
+            replace_rows(path, rows, harness.SETTING)
             request.config.stash[WRITTEN].setdefault(path, []).append((setting, rows))
     return done[key]
 

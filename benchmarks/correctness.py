@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.ops import why_not_triton
+from resnet_fast.ops.batch_norm import is_interpreted
 
 
 class WrongProviderError(RuntimeError):
@@ -16,7 +16,7 @@ class WrongProviderError(RuntimeError):
 
 def refuse_interpreter() -> None:
     """Raise RuntimeError where Triton's kernels are interpreted: their time says nothing about compiled ones."""
-    if why_not_triton(torch.device("cpu")) is None:  # Triton runs on CPU tensors in its interpreter only
+    if is_interpreted():
         raise RuntimeError(
             "interpreted kernels are not timed: Triton's interpreter is thousands of times slower than what it "
             "interprets; unset TRITON_INTERPRET"
@@ -87,13 +87,6 @@ def check(
                 f"{name} is wrong and is not timed: the error of {key!r} must be at most {allowed:.3g}, "
                 f"got {own[key]:.3g}"
             )
-
-
-def rounding_of(precision: str, device: torch.device) -> float:
-    """The largest relative error of one rounding of a convolution's inputs; TF32 for fp32 on a GPU, where allowed."""
-    if precision == "fp32":
-        return 2.0**-11 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 2.0**-24
-    return 2.0**-8 if precision == "bf16" else 2.0**-11
 
 
 def _norm(tensor: Tensor) -> float:

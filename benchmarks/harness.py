@@ -3,6 +3,8 @@
 A level (op, block, training step, loader) says which settings there are, which providers, and what is right.
 """
 
+import gc
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
 from benchmarks.timing import alternate, percentiles
 from benchmarks.work import Work
 
-KEY = ("provider", "case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
+SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
+KEY = ("provider", *SETTING)
 TIMES = ("rounds", "p20_ms", "p50_ms", "p80_ms", "images_per_s", "speedup_p20", "speedup_p50", "speedup_p80")
 ROOF = ("mbytes", "gflop", "gb_per_s", "floor_ms", "of_floor", "peak_mb")
 COLUMNS = (*KEY, *TIMES, *ROOF)  # and those of the machine
@@ -70,13 +74,19 @@ class Problem(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """How to build an implementation; why it cannot run in a setting on a device, or None; and the device types on
-    which it compiles too long for a quick run.
+    """How to build an implementation.
+
+    Args:
+        build: from a setting and the level's data.
+        why_not: why it cannot run in a setting on a device, or None.
+        slow_on: the device types on which it compiles too long for a quick run.
+        has_peak: whether its memory shows while it runs; a replayed graph allocates nothing.
     """
 
     build: Callable[[Setting, Any], Run]
     why_not: Callable[[Setting, torch.device], str | None] = lambda setting, device: None
     slow_on: tuple[str, ...] = ()
+    has_peak: bool = True
 
 
 class Level(ABC):
@@ -87,6 +97,7 @@ class Level(ABC):
     hide_launches: bool  # see timing.alternate
     rounds: Mapping[str, int]  # by device type
     quick_rounds: Mapping[str, int]
+    warm_up: Mapping[str, int] = {"cpu": 2, "cuda": 20}  # rounds
 
     @abstractmethod
     def settings(self, device: torch.device, quick: bool) -> Iterable[Setting]: ...
@@ -127,44 +138,60 @@ def measure(level: Level, setting: Setting, device: torch.device, names: Sequenc
     A provider that fails, or is wrong, is not timed; its error is in `refused`. Without the baseline none is timed.
 
     Raises:
-        RuntimeError: kernels are interpreted, or what was timed turned out not to be what it was taken for.
+        RuntimeError: kernels are interpreted.
     """
     refuse_interpreter()
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
-        torch.cuda.empty_cache()  # of the setting before, whose blocks may be of other sizes
+    names = list(dict.fromkeys((level.baseline, *names)))
     torch._dynamo.reset()  # else the settings of before count as recompilations, of which there may be few
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the setting before, whose blocks may be of other sizes
+    try:
+        # A backward that is run again and again may not overwrite what the forward has saved.
+        with functorch_config.patch(donated_buffer=setting.direction != "backward"):
+            return _measure(level, setting, device, names, rounds)
+    except Exception as error:  # of the baseline, or of all: no memory is one
+        return Measured({}, {}, dict.fromkeys(names, _without_frames(error)))
+
+
+def _measure(level: Level, setting: Setting, device: torch.device, names: Sequence[str], rounds: int) -> Measured:
     problem = level.problem(setting, device)
     runs, peaks, refused = {}, {}, {}
     baseline_errors: dict[str, float] = {}
-    for name in dict.fromkeys((level.baseline, *names)):
+    for name in names:
         try:
-            begin = _start_of_peak(device)
+            gc.collect()
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             run = level.providers[name].build(setting, problem.data)
             own = errors(run.observe(), problem.exact)
-            if device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated(device) - begin
             baseline_errors = baseline_errors or own
             check(name, own, baseline_errors, problem.exact, problem.tolerance)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             run()  # as it will be timed, for what fails then to fail here
+            if device.type == "cuda" and level.providers[name].has_peak:
+                peaks[name] = torch.cuda.max_memory_allocated(device) - before
             runs[name] = run
         except Exception as error:  # a peer may fail in any way; its test reports it, and the others go on
-            error = error.with_traceback(None)  # which would keep the provider's memory
             if name == level.baseline:
-                return Measured({}, {}, {name: error for name in (level.baseline, *names)})
+                raise
+            refused[name] = _without_frames(error)
+    times = alternate(runs, device, rounds, level.warm_up[device.type], level.hide_launches)
+    for name, run in runs.items():
+        try:
+            run.finish()
+        except RuntimeError as error:
+            if name == level.baseline:
+                raise
             refused[name] = error
-    warm_up = {"cpu": 2, "cuda": 20}[device.type]
-    times = alternate(runs, device, rounds, warm_up, level.hide_launches)
-    for run in runs.values():
-        run.finish()
+            del times[name]
     return Measured(times, peaks, refused)
 
 
-def _start_of_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def _without_frames(error: Exception) -> Exception:
+    """The error, which says where it came from without keeping the provider's memory."""
+    error.add_note("".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, machine: Mapping[str, str]) -> list[Row]:
@@ -177,15 +204,17 @@ def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, mac
     found = []
     for name, times in measured.times.items():
         p20, p50, p80 = percentiles(times)
-        speedups = percentiles([theirs / own for own, theirs in zip(times, baseline, strict=True)])
         key = (name, setting.case, setting.direction, setting.precision, setting.layout, str(setting.batch_size))
-        of_time = [f"{ms:.4f}" for ms in (p20, p50, p80)] + [f"{1e3 * level.n_images(setting) / p50:.1f}"]
-        of_time += [f"{speedup:.4f}" for speedup in speedups]
-        roof = ["", "", "", "", ""]
+        of_row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, key, strict=True))
+        of_row |= {"rounds": str(len(times)), "images_per_s": f"{1e3 * level.n_images(setting) / p50:.1f}"}
+        of_row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
+        speedups = percentiles([theirs / own for own, theirs in zip(times, baseline, strict=True)])
+        of_row |= zip(("speedup_p20", "speedup_p50", "speedup_p80"), (f"{s:.4f}" for s in speedups), strict=True)
         if work.bytes:
-            roof = [f"{work.bytes / 1e6:.3f}", f"{work.flops / 1e9:.3f}", f"{work.bytes / p50 / 1e6:.2f}"]
-            roof += [f"{floor_ms:.4f}", f"{floor_ms / p50:.4f}"]
-        peak = f"{measured.peaks[name] / 1e6:.1f}" if name in measured.peaks else ""
-        values = (*key, str(len(times)), *of_time, *roof, peak)
-        found.append(dict(zip(COLUMNS, values, strict=True)) | dict(machine))
+            of_row |= {"mbytes": f"{work.bytes / 1e6:.3f}", "gflop": f"{work.flops / 1e9:.3f}"}
+            of_row |= {"gb_per_s": f"{work.bytes / p50 / 1e6:.2f}"}
+            of_row |= {"floor_ms": f"{floor_ms:.4f}", "of_floor": f"{floor_ms / p50:.4f}"}
+        if name in measured.peaks:
+            of_row["peak_mb"] = f"{measured.peaks[name] / 1e6:.1f}"
+        found.append(of_row | dict(machine))
     return found

@@ -66,7 +66,6 @@ class Measurement:
     of_floor: float | None
     peak_mb: float | None
     origin: Origin
-    date_utc: str
 
     @property
     def setting(self) -> tuple[str, str, str, str, int]:
@@ -115,15 +114,6 @@ class Folder:
     def origins(self) -> list[Origin]:
         """Of the rows, in the order of time."""
         return sorted({row.origin for rows in self.rows.values() for row in rows})
-
-    @cached_property
-    def apart(self) -> set[Measurement]:
-        """The rows whose baseline was measured again, without them, or is not there."""
-        found = set()
-        for name, rows in self.rows.items():
-            dates = {row.setting: row.date_utc for row in rows if row.provider == LEVELS[name].baseline}
-            found |= {row for row in rows if dates.get(row.setting) != row.date_utc}
-        return found
 
     @property
     def title(self) -> str:
@@ -240,7 +230,6 @@ def _row(path: Path, line: int, row: Mapping[str, str]) -> Measurement:
         of_floor=number_or_none("of_floor"),
         peak_mb=number_or_none("peak_mb"),
         origin=_origin(row),
-        date_utc=row["date_utc"],
     )
 
 

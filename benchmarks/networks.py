@@ -1,4 +1,4 @@
-"""What block and training step have in common: eager networks, their initial weights, compilation, CUDA graphs."""
+"""The networks of the training step, and how blocks and steps are compiled, tuned and recorded as CUDA graphs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast  # before torchvision, which it lets import beside a CPU build of torch
+from resnet_fast.models.resnet import give_cifar_stem
 
 # isort: split
 from torchvision.models import resnet18 as torchvision_resnet18
@@ -20,8 +21,7 @@ PRECISIONS = ["bf16", "fp32"]
 def eager_resnet18() -> nn.Module:
     """torchvision's ResNet-18, with the stem changed as its users change it."""
     model = torchvision_resnet18(num_classes=N_CLASSES)
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    give_cifar_stem(model)
     return model
 
 
@@ -30,7 +30,8 @@ def fused_resnet18() -> nn.Module:
 
 
 def on_cuda(setting: Setting, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "CUDA graphs need CUDA"
+    """CUDA graphs are CUDA's, and max-autotune tunes for GPUs."""
+    return None if device.type == "cuda" else "runs on CUDA alone"
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from benchmarks.roofline import draw_roofline, under_bandwidth, under_roofs
 from benchmarks.speedups import draw_speedups, panels
 from benchmarks.style import DARK, color_of, new_figure, plain_ticks, round_numbers, save, tidy
 from benchmarks.tables import providers_of, significant
+from resnet_fast.profiling.categories import LAYOUT
+from resnet_fast.profiling.picture import COLORS, REST
 
 # By name: the CSV files from which it is drawn.
 SOURCES = {
@@ -21,18 +23,8 @@ SOURCES = {
     "categories": ("profile",),
 }
 MARKERS = "osD^vP*X"
-# Those of `resnet-fast profile`, in its order; what is not listed follows.
-CATEGORY_COLORS = {
-    "convolution, linear": "#3b6ea5",
-    "batch norm + add + ReLU": "#c2410c",
-    "layout and casts": "#d9a514",
-    "optimizer": "#6b4c9a",
-    "loss": "#3f8f6b",
-    "pooling, other": "#8a8f98",
-}
 RESTS = ("idle", "between operators")  # the time in which nothing runs: last and palest
-REST_COLOR = "#e3e6ea"
-PALE = {"#d9a514", REST_COLOR}
+PALE = {COLORS[LAYOUT], REST}
 MIN_SHARE = 0.06  # narrower segments have no room for their number
 
 
@@ -119,9 +111,9 @@ def draw_categories(file: BinaryIO, folder: Folder, digest: str) -> None:
     """One stacked bar for each provider, in a panel for each precision and batch size."""
     parts = folder.parts
     there = dict.fromkeys(part.category for part in parts)
-    unknown = [name for name in there if name not in CATEGORY_COLORS and name not in RESTS]
-    colors = {name: color for name, color in CATEGORY_COLORS.items() if name in there}
-    colors |= {name: color_of(name) for name in unknown} | {name: REST_COLOR for name in RESTS if name in there}
+    unknown = [name for name in there if name not in COLORS and name not in RESTS]
+    colors = {name: color for name, color in COLORS.items() if name in there}
+    colors |= {name: color_of(name) for name in unknown} | {name: REST for name in RESTS if name in there}
     settings = list(dict.fromkeys((part.precision, part.batch_size) for part in parts))
     n_bars = [len({part.provider for part in parts if (part.precision, part.batch_size) == key}) for key in settings]
     heights = [0.9 + 0.6 * n for n in n_bars]

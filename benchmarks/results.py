@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,17 +76,25 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def replace_rows(path: Path, rows: Sequence[Mapping[str, str]], key: Sequence[str]) -> None:
-    """Add `rows` to a file, each in the place of the row that equals it in the columns `key`, or at the end.
+    """Put `rows` into a file, in the place of all that equal one of them in the columns `key`, or at the end.
 
     The file is written whole or not at all. All rows have the same columns.
 
     Raises:
         ValueError: the file that is there has other columns.
     """
-    columns = list(rows[0])
-    merged = {tuple(row[name] for name in key): row for row in read_rows(path, columns)}
-    merged.update({tuple(row[name] for name in key): dict(row) for row in rows})
-    write_rows(path, list(merged.values()))
+
+    def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in key)
+
+    merged: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in read_rows(path, list(rows[0])):
+        merged.setdefault(key_of(row), []).append(row)
+    for row in rows:
+        merged[key_of(row)] = []
+    for row in rows:
+        merged[key_of(row)].append(row)
+    write_rows(path, [row for group in merged.values() for row in group])
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -99,6 +108,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         file.write(text.getvalue().encode())
 
 
+@cache
 def _driver() -> str:
     query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return query.splitlines()[0].strip() if query else "unknown"

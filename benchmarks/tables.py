@@ -72,11 +72,6 @@ def _about(folder: Folder) -> list[str]:
     if len(folder.origins) > 1:
         lines = ["- Measured at different times; a number behind a provider says which:"]
         lines += [f"  - <sup>{number}</sup> {origin}" for number, origin in enumerate(folder.origins, 1)]
-    if folder.apart:
-        lines.append(
-            "- † The speed-up is over the baseline of its own run, which is not the row shown: measured later, "
-            "or missing."
-        )
     if folder.limits:
         rates = [f"{rate:.3g} TFLOP/s in {precision}" for precision, rate in folder.limits.matrix.items()]
         when = "" if folder.limits.origin in folder.origins[-1:] else f" ({folder.limits.origin})"
@@ -87,18 +82,17 @@ def _about(folder: Folder) -> list[str]:
     return lines
 
 
-def marks(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> str:
-    """Which of the listed origins these have, if several are listed; and whether their baseline's row is another's."""
+def marks(origins: Sequence[Origin], rows: Sequence[Measurement]) -> str:
+    """Which of the listed origins these have, if several are listed."""
     numbers = sorted({origins.index(row.origin) + 1 for row in rows}) if len(origins) > 1 else []
-    shown = f"<sup>{', '.join(map(str, numbers))}</sup>" if numbers else ""
-    return (" †" if any(row in folder.apart for row in rows) else "") + shown
+    return f"<sup>{', '.join(map(str, numbers))}</sup>" if numbers else ""
 
 
 def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]:
     """Rows of one direction, precision and layout; a column without a value in any row is left out."""
 
     def provider(row: Measurement) -> str:
-        return f"{row.provider}{marks(folder, folder.origins, [row])}"
+        return f"{row.provider}{marks(folder.origins, [row])}"
 
     columns: dict[str, Callable[[Measurement], str]] = {
         "provider": provider,
@@ -166,20 +160,18 @@ def readme_tables(folder: Folder, readme: Path) -> str:
     origins = [origin for origin in folder.origins if any(row.origin == origin for row in (*steps, *operations))]
     lines: list[str] = []
     if steps:
-        lines += [*_readme_steps(folder, origins, steps), ""]
+        lines += [*_readme_steps(origins, steps), ""]
     if operations:
-        lines += [*_readme_operations(folder, origins, operations), ""]
+        lines += [*_readme_operations(origins, operations), ""]
     if len(origins) > 1:
         lines += [f"<sup>{number}</sup> {origin};" for number, origin in enumerate(origins, 1)]
     else:
         lines.append(f"{origins[0]};")
-    if any(row in folder.apart for row in (*steps, *operations)):
-        lines.append("† over the baseline of its own run, which is not the row shown;")
     link = Path(os.path.relpath(folder.path / "report.md", readme.parent)).as_posix()
     return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{link}]({link})."])
 
 
-def _readme_steps(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+def _readme_steps(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
     """A line for each precision and provider, a column for each batch size."""
     found = {(row.precision, row.provider, row.batch_size): row for row in rows}
     batch_sizes = sorted({row.batch_size for row in rows})
@@ -189,7 +181,7 @@ def _readme_steps(folder: Folder, origins: Sequence[Origin], rows: Sequence[Meas
             return "–"
         floor = f", {percent(row.of_floor)}" if row.of_floor else ""
         time = f"{significant(row.ms.p50)} ms, {speedup('training_step', row)}"
-        return f"{time}{floor}{marks(folder, origins, [row])}"
+        return f"{time}{floor}{marks(origins, [row])}"
 
     table = []
     for precision in dict.fromkeys(row.precision for row in rows):
@@ -205,7 +197,7 @@ def _readme_steps(folder: Folder, origins: Sequence[Origin], rows: Sequence[Meas
     return [*markdown(header, table), "", note]
 
 
-def _readme_operations(folder: Folder, origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+def _readme_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
     """A line for each operation and batch size, a column for each provider: over the stage shapes."""
     providers = providers_of("op", rows)
 
@@ -221,7 +213,7 @@ def _readme_operations(folder: Folder, origins: Sequence[Origin], rows: Sequence
         floors = [row.of_floor for row in group if row.of_floor]
         floor = f", {percent(statistics.median(floors))}" if floors else ""
         few = f", {len(group)} of {n_shapes} shapes" if len(group) < n_shapes else ""
-        return f"{middle}{floor}{few}{marks(folder, origins, group)}"
+        return f"{middle}{floor}{few}{marks(origins, group)}"
 
     table = []
     for key in dict.fromkeys((operation_and_shape(row.case)[0], row.batch_size) for row in rows):

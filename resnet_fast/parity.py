@@ -228,8 +228,7 @@ def check_training_step(device: torch.device) -> Check:
             ours = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, stem="cifar")
             images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
             theirs = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-        theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        theirs.maxpool = nn.Identity()  # type: ignore[assignment]
+        resnet.give_cifar_stem(theirs)
         theirs.load_state_dict(ours.state_dict(), strict=True)
         found, expected = (_step(model.to(device, torch.float64), images.to(device)) for model in (ours, theirs))
         checks = []

@@ -186,7 +186,7 @@ def test_wrong_arguments_exit_with_2_and_write_nothing(args, message: str, tmp_p
 
 def test_interpreted_kernels_are_refused(tmp_path: Path, monkeypatch):
     if torch.cuda.is_available():  # elsewhere the tests do interpret them
-        monkeypatch.setattr("resnet_fast.profiling.check.why_not_triton", lambda device: None)
+        monkeypatch.setattr("resnet_fast.profiling.check.is_interpreted", lambda: True)
     monkeypatch.setattr(measure, "checked_steps", lambda *arguments: pytest.fail("went on"))
     result = run("--device", "cpu", "--out", tmp_path / "out")
     assert result.exit_code == 1 and "interpreted kernels are not profiled" in result.stderr
@@ -266,7 +266,7 @@ def test_the_table_file_holds_the_parts_and_what_they_were_measured_with(done):
     rows = list(csv.DictReader(io.StringIO((done[1] / "profile.csv").read_text())))
     assert list(rows[0]) == (
         "provider category operator kernel ms_per_step calls_per_step unprofiled_step_ms "
-        "device cpu_threads torch triton model stem image_size batch_size precision"
+        "device cpu_threads torch triton resnet_fast date_utc model stem image_size batch_size precision"
     ).split(" ")
     for provider in ("eager", "fused"):
         of_provider = [row for row in rows if row["provider"] == provider]

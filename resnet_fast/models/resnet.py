@@ -52,6 +52,13 @@ def _is_projection(downsample: nn.Module, norm: Any) -> bool:
     return _is_fused(own) and own.group() is norm.group()
 
 
+def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
+    """Put a 3x3 convolution of stride 1 in place of the stem's, initialized as torchvision's, and no pooling."""
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()  # type: ignore[assignment]
+
+
 class _FusedBlock(nn.Module):
     """What both blocks share: when to fuse."""
 
@@ -163,9 +170,7 @@ class ResNet(torchvision_resnet.ResNet):
             norm_layer or FusedBatchNorm2d,
         )
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.maxpool = nn.Identity()
+            give_cifar_stem(self)
         self.to(memory_format=channels_last)  # type: ignore[call-overload]
 
     def _blocks_to_fuse(self, x: Tensor) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.ops import why_not_triton
+from resnet_fast.ops.batch_norm import is_interpreted
 from resnet_fast.profiling.recording import ProfileError
 from resnet_fast.training.config import TrainConfig
 
@@ -26,7 +26,7 @@ MAX_DIFFERENCE = 1e-6
 
 def refuse_interpreter() -> None:
     """Raise ProfileError where Triton's kernels are interpreted."""
-    if why_not_triton(torch.device("cpu")) is None:  # Triton runs on CPU tensors in its interpreter only
+    if is_interpreted():
         raise ProfileError(
             "interpreted kernels are not profiled: Triton's interpreter is thousands of times slower than what it "
             "interprets; switch it off"
@@ -82,7 +82,7 @@ def check_first_step(
     exact_values = (F.cross_entropy(exact, labels), exact)
     baseline = next(iter(first))
     n_layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in models[baseline].modules())
-    rounding = math.sqrt(n_layers) * _unit_roundoff(config)
+    rounding = math.sqrt(n_layers) * rounding_of(config.precision, torch.device(config.device))
     for name, values in first.items():
         for what, value, reference, exact_value in zip(
             ("loss", "logits"), values, first[baseline], exact_values, strict=True
@@ -113,9 +113,10 @@ def _norm(tensors: list[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(tensor.double())) for tensor in tensors))
 
 
-def _unit_roundoff(config: TrainConfig) -> float:
-    """The largest relative error of one rounding of a convolution's inputs."""
-    if config.precision == "bf16":
-        return 2.0**-8
-    # cuDNN rounds the inputs of fp32 convolutions to TF32, torch's default.
-    return 2.0**-11 if config.device != "cpu" and torch.backends.cudnn.allow_tf32 else 2.0**-24
+def rounding_of(precision: str, device: torch.device) -> float:
+    """Return the largest relative error of one rounding of a convolution's inputs; in fp32 on a GPU cuDNN rounds them
+    to TF32, by torch's default.
+    """
+    if precision == "fp32":
+        return 2.0**-11 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 2.0**-24
+    return 2.0**-8 if precision == "bf16" else 2.0**-11

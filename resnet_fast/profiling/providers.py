@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from resnet_fast.models.resnet import give_cifar_stem
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
 from resnet_fast.training.config import MODELS, TrainConfig
 from resnet_fast.training.loop import make_optimizer
@@ -24,8 +25,7 @@ def eager(config: TrainConfig) -> nn.Module:
     """torchvision's network, with the stem changed as its users change it."""
     model = getattr(torchvision_models, config.model)(num_classes=N_CLASSES)
     if config.stem == "cifar":
-        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        model.maxpool = nn.Identity()
+        give_cifar_stem(model)
     return model
 
 
@@ -61,7 +61,6 @@ def checked_steps(
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
-        torch.backends.cudnn.benchmark = True
     batches = _random_batches(config, device)
     with torch.random.fork_rng(devices=[]):  # the models are made on the CPU
         torch.manual_seed(config.seed)
@@ -73,6 +72,7 @@ def checked_steps(
     check_gradients(models, *batches[0])
     exact = exact_logits(next(iter(models.values())), batches[0][0])
 
+    torch.backends.cudnn.benchmark = True  # from here on: the checks' fp64 convolutions come once
     steps = {name: Step(model, config, batches) for name, model in models.items()}
     first = {name: step() for name, step in steps.items()}
     check_first_step(first, exact, batches[0][1], models, config)
