@@ -1,6 +1,6 @@
 """Other implementations of batch norm + add + ReLU, timed where they are installed.
 
-Each is a module that takes what `bench_op.Case` has; none is a requirement of this project.
+None is a requirement of this project.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# (module that is imported, join) -> whether it can do that; the types it takes are in `why_not`.
+# By the module that is imported: the joins it computes.
 JOINS = {"attorch": ("none", "add"), "apex.contrib.groupbn.batch_norm": ("none", "add"), "timm.layers": ("none",)}
 
 
