@@ -33,8 +33,9 @@ What the columns mean:
 - **GB/s**: bytes / median time. The bytes are those of the fused two-pass design, for every provider alike: one that
   moves more shows a lower bandwidth.
 - **% of floor**: the time of those bytes at the copy bandwidth plus that of the operations at the matrix rate, both
-  measured in the same run, / median time. 100 % cannot be beaten, but by bytes that stay in a cache.
-- **peak MB**: the most memory allocated on the GPU in the first run, beyond what was there before.
+  measured in the same run, / median time. More than 100 %: bytes stayed in a cache, or convolutions multiply faster
+  than the plain product of square matrices that was measured.
+- **peak MB**: the most memory allocated on the GPU during a run, weights and inputs of the provider's own included.
 - **images/s**: images / median time."""
 
 

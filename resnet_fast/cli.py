@@ -152,7 +152,7 @@ def profile(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Profiled steps, averaged. [default: 10; on a CPU 3]", show_default=False),
+        typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,

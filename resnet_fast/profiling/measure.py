@@ -15,7 +15,7 @@ from resnet_fast.training.config import TrainConfig, choose_device, free_folder
 
 # By device. A GPU needs more steps until cuDNN has chosen its algorithms, the kernels are compiled and the clock is up.
 WARM_UP = {"cpu": 2, "cuda": 20}
-STEPS = {"cpu": 3, "cuda": 10}
+N_STEPS = 10
 BATCH_SIZE = {"cpu": 32, "cuda": 128}
 MIN_TIMED = 3
 # Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
@@ -58,7 +58,7 @@ def profile_steps(
 
     Args:
         config: model, stem, batch_size, image_size, precision, device and seed count.
-        n_steps: profiled of each, averaged; None: 3 on a CPU, 10 on a GPU.
+        n_steps: profiled of each, averaged; None: 10.
         providers: make the networks; the first is what the others are compared with.
 
     Returns:
@@ -70,7 +70,7 @@ def profile_steps(
     """
     device = torch.device(config.device)
     if n_steps is None:
-        n_steps = STEPS[device.type]
+        n_steps = N_STEPS
     if n_steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {n_steps}")
     refuse_interpreter()
@@ -79,12 +79,30 @@ def profile_steps(
         for _ in range(WARM_UP[device.type]):
             step()
     times = _time(steps, device, max(n_steps, MIN_TIMED))
+    traces = _record(steps, device, n_steps)
     profiles = []
-    for name, step in steps.items():
-        trace = record(step, device, n_steps)
-        parts, ms = parts_of(trace.events() or [], device, n_steps)
-        profiles.append(StepProfile(name, parts, ms, times[name], trace))
+    for name, recorded in traces.items():
+        events = [event for trace in recorded for event in trace.events() or []]
+        parts, ms = parts_of(events, device, n_steps)
+        profiles.append(StepProfile(name, parts, ms, times[name], recorded[-1]))
     return profiles
+
+
+def _record(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, n_steps: int
+) -> dict[str, list[torch.profiler.profile]]:
+    """On a CPU single steps in turns (A B, B A, ...), so that a change of the machine's speed meets both; on a GPU all
+    steps of a provider at once, because the time between two of them is idle time, too.
+    """
+    n_rounds = n_steps if device.type == "cpu" else 1
+    traces: dict[str, list[torch.profiler.profile]] = {name: [] for name in steps}
+    order = list(steps)
+    record(steps[order[0]], device, 1)  # the first recording of a process sets up what records
+    for _ in range(n_rounds):
+        for name in order:
+            traces[name].append(record(steps[name], device, n_steps // n_rounds))
+        order.reverse()
+    return traces
 
 
 def _time(steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:

@@ -57,7 +57,7 @@ class StepProfile:
         parts: all of the step; their times sum up to `ms`.
         ms: of a profiled step, milliseconds.
         unprofiled_ms: of a step without the profiler, which costs time itself; the median of a few.
-        trace: the profiler that recorded it.
+        trace: the profiler that recorded it, or the last of its steps.
     """
 
     provider: str
@@ -83,13 +83,6 @@ def record(step: Callable[[], object], device: torch.device, n_steps: int) -> to
     # libkineto prints its stages as if they were warnings. If it fails, no kernels are seen, which is an error below.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    _record(step, device, activities, 1)  # the first recording of a process sets up what records
-    return _record(step, device, activities, n_steps)
-
-
-def _record(
-    step: Callable[[], object], device: torch.device, activities: list[ProfilerActivity], n_steps: int
-) -> torch.profiler.profile:
     synchronize(device)
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(n_steps):

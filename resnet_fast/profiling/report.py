@@ -13,7 +13,7 @@ from rich.text import Text
 
 from resnet_fast.ops import why_not_triton
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LOSS, NORM, OPTIMIZER, OTHER
-from resnet_fast.profiling.measure import STEPS, WARM_UP
+from resnet_fast.profiling.measure import N_STEPS, WARM_UP
 from resnet_fast.profiling.picture import format_ms
 from resnet_fast.profiling.recording import Part, StepProfile, rest_of
 from resnet_fast.training.config import TrainConfig
@@ -34,7 +34,7 @@ class Report:
 
     def __init__(self, config: TrainConfig, n_steps: int | None) -> None:
         self.config, self.device = config, torch.device(config.device)
-        self.n_steps = STEPS[self.device.type] if n_steps is None else n_steps
+        self.n_steps = N_STEPS if n_steps is None else n_steps
         live = wants_live_output(sys.stdout)
         self.console = Console(
             highlight=False, width=WIDTH, force_terminal=live, color_system="auto" if live else None, emoji=False
