@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.correctness import refuse_interpreter
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.replay import CLOCK
-from benchmarks.results import RESULTS, device_name, device_slug, machine_columns, replace_rows
+from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, replace_rows
+from resnet_fast.machine import device_name
 from resnet_fast.training.config import choose_device
 
+QUICK_RESULTS = ROOT / ".benchmarks/results"  # ignored by git
 MEASURED = pytest.StashKey[dict]()
 WRITTEN = pytest.StashKey[dict]()
 
@@ -23,7 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="few settings, few rounds: 3 minutes on 2 cores, 5 on a GPU")
     group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's own number")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder of the results, default benchmarks/results")
+    group.addoption(
+        "--results",
+        type=Path,
+        help="folder of the results, default benchmarks/results; with --quick or --rounds .benchmarks/results",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads it
@@ -31,12 +38,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.benchmark_columns is None:
         config.option.benchmark_columns = ["min", "median", "max", "rounds"]  # 80 columns hold no more
     config.stash[MEASURED], config.stash[WRITTEN] = {}, {}
+    options = config.option
     try:
-        choose_device(config.option.device)
-    except ValueError as error:
+        choose_device(options.device)
+        refuse_interpreter()
+    except (ValueError, RuntimeError) as error:
         raise pytest.UsageError(str(error)) from None
-    if config.option.rounds is not None and config.option.rounds < 1:
-        raise pytest.UsageError(f"--rounds must be at least 1, got {config.option.rounds}")
+    if options.rounds is not None and options.rounds < 1:
+        raise pytest.UsageError(f"--rounds must be at least 1, got {options.rounds}")
+    if getattr(options, "numprocesses", None):
+        raise pytest.UsageError("benchmarks run in one process, which has the machine to itself; leave -n out")
+    if options.results is None:  # the rows of a full run are not replaced by those of a short one
+        options.results = QUICK_RESULTS if options.quick or options.rounds else RESULTS
+    if options.results.exists() and not options.results.is_dir():
+        raise pytest.UsageError(f"--results must be a folder, {options.results} is a file")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -57,15 +72,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def timed(request: pytest.FixtureRequest, setting: harness.Setting, provider: str) -> Callable[[], None]:
+def timed(request: pytest.FixtureRequest, benchmark, setting: harness.Setting, provider: str) -> Callable[[], None]:
     """Hands the times of this test's provider to pytest-benchmark; raises what was wrong with it."""
     level, device = request.module.LEVEL, choose_device(request.config.option.device)
     reason = level.why_not(provider, setting, device, request.config.option.quick)
-    if reason is not None:
-        pytest.skip(f"{provider}: {reason}")
-    benchmark = request.getfixturevalue("benchmark")
 
     def hand_over() -> None:
+        if reason is not None:
+            pytest.skip(f"{provider}: {reason}")
         measured = _measured(request, level, setting, device)
         error = measured.refused.get(provider)
         if isinstance(error, torch.OutOfMemoryError):

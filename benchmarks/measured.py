@@ -149,12 +149,18 @@ def read_folder(path: Path) -> Folder:
     for name in (*LEVELS, LIMITS, PROFILE):
         file = path / f"{name}.csv"
         if file.exists():
-            texts[name] = file.read_text(encoding="utf-8")
+            try:
+                texts[name] = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place(file)} must be UTF-8: {error}") from None
     tables = {name: _table(path / f"{name}.csv", text) for name, text in texts.items()}
+    for name, table in tables.items():
+        if not table:
+            raise ValueError(f"{place(path / f'{name}.csv')} has no rows; remove it, or put it back")
     rows = {name: _rows(path / f"{name}.csv", LEVELS[name], tables[name]) for name in LEVELS if tables.get(name)}
     limits = _limits(path / f"{LIMITS}.csv", tables[LIMITS]) if tables.get(LIMITS) else None
     parts, profiled_on = _parts(path / f"{PROFILE}.csv", tables.get(PROFILE, []))
-    digests = {name: hashlib.sha256(texts[name].encode()).hexdigest() for name in texts if tables[name]}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     return Folder(path, rows, limits, parts, profiled_on, digests)
 
 

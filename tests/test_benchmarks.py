@@ -277,10 +277,23 @@ def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
         assert f"{float(row['p50_ms']):.3f}" in done.stdout
 
 
-def test_a_wrong_option_is_named():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--device", "tpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 4 and "device must be auto, cpu, cuda or cuda:N, got 'tpu'" in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["-n", "2"], "benchmarks run in one process"),
+        (["--results", "setup.py"], "--results must be a folder, setup.py is a file"),
+        ([], "interpreted kernels are not timed"),
+    ),
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_at_the_start(options, message):
+    interpret = "0" if options else "1"
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options]
+    env = os.environ | {"TRITON_INTERPRET": interpret}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 4 and message in done.stderr + done.stdout
 
 
 def test_the_clock_tells_the_recorded_times():

@@ -284,3 +284,9 @@ def test_rows_without_work_or_memory_have_no_such_columns(place: Path):
     lines = (folder / "report.md").read_text().splitlines()
     assert lines[0] == "# Some GPU, 8 threads"
     assert "| case | batch | provider | ms | speed-up | images/s |" in lines
+
+
+@pytest.mark.parametrize(("content", "message"), ((b"", "op.csv has no rows"), (b"\xe7\x00", "op.csv must be UTF-8")))
+def test_a_file_that_is_no_table_is_named(place: Path, content: bytes, message: str):
+    (place / "results" / DEVICE / "op.csv").write_bytes(content)
+    assert message in run(place, code=1)

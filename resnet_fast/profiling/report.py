@@ -136,7 +136,7 @@ class Report:
             lines.append(f"of it idle, the step less its kernels: {', '.join(texts)}")
         reason = why_not_triton(self.device)
         if self.device.type == "cpu":
-            lines.append("On a CPU both run the same ATen operators: no gain is to be expected.")
+            lines.append("On a CPU both run the same ATen operators: a difference is the machine's noise.")
         elif reason is not None:
             lines.append(f"fused runs on ATen like eager, so no gain is to be expected: {reason}")
         return lines
