@@ -1,7 +1,7 @@
 """What is wrong is not profiled: the gradients in fp64, then loss and logits of the first step as it will be profiled.
 
 Two checks, because each sees what the other cannot. Rounding to bf16 moves the gradients of a network with random
-weights by 0.3 (ResNet-18) to 1.5 (ResNet-152) of their size, so there they tell nothing; and the loss is about log(10)
+weights by 0.3 (ResNet-18) to 1.5 (ResNet-152) of their size, so there they tell little; and the loss is about log(10)
 whatever the network does, so the logits are looked at, too.
 """
 
