@@ -9,6 +9,7 @@ whose bits have changed it notices nothing.
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -71,11 +72,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {_what_else(data)}")
     if hashlib.sha256(memoryview(data)[:-COMMENT_BYTES]).hexdigest().encode() != comment[len(MARK) :]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than plain values and tensors, which is not loaded") from error
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {state['format']}, resnet_fast {__version__} reads format {FORMAT}; "
-            "go on with the version that wrote it"
+            f"{path} has format {state['format']}, resnet_fast {__version__} reads format {FORMAT}: "
+            "the version that wrote it goes on with it"
         )
     return state
 
@@ -86,7 +90,7 @@ def _what_else(data: bytes) -> str:
         return "is empty"
     if not data.startswith(b"PK"):
         return "is no checkpoint: it does not begin as one"
-    if not zipfile.is_zipfile(io.BytesIO(data)):
+    if MARK in data[-COMMENT_BYTES:] or not zipfile.is_zipfile(io.BytesIO(data)):
         return f"is cut short: its end is missing after {len(data):,} bytes"
     return "is not of `resnet-fast train`: it does not end in its checksum"
 
@@ -100,9 +104,11 @@ def _copy(path: Path, copy: Path) -> None:
     except OSError:
         with open(path, "rb") as source, whole_file(copy) as file:
             shutil.copyfileobj(source, file)
-    else:
+        return
+    try:
         os.replace(link, copy)
-        link.unlink(missing_ok=True)  # where both names are one file already, rename does nothing
+    finally:
+        link.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
 
 
 def _to_cpu(state: Any) -> Any:

@@ -52,9 +52,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name
     if not (out / "config.json").is_file():
-        raise ValueError(
-            f"resume must be the folder of a run or a checkpoint in one, there is no {out / 'config.json'}"
-        )
+        raise ValueError(f"resume must be a run folder or a checkpoint in one, {path} is neither: no config.json there")
     try:
         description = json.loads((out / "config.json").read_bytes())
         saved = {field.name: description[field.name] for field in fields(TrainConfig)}
