@@ -204,7 +204,7 @@ def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> N
         _stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
     except DivergedError as error:
         _stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
-    except ResumeError as error:
+    except (ResumeError, BlockingIOError) as error:
         _stop(1, f"error: {error}")
     except (DataError, OSError) as error:
         _stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import files
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.training import (
     EpochMetrics,
@@ -355,6 +356,17 @@ def test_a_folder_without_a_run_is_no_argument(path: str, tmp_path: Path):
 
 
 # Disks and signals.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the lock is POSIX's")
+def test_two_processes_are_never_at_one_run(straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = stop(tmp_path / "run", 2)
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with files.only_writer(out), pytest.raises(BlockingIOError, match=f"another process writes to {out}"):
+        resume(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert same_bits(resume(out).out, straight.out)
 
 
 @pytest.mark.parametrize("call", ["fsync", "link", "replace"])

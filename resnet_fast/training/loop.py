@@ -95,6 +95,7 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     Raises:
         ValueError: there is no run in that folder.
         ResumeError: its checkpoint or settings cannot be used, or the data are others than before.
+        BlockingIOError: another process is at this run.
         DataError, DivergedError: as for `train`.
     """
     if not isinstance(run, SavedRun):
@@ -120,57 +121,38 @@ def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Res
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config, training_steps(len(dataset.train), config.batch_size))
     folder = RunFolder(config, dataset, keep=saved is None or saved.is_newest)
-    history: list[EpochMetrics] = []
-    seconds_before = 0.0
     if saved is None:
         folder.start()
-    else:
-        folder.clean()
-    reporter.start(config, dataset)
-    if saved is not None and saved.checkpoint is not None:
-        state = saved.checkpoint
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        generator.set_state(state["generator"])
-        restore_random_states(state["random"], device)
-        history = [EpochMetrics(**metrics) for metrics in state["history"]]
-        seconds_before = state["seconds"]
-        folder.write_tables(history)  # they may be an epoch behind
-    if saved is not None:
-        reporter.resume(history)
-    dataset = dataclasses.replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
-
-    begin = time.perf_counter() - seconds_before
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        began = time.perf_counter()
-        trained = train_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter)
-        seconds = time.perf_counter() - began
-        test_loss, test_accuracy = evaluate(model, dataset.test, dataset, config)
-        if not math.isfinite(test_loss):
-            raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(model, trained.lr)}")
-        history.append(
-            EpochMetrics(
-                epoch=epoch,
-                lr=trained.lr,
-                train_loss=trained.loss,
-                train_accuracy=trained.accuracy,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                seconds=seconds,
-                images_per_second=trained.n_images / seconds,
-            )
-        )
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "generator": generator.get_state(),
-            "random": random_states(device),
-            "seconds": time.perf_counter() - begin,
-        }
-        folder.write_epoch(history, state)
-        reporter.end_epoch(history[-1])
+    with folder.hold():
+        if saved is not None:
+            folder.clean()
+        reporter.start(config, dataset)
+        history: list[EpochMetrics] = []
+        begin = time.perf_counter()
+        if saved is not None and saved.checkpoint is not None:
+            state = saved.checkpoint
+            for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+                part.load_state_dict(state[name])
+            generator.set_state(state["generator"])
+            restore_random_states(state["random"], device)
+            history = [EpochMetrics(**metrics) for metrics in state["history"]]
+            begin -= state["seconds"]
+            folder.write_tables(history)  # they may be an epoch behind
+        if saved is not None:
+            reporter.resume(history)
+        dataset = dataclasses.replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            history.append(run_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter))
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "generator": generator.get_state(),
+                "random": random_states(device),
+                "seconds": time.perf_counter() - begin,
+            }
+            folder.write_epoch(history, state)
+            reporter.end_epoch(history[-1])
     return Result(config, tuple(history), model.eval(), time.perf_counter() - begin)
 
 
@@ -201,6 +183,35 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
     """Return the schedule of the whole run, to be advanced after each step."""
     fraction, n_steps = SCHEDULES[config.schedule], config.epochs * steps_per_epoch
     return LambdaLR(optimizer, lambda step: fraction(step, n_steps))
+
+
+def run_epoch(
+    model: nn.Module,
+    dataset: ImageDataset,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    generator: torch.Generator,
+    config: TrainConfig,
+    epoch: int,
+    reporter: Reporter,
+) -> EpochMetrics:
+    """Train for one epoch, then test."""
+    began = time.perf_counter()
+    trained = train_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter)
+    seconds = time.perf_counter() - began
+    test_loss, test_accuracy = evaluate(model, dataset.test, dataset, config)
+    if not math.isfinite(test_loss):
+        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(model, trained.lr)}")
+    return EpochMetrics(
+        epoch=epoch,
+        lr=trained.lr,
+        train_loss=trained.loss,
+        train_accuracy=trained.accuracy,
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        seconds=seconds,
+        images_per_second=trained.n_images / seconds,
+    )
 
 
 class TrainedEpoch(NamedTuple):

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.data import ImageDataset
-from resnet_fast.files import whole_file
+from resnet_fast.files import only_writer, whole_file
 from resnet_fast.machine import device_name
 from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
@@ -63,6 +64,10 @@ class RunFolder:
         text = json.dumps(describe(self.config, self.dataset), indent=2, ensure_ascii=False) + "\n"
         with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep other processes out until the end of the block; raises BlockingIOError if one is there."""
+        return only_writer(self.config.out)
 
     def clean(self) -> None:
         """Delete what a killed process left unfinished."""

@@ -4,6 +4,7 @@ The newest checkpoint is taken or refused, never replaced in silence by the one 
 """
 
 import json
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,5 +92,5 @@ def _offer(out: Path, refused: str, description: dict[str, Any]) -> str:
         except CheckpointError as error:
             reasons.append(f"{error}; no whole checkpoint is left")
         else:
-            return f"{out / name} is whole: --resume {out / name} goes on after epoch {epoch}"
+            return f"{out / name} is whole: --resume {shlex.quote(str(out / name))} goes on after epoch {epoch}"
     return "; ".join(reasons)
