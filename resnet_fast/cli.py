@@ -217,8 +217,11 @@ def _sigterm_raises() -> Iterator[None]:
     process = os.getpid()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != process:  # a process that reads images inherits the handler
+        if os.getpid() != process:  # one that reads images has the handler too, until torch gives it another
             os._exit(143)
+        if hasattr(signal, "SIGCHLD"):
+            # Those that read images may end by the same SIGTERM, of which torch would make an exception of its own.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():

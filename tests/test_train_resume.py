@@ -192,6 +192,15 @@ def test_a_finished_run_trains_nothing_and_mends_its_table(straight: Result, tmp
     assert again.history == result.history and (result.out / "metrics.csv").read_text() == table
 
 
+def test_the_seconds_of_all_parts_are_added(tmp_path: Path):
+    out = stop(tmp_path / "run", 3)
+    state = checkpoint.read_checkpoint(out / "checkpoint.pt")
+    assert state["seconds"] > sum(metrics["seconds"] for metrics in state["history"])
+    state["seconds"] = 1000.0
+    checkpoint.write_checkpoint(out / "checkpoint.pt", state, None)
+    assert 1000 < resume(out).seconds < 1100
+
+
 def test_a_run_can_be_moved(straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stop(tmp_path / "run", 2).rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
@@ -261,7 +270,7 @@ def damage(name: str) -> Callable[[Path], None]:
         ("without its last byte", "is cut short"),
         ("zeros at the end", "is cut short"),
         ("flipped bit", "is damaged: its SHA-256 is not the one"),
-        ("a state dict", "is not of `resnet-fast train`"),
+        ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
         ("text", "is no checkpoint: it does not begin as one"),
         ("another format", r"has format 2, resnet_fast \S+ reads format 1"),
         ("other settings", "is of another run: lr is 0.5 there and 0.1 in config.json"),

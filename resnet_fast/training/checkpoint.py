@@ -92,7 +92,7 @@ def _what_else(data: bytes) -> str:
         return "is no checkpoint: it does not begin as one"
     if MARK in data[-COMMENT_BYTES:] or not zipfile.is_zipfile(io.BytesIO(data)):
         return f"is cut short: its end is missing after {len(data):,} bytes"
-    return "is not of `resnet-fast train`: it does not end in its checksum"
+    return "does not end in the checksum of `resnet-fast train`: it is of another program or of an older version"
 
 
 def _copy(path: Path, copy: Path) -> None:
