@@ -1,10 +1,16 @@
 """The command line: `resnet-fast train`, `resnet-fast profile` and `resnet-fast doctor`.
 
 Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full) or a machine on which
-something needed is missing or computes wrong, 2 a wrong argument, 130 interrupted.
+something needed is missing or computes wrong, 2 a wrong argument, 130 interrupted, 143 terminated.
 """
 
+import os
+import shlex
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +23,17 @@ try:
     from resnet_fast.doctor import Finding, diagnose, exit_code, format_end, format_finding
     from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
     from resnet_fast.profiling.report import Report
-    from resnet_fast.training import MODELS, RECIPES, DivergedError, TrainConfig
+    from resnet_fast.training import (
+        MODELS,
+        RECIPES,
+        DivergedError,
+        Reporter,
+        Result,
+        ResumeError,
+        TrainConfig,
+        load_run,
+    )
+    from resnet_fast.training import resume as resume_training
     from resnet_fast.training import train as run_training
     from resnet_fast.training.config import PRECISIONS, STEMS
     from resnet_fast.training.console import make_reporter
@@ -44,12 +60,21 @@ def _by_dataset(field: str) -> str:
     return f"[default: {usual:g}{''.join(others)}]"
 
 
+def _option_names(parameters: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in parameters)
+
+
 def _choices(names: object) -> str:
     return "|".join(names)  # type: ignore[arg-type]
 
 
+# What a run that goes on may be told: where the data are and what computes, not what is computed.
+BESIDE_RESUME = ("device", "data_dir", "workers")
+
+
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(metavar=_choices(MODELS), help="The network.")] = TrainConfig.model,
     stem: Annotated[
         str, typer.Option(metavar=_choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
@@ -98,8 +123,20 @@ def train(
         Path | None,
         typer.Option(help="Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]", show_default=False),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_FOLDER",
+            help="Go on with a run that was stopped, after its last finished epoch, or with a checkpoint named in its "
+            f"folder. Its settings stay; beside this only {_option_names(BESIDE_RESUME)} may be given.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a network; write config.json, metrics.csv, curves.png and checkpoint.pt to a run folder."""
+    if resume is not None:
+        _resume(context, resume)
+        return
     # Where these are None, TrainConfig fills in what suits the data set and the machine.
     left_open: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, workers=workers, out=out)
     try:
@@ -120,20 +157,81 @@ def train(
         )
     except ValueError as error:
         _stop(2, f"error: {error}")
+    _run_to_the_end(config, lambda reporter: run_training(config, reporter))
+
+
+def _resume(context: typer.Context, path: Path) -> None:
+    """Go on with the run in `path`."""
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    refused = [name for name in given if name not in (*BESIDE_RESUME, "resume")]
+    if refused:
+        _stop(
+            2,
+            f"error: --resume keeps the settings of the run; beside it only {_option_names(BESIDE_RESUME)} may be "
+            f"given, got {_option_names(refused)}",
+        )
+    try:
+        saved = load_run(path, **{name: context.params[name] for name in given if name in BESIDE_RESUME})
+    except ValueError as error:
+        _stop(2, f"error: {error}")
+    except (ResumeError, OSError) as error:
+        _stop(1, f"error: {error}")
+    _run_to_the_end(saved.config, lambda reporter: resume_training(saved, reporter))
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> None:
+    """Run, show how it goes, and when it stops say why, what is kept, and how to go on."""
     reporter = make_reporter()
+    how = f"to go on: resnet-fast train --resume {shlex.quote(str(config.out))}"
     try:
         try:
-            result = run_training(config, reporter)
+            with _sigterm_raises():
+                result = run(reporter)
         finally:
             reporter.close()
     except FileExistsError as error:
         _stop(2, f"error: {error}")
-    except KeyboardInterrupt:
-        _stop(130, f"interrupted; {_what_is_kept(config.out)}")
-    except (DataError, DivergedError, OSError) as error:
-        kept = f"; {_what_is_kept(config.out)}" if (config.out / "config.json").exists() else ""
-        _stop(1, f"error: {error}{kept}")
+    except (KeyboardInterrupt, _Terminated) as stop:
+        code, word = (130, "interrupted") if isinstance(stop, KeyboardInterrupt) else (143, "terminated")
+        _stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
+    except DivergedError as error:
+        _stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
+    except (ResumeError, BlockingIOError) as error:
+        _stop(1, f"error: {error}")
+    except (DataError, OSError) as error:
+        _stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))
     reporter.finish(result)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM end the block by _Terminated, as Ctrl-C ends it by KeyboardInterrupt."""
+    process = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != process:  # one that reads images has the handler too, until torch gives it another
+            os._exit(143)
+        if hasattr(signal, "SIGCHLD"):
+            # Those that read images may end by the same SIGTERM, of which torch would make an exception of its own.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 @app.command()
@@ -205,9 +303,13 @@ def _stop(code: int, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _is_started(out: Path) -> bool:
+    return (out / "config.json").exists()
+
+
 def _what_is_kept(out: Path) -> str:
     """Say which files of a run that did not reach its end are there."""
-    if not (out / "config.json").exists():
+    if not _is_started(out):
         return "nothing was written"
     if not (out / "metrics.csv").exists():
         return f"no epoch was finished, {out} keeps config.json only"

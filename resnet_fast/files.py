@@ -1,12 +1,21 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and folders that one process writes to."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+# Seconds to wait for a folder. The workers of a process that was killed hold it with that process, and notice within 5.
+PATIENCE = 10
 
 
 @contextmanager
@@ -27,6 +36,39 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process until the end of the block; the system lets go of it however the process ends.
+
+    Where there are no such locks (Windows, some network file systems) nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(number, folder)
+        yield
+    finally:
+        os.close(number)
+
+
+def _lock(number: int, folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BlockingIOError(f"another process writes to {folder}") from None
+        except OSError:  # not supported there
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

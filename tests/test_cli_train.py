@@ -48,7 +48,7 @@ def test_a_run_leaves_its_files_and_says_so(tmp_path: Path):
     result = digits(tmp_path / "run", "--seed", 7)
     assert result.exit_code == 0, result.output
     names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names | {"checkpoint-previous.pt"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 7
     assert str(tmp_path / "run") in result.stdout and all(name in result.stdout for name in names)
     accuracy = float((tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[5])
@@ -158,18 +158,26 @@ def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path):
     result = digits(tmp_path / "run", "--lr", 1e30, "--precision", "fp32")
     assert result.exit_code == 1
     assert re.search(r"loss became (nan|inf) .*epoch 1.*; no epoch was finished", result.stderr)
+    assert re.search(r"suspects: the learning rate, \S+e\+29 there \(try a smaller --lr\)", result.stderr)
+    assert "--resume would come to the same end" in result.stderr
     assert "Traceback" not in result.output
 
 
-def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def interrupt_in_epoch_2(monkeypatch: pytest.MonkeyPatch, number: int | None = None) -> None:
     train_epoch = loop.train_epoch
 
     def interrupted(*args):
         if args[6] == 2:
-            raise KeyboardInterrupt
+            if number is None:
+                raise KeyboardInterrupt
+            signal.raise_signal(number)
         return train_epoch(*args)
 
     monkeypatch.setattr(loop, "train_epoch", interrupted)
+
+
+def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupt_in_epoch_2(monkeypatch)
     result = digits(tmp_path / "run")
     assert result.exit_code == 130
     assert f"interrupted; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
@@ -279,3 +287,92 @@ def test_durations_are_readable(seconds: float, text: str):
 
 def test_the_plain_reporter_may_be_closed_at_any_time():
     PlainReporter().close()
+
+
+@pytest.mark.parametrize("name", [None, "checkpoint.pt"])
+def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupt_in_epoch_2(monkeypatch)
+    first = digits(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
+    result = run("--resume", tmp_path / "run" / name if name else tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
+    assert re.search(r"\n    1/2 .*\nresumed after epoch 1\n    2/2 .*\n", result.stdout)
+    assert f"curves.png, config.json: {tmp_path / 'run'}" in result.stdout
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_resume_of_a_finished_run_says_so(tmp_path: Path):
+    digits(tmp_path / "run")
+    result = run("--resume", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "resumed: the run was finished already, nothing is trained" in result.stdout
+    assert "test accuracy after epoch 2" in result.stdout
+
+
+def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp_path: Path):
+    digits(tmp_path / "run", "--seed", 3)
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    result = run("--resume", tmp_path / "run")
+    assert "resumed: no epoch was finished, from the beginning" in result.stdout
+    again = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in again.items())
+    assert (tmp_path / "run" / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize(
+    "args", [["--epochs", "2"], ["--lr", "0.1"], ["--no-flip"], ["--out", "x"]], ids=lambda args: args[0]
+)
+def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tmp_path: Path):
+    digits(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    result = run("--resume", tmp_path / "run", *args)
+    assert result.exit_code == 2
+    name = "--flip" if args[0] == "--no-flip" else args[0]
+    assert f"beside it only --device, --data-dir, --workers may be given, got {name}\n" in result.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_resume_may_be_told_where_data_and_processor_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("resnet_fast.cli.resume_training", lambda run, reporter: seen.append(run.config) or stop())
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    digits(tmp_path / "run", "--workers", 1)
+    run("--resume", tmp_path / "run", "--data-dir", tmp_path / "d", "--workers", 2, "--device", "cpu")
+    assert (seen[0].data_dir, seen[0].workers, seen[0].epochs) == (tmp_path / "d", 2, 2)
+
+
+def test_resume_of_no_run_exits_with_2(tmp_path: Path):
+    result = run("--resume", tmp_path / "absent")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'absent'} is neither" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_bad_checkpoint_exits_with_1_and_the_command_it_offers_works(tmp_path: Path):
+    digits(tmp_path / "run")
+    os.truncate(tmp_path / "run" / "checkpoint.pt", 1000)
+    result = run("--resume", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "checkpoint.pt is cut short" in result.stderr and result.stderr.count("\n") == 1
+    offered = re.search(r"--resume (\S+) goes on after epoch 1", result.stderr)
+    assert offered and run("--resume", offered[1]).exit_code == 0
+
+
+def test_sigterm_exits_with_143_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_in_epoch_2(monkeypatch, signal.SIGTERM)
+    result = digits(tmp_path / "run")
+    assert result.exit_code == 143
+    assert f"terminated; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
+    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stderr
+    assert "Traceback" not in result.output and signal.getsignal(signal.SIGTERM) == before
+    assert not list((tmp_path / "run").glob(".*"))

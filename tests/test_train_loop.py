@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fast.data import ImageDataset, TensorSplit, normalize
 from resnet_fast.training import MODELS, DivergedError, EpochMetrics, Result, TrainConfig, loop, train
+from resnet_fast.training.step import training_step
 
 # isort: split
 import torchvision
@@ -213,15 +214,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_epochs_before(
         return model
 
     monkeypatch.setitem(MODELS, "resnet18", make_bad)
-    with pytest.raises(
-        DivergedError, match="loss became nan at epoch 2, step 3; try a smaller learning rate than 0.01"
-    ):
+    with pytest.raises(DivergedError, match="loss became nan at epoch 2, step 3; suspects: the learning rate, 0.00"):
         train(config_for(tmp_path / "run", lr=0.01, epochs=3))
     with open(tmp_path / "run" / "metrics.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_a_loss_that_is_not_finite_names_the_first_layer_that_is_not():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
+    nn.init.constant_(model[2].weight, 1e38)  # its output overflows, the layer before is as it should be
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    images, labels = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    loss, _ = training_step(model, optimizer, images, labels, "fp32")
+    with pytest.raises(DivergedError) as caught:
+        loop.check_is_finite(loss[None], 2, model, 0.25)
+    assert str(caught.value) == (
+        "the loss became nan at epoch 2, step 1; suspects: the learning rate, 0.25 there (try a smaller --lr); "
+        "2 of 4 running statistics are not finite, first 3.running_mean; 8 of 8 weights are not finite, first 0.weight"
+    )
 
 
 def test_an_occupied_run_folder_stops_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

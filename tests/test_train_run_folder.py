@@ -33,6 +33,12 @@ def make_state() -> dict:
     return {"model": {"w": torch.arange(3.0)}, "optimizer": {}, "scheduler": {}, "generator": torch.zeros(2)}
 
 
+def start_folder(config: TrainConfig) -> RunFolder:
+    folder = RunFolder(config, make_dataset())
+    folder.start()
+    return folder
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(dataset="digits", device="cpu", precision="bf16", out=tmp_path / "runs" / "one")
@@ -90,7 +96,7 @@ def test_a_file_is_no_run_folder(tmp_path: Path):
 
 
 def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainConfig):
-    RunFolder(config, make_dataset())
+    start_folder(config)
     assert [path.name for path in config.out.iterdir()] == ["config.json"]
     values = json.loads((config.out / "config.json").read_text())
     assert values["mean"] == [0.1, 0.2, 0.3] and values["std"] == [0.4, 0.5, 0.6]
@@ -101,22 +107,22 @@ def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainC
 
 
 def test_a_second_run_does_not_enter_the_folder_of_the_first(config: TrainConfig):
-    RunFolder(config, make_dataset())
+    start_folder(config)
     before = (config.out / "config.json").read_bytes()
     with pytest.raises(FileExistsError):
-        RunFolder(config, make_dataset())
+        start_folder(config)
     assert (config.out / "config.json").read_bytes() == before
 
 
 def test_an_epoch_leaves_four_files(config: TrainConfig):
-    folder = RunFolder(config, make_dataset())
+    folder = start_folder(config)
     folder.write_epoch(make_history(1), make_state())
     names = ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
     assert sorted(path.name for path in config.out.iterdir()) == names
 
 
 def test_metrics_csv_has_a_row_per_epoch(config: TrainConfig):
-    folder = RunFolder(config, make_dataset())
+    folder = start_folder(config)
     for n_epochs in (1, 2, 3):
         folder.write_epoch(make_history(n_epochs), make_state())
     with open(config.out / "metrics.csv", newline="") as file:
@@ -129,23 +135,24 @@ def test_metrics_csv_has_a_row_per_epoch(config: TrainConfig):
 
 
 def test_the_checkpoint_loads_safely_and_holds_plain_values(config: TrainConfig):
-    RunFolder(config, make_dataset()).write_epoch(make_history(2), make_state())
+    start_folder(config).write_epoch(make_history(2), make_state())
     checkpoint = torch.load(config.out / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "scheduler", "generator", "epoch", "config", "classes"}
+    expected = {"format", "model", "optimizer", "scheduler", "generator", "epoch", "history", "config", "classes"}
+    assert set(checkpoint) == expected
     assert checkpoint["epoch"] == 2 and checkpoint["classes"] == ["a", "b"]
-    assert checkpoint["config"] == config.as_dict()
+    assert checkpoint["config"] == {**config.as_dict(), "flip": False}  # what is used, not "as the data set says"
     assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
-    folder = RunFolder(config, make_dataset())
+    folder = start_folder(config)
     folder.write_epoch(make_history(1), make_state())
 
     def fail(value, file) -> None:
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(run_folder.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space"):
         folder.write_epoch(make_history(2), make_state())
     assert torch.load(config.out / "checkpoint.pt", weights_only=True)["epoch"] == 1
@@ -161,7 +168,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(config: TrainConfig, monkeypatc
     ],
 )
 def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConfig):
-    RunFolder(config, make_dataset()).write_epoch(history, make_state())
+    start_folder(config).write_epoch(history, make_state())
     with Image.open(config.out / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.width >= 1200

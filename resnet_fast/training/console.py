@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -59,6 +60,13 @@ def format_end(result: Result) -> list[str]:
     ]
 
 
+def format_resumed(n_done: int, n_epochs: int) -> str:
+    """Return the line between the rows of before and those to come."""
+    if n_done == n_epochs:
+        return "resumed: the run was finished already, nothing is trained"
+    return f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"
+
+
 def wants_live_output(stream: TextIO) -> bool:
     """Return whether `stream` is a terminal that can move its cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -71,6 +79,11 @@ class PlainReporter(Reporter):
         self.n_epochs = config.epochs
         for line in [*format_start(config, dataset), HEADER]:
             print(line, flush=True)
+
+    def resume(self, history: Sequence[EpochMetrics]) -> None:
+        for metrics in history:
+            self.end_epoch(metrics)
+        print(format_resumed(len(history), self.n_epochs), flush=True)
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         print(format_row(metrics, self.n_epochs), flush=True)
@@ -108,6 +121,11 @@ class LiveReporter(Reporter):
         self._print(HEADER, "bold")
         self.task = self.progress.add_task("", total=None, visible=False, loss="")
         self.progress.start()
+
+    def resume(self, history: Sequence[EpochMetrics]) -> None:
+        for metrics in history:
+            self.end_epoch(metrics)
+        self._print(format_resumed(len(history), self.n_epochs), "dim")
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         self.progress.reset(

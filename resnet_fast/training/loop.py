@@ -2,17 +2,19 @@
 
     result = train(TrainConfig(dataset="digits"))
     result.test_accuracy, result.model, result.out
+    result = resume("runs/…")    # of a run that was stopped: the same weights, bit for bit, as if it had not been
 
 The step itself is in step.py.
 """
 
 import dataclasses
+import json
 import math
-import random
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from resnet_fast.data import ImageDataset, Split, crop_and_flip, load_dataset, normalize, training_steps
 from resnet_fast.training.config import MODELS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
-from resnet_fast.training.run_folder import RunFolder, check_is_free
+from resnet_fast.training.random_state import random_states, restore_random_states, seed_everything
+from resnet_fast.training.run_folder import RunFolder, check_is_free, describe
+from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.schedule import SCHEDULES
 from resnet_fast.training.step import autocast, training_step
 
@@ -38,6 +42,9 @@ class Reporter:
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         """The data are loaded; training begins."""
+
+    def resume(self, history: Sequence[EpochMetrics]) -> None:
+        """After `start`, if the run goes on from a checkpoint: the epochs that are done, which may be none or all."""
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         """An epoch of `n_steps` steps begins; the first is epoch 1."""
@@ -67,8 +74,37 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
     """
-    reporter = reporter or Reporter()
     check_is_free(config.out)
+    return _run(config, None, reporter or Reporter())
+
+
+def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
+    """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
+
+    On a CPU, in fp32 and with as many threads as before, the weights and metrics (but for times) are bit-identical to
+    those of a run that was never stopped. A run that is finished only gets its table and curves written once more.
+
+    Args:
+        run: what `load_run` returned, or the run folder, or a checkpoint in it.
+        reporter: is told about every step and epoch.
+        moved: data_dir, device or workers, if they are others than before, and `run` is a path.
+
+    Returns:
+        Result, of all epochs.
+
+    Raises:
+        ValueError: there is no run in that folder.
+        ResumeError: its checkpoint or settings cannot be used, or the data are others than before.
+        BlockingIOError: another process is at this run.
+        DataError, DivergedError: as for `train`.
+    """
+    if not isinstance(run, SavedRun):
+        run = load_run(run, **moved)
+    return _run(run.config, run, reporter or Reporter())
+
+
+def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
+    """Train from the beginning or, if something is `saved`, from there on."""
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
@@ -76,54 +112,59 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
     if config.flip is not None:
         dataset = dataclasses.replace(dataset, flip=config.flip)
+    if saved is not None:
+        check_same_data(saved, dataset)
 
     generator = seed_everything(config.seed)
     model = MODELS[config.model](num_classes=len(dataset.classes), stem=config.stem)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config, training_steps(len(dataset.train), config.batch_size))
-    folder = RunFolder(config, dataset)
-    reporter.start(config, dataset)
-    dataset = dataclasses.replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
+    folder = RunFolder(config, dataset, keep=saved is None or saved.is_newest)
+    if saved is None:
+        folder.start()
+    with folder.hold():
+        if saved is not None:
+            folder.clean()
+        reporter.start(config, dataset)
+        history: list[EpochMetrics] = []
+        begin = time.perf_counter()
+        if saved is not None and saved.checkpoint is not None:
+            state = saved.checkpoint
+            for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
+                part.load_state_dict(state[name])
+            generator.set_state(state["generator"])
+            restore_random_states(state["random"], device)
+            history = [EpochMetrics(**metrics) for metrics in state["history"]]
+            begin -= state["seconds"]
+            folder.write_tables(history)  # they may be an epoch behind
+        if saved is not None:
+            reporter.resume(history)
+        dataset = dataclasses.replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            history.append(run_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter))
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "generator": generator.get_state(),
+                "random": random_states(device),
+                "seconds": time.perf_counter() - begin,
+            }
+            folder.write_epoch(history, state)
+            reporter.end_epoch(history[-1])
+    return Result(config, tuple(history), model.eval(), time.perf_counter() - begin)
 
-    history: list[EpochMetrics] = []
-    begin = time.perf_counter()
-    for epoch in range(1, config.epochs + 1):
-        began = time.perf_counter()
-        trained = train_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter)
-        seconds = time.perf_counter() - began
-        test_loss, test_accuracy = evaluate(model, dataset.test, dataset, config)
-        if not math.isfinite(test_loss):
-            raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}")
-        history.append(
-            EpochMetrics(
-                epoch=epoch,
-                lr=trained.lr,
-                train_loss=trained.loss,
-                train_accuracy=trained.accuracy,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                seconds=seconds,
-                images_per_second=trained.n_images / seconds,
+
+def check_same_data(saved: SavedRun, dataset: ImageDataset) -> None:
+    """Raise ResumeError if the data set is not the one that config.json describes."""
+    now = json.loads(json.dumps(describe(saved.config, dataset)))  # tuples become lists, as in the file
+    for name in ("classes", "train_images", "test_images", "mean", "std", "crop_padding"):
+        if saved.description.get(name) != now[name]:
+            raise ResumeError(
+                f"the data are not those that the run began with: {name} is {now[name]}, "
+                f"{saved.config.out / 'config.json'} says {saved.description.get(name)}"
             )
-        )
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "generator": generator.get_state(),
-        }
-        folder.write_epoch(history, state)
-        reporter.end_epoch(history[-1])
-    return Result(config, tuple(history), model, time.perf_counter() - begin)
-
-
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed the global random states, and return a generator of its own for the order and the augmentation."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -142,6 +183,35 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
     """Return the schedule of the whole run, to be advanced after each step."""
     fraction, n_steps = SCHEDULES[config.schedule], config.epochs * steps_per_epoch
     return LambdaLR(optimizer, lambda step: fraction(step, n_steps))
+
+
+def run_epoch(
+    model: nn.Module,
+    dataset: ImageDataset,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    generator: torch.Generator,
+    config: TrainConfig,
+    epoch: int,
+    reporter: Reporter,
+) -> EpochMetrics:
+    """Train for one epoch, then test."""
+    began = time.perf_counter()
+    trained = train_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter)
+    seconds = time.perf_counter() - began
+    test_loss, test_accuracy = evaluate(model, dataset.test, dataset, config)
+    if not math.isfinite(test_loss):
+        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(model, trained.lr)}")
+    return EpochMetrics(
+        epoch=epoch,
+        lr=trained.lr,
+        train_loss=trained.loss,
+        train_accuracy=trained.accuracy,
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        seconds=seconds,
+        images_per_second=trained.n_images / seconds,
+    )
 
 
 class TrainedEpoch(NamedTuple):
@@ -182,7 +252,7 @@ def train_epoch(
         sizes.append(len(labels))
         done = step + 1
         if done % CHECK_EVERY[device.type] == 0 or done == n_steps:
-            check_is_finite(losses[:done], epoch, config)
+            check_is_finite(losses[:done], epoch, model, lr)
             reporter.step(done, float(losses[:done].mean()))
         else:
             reporter.step(done, None)
@@ -191,15 +261,28 @@ def train_epoch(
     return TrainedEpoch(lr, loss, int(n_correct) / n_images, n_images)
 
 
-def check_is_finite(losses: Tensor, epoch: int, config: TrainConfig) -> None:
+def check_is_finite(losses: Tensor, epoch: int, model: nn.Module, lr: float) -> None:
     """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         step = int(bad[0])
-        raise DivergedError(
-            f"the loss became {float(losses[step])} at epoch {epoch}, step {step + 1}; "
-            f"try a smaller learning rate than {config.lr:g}"
-        )
+        where = f"at epoch {epoch}, step {step + 1}"
+        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(model, lr)}")
+
+
+def suspects(model: nn.Module, lr: float) -> str:
+    """Say what may have made the loss infinite or NaN.
+
+    The running statistics come first: a forward spoils those of its first layer that is not finite and of all behind
+    it, whereas one step backward spoils every weight.
+    """
+    text = f"suspects: the learning rate, {lr:g} there (try a smaller --lr)"
+    for kind, tensors in (("running statistics", model.named_buffers()), ("weights", model.named_parameters())):
+        named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+        bad = [name for name, tensor in named if not tensor.isfinite().all()]
+        if bad:
+            text += f"; {len(bad)} of {len(named)} {kind} are not finite, first {bad[0]}"
+    return text
 
 
 @torch.inference_mode()

@@ -39,7 +39,8 @@ class Result:
         config: the settings that were used.
         history: one entry per epoch.
         model: the trained model, in evaluation mode, on its device.
-        seconds: of the whole run from the first step on, evaluations and files included.
+        seconds: of the whole run from the first step on, evaluations and files included; of a resumed run, up to the
+            checkpoint that it went on from and since.
     """
 
     config: TrainConfig

@@ -1,4 +1,7 @@
-"""The run folder: config.json, checkpoint.pt, metrics.csv and curves.png, each there as a whole or not at all."""
+"""The run folder: config.json, checkpoint.pt, metrics.csv and curves.png, each there as a whole or not at all.
+
+From the second epoch on checkpoint-previous.pt is the checkpoint of the epoch before.
+"""
 
 import csv
 import io
@@ -6,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +19,14 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.data import ImageDataset
-from resnet_fast.files import whole_file
+from resnet_fast.files import only_writer, whole_file
 from resnet_fast.machine import device_name
+from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def check_is_free(out: Path) -> None:
@@ -40,32 +47,49 @@ class RunFolder:
     Args:
         config: names the folder.
         dataset: what is trained on, for config.json, the checkpoint and the axes.
-
-    Raises:
-        FileExistsError: the folder holds something already.
+        keep: whether the checkpoint that is there is kept as the previous one when the next is written.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.config, self.dataset = config, dataset
-        check_is_free(config.out)
-        config.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_describe(config, dataset), indent=2, ensure_ascii=False) + "\n"
-        with whole_file(config.out / "config.json") as file:
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, keep: bool = True) -> None:
+        self.config, self.dataset, self.keep = config, dataset, keep
+
+    def start(self) -> None:
+        """Make the folder and write config.json.
+
+        Raises:
+            FileExistsError: the folder holds something already.
+        """
+        check_is_free(self.config.out)
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(describe(self.config, self.dataset), indent=2, ensure_ascii=False) + "\n"
+        with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep other processes out until the end of the block; raises BlockingIOError if one is there."""
+        return only_writer(self.config.out)
+
+    def clean(self) -> None:
+        """Delete what a killed process left unfinished."""
+        for name in ("config.json", CHECKPOINT, PREVIOUS, "metrics.csv", "curves.png"):
+            for path in self.config.out.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
 
     def write_epoch(self, history: Sequence[EpochMetrics], state: dict[str, Any]) -> None:
         """Replace the checkpoint, the table and the curves by those of the last epoch of `history`."""
         checkpoint = {
-            **_to_cpu(state),
+            **state,
             "epoch": history[-1].epoch,
-            "config": self.config.as_dict(),
+            "history": [asdict(metrics) for metrics in history],
+            "config": {**self.config.as_dict(), "flip": self.dataset.flip},
             "classes": list(self.dataset.classes),
         }
-        # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
-        archive = io.BytesIO()
-        torch.save(checkpoint, archive)
-        with whole_file(self.config.out / "checkpoint.pt") as file:
-            file.write(archive.getbuffer())
+        write_checkpoint(self.config.out / CHECKPOINT, checkpoint, self.config.out / PREVIOUS if self.keep else None)
+        self.keep = True
+        self.write_tables(history)
+
+    def write_tables(self, history: Sequence[EpochMetrics]) -> None:
+        """Replace the table and the curves."""
         with whole_file(self.config.out / "metrics.csv") as file:
             file.write(_table(history).encode())
         title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
@@ -73,7 +97,8 @@ class RunFolder:
             draw_curves(file, history, title, self.config.epochs, len(self.dataset.test))
 
 
-def _describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
+def describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """Return what config.json holds."""
     device = torch.device(config.device)
     return {
         **config.as_dict(),
@@ -102,14 +127,3 @@ def _table(history: Sequence[EpochMetrics]) -> str:
     for metrics in history:
         writer.writerow({name: f"{value:.6g}" for name, value in asdict(metrics).items()})
     return text.getvalue()
-
-
-def _to_cpu(state: Any) -> Any:
-    """Move every tensor in nested dicts and lists, so that a checkpoint of a GPU loads on a machine without one."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().cpu()
-    if isinstance(state, dict):
-        return {key: _to_cpu(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_to_cpu(value) for value in state)
-    return state

@@ -1,0 +1,122 @@
+"""A checkpoint: all that a run needs to go on, in one file that shows any damage.
+
+    file = archive of torch.save, its comment being b"resnet_fast sha256 " + SHA-256 of all bytes before the comment
+
+so that `torch.load(path, weights_only=True)` reads it as any other. torch.load itself looks at no checksum: of a weight
+whose bits have changed it notices nothing.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fast import __version__
+from resnet_fast.files import whole_file
+
+FORMAT = 1
+MARK = b"resnet_fast sha256 "
+COMMENT_BYTES = len(MARK) + 64
+
+
+class CheckpointError(RuntimeError):
+    """A file is no checkpoint of this program, or damaged; the message is the reason, after the name of the file."""
+
+
+def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
+    """Replace the checkpoint `path`; the one that was there gets the name `previous`, if one is given.
+
+    `path` is a whole checkpoint at every moment, and `previous` is one from the second on.
+
+    Args:
+        path: of the newest checkpoint.
+        state: plain values and tensors, in dicts, lists and tuples.
+        previous: of the one before; None: what is there is not worth keeping.
+    """
+    # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
+    archive = io.BytesIO()
+    torch.save({"format": FORMAT, **_to_cpu(state)}, archive)
+    archive.seek(-2, os.SEEK_END)  # the length of the comment, 0 until now
+    archive.write(COMMENT_BYTES.to_bytes(2, "little"))
+    digest = hashlib.sha256(archive.getbuffer()).hexdigest()
+    archive.write(MARK + digest.encode())
+    with whole_file(path) as file:
+        file.write(archive.getbuffer())
+        if previous is not None and path.exists():
+            # Before the old one loses its name, the new one must be on the disk.
+            file.flush()
+            os.fsync(file.fileno())
+            _copy(path, previous)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what `write_checkpoint` wrote, after checking every byte.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, damaged, of another program, or of another format.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    comment = data[-COMMENT_BYTES:]
+    if not comment.startswith(MARK):
+        raise CheckpointError(f"{path} {_what_else(data)}")
+    if hashlib.sha256(memoryview(data)[:-COMMENT_BYTES]).hexdigest().encode() != comment[len(MARK) :]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than plain values and tensors, which is not loaded") from error
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, resnet_fast {__version__} reads format {FORMAT}: "
+            "the version that wrote it goes on with it"
+        )
+    return state
+
+
+def _what_else(data: bytes) -> str:
+    """Say what a file without the mark is."""
+    if not data:
+        return "is empty"
+    if not data.startswith(b"PK"):
+        return "is no checkpoint: it does not begin as one"
+    if MARK in data[-COMMENT_BYTES:] or not zipfile.is_zipfile(io.BytesIO(data)):
+        return f"is cut short: its end is missing after {len(data):,} bytes"
+    return "does not end in the checksum of `resnet-fast train`: it is of another program or of an older version"
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """Give a file a second name, or, where the file system has no links, copy it; whole at every moment."""
+    link = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        with open(path, "rb") as source, whole_file(copy) as file:
+            shutil.copyfileobj(source, file)
+        return
+    try:
+        os.replace(link, copy)
+    finally:
+        link.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
+
+
+def _to_cpu(state: Any) -> Any:
+    """Move every tensor in nested dicts and lists, so that a checkpoint of a GPU loads on a machine without one."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_to_cpu(value) for value in state)
+    return state

@@ -1,0 +1,42 @@
+"""The global random states of python, numpy and torch, as values that `torch.load(weights_only=True)` takes.
+
+seed_everything(seed) -> states = random_states(device) -> restore_random_states(states, device)
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """Seed the global random states, and return a generator of its own for the order and the augmentation."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the global states; that of a GPU is only there if `device` is one."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        # torch 2.11 has no random operations on uint32, but int64 holds each of the 624 words.
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Set the global states; that of a GPU if it was saved and there is one."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,96 @@
+"""What a run folder says about a run that stopped: its settings, and the checkpoint it goes on from.
+
+The newest checkpoint is taken or refused, never replaced in silence by the one before: that one must be named.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
+
+# Where a run goes on, not what it computes: these may be others than before.
+MOVABLE = ("data_dir", "device", "workers", "out")
+
+
+class ResumeError(RuntimeError):
+    """A run cannot be resumed; the message gives the reason and, where there is one, what can be done."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that can go on.
+
+    Args:
+        config: its settings.
+        description: all of config.json.
+        checkpoint: of its last finished epoch; None if there is none.
+        is_newest: whether that is checkpoint.pt, not one that was named instead of it.
+    """
+
+    config: TrainConfig
+    description: dict[str, Any]
+    checkpoint: dict[str, Any] | None
+    is_newest: bool
+
+
+def load_run(path: Path | str, **moved: Any) -> SavedRun:
+    """Read the settings and the checkpoint of a run.
+
+    Args:
+        path: a run folder, for its checkpoint.pt, or a checkpoint in it, such as checkpoint-previous.pt.
+        moved: data_dir, device or workers, if they are others than before.
+
+    Raises:
+        ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule.
+        ResumeError: config.json or the checkpoint is missing, damaged, foreign, or they do not belong together.
+    """
+    path = Path(path).expanduser()
+    out = path if path.is_dir() else path.parent
+    name = CHECKPOINT if path.is_dir() else path.name
+    if not (out / "config.json").is_file():
+        raise ValueError(f"resume must be a run folder or a checkpoint in one, {path} is neither: no config.json there")
+    try:
+        description = json.loads((out / "config.json").read_bytes())
+        saved = {field.name: description[field.name] for field in fields(TrainConfig)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResumeError(f"{out / 'config.json'} is not as `resnet-fast train` writes it: {error!r}") from error
+    config = TrainConfig(**{**saved, "out": out, **moved})
+
+    if name == CHECKPOINT and not any((out / other).exists() for other in (CHECKPOINT, PREVIOUS, "metrics.csv")):
+        return SavedRun(config, description, None, is_newest=True)
+    try:
+        checkpoint = _read(out / name, description)
+    except CheckpointError as error:
+        raise ResumeError(f"{error}; {_offer(out, name, description)}") from error
+    return SavedRun(config, description, checkpoint, is_newest=name == CHECKPOINT)
+
+
+def _read(path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint that belongs to config.json."""
+    checkpoint = read_checkpoint(path)
+    for name, value in checkpoint["config"].items():
+        if name not in MOVABLE and value != description[name]:
+            raise CheckpointError(
+                f"{path} is of another run: {name} is {value!r} there and {description[name]!r} in config.json"
+            )
+    return checkpoint
+
+
+def _offer(out: Path, refused: str, description: dict[str, Any]) -> str:
+    """Say which checkpoint beside the refused one is whole."""
+    reasons = []
+    for name in (CHECKPOINT, PREVIOUS):
+        if name == refused:
+            continue
+        try:
+            epoch = _read(out / name, description)["epoch"]
+        except CheckpointError as error:
+            reasons.append(f"{error}; no whole checkpoint is left")
+        else:
+            return f"{out / name} is whole: --resume {shlex.quote(str(out / name))} goes on after epoch {epoch}"
+    return "; ".join(reasons)

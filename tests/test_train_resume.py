@@ -1,0 +1,446 @@
+"""A run that was stopped at any moment goes on to the bits of a run that was not; what cannot be used is refused."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import files
+from resnet_fast.data import ImageDataset, TensorSplit
+from resnet_fast.training import (
+    EpochMetrics,
+    Reporter,
+    Result,
+    ResumeError,
+    TrainConfig,
+    checkpoint,
+    loop,
+    resume,
+    run_folder,
+    train,
+)
+from resnet_fast.training.random_state import random_states, restore_random_states
+
+EPOCHS = 3
+
+
+class Tiny(nn.Module):
+    """Batch norm for buffers, and every global random state for the next weights to depend on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.bn(self.conv(x)).relu().mean((2, 3)))
+        return self.fc(y) * (1 + 0.1 * random.random() + 0.1 * np.random.rand() if self.training else 1)
+
+
+def make_dataset(n_train: int = 41) -> ImageDataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> TensorSplit:
+        images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        return TensorSplit(images, torch.randint(0, 3, (count,), generator=generator))
+
+    return ImageDataset("digits", ("a", "b", "c"), split(n_train), split(19), (0.5,) * 3, (0.2,) * 3, 2, True)
+
+
+class Stop(Reporter):
+    """Raises an exception at a step of an epoch; 0 is before the first."""
+
+    def __init__(self, epoch: int, step: int = 0) -> None:
+        self.at, self.epoch = (epoch, step), 0
+
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        self.epoch = epoch
+        self.step(0, None)
+
+    def step(self, done: int, loss: float | None) -> None:
+        if (self.epoch, done) == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are quicker with one, and on a shared machine much."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def use_tiny(set_attribute: Callable[[object, str, object], None]) -> None:
+    """Put a small network and few images in place of the real ones, and a list in place of the curves."""
+    set_attribute(loop, "MODELS", {"resnet18": lambda *, num_classes, stem: Tiny(num_classes)})
+    set_attribute(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
+    set_attribute(run_folder, "draw_curves", list_curves)  # a picture takes longer than an epoch
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny(monkeypatch.setattr)
+
+
+def list_curves(file: BinaryIO, history: Sequence[EpochMetrics], *rest: object) -> None:
+    file.write(f"{without_times(history)} {rest}".encode())
+
+
+def config_for(out: Path, **settings) -> TrainConfig:
+    defaults = {"dataset": "digits", "epochs": EPOCHS, "batch_size": 8, "device": "cpu", "precision": "fp32"}
+    return TrainConfig(**{**defaults, "out": out, **settings})
+
+
+def stop(out: Path, epoch: int, step: int = 0, **settings) -> Path:
+    """Start a run and stop it there."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config_for(out, **settings), Stop(epoch, step))
+    return out
+
+
+def same_bits(out: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same weights, momentum, generators and, but for times, metrics."""
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, other)]
+    for state in states:
+        del state["seconds"], state["config"]["out"]
+        for metrics in state["history"]:
+            del metrics["seconds"], metrics["images_per_second"]
+    return equal(*states)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def without_times(history: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+    return [replace(metrics, seconds=0, images_per_second=0) for metrics in history]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, one_thread: None) -> Result:
+    """A run that was never stopped."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiny(monkeypatch.setattr)
+        return train(config_for(tmp_path_factory.mktemp("straight") / "run"))
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 4), (2, 0), (2, 1), (2, 5), (3, 0), (3, 3)])
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(epoch: int, step: int, straight: Result, tmp_path: Path):
+    result = resume(stop(tmp_path / "run", epoch, step))
+    assert same_bits(result.out, straight.out)
+    assert without_times(result.history) == without_times(straight.history)
+    weights = straight.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in result.model.state_dict().items())
+    assert not result.model.training
+
+
+def test_same_bits_can_tell_runs_apart(straight: Result, tmp_path: Path):
+    assert not same_bits(train(config_for(tmp_path / "run", seed=1)).out, straight.out)
+
+
+@pytest.mark.parametrize("setting", [{"momentum": 0.0}, {"schedule": "triangular"}, {"flip": False}, {"lr": 1}])
+def test_other_settings_are_resumed_as_they_are(setting: dict, tmp_path: Path):
+    straight = train(config_for(tmp_path / "straight", **setting))
+    result = resume(stop(tmp_path / "run", 2, 3, **setting))
+    assert same_bits(result.out, straight.out)
+
+
+def test_the_files_of_a_resumed_run_show_all_epochs(straight: Result, tmp_path: Path):
+    resume(stop(tmp_path / "run", 3, 2))
+    rows, expected = (
+        [line.split(",")[:6] for line in (out / "metrics.csv").read_text().splitlines()]
+        for out in (tmp_path / "run", straight.out)
+    )
+    assert rows == expected and len(rows) == 1 + EPOCHS
+    names = ["checkpoint-previous.pt", "checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    drawn = [(out / "curves.png").read_bytes() for out in (tmp_path / "run", straight.out)]
+    assert drawn[0] == drawn[1]
+
+
+def test_the_checkpoint_before_is_kept(straight: Result):
+    epochs = [
+        torch.load(straight.out / name, weights_only=True)["epoch"]
+        for name in ("checkpoint-previous.pt", "checkpoint.pt")
+    ]
+    assert epochs == [EPOCHS - 1, EPOCHS]
+
+
+def test_a_finished_run_trains_nothing_and_mends_its_table(straight: Result, tmp_path: Path):
+    result = train(config_for(tmp_path / "run"))
+    table = (result.out / "metrics.csv").read_text()
+    # Killed between the last checkpoint and its table.
+    (result.out / "metrics.csv").write_text("".join(table.splitlines(keepends=True)[:-1]))
+    again = resume(result.out, Stop(EPOCHS + 1))
+    assert again.history == result.history and (result.out / "metrics.csv").read_text() == table
+
+
+def test_the_seconds_of_all_parts_are_added(tmp_path: Path):
+    out = stop(tmp_path / "run", 3)
+    state = checkpoint.read_checkpoint(out / "checkpoint.pt")
+    assert state["seconds"] > sum(metrics["seconds"] for metrics in state["history"])
+    state["seconds"] = 1000.0
+    checkpoint.write_checkpoint(out / "checkpoint.pt", state, None)
+    assert 1000 < resume(out).seconds < 1100
+
+
+def test_a_run_can_be_moved(straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop(tmp_path / "run", 2).rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert same_bits(resume("moved").out, straight.out)
+
+
+def test_the_global_random_states_come_back():
+    cpu = torch.device("cpu")
+    np.random.randn()  # leaves a second normal number behind
+    random.gauss(0, 1)
+    saved = random_states(cpu)
+
+    def draw() -> tuple:
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))
+
+    drawn = draw()
+    assert draw() != drawn
+    restore_random_states(saved, cpu)
+    assert draw() == drawn
+
+
+# What is refused.
+
+
+def damage(name: str) -> Callable[[Path], None]:
+    """Return what makes a good checkpoint bad."""
+
+    def other_format(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(checkpoint, "FORMAT", 2)
+            del state["format"]
+            checkpoint.write_checkpoint(path, state, None)
+
+    def other_settings(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        state["config"]["lr"] = 0.5
+        checkpoint.write_checkpoint(path, state, None)
+
+    def flipped(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        weight = torch.load(path, weights_only=True)["model"]["fc.weight"]
+        data[data.index(weight.numpy().tobytes()) + 2] ^= 1
+        path.write_bytes(data)
+        torch.load(path, weights_only=True)  # notices nothing
+
+    return {
+        "missing": Path.unlink,
+        "empty": lambda path: path.write_bytes(b""),
+        "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+        "zeros at the end": lambda path: path.write_bytes(path.read_bytes()[:3000] + bytes(3000)),
+        "flipped bit": flipped,
+        "a state dict": lambda path: torch.save(Tiny(3).state_dict(), path),
+        "text": lambda path: path.write_text("my weights"),
+        "another format": other_format,
+        "other settings": other_settings,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "is missing"),
+        ("empty", "is empty"),
+        ("truncated", "is cut short: its end is missing after"),
+        ("without its last byte", "is cut short"),
+        ("zeros at the end", "is cut short"),
+        ("flipped bit", "is damaged: its SHA-256 is not the one"),
+        ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
+        ("text", "is no checkpoint: it does not begin as one"),
+        ("another format", r"has format 2, resnet_fast \S+ reads format 1"),
+        ("other settings", "is of another run: lr is 0.5 there and 0.1 in config.json"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_with_its_reason_and_the_one_before_is_offered(
+    name: str, reason: str, straight: Result, tmp_path: Path
+):
+    out = stop(tmp_path / "run", 3)
+    damage(name)(out / "checkpoint.pt")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ResumeError, match=f"checkpoint.pt ({reason}).*; .*previous.pt is whole") as caught:
+        resume(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    offered = re.search(r"--resume (\S+) goes on after epoch 1$", str(caught.value))
+    assert offered and same_bits(resume(offered[1]).out, straight.out)
+
+
+def test_a_changed_bit_anywhere_in_a_checkpoint_shows(tmp_path: Path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write_checkpoint(path, {"model": torch.arange(8.0), "epoch": 1}, None)
+    data = path.read_bytes()
+    for i in [*range(0, len(data), 7), *range(len(data) - 120, len(data))]:
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.read_checkpoint(path)
+    path.write_bytes(data)
+    assert checkpoint.read_checkpoint(path)["epoch"] == 1
+
+
+def test_nothing_in_a_foreign_file_is_run(tmp_path: Path):
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "harm",)
+
+    out = stop(tmp_path / "run", 2)
+    checkpoint.write_checkpoint(out / "checkpoint.pt", {"config": Harm()}, None)  # with a checksum that is right
+    with pytest.raises(ResumeError, match="checkpoint.pt holds more than plain values"):
+        resume(out)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_no_whole_checkpoint_left_is_said(tmp_path: Path):
+    out = stop(tmp_path / "run", 3)
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        os.truncate(out / name, 100)
+    with pytest.raises(ResumeError, match=r"checkpoint.pt is cut short.*previous.pt is cut short.*no whole checkpoint"):
+        resume(out)
+
+
+def test_lost_checkpoints_are_no_new_run(tmp_path: Path):
+    out = stop(tmp_path / "run", 2)
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(ResumeError, match="checkpoint.pt is missing"):
+        resume(out)
+
+
+def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = stop(tmp_path / "run", 3)
+    os.truncate(out / "checkpoint.pt", 100)
+    resumed = []
+    monkeypatch.setattr(loop, "load_run", lambda *args, load=loop.load_run: resumed.append(load(*args)) or resumed[-1])
+    with pytest.raises(KeyboardInterrupt):
+        resume(out / "checkpoint-previous.pt", Stop(3))
+    assert resumed[0].checkpoint["epoch"] == 1
+    epochs = [checkpoint.read_checkpoint(out / f"checkpoint{name}.pt")["epoch"] for name in ("-previous", "")]
+    assert epochs == [1, 2]
+
+
+def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = stop(tmp_path / "run", 2)
+    monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: make_dataset(n_train=40))
+    with pytest.raises(ResumeError, match="train_images is 40, .*config.json says 41"):
+        resume(out)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_config_is_refused(text: str, tmp_path: Path):
+    out = stop(tmp_path / "run", 2)
+    (out / "config.json").write_text(text)
+    with pytest.raises(ResumeError, match="config.json is not as `resnet-fast train` writes it"):
+        resume(out)
+
+
+@pytest.mark.parametrize("path", ["absent", "empty", "empty/checkpoint.pt"])
+def test_a_folder_without_a_run_is_no_argument(path: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=f"resume must be a run folder or a checkpoint in one, {tmp_path / path} is neither"
+    ):
+        resume(tmp_path / path)
+
+
+# Disks and signals.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the lock is POSIX's")
+def test_two_processes_are_never_at_one_run(straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = stop(tmp_path / "run", 2)
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with files.only_writer(out), pytest.raises(BlockingIOError, match=f"another process writes to {out}"):
+        resume(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert same_bits(resume(out).out, straight.out)
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
+def test_a_disk_that_fails_keeps_whole_checkpoints_to_go_on_from(
+    call: str, straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = stop(tmp_path / "run", 3)
+
+    def fail(*args, **kwargs) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, call, fail)
+        if call == "link":  # nor can the file be copied then
+            full.setattr(checkpoint.shutil, "copyfileobj", fail)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.write_checkpoint(out / "checkpoint.pt", {"epoch": 3}, out / "checkpoint-previous.pt")
+    epochs = [checkpoint.read_checkpoint(out / f"checkpoint{name}.pt")["epoch"] for name in ("-previous", "")]
+    assert epochs == [1, 2]
+    assert not list(out.glob(".*"))
+    assert same_bits(resume(out).out, straight.out)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX")
+def test_a_checkpoint_for_which_there_is_no_room_keeps_the_one_before(straight: Result, tmp_path: Path):
+    import resource
+
+    out = stop(tmp_path / "run", 2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["checkpoint.pt"]) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            resume(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert same_bits(resume(out).out, straight.out)
+
+
+def test_a_file_system_without_links_keeps_the_checkpoint_before(
+    straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    out = train(config_for(tmp_path / "run")).out
+    assert same_bits(out, straight.out)
+    assert checkpoint.read_checkpoint(out / "checkpoint-previous.pt")["epoch"] == EPOCHS - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
+@pytest.mark.parametrize("when", ["random", "calls"])
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_never_killed(when: str, straight: Result, tmp_path: Path):
+    """20 times at random, and once before each call of the file system that a run makes."""
+    worker = Path(__file__).with_name("resume_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(worker.parents[1])}
+    command = [sys.executable, str(worker), str(tmp_path), when]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= {"random": 20, "calls": 3 * EPOCHS}[when]
+    runs = list(tmp_path.iterdir())
+    names = {path.name for path in straight.out.iterdir()}
+    for out in runs:
+        assert same_bits(out, straight.out)
+        assert {path.name for path in out.iterdir()} == names  # nothing is left half done
+        assert (out / "curves.png").read_bytes() == (straight.out / "curves.png").read_bytes()
