@@ -117,7 +117,7 @@ def run(
 def _dense_vectors(*norms: BatchNormArgs) -> list[BatchNormArgs]:
     """The kernels address a vector by its first element alone. A vector that two norms share stays one."""
     vectors = {id(value): value.contiguous() for norm in norms for value in norm if isinstance(value, Tensor)}
-    return [norm._make(vectors.get(id(value), value) for value in norm) for norm in norms]
+    return [norm._make(vectors[id(value)] if isinstance(value, Tensor) else value for value in norm) for norm in norms]
 
 
 def _copy_back(given: Tensor | None, used: Tensor | None) -> None:

@@ -61,7 +61,8 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {requested!r}")
     if requested == "aten":
         return "aten"
-    if torch.compiler.is_exporting():
+    # What torch.compiler.is_exporting() returns, which torch 2.11's compiler takes for true in torch.compile, too.
+    if torch.compiler._is_exporting_flag:
         reason = "torch.export keeps ATen operators alone"
     elif torch._C._are_functorch_transforms_active():  # as torch.autograd.Function asks
         reason = "torch.func transforms ATen operators alone"
