@@ -31,13 +31,12 @@ from benchmarks.networks import (
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
 from resnet_fast.profiling.check import rounding_of
+from resnet_fast.profiling.measure import LEARNING_RATE
+from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
 from resnet_fast.training.step import training_step
 
 BATCH_SIZES = {"cpu": (32,), "cuda": (128, 512, 1024)}
 CASE = "ResNet-18, 3x3 stem"
-N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
-# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
-LEARNING_RATE = 0.01
 # Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.
 N_ROUNDINGS = 36
 
@@ -182,7 +181,7 @@ class StepLevel(Level):
         def batch() -> Batch:
             # Never zeros, on which a processor draws less power and clocks higher.
             images = torch.randn(shape, generator=generator)
-            return images.to(device), torch.randint(10, shape[:1], generator=generator).to(device)
+            return images.to(device), torch.randint(N_CLASSES, shape[:1], generator=generator).to(device)
 
         model, batches = eager_resnet18(), [batch() for _ in range(N_BATCHES)]
         for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ WRITTEN = pytest.StashKey[dict]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fast")
-    group.addoption("--quick", action="store_true", help="few settings, few rounds: 3 minutes on 2 cores, 5 on a GPU")
+    group.addoption("--quick", action="store_true", help="few settings and rounds, no long compilation")
     group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's own number")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption(

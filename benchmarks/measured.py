@@ -251,15 +251,14 @@ def _limits(path: Path, table: Sequence[dict[str, str]]) -> MeasuredLimits:
 
 
 def _parts(path: Path, table: Sequence[dict[str, str]]) -> tuple[list[Part], str]:
-    """Summed up by category. `resnet-fast profile` and the report change apart, so of its columns few are needed."""
+    """Summed up by category, and what the file says of its machine."""
     if not table:
         return [], ""
-    ms = "ms_per_step" if "ms_per_step" in table[0] else "ms"
-    _need(path, table[0], ("provider", "category", ms))
+    _need(path, table[0], ("provider", "category", "ms_per_step", "precision", "batch_size"))
     sums: dict[tuple[str, str, str, str], float] = {}
     for line, row in enumerate(table, 1):
-        key = (row.get("precision", ""), row.get("batch_size", ""), row["provider"], row["category"])
-        sums[key] = sums.get(key, 0.0) + _number(path, line, row, ms)
-    about = {"device": "", "torch": "torch ", "triton": "triton ", "commit": "commit ", "date_utc": ""}
+        key = (row["precision"], row["batch_size"], row["provider"], row["category"])
+        sums[key] = sums.get(key, 0.0) + _number(path, line, row, "ms_per_step")
+    about = {"device": "", "torch": "torch ", "triton": "triton ", "date_utc": ""}
     said = [f"{word}{table[0][name]}" for name, word in about.items() if table[0].get(name)]
     return [Part(*key, total) for key, total in sums.items()], ", ".join(said)

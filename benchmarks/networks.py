@@ -6,27 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-import resnet_fast  # before torchvision, which it lets import beside a CPU build of torch
-from resnet_fast.models.resnet import give_cifar_stem
-
-# isort: split
-from torchvision.models import resnet18 as torchvision_resnet18
-
 from benchmarks.harness import Setting
+from resnet_fast.profiling import providers
+from resnet_fast.training import TrainConfig
 
-N_CLASSES = 10
 PRECISIONS = ["bf16", "fp32"]
+RESNET18 = TrainConfig(model="resnet18", stem="cifar", device="cpu")
 
 
 def eager_resnet18() -> nn.Module:
-    """torchvision's ResNet-18, with the stem changed as its users change it."""
-    model = torchvision_resnet18(num_classes=N_CLASSES)
-    give_cifar_stem(model)
-    return model
+    return providers.eager(RESNET18)
 
 
 def fused_resnet18() -> nn.Module:
-    return resnet_fast.resnet18(stem="cifar", num_classes=N_CLASSES)
+    return providers.fused(RESNET18)
 
 
 def on_cuda(setting: Setting, device: torch.device) -> str | None:

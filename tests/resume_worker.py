@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import test_train_resume as shared
+import tiny_run as shared
 import torch
 
 from resnet_fast.training import checkpoint, loop, resume, train
