@@ -21,6 +21,7 @@ setup(
     # collide with another project's.
     packages=[
         "resnet_fast",
+        "resnet_fast.cli",
         "resnet_fast.data",
         "resnet_fast.kernels",
         "resnet_fast.models",

@@ -70,7 +70,7 @@ def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fast.cli.run_training", stop)
+    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
     options = {
         "model": "resnet50",
         "stem": "imagenet",
@@ -100,7 +100,7 @@ def test_the_command_and_the_config_have_the_same_defaults(monkeypatch: pytest.M
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fast.cli.run_training", stop)
+    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
     run("--out", "x")
     assert seen == [TrainConfig(out="x")]
 
@@ -341,7 +341,9 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tm
 
 def test_resume_may_be_told_where_data_and_processor_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr("resnet_fast.cli.resume_training", lambda run, reporter: seen.append(run.config) or stop())
+    monkeypatch.setattr(
+        "resnet_fast.cli.train.resume_training", lambda run, reporter: seen.append(run.config) or stop()
+    )
 
     def stop() -> None:
         raise KeyboardInterrupt

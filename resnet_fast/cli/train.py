@@ -1,56 +1,33 @@
-"""The command line: `resnet-fast train`, `resnet-fast profile` and `resnet-fast doctor`.
-
-Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full) or a machine on which
-something needed is missing or computes wrong, 2 a wrong argument, 130 interrupted, 143 terminated.
-"""
+"""`resnet-fast train`."""
 
 import os
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import torch
+import typer
 
-try:
-    import typer
-
-    from resnet_fast.data import DATASETS, DataError
-    from resnet_fast.doctor import Finding, diagnose, exit_code, format_end, format_finding
-    from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
-    from resnet_fast.profiling.report import Report
-    from resnet_fast.training import (
-        MODELS,
-        RECIPES,
-        DivergedError,
-        Reporter,
-        Result,
-        ResumeError,
-        TrainConfig,
-        load_run,
-    )
-    from resnet_fast.training import resume as resume_training
-    from resnet_fast.training import train as run_training
-    from resnet_fast.training.config import PRECISIONS, STEMS
-    from resnet_fast.training.console import make_reporter
-    from resnet_fast.training.run_folder import check_is_free
-    from resnet_fast.training.schedule import SCHEDULES
-except ModuleNotFoundError as error:
-    if error.name not in ("typer", "rich", "matplotlib"):
-        raise
-    sys.exit(f"resnet-fast: error: {error.name} is not installed; pip install 'resnet-fast[train]'")
-
-# Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
-app = typer.Typer(name="resnet-fast", add_completion=False, no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def main() -> None:
-    """Fast ResNets for images like CIFAR-10."""
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.data import DATASETS, DataError
+from resnet_fast.training import (
+    MODELS,
+    RECIPES,
+    DivergedError,
+    Reporter,
+    Result,
+    ResumeError,
+    TrainConfig,
+    load_run,
+)
+from resnet_fast.training import resume as resume_training
+from resnet_fast.training import train as run_training
+from resnet_fast.training.config import PRECISIONS, STEMS
+from resnet_fast.training.console import make_reporter
+from resnet_fast.training.schedule import SCHEDULES
 
 
 def _by_dataset(field: str) -> str:
@@ -64,10 +41,6 @@ def _option_names(parameters: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in parameters)
 
 
-def _choices(names: object) -> str:
-    return "|".join(names)  # type: ignore[arg-type]
-
-
 # What a run that goes on may be told: where the data are and what computes, not what is computed.
 BESIDE_RESUME = ("device", "data_dir", "workers")
 
@@ -75,14 +48,14 @@ BESIDE_RESUME = ("device", "data_dir", "workers")
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(metavar=_choices(MODELS), help="The network.")] = TrainConfig.model,
+    model: Annotated[str, typer.Option(metavar=choices(MODELS), help="The network.")] = TrainConfig.model,
     stem: Annotated[
-        str, typer.Option(metavar=_choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
+        str, typer.Option(metavar=choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
     ] = TrainConfig.stem,
     dataset: Annotated[
         str,
         typer.Option(
-            metavar=_choices(DATASETS),
+            metavar=choices(DATASETS),
             help="cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
         ),
     ] = TrainConfig.dataset,
@@ -106,14 +79,14 @@ def train(
         typer.Option("--flip/--no-flip", help="Mirror half of the training images. [default: flip; digits: no-flip]"),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(metavar=_choices(SCHEDULES), help="How the rate moves.")
+        str, typer.Option(metavar=choices(SCHEDULES), help="How the rate moves.")
     ] = TrainConfig.schedule,
     weight_decay: Annotated[float, typer.Option(help="Of every parameter.")] = TrainConfig.weight_decay,
     momentum: Annotated[float, typer.Option(help="Nesterov's.")] = TrainConfig.momentum,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = TrainConfig.seed,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
     precision: Annotated[
-        str, typer.Option(metavar=_choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
+        str, typer.Option(metavar=choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
     ] = TrainConfig.precision,
     workers: Annotated[
         int | None,
@@ -156,7 +129,7 @@ def train(
             **left_open,
         )
     except ValueError as error:
-        _stop(2, f"error: {error}")
+        stop(2, f"error: {error}")
     _run_to_the_end(config, lambda reporter: run_training(config, reporter))
 
 
@@ -169,7 +142,7 @@ def _resume(context: typer.Context, path: Path) -> None:
     ]
     refused = [name for name in given if name not in (*BESIDE_RESUME, "resume")]
     if refused:
-        _stop(
+        stop(
             2,
             f"error: --resume keeps the settings of the run; beside it only {_option_names(BESIDE_RESUME)} may be "
             f"given, got {_option_names(refused)}",
@@ -177,9 +150,9 @@ def _resume(context: typer.Context, path: Path) -> None:
     try:
         saved = load_run(path, **{name: context.params[name] for name in given if name in BESIDE_RESUME})
     except ValueError as error:
-        _stop(2, f"error: {error}")
+        stop(2, f"error: {error}")
     except (ResumeError, OSError) as error:
-        _stop(1, f"error: {error}")
+        stop(1, f"error: {error}")
     _run_to_the_end(saved.config, lambda reporter: resume_training(saved, reporter))
 
 
@@ -198,16 +171,16 @@ def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> N
         finally:
             reporter.close()
     except FileExistsError as error:
-        _stop(2, f"error: {error}")
-    except (KeyboardInterrupt, _Terminated) as stop:
-        code, word = (130, "interrupted") if isinstance(stop, KeyboardInterrupt) else (143, "terminated")
-        _stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
+        stop(2, f"error: {error}")
+    except (KeyboardInterrupt, _Terminated) as arrived:
+        code, word = (130, "interrupted") if isinstance(arrived, KeyboardInterrupt) else (143, "terminated")
+        stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
     except DivergedError as error:
-        _stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
+        stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
     except (ResumeError, BlockingIOError) as error:
-        _stop(1, f"error: {error}")
+        stop(1, f"error: {error}")
     except (DataError, OSError) as error:
-        _stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))
+        stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))
     reporter.finish(result)
 
 
@@ -216,7 +189,7 @@ def _sigterm_raises() -> Iterator[None]:
     """Let SIGTERM end the block by _Terminated, as Ctrl-C ends it by KeyboardInterrupt."""
     process = os.getpid()
 
-    def stop(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         if os.getpid() != process:  # one that reads images has the handler too, until torch gives it another
             os._exit(143)
         if hasattr(signal, "SIGCHLD"):
@@ -227,80 +200,11 @@ def _sigterm_raises() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
-@app.command()
-def profile(
-    model: Annotated[str, typer.Option(metavar=_choices(MODELS), help="The network.")] = TrainConfig.model,
-    stem: Annotated[
-        str, typer.Option(metavar=_choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
-    ] = TrainConfig.stem,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
-    ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
-    precision: Annotated[
-        str, typer.Option(metavar=_choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
-    ] = TrainConfig.precision,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder, new or empty. [default: runs/profile-<model>-<time>]", show_default=False),
-    ] = None,
-) -> None:
-    """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
-    try:
-        config = profile_config(model, stem, batch_size, precision, device, image_size, out)
-        check_is_free(config.out)
-    except (ValueError, FileExistsError) as error:
-        _stop(2, f"error: {error}")
-    report = Report(config, steps)
-    report.start()
-    try:
-        profiles = profile_steps(config, steps)
-        report.show(profiles)
-        names = write_files(config.out, profiles, config)
-    except KeyboardInterrupt:
-        # Each file is there as a whole or not at all, and hidden ones are not left behind.
-        kept = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
-        _stop(130, f"interrupted; {config.out} keeps {', '.join(kept)}" if kept else "interrupted; nothing was written")
-    except (ProfileError, torch.OutOfMemoryError, OSError) as error:
-        _stop(1, f"error: {error}")
-    report.finish(config.out, names)
-
-
-@app.command()
-def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
-) -> None:
-    """Say what runs here and why, check that it computes right, and say what to do where something is missing."""
-
-    def show(finding: Finding) -> None:
-        for line in format_finding(finding):
-            print(line, flush=True)  # the next finding may take seconds
-
-    try:
-        findings = diagnose(device, show)
-    except ValueError as error:
-        _stop(2, f"error: {error}; resnet-fast doctor without --device says what there is")
-    except KeyboardInterrupt:
-        _stop(130, "interrupted")
-    print(f"\n{format_end(findings)}")
-    raise typer.Exit(exit_code(findings))
-
-
-def _stop(code: int, message: str) -> NoReturn:
-    typer.echo(f"resnet-fast: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def _is_started(out: Path) -> bool:
@@ -315,7 +219,3 @@ def _what_is_kept(out: Path) -> str:
         return f"no epoch was finished, {out} keeps config.json only"
     epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
     return f"{out} keeps the checkpoint, metrics and curves up to epoch {epochs}"
-
-
-if __name__ == "__main__":
-    app(prog_name="resnet-fast")

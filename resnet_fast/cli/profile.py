@@ -1,0 +1,58 @@
+"""`resnet-fast profile`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
+from resnet_fast.profiling.report import Report
+from resnet_fast.training import MODELS, TrainConfig
+from resnet_fast.training.config import PRECISIONS, STEMS
+from resnet_fast.training.run_folder import check_is_free
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(metavar=choices(MODELS), help="The network.")] = TrainConfig.model,
+    stem: Annotated[
+        str, typer.Option(metavar=choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
+    ] = TrainConfig.stem,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
+    precision: Annotated[
+        str, typer.Option(metavar=choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
+    ] = TrainConfig.precision,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, new or empty. [default: runs/profile-<model>-<time>]", show_default=False),
+    ] = None,
+) -> None:
+    """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
+    try:
+        config = profile_config(model, stem, batch_size, precision, device, image_size, out)
+        check_is_free(config.out)
+    except (ValueError, FileExistsError) as error:
+        stop(2, f"error: {error}")
+    report = Report(config, steps)
+    report.start()
+    try:
+        profiles = profile_steps(config, steps)
+        report.show(profiles)
+        names = write_files(config.out, profiles, config)
+    except KeyboardInterrupt:
+        # Each file is there as a whole or not at all, and hidden ones are not left behind.
+        kept = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
+        stop(130, f"interrupted; {config.out} keeps {', '.join(kept)}" if kept else "interrupted; nothing was written")
+    except (ProfileError, torch.OutOfMemoryError, OSError) as error:
+        stop(1, f"error: {error}")
+    report.finish(config.out, names)
