@@ -37,6 +37,9 @@ MIN_ROWS_PER_SPLIT = 64
 COMBINE_BLOCK_C = 16
 COMBINE_BLOCK_S = 128
 
+# Augmentation: 256 pixels of 3 (4 with the masked one) channels are 8 elements a thread, and four programs a 32x32 image.
+AUGMENT_PIXELS = 256
+
 
 class Tiles(NamedTuple):
     """How one tensor is cut: tiles for the elementwise kernels, splits of rows for the reductions."""

@@ -2,27 +2,30 @@
 
 from pathlib import Path
 
-from resnet_fast.data.augment import crop_and_flip, normalize
+from resnet_fast.data.augment import Augmentation, epoch_plan, normalize
 from resnet_fast.data.cifar10 import load_cifar10
-from resnet_fast.data.dataset import DataError, ImageDataset, Split, TensorSplit, training_steps
+from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit
 from resnet_fast.data.digits import load_digits
 from resnet_fast.data.folder import load_folder
+from resnet_fast.data.loader import Loader
 
 DATASETS = ("cifar10", "digits", "folder")
 
 __all__ = [
     "DATASETS",
+    "Augmentation",
+    "Batch",
     "DataError",
     "ImageDataset",
+    "Loader",
     "Split",
     "TensorSplit",
-    "crop_and_flip",
+    "epoch_plan",
     "load_cifar10",
     "load_dataset",
     "load_digits",
     "load_folder",
     "normalize",
-    "training_steps",
 ]
 
 

@@ -1,50 +1,83 @@
-"""Random crop, horizontal flip and normalization of a uint8 batch, on its device.
+"""What happens to a training image, and the random numbers for it: an epoch's order and augmentation as one table.
 
-With per-image shifts (sy, sx) in 0 … 2·padding and a per-image flip,
+    plan = epoch_plan(dataset.train, augmentation, seed=0, epoch=1)     # int32 [N, 6], row by row the epoch's images
 
-    y[n, c, i, j] = (x[n, c, i + sy - padding, j' + sx - padding] / 255 - mean[c]) / std[c]
-    j' = j, or W - 1 - j where the image is flipped;   x is 0 (black) outside of the image
-
-which is torchvision's RandomCrop(padding) -> RandomHorizontalFlip -> ToTensor -> Normalize, for a whole batch at once.
+The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same wherever, on however many processes and
+however often an epoch is computed. `resnet_fast.ops.augment` makes batches of it.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+FLIPS = ("none", "random", "alternating")
+PADDINGS = ("zero", "reflect")
 
-def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `padding` pixels each way and mirror half of them.
 
-    The random numbers are drawn on the generator's device and then moved, so that a CPU generator gives the same
-    augmentation wherever the images are.
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image.
 
     Args:
-        images: [N, 3, H, W], any dtype.
-        padding: pixels, 0 for no crop.
-        flip: mirror each image with probability 1/2.
-        generator: the only source of randomness.
+        mean, std: per channel, of images in [0, 1].
+        crop: pixels that a random crop may reach beyond each edge; 0 for no crop.
+        padding: what it sees there: "zero" (black) or "reflect".
+        flip: "none", "random" (each image with probability 1/2, each epoch anew) or "alternating" (half of the images
+            in one epoch, the other half in the next, so that two epochs show each image both ways; Jordan 2024,
+            arXiv:2404.00498, section 3.6).
+        cutout: side of the square that is set to the mean color, in pixels; 0 for none.
+
+    Raises:
+        ValueError: an unknown flip or padding.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: int = 0
+    padding: str = "zero"
+    flip: str = "none"
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("flip", FLIPS), ("padding", PADDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """Return a generator for these numbers; torch's own seed would drop all but 32 bits."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch's images and what is drawn for each.
+
+    All is drawn whatever the augmentation, so that switching one part of it changes that part alone.
+
+    Args:
+        n_images: of the split.
+        size: their height and width, in pixels.
+        augmentation: what is done to them.
+        seed, epoch: what the numbers are drawn from; epochs count from 1.
 
     Returns:
-        [N, 3, H, W], the dtype of `images`, channels_last.
+        [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x.
     """
-    n_images, _, height, width = images.shape
-    draws = torch.randint(0, 2 * padding + 1, (2, n_images), generator=generator, device=generator.device)
-    mirrored = torch.rand(n_images, generator=generator, device=generator.device) < 0.5
-    if not flip:
-        mirrored.zero_()
-
-    device = images.device
-    shift_y, shift_x = draws.to(device, non_blocking=True)
-    rows = shift_y[:, None] + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device).expand(n_images, width)
-    columns = torch.where(mirrored.to(device, non_blocking=True)[:, None], width - 1 - columns, columns)
-    columns = columns + shift_x[:, None]
-
-    padded = F.pad(images, (padding,) * 4)
-    index = torch.arange(n_images, device=device)[:, None, None]
-    # Indices around a slice put the sliced channels last: the gather writes NHWC, which seen as NCHW is channels_last.
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    generator = seeded(seed, epoch)
+    order = torch.randperm(n_images, generator=generator)
+    shifts = torch.randint(2 * augmentation.crop + 1, (n_images, 2), generator=generator)
+    mirror = torch.randint(2, (n_images, 1), generator=generator)
+    corners = [
+        torch.randint(max(side - augmentation.cutout, 0) + 1, (n_images, 1), generator=generator) for side in size
+    ]
+    if augmentation.flip == "none":
+        mirror.zero_()
+    if augmentation.flip == "alternating":
+        first = torch.randint(2, (n_images,), generator=seeded(seed))  # of each image, in the order of the data set
+        mirror = ((first[order] + epoch) % 2)[:, None]
+    return torch.cat([order[:, None], shifts, mirror, *corners], 1).int()
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -55,9 +88,9 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
         mean, std: one value per channel, of images in [0, 1].
 
     Returns:
-        [N, 3, H, W], fp32, channels_last.
+        [N, 3, H, W], fp32, channels_last; the bits that `ops.augment` gives images that it leaves in place.
     """
-    scale = 1 / (255 * torch.tensor(std, device=images.device))
-    shift = torch.tensor(mean, device=images.device) * 255
+    shift = torch.tensor([255 * value for value in mean], device=images.device)
+    scale = torch.tensor([1 / (255 * value) for value in std], device=images.device)
     images = images.to(dtype=torch.float32, memory_format=torch.channels_last)
     return (images - shift[:, None, None]) * scale[:, None, None]

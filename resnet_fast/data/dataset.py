@@ -1,22 +1,42 @@
 """What a data set is: two splits that hand out uint8 batches, and what is needed to normalize and augment them.
 
     dataset = load_dataset("digits")
-    for images, labels in dataset.train.batches(32, generator):   # uint8 [32, 3, 32, 32], int64 [32]
+    for images, labels in dataset.test.batches(32):   # uint8 [32, 3, 32, 32], int64 [32], in order
+        ...
+    for batch in dataset.train.planned(plan, sizes):  # shuffled: see loader.py
         ...
 
-A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device, in augment.py.
+A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from resnet_fast.data.augment import seeded
+
+HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
+
 
 class DataError(RuntimeError):
     """A data set is missing, incomplete or damaged; the message says what to do about it."""
+
+
+class Batch(NamedTuple):
+    """What a training batch is made of, on its device.
+
+    Args:
+        images: [N, 3, H, W], uint8, channels_last: a whole split, the same tensor in every batch, or those of this one.
+        labels: [N], int64.
+        plan: [B, 6], int32: which of them are taken, and what is done to each (augment.py: epoch_plan).
+    """
+
+    images: Tensor
+    labels: Tensor
+    plan: Tensor
 
 
 class Split(Protocol):
@@ -24,37 +44,37 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def to(self, device: torch.device) -> "Split":
-        """Return the split with its batches on `device`."""
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
         ...
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images uint8 [B, 3, H, W], labels int64 [B]), in the order of `batch_indices`."""
+    def to(self, device: torch.device, images: str = "auto") -> "Split":
+        """Return the split with its batches on `device`.
+
+        Args:
+            device: where they are used.
+            images: of a split in files: "memory" reads all of them now and keeps them there, "stream" reads each when
+                it is needed, "auto" keeps them where they take at most a quarter of a GPU's free memory, or 2 GiB.
+        """
         ...
 
+    def subset(self, indices: Tensor) -> "Split":
+        """Return the split of these images, [n] of int64."""
+        ...
 
-def batch_indices(n_images: int, batch_size: int, generator: torch.Generator | None) -> list[Tensor]:
-    """Cut the images 0 … n_images - 1 into batches of indices.
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images uint8 [B, 3, H, W], labels int64 [B]) of all images, in order."""
+        ...
 
-    With a generator (training) the order is shuffled anew at each call, and a last batch of one single image is left
-    out, because batch norm cannot take statistics over one value; which image that is changes with the order. Without
-    a generator (evaluation) the order is fixed and every image is there.
-    """
-    if generator is None:
-        return list(torch.arange(n_images).split(batch_size))
-    batches = list(torch.randperm(n_images, generator=generator).split(batch_size))
-    return batches[: training_steps(n_images, batch_size)]
-
-
-def training_steps(n_images: int, batch_size: int) -> int:
-    """Return how many batches of `batch_indices` an epoch of training has."""
-    full, rest = divmod(n_images, batch_size)
-    return full + (rest > 1)
+    def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
+        """Yield a batch for every so many rows of `plan`, [sum of sizes, 6]."""
+        ...
 
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """A split held in memory.
+    """A split held in memory, on the device that trains.
 
     Args:
         images: [N, 3, H, W], uint8.
@@ -74,17 +94,31 @@ class TensorSplit:
         if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
             got = f"{list(self.labels.shape)}, {self.labels.dtype}"
             raise ValueError(f"labels must be [{len(self.images)}], torch.int64, got {got}")
+        # The way to set a field of a frozen dataclass.
+        object.__setattr__(self, "images", self.images.contiguous(memory_format=torch.channels_last))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> "TensorSplit":
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[2], self.images.shape[3]
+
+    def to(self, device: torch.device, images: str = "auto") -> "TensorSplit":
         return TensorSplit(self.images.to(device), self.labels.to(device))
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in batch_indices(len(self), batch_size, generator):
-            indices = indices.to(self.images.device)
-            yield self.images[indices], self.labels[indices]
+    def subset(self, indices: Tensor) -> "TensorSplit":
+        indices = indices.to(self.images.device)
+        return TensorSplit(self.images[indices], self.labels[indices])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+
+    def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
+        if self.images.device.type == "cuda":
+            plan = plan.pin_memory()
+        for rows in plan.to(self.images.device, non_blocking=True).split(list(sizes)):
+            yield Batch(self.images, self.labels, rows)
 
 
 @dataclass(frozen=True)
@@ -96,7 +130,7 @@ class ImageDataset:
         classes: the name of each label.
         train, test: the two splits.
         mean, std: per channel, of the training images scaled to [0, 1].
-        crop_padding: pixels of black that a random crop may shift in at each side; 0 for no crop.
+        crop_padding: pixels that a random crop may usefully reach beyond each edge; 0 for no crop.
         flip: whether a mirrored image still shows its class.
     """
 
@@ -108,6 +142,22 @@ class ImageDataset:
     std: tuple[float, float, float]
     crop_padding: int
     flip: bool
+
+    def to(self, device: torch.device, images: str = "auto") -> "ImageDataset":
+        """Return the data set with both splits as `Split.to` returns them."""
+        return replace(self, train=self.train.to(device, images), test=self.test.to(device, images))
+
+    def hold_out(self, n_images: int) -> "ImageDataset":
+        """Return the data set with `n_images` of the training images, always the same, in place of the test images.
+
+        Raises:
+            ValueError: fewer than 1, or no 2 images would be left to train on.
+        """
+        if not 1 <= n_images <= len(self.train) - 2:
+            raise ValueError(f"holdout must be 1 to {len(self.train) - 2} of {len(self.train)} images, got {n_images}")
+        order = torch.randperm(len(self.train), generator=seeded(HOLDOUT_SEED))
+        held_out, train = order[:n_images].sort().values, order[n_images:].sort().values
+        return replace(self, train=self.train.subset(train), test=self.train.subset(held_out))
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

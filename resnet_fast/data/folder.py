@@ -1,9 +1,9 @@
 """A folder of images: FOLDER/train/<class>/… and FOLDER/test/<class>/…, in any format that Pillow reads.
 
-Images are read and resized by worker processes as they are needed, so the set may be larger than memory.
+Images are read and resized by worker processes: once, where all of them fit in memory as bytes, else as they are needed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from resnet_fast.data.dataset import DataError, ImageDataset, batch_indices, channel_statistics
+from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
 
+READ_TOGETHER = 256  # images to a message of a worker, when all are read
+MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
 STATISTICS_IMAGES = 2048  # enough for mean and std to three digits; reading all of a large folder would take minutes
 
 
@@ -67,9 +69,8 @@ def _list_images(folder: Path, layout: str) -> ImageFolder:
 
 
 def _statistics(split: "FolderSplit") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    spaced = np.linspace(0, len(split) - 1, min(len(split), STATISTICS_IMAGES)).round().astype(int)
-    chosen = FolderSplit(_Images([split.images.samples[i] for i in spaced], split.images.image_size), split.workers)
-    return channel_statistics(torch.cat([images for images, _ in chosen.batches(64)]))
+    spaced = torch.linspace(0, len(split) - 1, min(len(split), STATISTICS_IMAGES)).round().long()
+    return channel_statistics(torch.cat([images for images, _ in split.subset(spaced).batches(64)]))
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,12 @@ def _collate(samples: list[tuple[Tensor, int] | _Unreadable]) -> tuple[Tensor, T
             return sample
         images.append(sample[0])
         labels.append(sample[1])
-    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """A split read from files by `workers` processes (0: by this one)."""
+    """A split read from files by `workers` processes (0: by this one), again each time."""
 
     images: _Images
     workers: int
@@ -120,16 +121,47 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> "FolderSplit":
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.image_size, self.images.image_size
+
+    def to(self, device: torch.device, images: str = "auto") -> Split:
+        if images == "memory" or (images == "auto" and self.fits(device)):
+            return self._in_memory().to(device)
         return FolderSplit(self.images, self.workers, device)
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        # The order is drawn here and not by the loader: it depends on the generator alone, not on the workers.
-        indices = [batch.tolist() for batch in batch_indices(len(self), batch_size, generator)]
+    def subset(self, indices: Tensor) -> "FolderSplit":
+        samples = [self.images.samples[i] for i in indices.tolist()]
+        return FolderSplit(_Images(samples, self.images.image_size), self.workers, self.device)
+
+    def _in_memory(self) -> TensorSplit:
+        images, labels = zip(*FolderSplit(self.images, self.workers).batches(READ_TOGETHER), strict=True)
+        return TensorSplit(torch.cat(images), torch.cat(labels))
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether all images, as bytes, take a small part of the memory of `device`."""
+        budget = MEMORY_BUDGET
+        if device.type == "cuda":
+            budget = torch.cuda.mem_get_info(device)[0] // 4
+        return 3 * self.images.image_size**2 * len(self) <= budget
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._read(list(torch.arange(len(self)).split(batch_size)))
+
+    def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
+        parts = plan.split(list(sizes))
+        for rows, (images, labels) in zip(parts, self._read([rows[:, 0] for rows in parts]), strict=True):
+            rows = rows.clone()
+            rows[:, 0] = torch.arange(len(rows))  # of this batch's images
+            yield Batch(images, labels, rows.to(self.device, non_blocking=True))
+
+    def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images and labels of each part, [B] indices."""
+        # The order is given and not drawn by the loader: it does not depend on the workers.
         loader = DataLoader(
             self.images,
-            batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists will do
-            num_workers=min(self.workers, len(indices)),
+            batch_sampler=[part.tolist() for part in parts],  # type: ignore[arg-type]  # any iterable of lists will do
+            num_workers=min(self.workers, len(parts)),
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one

@@ -9,24 +9,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
 
-from resnet_fast.models.resnet import give_cifar_stem
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
 from resnet_fast.training.config import MODELS, TrainConfig
-from resnet_fast.training.loop import make_optimizer
-from resnet_fast.training.step import training_step
+from resnet_fast.training.network import torchvision_network
+from resnet_fast.training.step import make_optimizer, training_step
 
 N_CLASSES = 10
 N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
 
 
 def eager(config: TrainConfig) -> nn.Module:
-    """torchvision's network, with the stem changed as its users change it."""
-    model = getattr(torchvision_models, config.model)(num_classes=N_CLASSES)
-    if config.stem == "cifar":
-        give_cifar_stem(model)
-    return model
+    return torchvision_network(config.model, config.stem, N_CLASSES)
 
 
 def fused(config: TrainConfig) -> nn.Module:
@@ -43,6 +37,8 @@ class Step:
     def __init__(self, model: nn.Module, config: TrainConfig, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.model, self.precision = model.train(), config.precision
         self.optimizer = make_optimizer(model, config)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(config.lr)
         self.batches = itertools.cycle(batches)
 
     def __call__(self) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,12 @@ result = resume("runs/…")  # goes on with a run that was stopped
 """
 
 from resnet_fast.data import DataError
-from resnet_fast.training.config import MODELS, RECIPES, TrainConfig
+from resnet_fast.training.config import MODELS, TrainConfig
 from resnet_fast.training.loop import DivergedError, Reporter, resume, train
 from resnet_fast.training.metrics import EpochMetrics, Result
+from resnet_fast.training.recipes import RECIPES, Recipe
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
+from resnet_fast.training.step import StepOutput, TrainingStep
 
 __all__ = [
     "MODELS",
@@ -19,11 +21,14 @@ __all__ = [
     "DataError",
     "DivergedError",
     "EpochMetrics",
+    "Recipe",
     "Reporter",
     "Result",
     "ResumeError",
     "SavedRun",
+    "StepOutput",
     "TrainConfig",
+    "TrainingStep",
     "load_run",
     "resume",
     "train",

@@ -20,7 +20,7 @@ import torch
 from resnet_fast import __version__
 from resnet_fast.files import whole_file
 
-FORMAT = 1
+FORMAT = 2
 MARK = b"resnet_fast sha256 "
 COMMENT_BYTES = len(MARK) + 64
 

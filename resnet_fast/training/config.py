@@ -4,14 +4,17 @@ import itertools
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from resnet_fast import resnet18, resnet34, resnet50, resnet101, resnet152
 from resnet_fast.data import DATASETS
+from resnet_fast.data.augment import FLIPS, PADDINGS
+from resnet_fast.training.processes import world_size
+from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
 from resnet_fast.training.schedule import SCHEDULES
 
 MODELS = {
@@ -23,106 +26,159 @@ MODELS = {
 }
 STEMS = ("cifar", "imagenet")
 PRECISIONS = ("auto", "fp32", "bf16")
-
-
-class Recipe(NamedTuple):
-    """The defaults that depend on the data set."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-
-
-RECIPES = {
-    "cifar10": Recipe(epochs=30, batch_size=128, lr=0.1),
-    "digits": Recipe(epochs=6, batch_size=32, lr=0.1),
-    "folder": Recipe(epochs=30, batch_size=128, lr=0.1),
+BACKENDS = ("fused", "eager", "compile")
+IMAGES = ("auto", "memory", "stream")
+OPTIMIZERS = ("sgd", "adam")
+NORMALIZATIONS = ("dataset", "half")
+NOT_MIRRORED = ("digits",)  # a mirrored 2 is no 2
+CHOICES = {
+    "model": MODELS,
+    "stem": STEMS,
+    "backend": BACKENDS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "padding": PADDINGS,
+    "flip": FLIPS,
+    "normalize": NORMALIZATIONS,
+    "images": IMAGES,
+    "precision": PRECISIONS,
 }
-
-# Any, so that a field may be `int` to those who read it although its default is filled in by __post_init__.
-FROM_RECIPE: Any = None
+LEAST_INTEGERS = {
+    "epochs": 1,
+    "batch_size": 2,  # batch norm cannot take statistics over a single value
+    "crop": 0,
+    "cutout": 0,
+    "ghost_batch_size": 0,
+    "image_size": 8,
+    "holdout": 0,
+    "accumulate": 1,
+    "workers": 0,
+    "seed": 0,
+}
+SWITCHES = ("nesterov", "zero_gamma", "dirac", "whiten", "graph", "sync_bn", "deterministic", "tensorboard")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run. Once made, every field holds the value that will be used: nothing is None or "auto".
+class TrainConfig(Recipe):
+    """All settings of a run. Once made, every field holds the value that will be used, but for a `crop` of None.
 
     Args:
+        recipe: "baseline", "fast94", "fast95", "article" or "digits"; None: see DEFAULT_RECIPES. It gives the settings
+            that `Recipe` lists, each of which may be given beside it.
         model: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
         stem: "cifar" (3x3, no pooling) or "imagenet" (7x7 stride 2 and max-pooling).
+        backend: "fused", "eager" (torchvision's network) or "compile" (torchvision's under torch.compile).
+        graph: run the step as a CUDA graph; None: on a GPU, if it is one process.
         dataset: "cifar10", "digits" or "folder".
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
         image_size: pixels to which the images of "folder" are resized.
-        epochs, batch_size, lr: see RECIPES for the defaults; lr is the peak of the schedule.
-        flip: mirror half of the training images; None: as the data set says (yes, but not for digits).
-        schedule: "one-cycle" or "triangular".
-        weight_decay: of every parameter.
-        momentum: Nesterov's; 0 is plain SGD.
+        images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
+        holdout: so many of the training images are validated on instead of the test images; 0: test.
+        accumulate: parts in which a batch is computed one after the other, for less memory.
+        sync_bn: on several processes, batch statistics over all of them.
         seed: of the initial weights, the order of the images and the augmentation.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
+        deterministic: refuse what two runs on a GPU might compute differently.
         workers: processes that read the images of "folder"; None: one per processor, at most 4.
+        time_budget: seconds of training after which no further epoch begins; 0 for no limit.
+        tensorboard: write TensorBoard events to the run folder, too.
         out: the run folder; None: runs/<dataset>-<model>-<time>.
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.
     """
 
+    recipe: str = FROM_RECIPE
     model: str = "resnet18"
     stem: str = "cifar"
+    backend: str = "fused"
+    graph: bool = FROM_RECIPE
     dataset: str = "cifar10"
     data_dir: Path = Path("data")
     image_size: int = 32
-    epochs: int = FROM_RECIPE
-    batch_size: int = FROM_RECIPE
-    lr: float = FROM_RECIPE
-    flip: bool | None = None
-    schedule: str = "one-cycle"
-    weight_decay: float = 5e-4
-    momentum: float = 0.9
+    images: str = "auto"
+    holdout: int = 0
+    accumulate: int = 1
+    sync_bn: bool = False
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    deterministic: bool = False
     workers: int = FROM_RECIPE
+    time_budget: float = 0.0
+    tensorboard: bool = False
     out: Path = FROM_RECIPE
 
     def __post_init__(self) -> None:
-        _check_choice("model", self.model, MODELS)
-        _check_choice("stem", self.stem, STEMS)
         _check_choice("dataset", self.dataset, DATASETS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("precision", self.precision, PRECISIONS)
-
+        recipe_name = DEFAULT_RECIPES[self.dataset] if self.recipe is None else self.recipe
+        _check_choice("recipe", recipe_name, RECIPES)
+        recipe = RECIPES[recipe_name]
+        if self.dataset in NOT_MIRRORED:
+            recipe = replace(recipe, flip="none")
+        for name in RECIPE_FIELDS:
+            self._fill_in(name, getattr(recipe, name))
         device = choose_device(self.device)
-        filled_in = {
-            "device": str(device),
-            "precision": choose_precision(device) if self.precision == "auto" else self.precision,
-            "data_dir": Path(self.data_dir).expanduser(),
-        }
-        for name, default in RECIPES[self.dataset]._asdict().items():
-            filled_in[name] = default if getattr(self, name) is None else getattr(self, name)
-        filled_in["workers"] = min(4, os.cpu_count() or 1) if self.workers is None else self.workers
-        if self.out is None:
-            filled_in["out"] = free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-        else:
-            filled_in["out"] = Path(self.out).expanduser()
-        for name, value in filled_in.items():
-            object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
+        self._fill_in("recipe", recipe_name)
+        self._fill_in("graph", device.type == "cuda" and world_size() == 1)
+        self._fill_in("workers", min(4, os.cpu_count() or 1))
+        self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        self._set("device", str(device))
+        self._set("data_dir", Path(self.data_dir).expanduser())
+        self._set("out", Path(self.out).expanduser())
+        self._check()
+        if self.precision == "auto":
+            self._set("precision", choose_precision(device))
 
-        _check_integer("epochs", self.epochs, at_least=1)
-        # Batch norm cannot take statistics over a single value.
-        _check_integer("batch_size", self.batch_size, at_least=2)
-        _check_integer("image_size", self.image_size, at_least=8)
-        _check_integer("workers", self.workers, at_least=0)
-        _check_integer("seed", self.seed, at_least=0)
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
+
+    def _fill_in(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            self._set(name, value)
+
+    def _check(self) -> None:
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name, least in LEAST_INTEGERS.items():
+            if name != "crop" or self.crop is not None:
+                _check_integer(name, getattr(self, name), least)
+        for name in ("lr", "bn_bias_lr"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
+        for name in ("weight_decay", "clip_norm", "time_budget"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
+        for name in ("momentum", "ema", "label_smoothing"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        if not (_is_number(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be a positive finite number, got {self.lr!r}")
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number, 0 or more, got {self.weight_decay!r}")
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.accumulate > self.batch_size // 2:
+            raise ValueError(
+                f"accumulate must leave 2 images to each part of a batch of {self.batch_size}, got {self.accumulate}"
+            )
+        if self.ghost_batch_size == 1:
+            raise ValueError("ghost_batch_size must be 0 or at least 2, got 1")
+        if self.ghost_batch_size and self.backend != "fused":
+            raise ValueError(f"ghost_batch_size needs backend fused, got {self.backend}")
+        if self.ghost_batch_size and self.sync_bn:
+            raise ValueError("ghost_batch_size and sync_bn exclude each other: groups of images, or all processes'")
+        if self.whiten and self.stem != "cifar":
+            raise ValueError(f"whiten needs the 3x3 stem, stem cifar, got {self.stem}")
+        if self.graph and torch.device(self.device).type != "cuda":
+            raise ValueError(f"graph needs a CUDA device, got {self.device}")
+        if self.graph and world_size() > 1:
+            raise ValueError(f"graph needs a single process, got {world_size()}")
+        if self.images != "auto" and self.dataset != "folder":
+            raise ValueError(f"images {self.images} is for dataset folder, {self.dataset} is always in memory")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that JSON and `torch.load(weights_only=True)` take."""

@@ -1,33 +1,38 @@
-"""The training loop: SGD with Nesterov momentum, a schedule per step, an evaluation and a checkpoint per epoch.
+"""The training loop: an augmented step per batch, an evaluation and a checkpoint per epoch.
 
     result = train(TrainConfig(dataset="digits"))
     result.test_accuracy, result.model, result.out
     result = resume("runs/…")    # of a run that was stopped: the same weights, bit for bit, as if it had not been
 
-The step itself is in step.py.
+The step itself is in step.py, evaluation in evaluation.py; under torchrun all processes run this loop together.
 """
 
-import dataclasses
+import copy
 import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fast.data import ImageDataset, Split, crop_and_flip, load_dataset, normalize, training_steps
-from resnet_fast.training.config import MODELS, TrainConfig
+from resnet_fast import convert_sync_batchnorm
+from resnet_fast.data import Augmentation, ImageDataset, Loader, load_dataset
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
+from resnet_fast.training.network import make_network, whiten_stem
+from resnet_fast.training.processes import Processes, join
 from resnet_fast.training.random_state import random_states, restore_random_states, seed_everything
 from resnet_fast.training.run_folder import RunFolder, check_is_free, describe
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
-from resnet_fast.training.schedule import SCHEDULES
-from resnet_fast.training.step import autocast, training_step
+from resnet_fast.training.step import TrainingStep, bare
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -60,7 +65,8 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     """Train a network, write its run folder, and return what came out.
 
     On a CPU two calls with equal settings and equally many threads give bit-identical weights and metrics. The global
-    random states of python, numpy and torch are seeded, and left as the training leaves them.
+    random states of python, numpy and torch are seeded, and left as the training leaves them. Under torchrun every
+    process calls this; the first one reports and writes.
 
     Args:
         config: the settings; its run folder must not exist, or be empty.
@@ -71,23 +77,25 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
 
     Raises:
         FileExistsError: the run folder already holds something.
+        ValueError: the settings do not suit the data or the processes.
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
     """
-    check_is_free(config.out)
     return _run(config, None, reporter or Reporter())
 
 
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
     """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
 
-    On a CPU, in fp32 and with as many threads as before, the weights and metrics (but for times) are bit-identical to
-    those of a run that was never stopped. A run that is finished only gets its table and curves written once more.
+    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (but for times) are
+    bit-identical to those of a run that was never stopped. A run that is finished only gets its table and curves
+    written once more.
 
     Args:
         run: what `load_run` returned, or the run folder, or a checkpoint in it.
         reporter: is told about every step and epoch.
-        moved: data_dir, device or workers, if they are others than before, and `run` is a path.
+        moved: data_dir, device, workers, graph, accumulate or time_budget, if they are others than before, and `run`
+            is a path.
 
     Returns:
         Result, of all epochs.
@@ -103,63 +111,169 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     return _run(run.config, run, reporter or Reporter())
 
 
+class _Run(NamedTuple):
+    """What an epoch needs."""
+
+    config: TrainConfig
+    dataset: ImageDataset
+    loader: Loader
+    step: TrainingStep
+    tested: nn.Module
+    augmentation: Augmentation
+    processes: Processes
+    reporter: Reporter
+
+
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
-    device = torch.device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
-        torch.backends.cudnn.benchmark = True
-    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
-    if config.flip is not None:
-        dataset = dataclasses.replace(dataset, flip=config.flip)
-    if saved is not None:
-        check_same_data(saved, dataset)
+    with join(config.device) as processes, _settings(config, processes.device):
+        if saved is None and processes.is_first:
+            check_is_free(config.out)
+        dataset = _load(config, processes)
+        augmentation = augmentation_of(config, dataset)
+        if saved is not None:
+            check_same_data(saved, dataset, augmentation)
+        folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
+        run = _prepare(config, dataset, augmentation, processes, reporter if processes.is_first else Reporter())
+        if saved is None and processes.is_first:
+            folder.start()
+        with folder.hold() if processes.is_first else nullcontext():
+            return _train(run, folder, saved)
 
-    generator = seed_everything(config.seed)
-    model = MODELS[config.model](num_classes=len(dataset.classes), stem=config.stem)
+
+def _load(config: TrainConfig, processes: Processes) -> ImageDataset:
+    with processes.first_goes_first():
+        dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
+    return dataset.hold_out(config.holdout) if config.holdout else dataset
+
+
+def _prepare(
+    config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation, processes: Processes, reporter: Reporter
+) -> _Run:
+    """Make the network and all that trains it."""
+    device, rank, size = processes.device, processes.rank, processes.size
+    seed_everything(config.seed)
+    model = make_network(config, len(dataset.classes))
+    if config.whiten:
+        whiten_stem(model.conv1, dataset, augmentation.mean, augmentation.std)  # type: ignore[arg-type]
+    seed_everything(config.seed, rank)  # each process draws its own dropout
+    if config.sync_bn:
+        convert = convert_sync_batchnorm if config.backend == "fused" else nn.SyncBatchNorm.convert_sync_batchnorm
+        model = convert(model)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, config)
-    scheduler = make_scheduler(optimizer, config, training_steps(len(dataset.train), config.batch_size))
-    folder = RunFolder(config, dataset, keep=saved is None or saved.is_newest)
-    if saved is None:
-        folder.start()
-    with folder.hold():
-        if saved is not None:
-            folder.clean()
-        reporter.start(config, dataset)
-        history: list[EpochMetrics] = []
-        begin = time.perf_counter()
-        if saved is not None and saved.checkpoint is not None:
-            state = saved.checkpoint
-            for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-                part.load_state_dict(state[name])
-            generator.set_state(state["generator"])
-            restore_random_states(state["random"], device)
-            history = [EpochMetrics(**metrics) for metrics in state["history"]]
-            begin -= state["seconds"]
+    trained = model
+    if size > 1:
+        trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    # Each process tests its own images; it sees all training images, a share of each batch.
+    own = dataset
+    if size > 1:
+        own = replace(dataset, test=dataset.test.subset(torch.arange(rank, len(dataset.test), size)))
+    own = own.to(device, config.images)
+    loader = Loader(own.train, augmentation, config.batch_size, config.seed, rank, size)
+    step = TrainingStep(
+        trained,
+        config,
+        augmentation,
+        n_steps=config.epochs * len(loader),
+        precision=config.precision,
+        graph=config.graph,
+        accumulate=config.accumulate,
+        forward=torch.compile(trained) if config.backend == "compile" else None,
+        world_size=size,
+    )
+    tested = copy.deepcopy(model) if config.ema else model
+    return _Run(config, own, loader, step, tested, augmentation, processes, reporter)
+
+
+def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
+    """Return what the recipe does to the images of this data set."""
+    mean, std = (dataset.mean, dataset.std) if config.normalize == "dataset" else ((0.5,) * 3, (0.5,) * 3)
+    crop = dataset.crop_padding if config.crop is None else config.crop
+    height, width = dataset.train.size
+    if config.padding == "reflect" and crop >= min(height, width):
+        raise ValueError(f"crop must be below the images' {min(height, width)} pixels to reflect, got {crop}")
+    if config.cutout > min(height, width):
+        raise ValueError(f"cutout must be at most the images' {min(height, width)} pixels, got {config.cutout}")
+    return Augmentation(mean, std, crop, config.padding, config.flip, config.cutout)
+
+
+def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
+    """Train what is left to train; test and save after every epoch."""
+    config, processes, step = run.config, run.processes, run.step
+    if saved is not None and processes.is_first:
+        folder.clean()
+    run.reporter.start(config, folder.dataset)
+    history: list[EpochMetrics] = []
+    start = begin = time.perf_counter()
+    if saved is not None and saved.checkpoint is not None:
+        history = _restore(run, saved.checkpoint)
+        begin -= saved.checkpoint["seconds"]
+        if processes.is_first:
             folder.write_tables(history)  # they may be an epoch behind
-        if saved is not None:
-            reporter.resume(history)
-        dataset = dataclasses.replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
-        for epoch in range(len(history) + 1, config.epochs + 1):
-            history.append(run_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter))
+    if saved is not None:
+        run.reporter.resume(history)
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        if config.time_budget and processes.of_first(_is_spent(config, history, time.perf_counter() - start)):
+            break
+        history.append(run_epoch(run, epoch))
+        random = processes.gather(random_states(processes.device))
+        if processes.is_first:
             state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "generator": generator.get_state(),
-                "random": random_states(device),
+                "model": step.averaged(),
+                "trained_model": bare(step.model).state_dict() if config.ema else None,
+                "step": step.state_dict(),
+                "random": random,
                 "seconds": time.perf_counter() - begin,
             }
             folder.write_epoch(history, state)
-            reporter.end_epoch(history[-1])
-    return Result(config, tuple(history), model.eval(), time.perf_counter() - begin)
+        run.reporter.end_epoch(history[-1])
+    mirrored = None
+    if folder.dataset.flip:
+        mirrored = evaluate(run.tested, run.dataset.test, run.augmentation, config, processes, mirror=True)[1]
+    return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
 
 
-def check_same_data(saved: SavedRun, dataset: ImageDataset) -> None:
+def _is_spent(config: TrainConfig, history: Sequence[EpochMetrics], seconds: float) -> bool:
+    """Whether another epoch would, at the speed of the last, end after the time budget; the first one always begins."""
+    return bool(history) and seconds + history[-1].seconds > config.time_budget
+
+
+def _restore(run: _Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
+    """Set the run back to the checkpoint, and return the epochs until there."""
+    weights = checkpoint["trained_model"] or checkpoint["model"]
+    bare(run.step.model).load_state_dict(weights)
+    run.tested.load_state_dict(checkpoint["model"])
+    run.step.load_state_dict(checkpoint["step"])
+    history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
+    run.step.n_done = len(history) * len(run.loader)  # among another number of processes it may be another
+    if run.processes.rank < len(checkpoint["random"]):
+        restore_random_states(checkpoint["random"][run.processes.rank], run.processes.device)
+    return history
+
+
+@contextmanager
+def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """What torch is told for the length of a run."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if not config.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here fills what it allocates
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:
     """Raise ResumeError if the data set is not the one that config.json describes."""
-    now = json.loads(json.dumps(describe(saved.config, dataset)))  # tuples become lists, as in the file
-    for name in ("classes", "train_images", "test_images", "mean", "std", "crop_padding"):
+    now = json.loads(json.dumps(describe(saved.config, dataset, augmentation)))  # tuples become lists, as in the file
+    for name in ("classes", "train_images", "test_images", "mean", "std", "crop"):
         if saved.description.get(name) != now[name]:
             raise ResumeError(
                 f"the data are not those that the run began with: {name} is {now[name]}, "
@@ -167,41 +281,16 @@ def check_same_data(saved: SavedRun, dataset: ImageDataset) -> None:
             )
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Return SGD over all parameters, in one fused pass over each."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,  # torch rejects nesterov without momentum
-        fused=True,
-    )
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> LambdaLR:
-    """Return the schedule of the whole run, to be advanced after each step."""
-    fraction, n_steps = SCHEDULES[config.schedule], config.epochs * steps_per_epoch
-    return LambdaLR(optimizer, lambda step: fraction(step, n_steps))
-
-
-def run_epoch(
-    model: nn.Module,
-    dataset: ImageDataset,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-    generator: torch.Generator,
-    config: TrainConfig,
-    epoch: int,
-    reporter: Reporter,
-) -> EpochMetrics:
+def run_epoch(run: _Run, epoch: int) -> EpochMetrics:
     """Train for one epoch, then test."""
     began = time.perf_counter()
-    trained = train_epoch(model, dataset, optimizer, scheduler, generator, config, epoch, reporter)
+    trained = train_epoch(run, epoch)
     seconds = time.perf_counter() - began
-    test_loss, test_accuracy = evaluate(model, dataset.test, dataset, config)
+    if run.config.ema:
+        run.tested.load_state_dict(run.step.averaged())
+    test_loss, test_accuracy = evaluate(run.tested, run.dataset.test, run.augmentation, run.config, run.processes)
     if not math.isfinite(test_loss):
-        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(model, trained.lr)}")
+        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, trained.lr)}")
     return EpochMetrics(
         epoch=epoch,
         lr=trained.lr,
@@ -223,51 +312,46 @@ class TrainedEpoch(NamedTuple):
     n_images: int
 
 
-def train_epoch(
-    model: nn.Module,
-    dataset: ImageDataset,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-    generator: torch.Generator,
-    config: TrainConfig,
-    epoch: int,
-    reporter: Reporter,
-) -> TrainedEpoch:
+def train_epoch(run: _Run, epoch: int) -> TrainedEpoch:
     """Run one epoch of training steps."""
-    device = torch.device(config.device)
-    n_steps = training_steps(len(dataset.train), config.batch_size)
-    losses = torch.zeros(n_steps, device=device)
+    step, processes, reporter = run.step, run.processes, run.reporter
+    device = processes.device
+    sizes = torch.tensor(run.loader.batch_sizes(), dtype=torch.float64)
+    losses = torch.zeros(len(sizes), device=device)  # of this process, in parts of the mean over all of them
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
-    sizes, lr = [], 0.0
-    model.train()  # the evaluation of the epoch before left it in evaluation mode
-    reporter.start_epoch(epoch, n_steps)
-    for step, (images, labels) in enumerate(dataset.train.batches(config.batch_size, generator)):
-        images = crop_and_flip(images, dataset.crop_padding, dataset.flip, generator)
-        images = normalize(images, dataset.mean, dataset.std)
-        lr = optimizer.param_groups[0]["lr"]
-        losses[step], logits = training_step(model, optimizer, images, labels, config.precision)
-        scheduler.step()
-
-        n_correct += (logits.argmax(1) == labels).sum()
-        sizes.append(len(labels))
-        done = step + 1
-        if done % CHECK_EVERY[device.type] == 0 or done == n_steps:
-            check_is_finite(losses[:done], epoch, model, lr)
-            reporter.step(done, float(losses[:done].mean()))
+    lr, checked, total_loss = 0.0, 0, 0.0
+    step.model.train()  # the evaluation of the epoch before left it in evaluation mode
+    reporter.start_epoch(epoch, len(sizes))
+    for i, batch in enumerate(run.loader.epoch(epoch)):
+        lr = step.lr
+        size = int(sizes[i])
+        output = step(batch, size)
+        torch.mul(output.loss, len(batch.plan) / size, out=losses[i])
+        n_correct += output.n_correct
+        done = i + 1
+        if done % CHECK_EVERY[device.type] == 0 or done == len(sizes):
+            of_all = processes.sum(losses[checked:done]).double().cpu()
+            check_is_finite(of_all, epoch, checked, step.model, lr)
+            total_loss += float((of_all * sizes[checked:done]).sum())
+            checked = done
+            reporter.step(done, total_loss / float(sizes[:done].sum()))
         else:
             reporter.step(done, None)
-    n_images = sum(sizes)
-    loss = float((losses.double().cpu() * torch.tensor(sizes)).sum()) / n_images  # the last batch may be smaller
-    return TrainedEpoch(lr, loss, int(n_correct) / n_images, n_images)
+    n_images = int(sizes.sum())
+    return TrainedEpoch(lr, total_loss / n_images, int(processes.sum(n_correct)) / n_images, n_images)
 
 
-def check_is_finite(losses: Tensor, epoch: int, model: nn.Module, lr: float) -> None:
-    """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN."""
+def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module, lr: float) -> None:
+    """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN.
+
+    Args:
+        losses: of the steps after the first `n_before`.
+    """
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         step = int(bad[0])
-        where = f"at epoch {epoch}, step {step + 1}"
-        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(model, lr)}")
+        where = f"at epoch {epoch}, step {n_before + step + 1}"
+        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(bare(model), lr)}")
 
 
 def suspects(model: nn.Module, lr: float) -> str:
@@ -283,18 +367,3 @@ def suspects(model: nn.Module, lr: float) -> str:
         if bad:
             text += f"; {len(bad)} of {len(named)} {kind} are not finite, first {bad[0]}"
     return text
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, dataset: ImageDataset, config: TrainConfig) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over all images of `split`, as they are, with the running statistics."""
-    model.eval()
-    total_loss = torch.zeros((), dtype=torch.float64, device=config.device)
-    n_correct = torch.zeros((), dtype=torch.int64, device=config.device)
-    # Without a backward to store for, twice the batch fits where training does.
-    for images, labels in split.batches(2 * config.batch_size):
-        with autocast(images.device, config.precision):
-            logits = model(normalize(images, dataset.mean, dataset.std))
-        total_loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-        n_correct += (logits.argmax(1) == labels).sum()
-    return float(total_loss) / len(split), int(n_correct) / len(split)

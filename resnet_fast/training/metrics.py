@@ -41,12 +41,15 @@ class Result:
         model: the trained model, in evaluation mode, on its device.
         seconds: of the whole run from the first step on, evaluations and files included; of a resumed run, up to the
             checkpoint that it went on from and since.
+        mirrored_accuracy: of the mean of the logits of each image and of its mirror image ("flip TTA"); None where a
+            mirrored image may show another class.
     """
 
     config: TrainConfig
     history: tuple[EpochMetrics, ...]
     model: nn.Module
     seconds: float
+    mirrored_accuracy: float | None = None
 
     @property
     def out(self) -> Path:

@@ -1,6 +1,6 @@
 """The global random states of python, numpy and torch, as values that `torch.load(weights_only=True)` takes.
 
-seed_everything(seed) -> states = random_states(device) -> restore_random_states(states, device)
+seed_everything(seed); states = random_states(device); restore_random_states(states, device)
 """
 
 import random
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed the global random states, and return a generator of its own for the order and the augmentation."""
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed the global random states; each process of a run may have its own."""
+    if rank:
+        seed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -6,8 +6,10 @@ From the second epoch on checkpoint-previous.pt is the checkpoint of the epoch b
 import csv
 import io
 import json
+import math
 import os
 import platform
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from resnet_fast import __version__
-from resnet_fast.data import ImageDataset
+from resnet_fast.data import Augmentation, ImageDataset
 from resnet_fast.files import only_writer, whole_file
 from resnet_fast.machine import device_name
 from resnet_fast.training.checkpoint import write_checkpoint
@@ -26,6 +28,8 @@ from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
 
+# Seconds. A picture takes half a second to draw, as long as an epoch of CIFAR-10 on a large GPU is meant to.
+DRAW_EVERY = 30
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
@@ -47,11 +51,15 @@ class RunFolder:
     Args:
         config: names the folder.
         dataset: what is trained on, for config.json, the checkpoint and the axes.
+        augmentation: what is done to its images.
         keep: whether the checkpoint that is there is kept as the previous one when the next is written.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, keep: bool = True) -> None:
-        self.config, self.dataset, self.keep = config, dataset, keep
+    def __init__(
+        self, config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation, keep: bool = True
+    ) -> None:
+        self.config, self.dataset, self.augmentation, self.keep = config, dataset, augmentation, keep
+        self.drawn = -math.inf  # when the curves were drawn last
 
     def start(self) -> None:
         """Make the folder and write config.json.
@@ -61,7 +69,7 @@ class RunFolder:
         """
         check_is_free(self.config.out)
         self.config.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(self.config, self.dataset), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(describe(self.config, self.dataset, self.augmentation), indent=2, ensure_ascii=False) + "\n"
         with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
 
@@ -81,31 +89,36 @@ class RunFolder:
             **state,
             "epoch": history[-1].epoch,
             "history": [asdict(metrics) for metrics in history],
-            "config": {**self.config.as_dict(), "flip": self.dataset.flip},
+            "config": self.config.as_dict(),
             "classes": list(self.dataset.classes),
+            "mean": list(self.augmentation.mean),
+            "std": list(self.augmentation.std),
+            "image_size": self.dataset.test.size[0],
         }
         write_checkpoint(self.config.out / CHECKPOINT, checkpoint, self.config.out / PREVIOUS if self.keep else None)
         self.keep = True
         self.write_tables(history)
 
     def write_tables(self, history: Sequence[EpochMetrics]) -> None:
-        """Replace the table and the curves."""
+        """Replace the table and, at the end or where they are older than DRAW_EVERY, the curves."""
         with whole_file(self.config.out / "metrics.csv") as file:
             file.write(_table(history).encode())
+        if len(history) < self.config.epochs and time.monotonic() - self.drawn < DRAW_EVERY:
+            return
+        self.drawn = time.monotonic()
         title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
         with whole_file(self.config.out / "curves.png") as file:
             draw_curves(file, history, title, self.config.epochs, len(self.dataset.test))
 
 
-def describe(config: TrainConfig, dataset: ImageDataset) -> dict[str, Any]:
+def describe(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation) -> dict[str, Any]:
     """Return what config.json holds."""
     device = torch.device(config.device)
     return {
         **config.as_dict(),
-        "flip": dataset.flip,
-        "crop_padding": dataset.crop_padding,
-        "mean": dataset.mean,
-        "std": dataset.std,
+        "crop": augmentation.crop,
+        "mean": augmentation.mean,
+        "std": augmentation.std,
         "classes": dataset.classes,
         "train_images": len(dataset.train),
         "test_images": len(dataset.test),

@@ -11,10 +11,11 @@ from typing import Any
 
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.processes import world_size
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
 
 # Where a run goes on, not what it computes: these may be others than before.
-MOVABLE = ("data_dir", "device", "workers", "out")
+MOVABLE = ("data_dir", "device", "workers", "images", "graph", "time_budget", "tensorboard", "out")
 
 
 class ResumeError(RuntimeError):
@@ -43,7 +44,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
 
     Args:
         path: a run folder, for its checkpoint.pt, or a checkpoint in it, such as checkpoint-previous.pt.
-        moved: data_dir, device or workers, if they are others than before.
+        moved: what MOVABLE lists, but for `out`, if it is other than before.
 
     Raises:
         ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule.
@@ -59,6 +60,8 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
         saved = {field.name: description[field.name] for field in fields(TrainConfig)}
     except (ValueError, TypeError, KeyError) as error:
         raise ResumeError(f"{out / 'config.json'} is not as `resnet-fast train` writes it: {error!r}") from error
+    if "device" in moved or world_size() > 1:
+        saved["graph"] = None  # as it suits the machine
     config = TrainConfig(**{**saved, "out": out, **moved})
 
     if name == CHECKPOINT and not any((out / other).exists() for other in (CHECKPOINT, PREVIOUS, "metrics.csv")):

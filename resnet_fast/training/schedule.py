@@ -9,6 +9,10 @@ triangular (KellerJordan/cifar10-zoo): with the peak at p = 0.2·N,
 
     f(s) = 0.2 + 0.8·s/p                  s in [0, p]
     f(s) = (N - s) / (N - p)              s in [p, N], so that the last step run, N - 1, still learns a little
+
+cosine (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts), per step, never 0 at a step that is run:
+
+    f(s) = (1 + cos(π·s/N)) / 2
 """
 
 import math
@@ -32,8 +36,23 @@ def triangular(step: int, n_steps: int) -> float:
     return max(n_steps - step, 0) / (n_steps - peak)
 
 
+def cosine(step: int, n_steps: int) -> float:
+    """Return the fraction of the peak learning rate at `step` of 0 … n_steps - 1."""
+    return _cosine(1.0, 0.0, min(step / n_steps, 1.0))
+
+
+def constant(step: int, n_steps: int) -> float:
+    """Return 1."""
+    return 1.0
+
+
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"one-cycle": one_cycle, "triangular": triangular}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "one-cycle": one_cycle,
+    "triangular": triangular,
+    "cosine": cosine,
+    "constant": constant,
+}

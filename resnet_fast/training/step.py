@@ -1,20 +1,34 @@
 """One training step, as the training loop, the profile and the benchmarks run it.
 
-    step = zero the gradients -> forward -> cross entropy -> backward -> optimizer
+    step = augment -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
+
+On a GPU all of it is one CUDA graph: `TrainingStep` records it at the first batch of each size and replays it then.
 
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
 the optimizer, the batch-norm statistics and the loss in fp32.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_fast.data import Augmentation, Batch
+from resnet_fast.ops.augment import augment
+from resnet_fast.training.average import Average
+from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.recipes import Recipe
+from resnet_fast.training.schedule import SCHEDULES
 
 
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Run one step on a batch; the gradients stay to be looked at until the next.
+    """Run one step on a batch that is augmented already; the gradients stay to be looked at until the next.
 
     Args:
         model: gives logits, [N, classes].
@@ -27,14 +41,241 @@ def training_step(
         The mean loss, [], in fp32, and the logits, without their graph.
     """
     optimizer.zero_grad(set_to_none=True)
-    with autocast(images.device, precision):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
+    loss, logits = forward_loss(model, images, labels, precision)
     loss.backward()
     optimizer.step()
     return loss.detach(), logits.detach()
 
 
+def forward_loss(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, precision: str, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the mean cross entropy, [], in fp32, and the logits."""
+    with autocast(images.device, precision):
+        logits = model(images)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing), logits
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which the forward runs."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+class StepOutput(NamedTuple):
+    """Of one step, without waiting for a GPU; the next step overwrites it.
+
+    Args:
+        loss: [], fp32, the mean over this process's images, smoothed labels included.
+        n_correct: [], int64, of its images.
+    """
+
+    loss: Tensor
+    n_correct: Tensor
+
+
+class _Recorded(NamedTuple):
+    """A graph, and the tensors that it reads."""
+
+    graph: Callable[[], StepOutput]
+    batch: Batch
+
+
+class TrainingStep:
+    """Everything that a step changes: a call runs the next one.
+
+        loader = Loader(dataset.train, augmentation, recipe.batch_size)
+        step = TrainingStep(model, recipe, augmentation, n_steps=recipe.epochs * len(loader))
+        for batch in loader.epoch(1):
+            loss, n_correct = step(batch)
+
+    Args:
+        model: in channels_last, on its device; DistributedDataParallel for several processes.
+        recipe: optimizer, schedule, label smoothing, clipping and averaging.
+        augmentation: what is done to the images.
+        n_steps: of the whole run, which the schedule spans.
+        precision: "fp32" or "bf16".
+        graph: whether to run as a CUDA graph, with one process.
+        accumulate: parts in which a batch is computed one after the other; batch norm sees each by itself.
+        forward: what computes the logits, if not the model itself: the model compiled.
+        world_size: processes that share a batch.
+        make_graph: records a function.
+
+    A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
+    and random state as they were. Between steps weights may be changed in place, not replaced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        augmentation: Augmentation,
+        n_steps: int,
+        *,
+        precision: str = "fp32",
+        graph: bool = False,
+        accumulate: int = 1,
+        forward: Callable[[Tensor], Tensor] | None = None,
+        world_size: int = 1,
+        make_graph: Callable[[Callable[[], StepOutput]], Callable[[], StepOutput]] = CudaGraph,
+    ) -> None:
+        self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
+        self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
+        self.forward = model if forward is None else forward
+        self.optimizer = make_optimizer(model, recipe)
+        self.average = Average(bare(model), recipe.ema) if recipe.ema else None
+        self.n_done = 0
+        self.make_graph = make_graph if graph else None
+        self.recorded: dict[int, _Recorded] = {}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.recipe.lr * SCHEDULES[self.recipe.schedule](self.n_done, self.n_steps)
+
+    def __call__(self, batch: Batch, n_images: int | None = None) -> StepOutput:
+        """Run a step.
+
+        Args:
+            batch: this process's share.
+            n_images: of all processes' shares, for several; None: this one's alone.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(self.lr * group["lr_scale"])
+        n_images = len(batch.plan) if n_images is None else n_images
+        if self.make_graph is None:
+            output = self._run(batch, n_images)
+        else:
+            output = self._replay(batch)
+        self.n_done += 1
+        return output
+
+    def _run(self, batch: Batch, n_images: int) -> StepOutput:
+        self.optimizer.zero_grad(set_to_none=True)
+        plans = batch.plan.tensor_split(min(self.accumulate, max(len(batch.plan) // 2, 1)))
+        losses, correct = [], []
+        for i, plan in enumerate(plans):
+            images, labels = self._augment(batch, plan)
+            is_last = i == len(plans) - 1
+            with nullcontext() if is_last else self._without_exchange():
+                loss, logits = forward_loss(self.forward, images, labels, self.precision, self.recipe.label_smoothing)
+                # DistributedDataParallel takes the mean over the processes, whatever the size of their shares.
+                (loss * (len(plan) * self.world_size / n_images)).backward()
+            losses.append(loss.detach() * (len(plan) / len(batch.plan)))
+            correct.append((logits.detach().argmax(1) == labels).sum())
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        return StepOutput(torch.stack(losses).sum(), torch.stack(correct).sum())
+
+    def _augment(self, batch: Batch, plan: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.augmentation
+        return augment(
+            batch.images,
+            batch.labels,
+            plan,
+            settings.mean,
+            settings.std,
+            padding=settings.crop,
+            reflect=settings.padding == "reflect",
+            cutout=settings.cutout,
+            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+        )
+
+    def _without_exchange(self) -> Any:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _replay(self, batch: Batch) -> StepOutput:
+        recorded = self.recorded.get(len(batch.plan))
+        if recorded is None:
+            recorded = self.recorded[len(batch.plan)] = self._record(batch)
+        static = recorded.batch
+        static.plan.copy_(batch.plan)
+        if static.images is not batch.images:  # not a split that lies on the device, but a batch read from files
+            static.images.copy_(batch.images)
+            static.labels.copy_(batch.labels)
+        return recorded.graph()
+
+    def _record(self, batch: Batch) -> _Recorded:
+        """Record the step for batches of this size, and undo what its warm-up did."""
+        static = batch._replace(plan=batch.plan.clone())
+        tensors = self._tensors()
+        before = [tensor.clone() for tensor in tensors]
+        random_state = torch.cuda.get_rng_state(batch.images.device) if batch.images.is_cuda else torch.get_rng_state()
+        graph = self.make_graph(lambda: self._run(static, len(static.plan)))
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, before)
+        if batch.images.is_cuda:
+            torch.cuda.set_rng_state(random_state, batch.images.device)
+        else:
+            torch.set_rng_state(random_state)
+        return _Recorded(graph, static)
+
+    def _tensors(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        state = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
+        averages = [] if self.average is None else list(self.average.sums.values())
+        return [*self.model.state_dict().values(), *(v for v in state if isinstance(v, Tensor)), *averages]
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the weights to be tested and saved: the averages where there are any, else the model's."""
+        model = bare(self.model)
+        return model.state_dict() if self.average is None else self.average.averaged(model, self.n_done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return optimizer, position in the schedule, and average; the model has a state dict of its own."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done, **average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next(self.model.parameters()).device
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(0.0, device=device)
+        self.n_done = state["n_done"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.recorded.clear()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model without DistributedDataParallel around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer, in one fused pass over the parameters, with its state there and zero.
+
+    The learning rate is a tensor, which a CUDA graph reads anew in each replay; a group's `lr_scale` is what the
+    schedule's value is multiplied by.
+    """
+    biases = [m.bias for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.bias is not None]
+    if recipe.bn_bias_lr == 1:
+        biases = []
+    ids = {id(bias) for bias in biases}
+    device = next(model.parameters()).device
+    groups = []
+    for parameters, scale in (
+        ([parameter for parameter in model.parameters() if id(parameter) not in ids], 1.0),
+        (biases, recipe.bn_bias_lr),
+    ):
+        if parameters:
+            decay = recipe.weight_decay / scale
+            lr = torch.tensor(0.0, device=device)
+            groups.append({"params": parameters, "lr": lr, "lr_scale": scale, "weight_decay": decay})
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    else:
+        nesterov = recipe.nesterov and recipe.momentum > 0  # torch rejects nesterov without momentum
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+    # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+    return optimizer

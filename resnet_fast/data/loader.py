@@ -1,0 +1,66 @@
+"""Shuffled training batches, on one process or on several that share each batch.
+
+loader = Loader(dataset.train.to(device), Augmentation(dataset.mean, dataset.std, crop=4), batch_size=512, seed=0)
+for epoch in range(1, n_epochs + 1):
+    for batch in loader.epoch(epoch):   # Batch: what training.TrainingStep takes
+        ...
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from resnet_fast.data.augment import Augmentation, epoch_plan
+from resnet_fast.data.dataset import Batch, Split
+
+
+class Loader:
+    """Cuts each epoch's plan into batches; the last may be smaller.
+
+    Left out is what is left after the last whole batch if it is less than 2 images for each process, because batch norm
+    cannot take statistics over one value; which images those are changes with the order.
+
+    Args:
+        split: of the training images, on the device that trains.
+        augmentation: what is done to them.
+        batch_size: images of a step, of all processes together.
+        seed: of the order and the augmentation.
+        rank, world_size: this process and how many there are; each takes an equal share of every batch, or one image
+            less than others.
+
+    Raises:
+        ValueError: batch_size is less than 2 images for each process, or the split is smaller than that.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        least = 2 * world_size
+        if batch_size < least:
+            raise ValueError(f"batch_size must be at least {least}, 2 for each process, got {batch_size}")
+        if len(split) < least:
+            raise ValueError(f"training needs at least {least} images, 2 for each process, got {len(split)}")
+        self.split, self.augmentation, self.batch_size, self.seed = split, augmentation, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return len(self.batch_sizes())
+
+    def batch_sizes(self) -> list[int]:
+        """Return the images of each batch of an epoch, of all processes together."""
+        full, rest = divmod(len(self.split), self.batch_size)
+        return [self.batch_size] * full + ([rest] if rest >= 2 * self.world_size else [])
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield this process's share of every batch of an epoch; epochs count from 1."""
+        sizes = self.batch_sizes()
+        plan = epoch_plan(len(self.split), self.split.size, self.augmentation, self.seed, epoch)[: sum(sizes)]
+        shares = [rows.tensor_split(self.world_size)[self.rank] for rows in plan.split(sizes)]
+        yield from self.split.planned(torch.cat(shares), [len(share) for share in shares])

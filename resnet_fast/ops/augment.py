@@ -1,0 +1,96 @@
+"""A training batch from bytes: gather, crop, mirror, cutout, normalize and cast, in one kernel or in plain PyTorch.
+
+Equations A1 to A3: kernels/augment.py. Both ways give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from .batch_norm import choose_backend, device_guard, launch
+
+N_DRAWS = 6  # int32 per image of a plan: index, shift_y, shift_x, mirror, cut_y, cut_x
+
+
+def augment(
+    images: Tensor,
+    labels: Tensor,
+    plan: Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    padding: int = 0,
+    reflect: bool = False,
+    cutout: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Return the batch that `plan` describes.
+
+    Args:
+        images: [N, 3, H, W], uint8, channels_last.
+        labels: [N], int64.
+        plan: [B, 6], int32, on the device of the images: index, shift_y, shift_x, mirror, cut_y, cut_x.
+        mean, std: of images in [0, 1], per channel.
+        padding: pixels that a crop may reach beyond each edge; 0 for no crop.
+        reflect: whether it sees the image mirrored at the edge there, instead of black.
+        cutout: side of the square that is set to 0 (the mean color), in pixels; 0 for none.
+        dtype: of the result.
+
+    Returns:
+        [B, 3, H, W] in `dtype`, channels_last, and the labels, [B], int64.
+
+    Raises:
+        ValueError: the images are not as above, or `reflect` with a padding of H or W and more.
+
+    DeVries and Taylor 2017, arXiv:1708.04552, for the cutout.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [N, 3, H, W], torch.uint8, got {list(images.shape)}, {images.dtype}")
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"images must be channels_last, got strides {images.stride()}")
+    if plan.shape[1:] != (N_DRAWS,) or plan.dtype != torch.int32:
+        raise ValueError(f"plan must be [B, {N_DRAWS}], torch.int32, got {list(plan.shape)}, {plan.dtype}")
+    if reflect and padding >= min(images.shape[2:]):
+        raise ValueError(f"padding must be below {min(images.shape[2:])} with reflect, got {padding}")
+    shift = [255 * value for value in mean]
+    scale = [1 / (255 * value) for value in std]
+    if choose_backend(images) == "triton":
+        with device_guard(images):
+            return launch.augment(images, labels, plan, shift, scale, padding, reflect, cutout, dtype)
+    return _augment(images, labels, plan, shift, scale, padding, reflect, cutout, dtype)
+
+
+def _augment(
+    images: Tensor,
+    labels: Tensor,
+    plan: Tensor,
+    shift: list[float],
+    scale: list[float],
+    padding: int,
+    reflect: bool,
+    cutout: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`launch.augment` in plain PyTorch."""
+    height, width = images.shape[2:]
+    index, shift_y, shift_x, mirror, cut_y, cut_x = plan.long()[:, :, None].unbind(1)  # [B, 1] each
+    i, j = torch.arange(height, device=plan.device), torch.arange(width, device=plan.device)
+    row = i + shift_y - padding  # [B, H]
+    column = torch.where(mirror != 0, width - 1 - j, j) + shift_x - padding  # [B, W]
+    if reflect:
+        row, column = (_reflect(at, size) for at, size in ((row, height), (column, width)))
+    is_row, is_column = (row >= 0) & (row < height), (column >= 0) & (column < width)
+    # Indices around a slice put the sliced channels last, as they are in memory.
+    row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+    x = images[index[:, :, None], :, row[:, :, None], column[:, None, :]]  # [B, H, W, 3]
+    x = x * (is_row[:, :, None] & is_column[:, None, :])[..., None]
+    to_channels = dict(dtype=torch.float32, device=plan.device)
+    y = (x.float() - torch.tensor(shift, **to_channels)) * torch.tensor(scale, **to_channels)
+    if cutout:
+        is_cut = ((i >= cut_y) & (i < cut_y + cutout))[:, :, None] & ((j >= cut_x) & (j < cut_x + cutout))[:, None, :]
+        y = y.masked_fill(is_cut[..., None], 0)
+    return y.to(dtype).permute(0, 3, 1, 2), labels[index[:, 0]]
+
+
+def _reflect(at: Tensor, size: int) -> Tensor:
+    at = at.abs()
+    return torch.where(at < size, at, 2 * (size - 1) - at)

@@ -1,0 +1,85 @@
+"""The network of a run, by backend, and how its weights start."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+from torchvision.models import resnet as torchvision_resnet
+
+from resnet_fast import FusedBatchNorm2d
+from resnet_fast.data import ImageDataset, normalize
+from resnet_fast.models.resnet import give_cifar_stem
+from resnet_fast.training.config import MODELS, TrainConfig
+
+WHITENING_IMAGES = 5000
+WHITENING_EPS = 5e-4  # added to the variances, so that directions of almost none are not blown up (Jordan 2024)
+
+
+def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
+    """Return the network, its weights drawn from torch's global random state and then as the recipe says."""
+    if config.backend != "fused":
+        model = torchvision_network(config.model, config.stem, n_classes)
+    elif config.ghost_batch_size:
+        norm = partial(FusedBatchNorm2d, ghost_batch_size=config.ghost_batch_size)
+        model = MODELS[config.model](num_classes=n_classes, stem=config.stem, norm_layer=norm)
+    else:
+        model = MODELS[config.model](num_classes=n_classes, stem=config.stem)
+    if config.zero_gamma:
+        zero_gamma(model)
+    if config.dirac:
+        start_as_identity(model)
+    return model
+
+
+def torchvision_network(name: str, stem: str, n_classes: int) -> nn.Module:
+    """Return torchvision's network, with the stem changed as its users change it."""
+    model = getattr(torchvision_models, name)(num_classes=n_classes)
+    if stem == "cifar":
+        give_cifar_stem(model)
+    return model
+
+
+def zero_gamma(model: nn.Module) -> None:
+    """Set the weight of every block's last batch norm to 0, so that each block starts as its shortcut."""
+    for module in model.modules():
+        if isinstance(module, torchvision_resnet.BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+        elif isinstance(module, torchvision_resnet.Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
+
+
+@torch.no_grad()
+def start_as_identity(model: nn.Module) -> None:
+    """Let the first C_in outputs of every 3x3 convolution in a block start as its inputs; the stem is left alone."""
+    blocks = (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck)
+    for block in (module for module in model.modules() if isinstance(module, blocks)):
+        for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
+            if conv.kernel_size == (3, 3) and conv.groups == 1:
+                nn.init.dirac_(conv.weight[: conv.in_channels])
+
+
+@torch.no_grad()
+def whiten_stem(conv: nn.Conv2d, dataset: ImageDataset, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Start a 3x3 convolution of 3 channels with the whitening of the training images' patches, and its negative.
+
+    With the covariance V·diag(λ)·Vᵀ of the 27 values of a patch, filter k is ±v_k / √(λ_k + eps): its outputs are
+    uncorrelated and have the same variance. Filters beyond the first 54 keep their initialization.
+
+    Raises:
+        ValueError: the convolution is no 3x3 convolution of 3 channels with 54 filters or more.
+    """
+    if conv.weight.shape[1:] != (3, 3, 3) or len(conv.weight) < 54:
+        raise ValueError(f"whitening needs a stem of [54 or more, 3, 3, 3], got {list(conv.weight.shape)}")
+    n_images = len(dataset.train)
+    spaced = torch.linspace(0, n_images - 1, min(n_images, WHITENING_IMAGES)).round().long()
+    covariance = torch.zeros(27, 27, dtype=torch.float64)
+    n_patches = 0
+    for images, _ in dataset.train.subset(spaced).batches(500):
+        patches = F.unfold(normalize(images, mean, std), 3).transpose(1, 2).reshape(-1, 27).double()
+        covariance += (patches.T @ patches).cpu()
+        n_patches += len(patches)
+    variances, directions = torch.linalg.eigh(covariance / n_patches)
+    filters: Tensor = directions.T / (variances[:, None] + WHITENING_EPS).sqrt()
+    conv.weight[:54] = torch.cat([filters, -filters]).view(54, 3, 3, 3).to(conv.weight)
