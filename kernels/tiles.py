@@ -37,7 +37,7 @@ MIN_ROWS_PER_SPLIT = 64
 COMBINE_BLOCK_C = 16
 COMBINE_BLOCK_S = 128
 
-# Augmentation: 256 pixels of 3 (4 with the masked one) channels are 8 elements a thread, and four programs a 32x32 image.
+# Augmentation: 256 pixels of 3 channels (4 with the masked one) are 8 elements a thread, four programs a 32x32 image.
 AUGMENT_PIXELS = 256
 
 

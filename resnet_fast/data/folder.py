@@ -1,6 +1,6 @@
 """A folder of images: FOLDER/train/<class>/… and FOLDER/test/<class>/…, in any format that Pillow reads.
 
-Images are read and resized by worker processes: once, where all of them fit in memory as bytes, else as they are needed.
+Images are read and resized by worker processes: once where all of them fit in memory as bytes, else as they are needed.
 """
 
 from collections.abc import Iterator, Sequence
