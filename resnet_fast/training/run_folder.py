@@ -89,7 +89,7 @@ class RunFolder:
             **state,
             "epoch": history[-1].epoch,
             "history": [asdict(metrics) for metrics in history],
-            "config": self.config.as_dict(),
+            "config": {**self.config.as_dict(), "crop": self.augmentation.crop},  # as in config.json
             "classes": list(self.dataset.classes),
             "mean": list(self.augmentation.mean),
             "std": list(self.augmentation.std),
