@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.data import DATASETS, DataError
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import parse_seconds, with_settings
+from resnet_fast.data import DataError
 from resnet_fast.training import (
-    MODELS,
-    RECIPES,
     DivergedError,
     Reporter,
     Result,
@@ -25,77 +24,23 @@ from resnet_fast.training import (
 )
 from resnet_fast.training import resume as resume_training
 from resnet_fast.training import train as run_training
-from resnet_fast.training.config import PRECISIONS, STEMS
-from resnet_fast.training.console import make_reporter
-from resnet_fast.training.schedule import SCHEDULES
+from resnet_fast.training.console import format_repeated, make_reporter
+from resnet_fast.training.processes import is_first_process
+from resnet_fast.training.repeat import repeated, write_summary
+from resnet_fast.training.run_folder import check_is_free
 
-
-def _by_dataset(field: str) -> str:
-    """Return "[default: 30; digits: 6]": the value for cifar10, then those that differ."""
-    usual = getattr(RECIPES["cifar10"], field)
-    others = [f"; {name}: {getattr(r, field):g}" for name, r in RECIPES.items() if getattr(r, field) != usual]
-    return f"[default: {usual:g}{''.join(others)}]"
+# What a run that goes on may be told: where the data are and what computes, not what is computed.
+BESIDE_RESUME = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard")
 
 
 def _option_names(parameters: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in parameters)
 
 
-# What a run that goes on may be told: where the data are and what computes, not what is computed.
-BESIDE_RESUME = ("device", "data_dir", "workers")
-
-
 @app.command()
+@with_settings
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(metavar=choices(MODELS), help="The network.")] = TrainConfig.model,
-    stem: Annotated[
-        str, typer.Option(metavar=choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
-    ] = TrainConfig.stem,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            metavar=choices(DATASETS),
-            help="cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
-        ),
-    ] = TrainConfig.dataset,
-    data_dir: Annotated[
-        Path, typer.Option(help="Where CIFAR-10 is or goes to, or the folder of images.")
-    ] = TrainConfig.data_dir,
-    image_size: Annotated[
-        int, typer.Option(help="Pixels to which the images of a folder are resized.")
-    ] = TrainConfig.image_size,
-    epochs: Annotated[
-        int | None, typer.Option(help=f"Passes over the training images. {_by_dataset('epochs')}", show_default=False)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help=f"Images per step. {_by_dataset('batch_size')}", show_default=False)
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help=f"Peak learning rate. {_by_dataset('lr')}", show_default=False)
-    ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option("--flip/--no-flip", help="Mirror half of the training images. [default: flip; digits: no-flip]"),
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(metavar=choices(SCHEDULES), help="How the rate moves.")
-    ] = TrainConfig.schedule,
-    weight_decay: Annotated[float, typer.Option(help="Of every parameter.")] = TrainConfig.weight_decay,
-    momentum: Annotated[float, typer.Option(help="Nesterov's.")] = TrainConfig.momentum,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = TrainConfig.seed,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
-    precision: Annotated[
-        str, typer.Option(metavar=choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
-    ] = TrainConfig.precision,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes reading a folder. [default: one per processor, at most 4]", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]", show_default=False),
-    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -105,42 +50,35 @@ def train(
             show_default=False,
         ),
     ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(min=1, help="Train so many times, with --seed, --seed + 1, …, and report mean and deviation."),
+    ] = 1,
+    **settings: Any,
 ) -> None:
-    """Train a network; write config.json, metrics.csv, curves.png and checkpoint.pt to a run folder."""
-    if resume is not None:
-        _resume(context, resume)
-        return
-    # Where these are None, TrainConfig fills in what suits the data set and the machine.
-    left_open: dict[str, Any] = dict(epochs=epochs, batch_size=batch_size, lr=lr, workers=workers, out=out)
+    """Train a network; write config.json, metrics.csv, curves.png, checkpoint.pt and more to a run folder.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli train …
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
     try:
-        config = TrainConfig(
-            model=model,
-            stem=stem,
-            dataset=dataset,
-            data_dir=data_dir,
-            image_size=image_size,
-            flip=flip,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            device=device,
-            precision=precision,
-            **left_open,
-        )
+        if "time_budget" in given:
+            given["time_budget"] = parse_seconds(given["time_budget"])
+        if resume is None:
+            config = TrainConfig(**given)
     except ValueError as error:
         stop(2, f"error: {error}")
-    _run_to_the_end(config, lambda reporter: run_training(config, reporter))
+    if resume is not None:
+        _resume(given, repeat, resume)
+    elif repeat > 1:
+        _repeat(config, repeat)
+    else:
+        _run_to_the_end(config, lambda reporter: run_training(config, reporter))
 
 
-def _resume(context: typer.Context, path: Path) -> None:
+def _resume(given: dict[str, Any], repeat: int, path: Path) -> None:
     """Go on with the run in `path`."""
-    given = [
-        name
-        for name in context.params
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    ]
-    refused = [name for name in given if name not in (*BESIDE_RESUME, "resume")]
+    refused = [name for name in given if name not in BESIDE_RESUME] + (["repeat"] if repeat > 1 else [])
     if refused:
         stop(
             2,
@@ -148,7 +86,7 @@ def _resume(context: typer.Context, path: Path) -> None:
             f"given, got {_option_names(refused)}",
         )
     try:
-        saved = load_run(path, **{name: context.params[name] for name in given if name in BESIDE_RESUME})
+        saved = load_run(path, **given)
     except ValueError as error:
         stop(2, f"error: {error}")
     except (ResumeError, OSError) as error:
@@ -156,11 +94,25 @@ def _resume(context: typer.Context, path: Path) -> None:
     _run_to_the_end(saved.config, lambda reporter: resume_training(saved, reporter))
 
 
+def _repeat(config: TrainConfig, n_runs: int) -> None:
+    """Train with one seed after the other, each into a folder of its own."""
+    try:
+        check_is_free(config.out)
+        configs = repeated(config, n_runs)
+    except (ValueError, FileExistsError) as error:
+        stop(2, f"error: {error}")
+    results = [_run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)) for one in configs]
+    if is_first_process():
+        write_summary(config.out, results)
+        for line in format_repeated(config.out, results):
+            typer.echo(line)
+
+
 class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> None:
+def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Result:
     """Run, show how it goes, and when it stops say why, what is kept, and how to go on."""
     reporter = make_reporter()
     how = f"to go on: resnet-fast train --resume {shlex.quote(str(config.out))}"
@@ -170,7 +122,7 @@ def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> N
                 result = run(reporter)
         finally:
             reporter.close()
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         stop(2, f"error: {error}")
     except (KeyboardInterrupt, _Terminated) as arrived:
         code, word = (130, "interrupted") if isinstance(arrived, KeyboardInterrupt) else (143, "terminated")
@@ -182,6 +134,7 @@ def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> N
     except (DataError, OSError) as error:
         stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))
     reporter.finish(result)
+    return result
 
 
 @contextmanager

@@ -83,8 +83,7 @@ def _augment(
     row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
     x = images[index[:, :, None], :, row[:, :, None], column[:, None, :]]  # [B, H, W, 3]
     x = x * (is_row[:, :, None] & is_column[:, None, :])[..., None]
-    to_channels = dict(dtype=torch.float32, device=plan.device)
-    y = (x.float() - torch.tensor(shift, **to_channels)) * torch.tensor(scale, **to_channels)
+    y = (x.float() - torch.tensor(shift, device=plan.device)) * torch.tensor(scale, device=plan.device)
     if cutout:
         is_cut = ((i >= cut_y) & (i < cut_y + cutout))[:, :, None] & ((j >= cut_x) & (j < cut_x + cutout))[:, None, :]
         y = y.masked_fill(is_cut[..., None], 0)

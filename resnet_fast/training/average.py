@@ -31,7 +31,8 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the model as it is."""
-        torch._foreach_lerp_(list(self.sums.values()), list(self.source.values()), 1 - self.decay)
+        sums, values = list(self.sums.values()), list(self.source.values())
+        torch._foreach_lerp_(sums, values, 1 - self.decay)  # type: ignore[attr-defined]
 
     def averaged(self, model: nn.Module, n_updates: int) -> dict[str, Tensor]:
         """Return the model's state dict with averages in place of what is averaged; of no update, as it is."""

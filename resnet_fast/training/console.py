@@ -1,8 +1,10 @@
 """What a run shows: on a terminal colors and a live progress bar, elsewhere plain lines; 80 columns do for both."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -12,8 +14,15 @@ from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.loop import Reporter
 from resnet_fast.training.metrics import EpochMetrics, Result
+from resnet_fast.training.processes import is_first_process, world_size
+from resnet_fast.training.repeat import Spread
 
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
+
+
+def format_header(config: TrainConfig) -> str:
+    """Return the head of the table; what is held out of the training images is not called a test."""
+    return HEADER.replace("test", " val") if config.holdout else HEADER
 
 
 def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
@@ -39,25 +48,49 @@ def format_duration(seconds: float) -> str:
 def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
     """Return the lines that say what is about to be trained on what."""
     n_classes, n_train, n_test = len(dataset.classes), len(dataset.train), len(dataset.test)
+    network = config.model if config.backend == "fused" else f"{config.model}, {config.backend}"
+    held_out = " (held out)" if config.holdout else ""
+    n_processes = world_size()
+    device = f"{n_processes} x {config.device}" if n_processes > 1 else config.device
     return [
-        f"{config.model} ({config.stem} stem) on {config.dataset}: "
-        f"{n_train:,} + {n_test:,} images, {n_classes} classes",
-        f"{config.device}, {config.precision}, batch {config.batch_size}, "
-        f"{config.schedule} schedule up to lr {config.lr:g}, seed {config.seed}",
+        f"{network} ({config.stem} stem) on {config.dataset}: "
+        f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
+        f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
+        f"lr {config.lr:g}, seed {config.seed}",
         "",
     ]
 
 
 def format_end(result: Result) -> list[str]:
     """Return the summary: the last epoch's accuracy, times, and where the files are."""
-    n_epochs = len(result.history)
-    return [
-        "",
-        f"{100 * result.test_accuracy:.2f} % test accuracy after epoch {n_epochs} (the last, not the best)",
+    n_epochs, config = len(result.history), result.config
+    kind = "validation" if config.holdout else "test"
+    lines = ["", f"{100 * result.test_accuracy:.2f} % {kind} accuracy after epoch {n_epochs} (the last, not the best)"]
+    if result.mirrored_accuracy is not None:
+        lines.append(f"{100 * result.mirrored_accuracy:.2f} % with each image and its mirror image (flip TTA)")
+    lines += [
         f"{format_duration(result.train_seconds)} of training, {result.images_per_second:,.0f} images/s; "
         f"{format_duration(result.seconds)} with evaluation and files",
-        f"checkpoint.pt, metrics.csv, curves.png, config.json: {result.out}",
+        f"checkpoint.pt, metrics.csv, curves.png, config.json: {config.out}",
     ]
+    if n_epochs < config.epochs:
+        lines.append(
+            f"the time budget ended it before epoch {n_epochs + 1} of {config.epochs}; "
+            f"to go on: resnet-fast train --resume {shlex.quote(str(config.out))}"
+        )
+    return lines
+
+
+def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
+    """Return the summary of several seeds."""
+    accuracy = Spread.of([100 * result.test_accuracy for result in results])
+    lines = ["", f"{len(results)} runs: {accuracy.mean:.2f} ± {accuracy.std:.2f} % after the last epoch (mean ± std)"]
+    mirrored = [100 * result.mirrored_accuracy for result in results if result.mirrored_accuracy is not None]
+    if mirrored:
+        spread = Spread.of(mirrored)
+        lines.append(f"{spread.mean:.2f} ± {spread.std:.2f} % with each image and its mirror image (flip TTA)")
+    seconds = Spread.of([result.train_seconds for result in results])
+    return [*lines, f"{seconds.mean:.1f} ± {seconds.std:.1f} s of training", f"summary.csv: {out}"]
 
 
 def format_resumed(n_done: int, n_epochs: int) -> str:
@@ -77,7 +110,7 @@ class PlainReporter(Reporter):
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.n_epochs = config.epochs
-        for line in [*format_start(config, dataset), HEADER]:
+        for line in [*format_start(config, dataset), format_header(config)]:
             print(line, flush=True)
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
@@ -118,7 +151,7 @@ class LiveReporter(Reporter):
         self._print(first, "bold")
         for line in rest:
             self._print(line, "dim")
-        self._print(HEADER, "bold")
+        self._print(format_header(config), "bold")
         self.task = self.progress.add_task("", total=None, visible=False, loss="")
         self.progress.start()
 
@@ -158,6 +191,18 @@ class LiveReporter(Reporter):
         self.console.print(line, style=style, markup=False, soft_wrap=True)
 
 
-def make_reporter() -> PlainReporter | LiveReporter:
-    """Return the reporter that suits standard output."""
+class SilentReporter(Reporter):
+    """For the processes beside the first."""
+
+    def finish(self, result: Result) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Leave nothing open."""
+
+
+def make_reporter() -> PlainReporter | LiveReporter | SilentReporter:
+    """Return the reporter that suits standard output, and silence for the processes beside the first."""
+    if not is_first_process():
+        return SilentReporter()
     return LiveReporter() if wants_live_output(sys.stdout) else PlainReporter()

@@ -187,7 +187,8 @@ def _prepare(
 
 def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
     """Return what the recipe does to the images of this data set."""
-    mean, std = (dataset.mean, dataset.std) if config.normalize == "dataset" else ((0.5,) * 3, (0.5,) * 3)
+    half = (0.5, 0.5, 0.5)
+    mean, std = (dataset.mean, dataset.std) if config.normalize == "dataset" else (half, half)
     crop = dataset.crop_padding if config.crop is None else config.crop
     height, width = dataset.train.size
     if config.padding == "reflect" and crop >= min(height, width):
@@ -258,15 +259,16 @@ def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch_settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch_settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here fills what it allocates
+    torch_settings.fill_uninitialized_memory = False  # every kernel here fills what it allocates
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch_settings.fill_uninitialized_memory = fill
 
 
 def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:

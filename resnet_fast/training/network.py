@@ -45,9 +45,9 @@ def zero_gamma(model: nn.Module) -> None:
     """Set the weight of every block's last batch norm to 0, so that each block starts as its shortcut."""
     for module in model.modules():
         if isinstance(module, torchvision_resnet.BasicBlock):
-            nn.init.zeros_(module.bn2.weight)
+            nn.init.zeros_(module.bn2.weight)  # type: ignore[arg-type]
         elif isinstance(module, torchvision_resnet.Bottleneck):
-            nn.init.zeros_(module.bn3.weight)
+            nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -26,6 +26,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_first_process() -> bool:
+    """Return whether this process prints and writes."""
+    return rank() == 0
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of a run.

@@ -74,6 +74,9 @@ class StepOutput(NamedTuple):
     n_correct: Tensor
 
 
+MakeGraph = Callable[[Callable[[], StepOutput]], Callable[[], StepOutput]]
+
+
 class _Recorded(NamedTuple):
     """A graph, and the tensors that it reads."""
 
@@ -117,7 +120,7 @@ class TrainingStep:
         accumulate: int = 1,
         forward: Callable[[Tensor], Tensor] | None = None,
         world_size: int = 1,
-        make_graph: Callable[[Callable[[], StepOutput]], Callable[[], StepOutput]] = CudaGraph,
+        make_graph: MakeGraph = CudaGraph,
     ) -> None:
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
@@ -146,7 +149,7 @@ class TrainingStep:
         if self.make_graph is None:
             output = self._run(batch, n_images)
         else:
-            output = self._replay(batch)
+            output = self._replay(batch, self.make_graph)
         self.n_done += 1
         return output
 
@@ -187,10 +190,10 @@ class TrainingStep:
     def _without_exchange(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
-    def _replay(self, batch: Batch) -> StepOutput:
+    def _replay(self, batch: Batch, make_graph: MakeGraph) -> StepOutput:
         recorded = self.recorded.get(len(batch.plan))
         if recorded is None:
-            recorded = self.recorded[len(batch.plan)] = self._record(batch)
+            recorded = self.recorded[len(batch.plan)] = self._record(batch, make_graph)
         static = recorded.batch
         static.plan.copy_(batch.plan)
         if static.images is not batch.images:  # not a split that lies on the device, but a batch read from files
@@ -198,15 +201,16 @@ class TrainingStep:
             static.labels.copy_(batch.labels)
         return recorded.graph()
 
-    def _record(self, batch: Batch) -> _Recorded:
+    def _record(self, batch: Batch, make_graph: MakeGraph) -> _Recorded:
         """Record the step for batches of this size, and undo what its warm-up did."""
         static = batch._replace(plan=batch.plan.clone())
         tensors = self._tensors()
         before = [tensor.clone() for tensor in tensors]
         random = random_states(batch.images.device)
-        graph = self.make_graph(lambda: self._run(static, len(static.plan)))
+        graph = make_graph(lambda: self._run(static, len(static.plan)))
         with torch.no_grad():
-            torch._foreach_copy_(tensors, before)
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
         restore_random_states(random, batch.images.device)
         return _Recorded(graph, static)
 

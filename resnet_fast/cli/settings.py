@@ -1,0 +1,125 @@
+"""The options of `resnet-fast train`: one for each field of TrainConfig, which knows their defaults and rules."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from resnet_fast.cli.app import choices
+from resnet_fast.data import DATASETS
+from resnet_fast.training import RECIPES, TrainConfig
+from resnet_fast.training.config import CHOICES
+from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
+
+HELP = {
+    "recipe": "What is learned, and how: gives all settings below, each of which may be given beside it. "
+    f"[default: {DEFAULT_RECIPES['cifar10']}; digits: {DEFAULT_RECIPES['digits']}]",
+    "model": "The network.",
+    "stem": "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.",
+    "backend": "fused: this library; eager: torchvision's network; compile: that under torch.compile.",
+    "graph": "Run a step as one CUDA graph. [default: on a GPU, with one process]",
+    "dataset": "cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
+    "data_dir": "Where CIFAR-10 is or goes to, or the folder of images.",
+    "image_size": "Pixels to which the images of a folder are resized.",
+    "images": "Of a folder: memory reads all of them once, stream each when it is needed; auto: memory if they fit.",
+    "holdout": "Validate on so many of the training images, and leave the test images alone.",
+    "accumulate": "Parts in which a batch is computed one after the other, for less memory.",
+    "sync_bn": "On several processes, batch statistics over all of them.",
+    "seed": "Of weights, order and augmentation.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "precision": "auto: bf16 where the processor computes in it.",
+    "deterministic": "Refuse what two runs on a GPU might compute differently.",
+    "workers": "Processes reading a folder. [default: one per processor, at most 4]",
+    "time_budget": "Training time after which no further epoch begins: 90, 15m, 2h.",
+    "tensorboard": "Write TensorBoard events to the run folder, too.",
+    "out": "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]",
+    "epochs": "Passes over the training images.",
+    "batch_size": "Images of a step, of all processes together.",
+    "optimizer": "SGD or Adam.",
+    "lr": "Peak learning rate.",
+    "schedule": "How the rate moves.",
+    "momentum": "Of SGD.",
+    "nesterov": "Nesterov's momentum.",
+    "weight_decay": "Of every parameter.",
+    "bn_bias_lr": "Learning rate of the batch norms' biases, in units of --lr.",
+    "label_smoothing": "Share of the target that all classes get.",
+    "clip_norm": "The most that the gradients' common norm may be; 0: no limit.",
+    "crop": "Pixels that a random crop may reach beyond each edge. [default: 4 for CIFAR-10, 2 for digits; article: 0]",
+    "padding": "What a crop sees beyond the edge.",
+    "flip": "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits.",
+    "cutout": "Side of the square that is cut out, in pixels; 0: none.",
+    "normalize": "By mean and std of the training images, or by 0.5.",
+    "ema": "Decay per step of the weights' moving average, which is tested and saved then; 0: none.",
+    "zero_gamma": "Start the last batch norm of a block at 0.",
+    "dirac": "Start 3x3 convolutions as the identity.",
+    "whiten": "Start the stem with the whitening of the images' patches.",
+    "ghost_batch_size": "Images whose statistics a batch norm takes together; 0: the whole batch.",
+}
+
+
+def parse_seconds(text: str) -> float:
+    """Return "90", "90s", "15m" or "2h" in seconds.
+
+    Raises:
+        ValueError: it is none of these, or not above 0.
+    """
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"time_budget must be a time such as 90, 15m or 2h, got {text!r}")
+    return seconds
+
+
+def _by_recipe(name: str) -> str:
+    """Return "fast94: 26, fast95: 80, …": what differs from one recipe to the other, or the one value."""
+    values = {recipe: getattr(settings, name) for recipe, settings in RECIPES.items()}
+    if len(set(values.values())) == 1:
+        return f"[default: {_shown(next(iter(values.values())))}]"
+    return f"[{', '.join(f'{recipe}: {_shown(value)}' for recipe, value in values.items())}]"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
+    """One option; it is None where it is not given, so that TrainConfig decides."""
+    text, flag = HELP[name], f"--{name.replace('_', '-')}"
+    is_switch = kind is bool
+    if name == "time_budget":
+        kind = str
+    if name in RECIPE_FIELDS and "[" not in text:
+        text = f"{text} {_by_recipe(name)}"
+    elif default is not MISSING and default is not None and not is_switch and name != "time_budget":
+        text = f"{text} [default: {_shown(default)}]"
+    names = DATASETS if name == "dataset" else RECIPES if name == "recipe" else CHOICES.get(name)
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+        help=text,
+        metavar=choices(names) if names else None,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, which takes them as `**settings`, an option for every field of TrainConfig."""
+    hints = get_type_hints(TrainConfig)
+    kinds = {name: int if name == "crop" else hints[name] for name in HELP}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [_option(name, kinds[name], defaults[name]) for name in HELP]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+    return command

@@ -1,0 +1,47 @@
+"""The same run with several seeds: what one accuracy is worth is known when others are seen beside it."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from resnet_fast.files import whole_file
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.metrics import Result
+
+
+class Spread(NamedTuple):
+    """Of one quantity over the runs: mean and standard deviation (of a sample: n - 1)."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def repeated(config: TrainConfig, n_runs: int) -> list[TrainConfig]:
+    """Return the settings of each run: seeds from config.seed on, folders seed-<number> in config.out.
+
+    Raises:
+        ValueError: a seed would be too large.
+    """
+    seeds = range(config.seed, config.seed + n_runs)
+    return [replace(config, seed=seed, out=config.out / f"seed-{seed}") for seed in seeds]
+
+
+def write_summary(out: Path, results: Sequence[Result]) -> None:
+    """Write summary.csv: a row per run, of its last epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "epochs", "accuracy", "mirrored_accuracy", "train_seconds", "seconds"])
+    for result in results:
+        mirrored = "" if result.mirrored_accuracy is None else f"{result.mirrored_accuracy:.6g}"
+        times = f"{result.train_seconds:.6g}", f"{result.seconds:.6g}"
+        writer.writerow([result.config.seed, len(result.history), f"{result.test_accuracy:.6g}", mirrored, *times])
+    with whole_file(out / "summary.csv") as file:
+        file.write(text.getvalue().encode())
