@@ -159,7 +159,7 @@ def test_recording_leaves_everything_as_it_was(recipe: Recipe):
     for batch in batches[:2]:  # so that there is something to be left
         step(batch)
     before = state_of(step)
-    step._record(batches[2])
+    step._record(batches[2], RecordedGraph)
     assert equal(state_of(step), before)
     assert before["model"]["bn.num_batches_tracked"] == 2
 

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from resnet_fast.data import Augmentation, Batch, ImageDataset, TensorSplit, normalize
 from resnet_fast.ops import augment as augment_module
-from resnet_fast.training import MODELS, DivergedError, EpochMetrics, Result, TrainConfig, loop, resume, train
+from resnet_fast.training import (
+    MODELS,
+    DivergedError,
+    EpochMetrics,
+    Result,
+    TrainConfig,
+    loop,
+    resume,
+    run_folder,
+    train,
+)
 from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.processes import Processes
 from resnet_fast.training.step import training_step
@@ -381,8 +391,10 @@ def test_a_time_budget_ends_a_run_before_an_epoch_that_would_exceed_it(
     budget: float, n_epochs: int, tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     Clock(monkeypatch, epoch_seconds=10)
+    drawn = []
+    monkeypatch.setattr(run_folder, "draw_curves", lambda file, history, *rest: drawn.append(len(history)))
     result = train(config_for(tmp_path / "run", epochs=6, time_budget=budget))
-    assert len(result.history) == n_epochs
+    assert len(result.history) == drawn[-1] == n_epochs
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == n_epochs
 
 

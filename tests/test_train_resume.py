@@ -273,6 +273,13 @@ def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path):
         resume(out)
 
 
+@pytest.mark.parametrize("name", ["lr", "accumulate", "out"])
+def test_what_a_run_computes_cannot_be_changed(name: str, tmp_path: Path):
+    out = stop(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=f"a run keeps its settings, but for data_dir, .*, tensorboard; got {name}"):
+        resume(out, **{name: 1})
+
+
 def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = stop(tmp_path / "run", 2)
     monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: make_dataset(n_train=40))

@@ -218,6 +218,8 @@ def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         # The first epoch always begins, of a run that goes on, too: else it would never end.
         if config.time_budget and epoch > n_before + 1:
             if processes.of_first(time.perf_counter() - start + history[-1].seconds > config.time_budget):
+                if processes.is_first:
+                    folder.write_tables(history, is_last=True)
                 break
         history.append(run_epoch(run, epoch))
         random = processes.gather(random_states(processes.device))
