@@ -89,7 +89,7 @@ class RunFolder:
             **state,
             "epoch": history[-1].epoch,
             "history": [asdict(metrics) for metrics in history],
-            "config": self.config.as_dict(),
+            "config": {**self.config.as_dict(), "crop": self.augmentation.crop},  # as in config.json
             "classes": list(self.dataset.classes),
             "mean": list(self.augmentation.mean),
             "std": list(self.augmentation.std),
@@ -99,11 +99,12 @@ class RunFolder:
         self.keep = True
         self.write_tables(history)
 
-    def write_tables(self, history: Sequence[EpochMetrics]) -> None:
+    def write_tables(self, history: Sequence[EpochMetrics], is_last: bool = False) -> None:
         """Replace the table and, at the end or where they are older than DRAW_EVERY, the curves."""
         with whole_file(self.config.out / "metrics.csv") as file:
             file.write(_table(history, self.config).encode())
-        if len(history) < self.config.epochs and time.monotonic() - self.drawn < DRAW_EVERY:
+        is_last = is_last or len(history) == self.config.epochs
+        if not is_last and time.monotonic() - self.drawn < DRAW_EVERY:
             return
         self.drawn = time.monotonic()
         title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
