@@ -1,8 +1,8 @@
 """`python -m benchmarks.accuracy`: accuracy and time of a recipe, fused against eager, and of its switches, one by one.
 
-Every run is `resnet_fast.training.train`: the same loop for all. The variants take turns, seed by seed, so that the drift
-of the machine meets all. Rows are kept as they come (accuracy.csv: a row per run; accuracy_epochs.csv: per epoch),
-and a second call measures only what is missing. accuracy.md and accuracy.png are made of them.
+Every run is `resnet_fast.training.train`: the same loop for all. The variants take turns, seed by seed, so that drift
+meets all of them alike. Rows are kept as they come (accuracy.csv: a row per run; accuracy_epochs.csv: per epoch), and a
+second call measures only what is missing. accuracy.md and accuracy.png are made of them.
 """
 
 import csv

@@ -37,7 +37,7 @@ def test_it_is_the_weighted_mean_of_the_definition(decay: float, n_updates: int)
     for state in changed_in_place(model, n_updates):
         average.update()
         seen.append(state)
-    found = average.averaged(model, n_updates)
+    found = average.averaged(model)
     assert list(found) == list(model.state_dict())
     weights = torch.tensor([(1 - decay) * decay ** (n_updates - k) for k in range(1, n_updates + 1)]).double()
     assert float(weights.sum()) == pytest.approx(1 - decay**n_updates)
@@ -53,13 +53,13 @@ def test_the_average_of_one_update_is_the_model():
     model = make_model()
     average = Average(model, 0.999)
     average.update()
-    for name, value in average.averaged(model, 1).items():
+    for name, value in average.averaged(model).items():
         torch.testing.assert_close(value, model.state_dict()[name])
 
 
 def test_the_average_of_no_update_is_the_model():
     model = make_model()
-    found = Average(model, 0.9).averaged(model, 0)
+    found = Average(model, 0.9).averaged(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.items())
 
 
@@ -68,7 +68,7 @@ def test_integer_buffers_are_copied():
     average = Average(model, 0.9)
     for _ in changed_in_place(model, 3):
         average.update()
-    assert average.averaged(model, 3)["1.num_batches_tracked"] == 3
+    assert average.averaged(model)["1.num_batches_tracked"] == 3
     assert "1.num_batches_tracked" not in average.state_dict()
 
 
@@ -77,7 +77,7 @@ def test_the_model_is_left_alone():
     before = copy.deepcopy(model.state_dict())
     average = Average(model, 0.9)
     average.update()
-    average.averaged(model, 1)["0.weight"].zero_()
+    average.averaged(model)["0.weight"].zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -95,5 +95,5 @@ def test_it_goes_on_from_its_state_to_the_same_bits():
         stopped.load_state_dict(state)
         average.update()
         resumed.update()
-    expected = average.averaged(straight, 6)
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.averaged(stopped, 6).items())
+    expected = average.averaged(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.averaged(stopped).items())

@@ -415,6 +415,9 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp
     assert (tmp_path / "run" / "config.json").read_bytes() == config
 
 
+BESIDE = "--device, --data-dir, --workers, --images, --graph, --time-budget, --tensorboard"
+
+
 @pytest.mark.parametrize(
     "args", [["--epochs", "2"], ["--lr", "0.1"], ["--no-nesterov"], ["--out", "x"]], ids=lambda args: args[0]
 )
@@ -424,7 +427,7 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tm
     result = run("--resume", tmp_path / "run", *args)
     assert result.exit_code == 2
     name = "--nesterov" if args[0] == "--no-nesterov" else args[0]
-    assert f"beside it only --device, --data-dir, --workers may be given, got {name}\n" in result.stderr
+    assert f"beside it only {BESIDE} may be given, got {name}\n" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

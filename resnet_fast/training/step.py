@@ -217,13 +217,13 @@ class TrainingStep:
     def _tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
         state = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
-        averages = [] if self.average is None else list(self.average.sums.values())
+        averages = [] if self.average is None else self.average.tensors()
         return [*self.model.state_dict().values(), *(v for v in state if isinstance(v, Tensor)), *averages]
 
     def averaged(self) -> dict[str, Tensor]:
         """Return the weights to be tested and saved: the averages where there are any, else the model's."""
         model = bare(self.model)
-        return model.state_dict() if self.average is None else self.average.averaged(model, self.n_done)
+        return model.state_dict() if self.average is None else self.average.averaged(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return optimizer, position in the schedule, and average; the model has a state dict of its own."""
