@@ -83,6 +83,10 @@ class RunFolder:
             "history": [asdict(metrics) for metrics in history],
             "config": {**self.config.as_dict(), "flip": self.dataset.flip},
             "classes": list(self.dataset.classes),
+            # With these a checkpoint alone says what to do with an image.
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+            "image_size": self.config.image_size if self.config.dataset == "folder" else 32,
         }
         write_checkpoint(self.config.out / CHECKPOINT, checkpoint, self.config.out / PREVIOUS if self.keep else None)
         self.keep = True
