@@ -80,8 +80,8 @@ def evaluate(
             precision=used,
             flip=bool(dataset.flip and config["flip"]),  # neither the data nor the user say that a mirror image differs
         )
-        for line in format_evaluation(found, trained):
-            print(line)
+        # At once: `| head` closes the pipe behind it, which must not keep the files from being written.
+        print("\n".join(format_evaluation(found, trained)), flush=True)
         out.mkdir(parents=True, exist_ok=True)
         names = write_pictures(out, found, trained.classes, trained.description, suffix)
         table = f"predictions{suffix}.csv"
