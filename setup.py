@@ -7,6 +7,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 TRAIN = ["matplotlib>=3.8", "rich>=13", "scikit-learn>=1.4", "typer>=0.12"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]
+TENSORBOARD = ["tensorboard>=2.18"]
 
 setup(
     name="resnet-fast",
@@ -23,6 +25,8 @@ setup(
         "resnet_fast",
         "resnet_fast.cli",
         "resnet_fast.data",
+        "resnet_fast.evaluation",
+        "resnet_fast.inference",
         "resnet_fast.kernels",
         "resnet_fast.models",
         "resnet_fast.ops",
@@ -41,8 +45,12 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "export": [*TRAIN, *EXPORT],
+        "tensorboard": [*TRAIN, *TENSORBOARD],
         "dev": [
             *TRAIN,
+            *EXPORT,
+            *TENSORBOARD,
             "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
             "hypothesis>=6.150",
             "pyright>=1.1.390",

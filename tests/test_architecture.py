@@ -14,8 +14,8 @@ PACKAGE = ROOT / "resnet_fast"
 
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network.
 LAYERS = (
-    *("files", "machine", "kernels", "ops", "functional", "nn", "models", "data", "training"),
-    *("profiling", "parity", "doctor", "cli"),
+    *("files", "machine", "kernels", "ops", "functional", "nn", "models", "data", "evaluation", "training"),
+    *("inference", "profiling", "parity", "doctor", "cli"),
 )
 DATA_MAY_IMPORT = {"data"}
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"

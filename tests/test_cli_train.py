@@ -54,7 +54,7 @@ def digits(out: Path, *args: object) -> CliResult:
 def test_a_run_leaves_its_files_and_says_so(tmp_path: Path):
     result = digits(tmp_path / "run", "--seed", 7)
     assert result.exit_code == 0, result.output
-    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"}
+    names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt", "confusion.png", "mistakes.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names | {"checkpoint-previous.pt"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 7
     assert str(tmp_path / "run") in result.stdout and all(name in result.stdout for name in names)
@@ -389,7 +389,7 @@ def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
     assert re.search(r"\n    1/2 .*\nresumed after epoch 1\n    2/2 .*\n", result.stdout)
-    assert f"curves.png, config.json: {tmp_path / 'run'}" in result.stdout
+    assert f"mistakes.png:\n{tmp_path / 'run'}" in result.stdout
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 

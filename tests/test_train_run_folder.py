@@ -1,6 +1,7 @@
 """Files of a run appear whole or not at all, nothing is overwritten, and they say what they should."""
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 
 from resnet_fast.data import Augmentation, ImageDataset, TensorSplit
 from resnet_fast.files import whole_file
-from resnet_fast.training import EpochMetrics, TrainConfig, run_folder
+from resnet_fast.training import EpochMetrics, TrainConfig, curves, run_folder
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 
 # Not the data set's mean and std, nor its crop: what is used, not what the data set says.
@@ -198,7 +199,29 @@ def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConf
         image.load()
         assert image.format == "PNG" and image.width >= 1200
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
-    assert (0xC2, 0x41, 0x0C) in colors and (0x8A, 0x8F, 0x98) in colors  # both lines were drawn
+    drawn = {
+        tuple(bytes.fromhex(style["color"][1:])) for style in (curves.TRAIN, curves.TEST, curves.RATE, curves.SPEED)
+    }
+    assert len(drawn) == 4 and drawn <= colors
+
+
+def test_the_curves_have_four_panels_that_show_every_epoch(monkeypatch: pytest.MonkeyPatch):
+    figures = []
+    monkeypatch.setattr(curves.Figure, "savefig", lambda figure, file, format: figures.append(figure))
+    curves.draw_curves(io.BytesIO(), make_history(3), "network on data", 5, n_test=100)
+    panels = {axes.get_title("left"): axes for axes in figures[0].axes}
+    assert list(panels) == [
+        "cross-entropy loss",
+        "error (%)",
+        "learning rate, at the end of the epoch",
+        "training images/s",
+    ]
+    values = {name: [list(line.get_ydata()) for line in axes.lines] for name, axes in panels.items()}
+    assert values["cross-entropy loss"] == [[2, 1, 2 / 3], [2.5, 1.25, 2.5 / 3]]
+    assert values["error (%)"] == [[50] * 3, [25] * 3]
+    assert values["learning rate, at the end of the epoch"] == [[0.1, 0.05, 0.1 / 3]]
+    assert values["training images/s"] == [[100] * 3]
+    assert all(axes.get_xlim() == (0.5, 5.5) for axes in panels.values())
 
 
 @pytest.fixture

@@ -61,7 +61,9 @@ def use_tiny(set_attribute: Callable[[object, str, object], None]) -> None:
     set_attribute(network, "MODELS", {"resnet18": lambda *, num_classes, stem: Tiny(num_classes)})
     set_attribute(augment, "choose_backend", lambda x: "aten")  # an interpreted kernel takes longer than an epoch
     set_attribute(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
-    set_attribute(run_folder, "draw_curves", list_curves)  # a picture takes longer than an epoch
+    # A picture takes longer than an epoch.
+    set_attribute(run_folder, "draw_curves", list_curves)
+    set_attribute(run_folder, "write_pictures", lambda *args: None)
 
 
 def list_curves(file: BinaryIO, history: Sequence[EpochMetrics], *rest: object) -> None:

@@ -1,5 +1,7 @@
 """The command line's frame, and what its commands share."""
 
+import io
+import sys
 from typing import NoReturn
 
 import typer
@@ -11,6 +13,9 @@ app = typer.Typer(name="resnet-fast", add_completion=False, no_args_is_help=True
 @app.callback()
 def main() -> None:
     """Fast ResNets for images like CIFAR-10."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of classes and files hold any characters, and not every terminal or log takes them.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def choices(names: object) -> str:

@@ -28,6 +28,7 @@ from resnet_fast.training.console import format_repeated, make_reporter
 from resnet_fast.training.processes import is_first_process
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.run_folder import check_is_free
+from resnet_fast.training.tensorboard import TensorBoardError
 
 # What a run that goes on may be told: where the data are and what computes, not what is computed.
 BESIDE_RESUME = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard")
@@ -129,7 +130,7 @@ def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> R
         stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
     except DivergedError as error:
         stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
-    except (ResumeError, BlockingIOError) as error:
+    except (ResumeError, TensorBoardError, BlockingIOError) as error:
         stop(1, f"error: {error}")
     except (DataError, OSError) as error:
         stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import convert_sync_batchnorm
 from resnet_fast.data import Augmentation, ImageDataset, Loader, load_dataset
+from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
@@ -33,6 +34,7 @@ from resnet_fast.training.random_state import random_states, restore_random_stat
 from resnet_fast.training.run_folder import RunFolder, check_is_free, describe
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import TrainingStep, bare
+from resnet_fast.training.tensorboard import need_tensorboard
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -78,6 +80,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     Raises:
         FileExistsError: the run folder already holds something.
         ValueError: the settings do not suit the data or the processes.
+        TensorBoardError: `tensorboard` is asked for and not installed.
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
     """
@@ -127,6 +130,8 @@ class _Run(NamedTuple):
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
     with join(config.device) as processes, _settings(config, processes.device):
+        if config.tensorboard:
+            need_tensorboard()
         if saved is None and processes.is_first:
             check_is_free(config.out)
         dataset = _load(config, processes)
@@ -233,10 +238,25 @@ def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
             }
             folder.write_epoch(history, state)
         run.reporter.end_epoch(history[-1])
-    mirrored = None
-    if folder.dataset.flip:
-        mirrored = evaluate(run.tested, run.dataset.test, run.augmentation, config, processes, mirror=True)[1]
-    return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
+    return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, _end(run, folder))
+
+
+def _end(run: _Run, folder: RunFolder) -> float | None:
+    """Draw what the network gets wrong; return its accuracy with mirror images where they show the same class."""
+    if not run.processes.is_first:
+        return None
+    test = run.dataset.test if run.processes.size == 1 else folder.dataset.test
+    found = predict_split(
+        run.tested,
+        test,
+        run.augmentation.mean,
+        run.augmentation.std,
+        batch_size=2 * run.config.batch_size,
+        precision=run.config.precision,
+        flip=folder.dataset.flip,
+    )
+    folder.write_end(found)
+    return found.flip_accuracy
 
 
 def _restore(run: _Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:

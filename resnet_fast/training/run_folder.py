@@ -1,6 +1,7 @@
 """The run folder: config.json, checkpoint.pt, metrics.csv and curves.png, each there as a whole or not at all.
 
-From the second epoch on checkpoint-previous.pt is the checkpoint of the epoch before.
+From the second epoch on checkpoint-previous.pt is the checkpoint of the epoch before; at the end confusion.png and
+mistakes.png are drawn, and with `tensorboard` there is a folder of events.
 """
 
 import csv
@@ -10,8 +11,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +22,14 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.data import Augmentation, ImageDataset
+from resnet_fast.evaluation import Predictions, write_pictures
 from resnet_fast.files import only_writer, whole_file
 from resnet_fast.machine import device_name
 from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
+from resnet_fast.training.tensorboard import TensorBoard
 
 # Seconds. A picture takes half a second to draw, as long as an epoch of CIFAR-10 on a large GPU is meant to.
 DRAW_EVERY = 30
@@ -60,6 +63,7 @@ class RunFolder:
     ) -> None:
         self.config, self.dataset, self.augmentation, self.keep = config, dataset, augmentation, keep
         self.drawn = -math.inf  # when the curves were drawn last
+        self.board: TensorBoard | None = None
 
     def start(self) -> None:
         """Make the folder and write config.json.
@@ -73,13 +77,19 @@ class RunFolder:
         with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
 
-    def hold(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def hold(self) -> Iterator[None]:
         """Keep other processes out until the end of the block; raises BlockingIOError if one is there."""
-        return only_writer(self.config.out)
+        with only_writer(self.config.out):
+            try:
+                yield
+            finally:
+                if self.board is not None:
+                    self.board.close()
 
     def clean(self) -> None:
         """Delete what a killed process left unfinished."""
-        for name in ("config.json", CHECKPOINT, PREVIOUS, "metrics.csv", "curves.png"):
+        for name in ("config.json", CHECKPOINT, PREVIOUS, "metrics.csv", "curves.png", "confusion.png", "mistakes.png"):
             for path in self.config.out.glob(f".{name}.*.tmp"):
                 path.unlink(missing_ok=True)
 
@@ -91,6 +101,7 @@ class RunFolder:
             "history": [asdict(metrics) for metrics in history],
             "config": {**self.config.as_dict(), "crop": self.augmentation.crop},  # as in config.json
             "classes": list(self.dataset.classes),
+            # With these a checkpoint alone says what to do with an image.
             "mean": list(self.augmentation.mean),
             "std": list(self.augmentation.std),
             "image_size": self.dataset.test.size[0],
@@ -98,6 +109,9 @@ class RunFolder:
         write_checkpoint(self.config.out / CHECKPOINT, checkpoint, self.config.out / PREVIOUS if self.keep else None)
         self.keep = True
         self.write_tables(history)
+        if self.config.tensorboard:
+            self.board = self.board or TensorBoard(self.config.out, self.config.as_dict(), history[:-1])
+            self.board.write(history[-1])
 
     def write_tables(self, history: Sequence[EpochMetrics], is_last: bool = False) -> None:
         """Replace the table and, at the end or where they are older than DRAW_EVERY, the curves."""
@@ -107,9 +121,18 @@ class RunFolder:
         if not is_last and time.monotonic() - self.drawn < DRAW_EVERY:
             return
         self.drawn = time.monotonic()
-        title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
+        kind = "validation" if self.config.holdout else "test"
         with whole_file(self.config.out / "curves.png") as file:
-            draw_curves(file, history, title, self.config.epochs, len(self.dataset.test))
+            draw_curves(file, history, self.title, self.config.epochs, len(self.dataset.test), kind)
+
+    def write_end(self, found: Predictions) -> None:
+        """Write confusion.png and mistakes.png, of what the network says about the test images after the last epoch."""
+        write_pictures(self.config.out, found, self.dataset.classes, self.title)
+
+    @property
+    def title(self) -> str:
+        """What was trained on what."""
+        return f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
 
 
 def describe(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation) -> dict[str, Any]:

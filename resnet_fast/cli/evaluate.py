@@ -1,0 +1,147 @@
+"""`resnet-fast eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.cells import cell_len
+
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.text import WIDTH, clean, fit, head
+from resnet_fast.data import DataError, load_dataset
+from resnet_fast.evaluation import Predictions, image_paths, predict_split, write_pictures, write_predictions
+from resnet_fast.inference import CheckpointError, Trained, load_trained
+from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
+
+SPLITS = ("test", "train")
+MAX_ROWS = 20  # of the table of classes
+MAX_MATRIX = 10  # classes of a confusion matrix in 80 columns
+NAME_WIDTH = 24
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data are. [default: as in training]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at a time. [default: as the training evaluated]", show_default=False),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar=choices(PRECISIONS), help="[default: as in training]", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(metavar=choices(SPLITS), help="Which images.")] = "test",
+    workers: Annotated[int, typer.Option(min=0, help="Processes reading a folder.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
+    ] = None,
+) -> None:
+    """Test a trained network: accuracy by class, confusion.png, mistakes.png and predictions.csv."""
+    try:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        chosen = choose_device(device)
+        trained = load_trained(run, chosen)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except CheckpointError as error:
+        stop(1, f"error: {error}")
+    config = trained.config
+    used = precision or config["precision"]
+    used = choose_precision(chosen) if used == "auto" else used
+    # The training evaluates with twice its batch; with another one the last digits differ.
+    at_once = batch_size or 2 * config["batch_size"]
+    out = out or trained.path.parent
+    suffix = "" if split == "test" else f"-{split}"
+    try:
+        dataset = load_dataset(
+            config["dataset"], data_dir or config["data_dir"], image_size=trained.image_size, workers=workers
+        )
+        if dataset.classes != trained.classes:
+            raise DataError(
+                f"the network knows the classes {_some(trained.classes)}, the data have {_some(dataset.classes)}"
+            )
+        images = dataset.train if split == "train" else dataset.test
+        print(clean(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes"))
+        print(f"{chosen}, {used}, batch {at_once}\n", flush=True)
+        found = predict_split(
+            trained.model,
+            images,
+            trained.mean,
+            trained.std,
+            batch_size=at_once,
+            precision=used,
+            flip=dataset.flip,
+        )
+        # At once: `| head` closes the pipe behind it, which must not keep the files from being written.
+        print("\n".join(format_evaluation(found, trained)), flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        names = write_pictures(out, found, trained.classes, trained.description, suffix)
+        table = f"predictions{suffix}.csv"
+        write_predictions(out / table, found, trained.classes, image_paths(images))
+    except KeyboardInterrupt:
+        stop(130, "interrupted")
+    except (DataError, OSError, torch.OutOfMemoryError) as error:
+        stop(1, f"error: {error}")
+    print(f"\n{', '.join([*names, table])}: {clean(str(out))}")
+
+
+def format_evaluation(found: Predictions, trained: Trained) -> list[str]:
+    """Return the results: totals, a line per class, and the confusion matrix where it fits 80 columns."""
+    lines = [
+        f"accuracy     {100 * found.accuracy:6.2f} %  {found.n_correct:,} of {len(found):,}",
+        f"loss         {found.loss:6.4f}",
+    ]
+    if found.flip_accuracy is not None:
+        lines.insert(
+            1, f"with flip    {100 * found.flip_accuracy:6.2f} %  mean logits of each image and its mirror image"
+        )
+    confusion = found.confusion(len(trained.classes))
+    return [*lines, "", *_class_table(confusion, trained.classes), *_matrix(confusion, trained.classes)]
+
+
+def _class_table(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
+    names = [clean(name) for name in classes]
+    width = min(NAME_WIDTH, max(map(cell_len, ["class", *names])))
+    rows = []
+    for i, counts in enumerate(confusion.tolist()):
+        total, right = sum(counts), counts[i]
+        counts[i] = 0
+        taken_for = f"{names[counts.index(max(counts))]} ({max(counts):,})" if any(counts) else "-"
+        shown = f"{100 * right / total:.2f} %" if total else "-"
+        line = f"{fit(names[i], width)}  {total:>7,}  {shown:>8}  {taken_for}"
+        rows.append((right / total if total else 2, fit(line, WIDTH).rstrip()))
+    header = f"{'class':<{width}}   images  accuracy  most often taken for"
+    if len(rows) <= MAX_ROWS:
+        return [header, *(line for _, line in rows)]
+    worst = sorted(rows, key=lambda row: row[0])[:MAX_ROWS]
+    return [header, *(line for _, line in worst), f"(the {MAX_ROWS} worst of {len(rows)} classes)"]
+
+
+def _matrix(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
+    if len(classes) > MAX_MATRIX:
+        return []
+    names = [clean(name) for name in classes]
+    first = min(16, max(map(cell_len, names)))
+    widest = max(len(f"{confusion.max():,}"), *map(cell_len, names))
+    width = min(widest + 2, (WIDTH - first) // len(classes))
+    if len(str(int(confusion.max()))) >= width:
+        return []
+    # Longer names lose their end; the columns are in the order of the rows.
+    header = "".join(" " * (width - cell_len(name)) + name for name in (head(name, width - 1) for name in names))
+    lines = ["", "confusion matrix, a row for each true class, a column for each predicted one:"]
+    lines.append(" " * first + header)
+    for name, row in zip(names, confusion.tolist(), strict=True):
+        lines.append(fit(name, first) + "".join(f"{count or '.':>{width}}" for count in row))
+    return lines
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return clean(", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else ""))

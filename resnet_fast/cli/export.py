@@ -1,0 +1,86 @@
+"""`resnet-fast export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.text import clean
+from resnet_fast.data import DataError, load_dataset
+from resnet_fast.data.cifar10 import CIFAR10
+from resnet_fast.inference import CheckpointError, ExportError, Trained, export_onnx, export_program, load_trained
+from resnet_fast.inference.export import need_onnx
+
+FORMATS = {"onnx": ("model.onnx", export_onnx), "torch": ("model.pt2", export_program)}
+N_REAL = 16
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(metavar=choices([*FORMATS, "both"]), help="onnx: model.onnx; torch: model.pt2.")
+    ] = "both",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per call, fixed. [default: any number]", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the data are, to check with. [default: as in training]", show_default=False),
+    ] = None,
+) -> None:
+    """Write a trained network as ONNX and as a program of torch.export, checked before they get their names.
+
+    Both take images in [0, 1], float32 [N, 3, size, size], normalize them, and give logits [N, classes].
+    """
+    formats = list(FORMATS) if format == "both" else [format]
+    try:
+        if unknown := [name for name in formats if name not in FORMATS]:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, both, got {unknown[0]!r}")
+        trained = load_trained(run)
+        if "onnx" in formats:
+            need_onnx()
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except ExportError as error:
+        stop(1, f"error: {error}" + ("; --format torch needs no package" if format == "both" else ""))
+    except CheckpointError as error:
+        stop(1, f"error: {error}")
+    out = out or trained.path.parent
+    real = real_images(trained, data_dir)
+    size, n_classes, number = trained.image_size, len(trained.classes), batch_size or "N"
+    print(clean(trained.description))
+    print(f"images, float32 [{number}, 3, {size}, {size}] in [0, 1] -> logits, float32 [{number}, {n_classes}]")
+    beside = "no real ones: the data are not there" if real is None else f"{len(real)} real ones"
+    print(f"largest difference of a logit from fp64, on random images and {beside}:\n", flush=True)
+    try:
+        for name in formats:
+            file, write = FORMATS[name]
+            checked = write(trained, out / file, batch_size=batch_size, images=real)
+            print(
+                f"{file:<10}  {checked.n_bytes / 1e6:6.1f} MB  {checked.error:.1e}, "
+                f"allowed {checked.allowed:.1e}; eager {checked.eager_error:.1e}",
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        stop(130, "interrupted")
+    except (ExportError, OSError) as error:
+        stop(1, f"error: {error}")
+    print(f"\n{', '.join(FORMATS[name][0] for name in formats)}: {clean(str(out))}")
+
+
+def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
+    """Return some test images, None where the data are not there; nothing is downloaded for it."""
+    folder = Path(data_dir or trained.config["data_dir"])
+    if trained.config["dataset"] == "cifar10" and not (folder / CIFAR10.base_folder).exists():
+        return None
+    try:
+        dataset = load_dataset(trained.config["dataset"], folder, image_size=trained.image_size)
+        return next(iter(dataset.test.batches(N_REAL)))[0]
+    except DataError:
+        return None

@@ -1,0 +1,67 @@
+"""`resnet-fast predict`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.cells import cell_len
+
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.text import WIDTH, can_show, clean, fit, fit_path
+from resnet_fast.inference import CheckpointError, ImageError, Trained, classify, load_trained, read_image
+from resnet_fast.training.config import choose_device
+
+BAR = 30  # columns
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE", help="Files in any format that Pillow reads.", show_default=False),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Classes shown, the most probable first.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Name what is on image files: the most probable classes.
+
+    An image is resized to the size of the training images, bilinearly, whatever its aspect ratio, and asked about as it
+    is, in fp32.
+    """
+    try:
+        trained = load_trained(run, choose_device(device))
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except CheckpointError as error:
+        stop(1, f"error: {error}")
+    n_failed = 0
+    try:
+        for path in images:
+            try:
+                image = read_image(path, trained.image_size)
+            except ImageError as error:
+                typer.echo(f"resnet-fast: error: {clean(str(path))}: {clean(str(error))}", err=True)
+                n_failed += 1
+                continue
+            for line in format_prediction(path, classify(trained, image), trained, top):
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        stop(130, "interrupted")
+    except torch.OutOfMemoryError as error:
+        stop(1, f"error: {error}")
+    if n_failed:
+        stop(1, f"{n_failed} of {len(images)} images could not be read")
+
+
+def format_prediction(path: Path, probabilities: torch.Tensor, trained: Trained, top: int) -> list[str]:
+    """Return the file's name and a line per class: name, probability, bar."""
+    values, indices = probabilities.topk(min(top, len(trained.classes)))
+    names = [clean(trained.classes[index]) for index in indices.tolist()]
+    width = min(max(map(cell_len, names)), WIDTH - BAR - 14)
+    block = "█" if can_show("█") else "#"
+    lines = [fit_path(clean(str(path)), WIDTH)]
+    for name, value in zip(names, values.tolist(), strict=True):
+        lines.append(f"  {fit(name, width)}  {100 * value:6.2f} %  {block * round(BAR * value)}".rstrip())
+    return lines

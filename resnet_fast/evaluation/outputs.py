@@ -1,0 +1,55 @@
+"""The files of an evaluation: confusion.png, mistakes.png and predictions.csv, each there as a whole or not at all."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnet_fast.data import Split
+from resnet_fast.data.folder import FolderSplit
+from resnet_fast.evaluation.confusion import draw_confusion
+from resnet_fast.evaluation.mistakes import describe_mistakes, draw_mistakes
+from resnet_fast.evaluation.predictions import Predictions
+from resnet_fast.files import whole_file
+
+
+def write_pictures(
+    folder: Path, found: Predictions, classes: Sequence[str], title: str = "", suffix: str = ""
+) -> list[str]:
+    """Write confusion.png and mistakes.png, with `suffix` behind their stems; return their names."""
+    confusion, mistakes = f"confusion{suffix}.png", f"mistakes{suffix}.png"
+    result = f"{100 * found.accuracy:.2f} % of {len(found):,} images right"
+    with whole_file(folder / confusion) as file:
+        draw_confusion(file, found.confusion(len(classes)), classes, f"{title}: {result}" if title else result)
+    worst = found.mistakes
+    with whole_file(folder / mistakes) as file:
+        draw_mistakes(
+            file,
+            worst.images,
+            worst.labels,
+            worst.predictions,
+            worst.probabilities,
+            classes,
+            n=len(worst.labels),
+            title=describe_mistakes(len(worst.labels), len(found) - found.n_correct, len(found)),
+        )
+    return [confusion, mistakes]
+
+
+def write_predictions(path: Path, found: Predictions, classes: Sequence[str], paths: Sequence[str] | None) -> None:
+    """Write a CSV with a row per image: index, label, prediction, probability and, where there are files, path."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "label", "prediction", "probability", *(["path"] if paths is not None else [])])
+    columns = (found.labels.tolist(), found.predictions.tolist(), found.probabilities.tolist())
+    for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+        row = [index, classes[label], classes[prediction], f"{probability:.6g}"]
+        writer.writerow(row if paths is None else [*row, paths[index]])
+    with whole_file(path) as file:
+        # Bytes of a file name that are no UTF-8 are lone surrogates in Python: they go back as they were.
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def image_paths(split: Split) -> list[str] | None:
+    """Return the file of each image of a folder, in the order of the split; None for other data sets."""
+    return [path for path, _ in split.images.samples] if isinstance(split, FolderSplit) else None

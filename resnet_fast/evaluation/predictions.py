@@ -1,0 +1,135 @@
+"""What a network says about every image of a split, in one pass.
+
+probability = softmax(logits)[prediction]    prediction = the class of the largest logit
+flipped     = the class of the largest of (logits of the image + logits of its mirror image) / 2
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fast.data import Split, normalize
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The wrong answers given with the highest probability, the worst first.
+
+    Args:
+        images: [K, 3, H, W], uint8.
+        labels, predictions: [K], int64; they differ in every place.
+        probabilities: [K], fp32, of the prediction.
+    """
+
+    images: Tensor
+    labels: Tensor
+    predictions: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The answers to all images of a split, in its order, on the CPU.
+
+    Args:
+        loss: mean cross entropy.
+        labels, predictions: [N], int64.
+        probabilities: [N], fp32, of the prediction.
+        flipped: [N], int64, predictions from the mean logits of each image and its mirror image; None if not asked for.
+        mistakes: the worst of them, with their images.
+    """
+
+    loss: float
+    labels: Tensor
+    predictions: Tensor
+    probabilities: Tensor
+    flipped: Tensor | None
+    mistakes: Mistakes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def n_correct(self) -> int:
+        return int((self.predictions == self.labels).sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.n_correct / len(self)
+
+    @property
+    def flip_accuracy(self) -> float | None:
+        return None if self.flipped is None else int((self.flipped == self.labels).sum()) / len(self)
+
+    def confusion(self, n_classes: int) -> Tensor:
+        """Return [n_classes, n_classes], int64: how many images of the row's class were taken for the column's."""
+        cells = torch.bincount(self.labels * n_classes + self.predictions, minlength=n_classes**2)
+        return cells.reshape(n_classes, n_classes)
+
+
+@torch.inference_mode()
+def predict_split(
+    model: nn.Module,
+    split: Split,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int,
+    precision: str,
+    flip: bool = False,
+    n_mistakes: int = 25,
+) -> Predictions:
+    """Ask a network about every image of `split`, as it is; the network is left in evaluation mode.
+
+    With twice the batch size of the training, loss and accuracy have the bits that the training reported on the same
+    device: the batches, the operations and their order are the same.
+
+    Args:
+        model: takes normalized images, gives logits, [N, classes].
+        split: the images, on any device; they are asked about on the model's.
+        mean, std: per channel, of images in [0, 1].
+        batch_size: images at a time.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
+        flip: ask about the mirror images, too.
+        n_mistakes: how many images of wrong answers are kept.
+
+    Raises:
+        ValueError: the split has no images.
+    """
+    if len(split) == 0:
+        raise ValueError("the split has no images")
+    model.eval()
+    device = next(model.parameters()).device
+    mean, std = tuple(mean), tuple(std)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    parts: list[tuple[Tensor, ...]] = []
+    mistakes: Mistakes | None = None
+    for images, labels in split.to(device).batches(batch_size):
+        x = normalize(images, mean, std)
+        with torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            logits = model(x).float()
+            mirrored = model(x.flip(3)).float() if flip else None
+        total_loss += F.cross_entropy(logits, labels, reduction="sum")
+        part = (labels, logits.argmax(1), logits.softmax(1).amax(1))
+        parts.append(part if mirrored is None else (*part, ((logits + mirrored) / 2).argmax(1)))
+        mistakes = _keep_worst(mistakes, Mistakes(images, *part), n_mistakes)
+    assert mistakes is not None  # there was a batch
+    labels, predictions, probabilities, *flipped = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    loss = float(total_loss) / len(labels)
+    return Predictions(loss, labels, predictions, probabilities, flipped[0] if flipped else None, mistakes)
+
+
+def _keep_worst(before: Mistakes | None, batch: Mistakes, count: int) -> Mistakes:
+    """Merge the worst so far with those of a batch, whose right answers go; equally bad ones stay in order."""
+    wrong = batch.predictions != batch.labels
+    new = [tensor[wrong].cpu() for tensor in (batch.images, batch.labels, batch.predictions, batch.probabilities)]
+    if before is not None:
+        old = (before.images, before.labels, before.predictions, before.probabilities)
+        new = [torch.cat(pair) for pair in zip(old, new, strict=True)]
+    order = new[3].sort(descending=True, stable=True).indices[:count]
+    return Mistakes(*(tensor[order] for tensor in new))

@@ -1,0 +1,246 @@
+"""Export a trained network: an ONNX file, or a program of torch.export.
+
+    logits = model((images - mean) / std),    images: [N, 3, image_size, image_size], fp32, in [0, 1]
+
+Normalization is inside, so that whoever runs the file needs no constants; resizing is not. The program holds ATen
+operators alone, in evaluation mode and fp32. Nothing gets its name before what is in the file has been run, and its
+logits compared:
+
+    max |exported - fp64|  <=  4 max |eager - fp64| + 4 eps max |fp64|
+
+The house's rule for errors (twice eager's own, plus a rounding of the output), doubled: a runtime folds the batch norms
+into the convolutions' weights and sums in another order, and the largest of some thousand errors varies by itself.
+"""
+
+import copy
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import __version__
+from resnet_fast.files import whole_file
+from resnet_fast.inference.trained import Trained
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+N_RANDOM = 16
+LABELS = "resnet_fast.json"  # the extra file in a .pt2
+
+
+class ExportError(RuntimeError):
+    """A network could not be exported, or the exported one computes something else."""
+
+
+class Normalized(nn.Module):
+    """A network that takes images in [0, 1].
+
+    Args:
+        model: takes normalized images.
+        mean, std: per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How far an exported network is from fp64, over all images that it was tried on.
+
+    Args:
+        error, eager_error: the largest difference of a logit, of the exported network and of eager PyTorch in fp32.
+        allowed: for `error`.
+        n_images: random and real ones.
+        n_bytes: of the file.
+    """
+
+    error: float
+    eager_error: float
+    allowed: float
+    n_images: int
+    n_bytes: int
+
+
+def export_onnx(
+    trained: Trained, path: Path, *, batch_size: int | None = None, images: Tensor | None = None
+) -> Checked:
+    """Write an ONNX file with the input `images` and the output `logits`, after onnxruntime has run it.
+
+    Its metadata hold classes, mean and std as JSON, and what the input is.
+
+    Args:
+        trained: on any device.
+        path: of the file.
+        batch_size: images per call; None: any number.
+        images: [N, 3, image_size, image_size], uint8, on which it is checked beside random ones.
+
+    Raises:
+        ExportError: a package is missing, or the file computes something else.
+    """
+    need_onnx()
+    import onnx
+    import onnxruntime
+
+    model = _normalized(trained)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (_example(trained, batch_size),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=_dynamic_shapes(batch_size),
+            verbose=False,
+        )
+    assert program is not None  # it is for another exporter
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {name: _text(value) for name, value in describe(trained).items()})
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+
+    return _write(path, content, model, run, batch_size, _trial_images(trained, images))
+
+
+def export_program(
+    trained: Trained, path: Path, *, batch_size: int | None = None, images: Tensor | None = None
+) -> Checked:
+    """Write a program that `torch.export.load(path).module()` runs, after it was loaded and run.
+
+    Its extra file resnet_fast.json holds classes, mean and std, and what the input is. The arguments and what is raised
+    are those of `export_onnx`; no package beside torch is needed.
+    """
+    model = _normalized(trained)
+    with _quiet():
+        program = torch.export.export(
+            model, (_example(trained, batch_size),), dynamic_shapes=_dynamic_shapes(batch_size)
+        )
+        archive = io.BytesIO()
+        torch.export.save(program, archive, extra_files={LABELS: json.dumps(describe(trained), indent=2)})
+        content = archive.getvalue()
+        loaded = torch.export.load(io.BytesIO(content)).module()
+    return _write(path, content, model, loaded, batch_size, _trial_images(trained, images))
+
+
+def need_onnx() -> None:
+    """Raise ExportError unless the packages are there that `export_onnx` needs."""
+    for name in ONNX_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            missing = error.name or name
+            raise ExportError(f"{missing} is not installed; pip install 'resnet-fast[export]'") from error
+        except ImportError as error:
+            raise ExportError(f"{name} cannot be imported ({error}); pip install 'resnet-fast[export]'") from error
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """Return what whoever runs an exported network needs to know."""
+    size = trained.image_size
+    return {
+        "classes": list(trained.classes),
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "image_size": size,
+        "input": f"images: float32 [N, 3, {size}, {size}], RGB, in [0, 1]; normalization is inside",
+        "output": f"logits: float32 [N, {len(trained.classes)}]",
+        "trained": trained.description,
+        "resnet_fast": __version__,
+    }
+
+
+def _normalized(trained: Trained) -> nn.Module:
+    # A copy on the CPU: the exported program must not depend on where the network is, or change with it.
+    return Normalized(copy.deepcopy(trained.model).cpu(), trained.mean, trained.std).eval().requires_grad_(False)
+
+
+def _example(trained: Trained, batch_size: int | None) -> Tensor:
+    # Two images stand for any number: one would be taken for a constant.
+    return torch.zeros(batch_size or 2, 3, trained.image_size, trained.image_size)
+
+
+def _dynamic_shapes(batch_size: int | None) -> tuple[Mapping[int, Any]] | None:
+    return ({0: torch.export.Dim("batch", min=1)},) if batch_size is None else None
+
+
+def _trial_images(trained: Trained, images: Tensor | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(N_RANDOM, 3, trained.image_size, trained.image_size, generator=generator)
+    return random if images is None else torch.cat([random, images.cpu().float() / 255])
+
+
+@torch.inference_mode()
+def _write(
+    path: Path,
+    content: bytes,
+    model: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    batch_size: int | None,
+    images: Tensor,
+) -> Checked:
+    """Write the file if what is in it computes what the model does."""
+    # Of any number of images: one, and then the rest at once.
+    batches = [images[:1], images[1:]] if batch_size is None else list(_filled_up(images, batch_size).split(batch_size))
+    expected = torch.cat([copy.deepcopy(model).double()(batch.double()) for batch in batches])
+    eager = torch.cat([model(batch) for batch in batches])
+    found = torch.cat([exported(batch) for batch in batches])
+    if found.shape != expected.shape:
+        raise ExportError(f"{path.name} would give {list(found.shape)}, not {list(expected.shape)}; nothing is written")
+    error, eager_error = (float((logits.double() - expected).abs().max()) for logits in (found, eager))
+    allowed = 4 * eager_error + 4 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    if not error <= allowed:  # so that NaN is refused
+        raise ExportError(
+            f"{path.name} would compute something else: a logit is off by {error:.2g}, allowed {allowed:.2g}; "
+            "nothing is written"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(content)
+    return Checked(error, eager_error, allowed, len(images), len(content))
+
+
+def _filled_up(images: Tensor, batch_size: int) -> Tensor:
+    """Repeat images until they fill whole batches."""
+    n_images = -(-len(images) // batch_size) * batch_size
+    return images[torch.arange(n_images) % len(images)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@contextmanager
+def _quiet():
+    """Keep the exporters' progress and warnings to themselves: what comes out is checked."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

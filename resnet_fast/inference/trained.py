@@ -1,0 +1,100 @@
+"""A trained network and what is needed to use it, from the checkpoint of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
+from resnet_fast.training.config import MODELS
+from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
+
+NEEDED = ("model", "config", "classes", "mean", "std", "image_size", "epoch")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as it was after an epoch of its training.
+
+    Args:
+        model: in evaluation mode; takes normalized images [N, 3, image_size, image_size], gives logits [N, classes].
+        classes: the name of each logit.
+        mean, std: per channel, of images in [0, 1], to normalize with.
+        image_size: pixels, in height and width.
+        config: the settings of the training, `TrainConfig.as_dict()`.
+        epoch: after which the checkpoint was written.
+        path: of the checkpoint.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    config: dict[str, Any]
+    epoch: int
+    path: Path
+
+    @property
+    def description(self) -> str:
+        """What was trained on what, in a few words."""
+        return f"{self.config['model']} ({self.config['stem']} stem) on {self.config['dataset']}, epoch {self.epoch}"
+
+
+def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
+    """Load the network of a run; every byte of the checkpoint is checked, and no code in it is run.
+
+    Args:
+        path: a run folder, for its checkpoint.pt, or a checkpoint.
+        device: where the network goes.
+
+    Raises:
+        ValueError: `path` is neither.
+        CheckpointError: the checkpoint is missing, damaged, of another program or of an earlier version, or its weights
+            do not fit the network that it names.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        folder, path = path, path / CHECKPOINT
+        if not path.exists() and not (folder / PREVIOUS).exists():
+            if not (folder / "config.json").exists():
+                raise ValueError(f"{folder} is no run folder: neither {CHECKPOINT} nor config.json is there")
+            raise CheckpointError(f"{path} is missing: no epoch of that run was finished")
+    elif not path.exists():
+        raise ValueError(f"{path} does not exist; a run folder or a checkpoint in one is needed")
+    try:
+        state = read_checkpoint(path)
+    except CheckpointError as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != CHECKPOINT or not previous.exists():
+            raise
+        raise CheckpointError(f"{error}; {previous} is of the epoch before") from error
+    missing = [name for name in NEEDED if name not in state]
+    if missing:
+        raise CheckpointError(f"{path} holds no {', '.join(missing)}: it is of an earlier version of this program")
+    model = _build(path, state).to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(
+        model=model.eval(),
+        classes=tuple(state["classes"]),
+        mean=tuple(state["mean"]),
+        std=tuple(state["std"]),
+        image_size=state["image_size"],
+        config=state["config"],
+        epoch=state["epoch"],
+        path=path,
+    )
+
+
+def _build(path: Path, state: dict[str, Any]) -> nn.Module:
+    name, stem = state["config"]["model"], state["config"]["stem"]
+    if name not in MODELS:
+        raise CheckpointError(f"{path} is of the network {name!r}, which this version does not have")
+    model = MODELS[name](num_classes=len(state["classes"]), stem=stem)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {reason[:200]}") from error
+    return model

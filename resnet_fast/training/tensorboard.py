@@ -1,0 +1,97 @@
+"""TensorBoard's event files: a point of every curve per epoch, and the settings.
+
+    board = TensorBoard(out, config.as_dict(), history)   # history: the epochs done before, () for a new run
+    board.write(metrics)                                  # after the epoch's checkpoint is written
+    board.close()
+
+`tensorboard --logdir runs` then shows all runs. A resumed run adds a file whose first event takes back what a process
+that was killed wrote beyond the checkpoint: each epoch is shown once.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_fast.training.metrics import EpochMetrics
+
+FOLDER = "tensorboard"  # in the run folder
+TAGS = {
+    "loss/train": "train_loss",
+    "loss/test": "test_loss",
+    "accuracy/train": "train_accuracy",
+    "accuracy/test": "test_accuracy",
+    "lr": "lr",
+    "images_per_second": "images_per_second",
+}
+RESULT = "accuracy/test"  # what the table of settings compares runs by
+
+
+class TensorBoardError(RuntimeError):
+    """TensorBoard is not installed; the message says how to mend that."""
+
+
+def need_tensorboard() -> None:
+    """Raise TensorBoardError unless the package is there: to be asked before a run begins."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise TensorBoardError("tensorboard is not installed; pip install 'resnet-fast[tensorboard]'")
+
+
+class TensorBoard:
+    """Writes the events of one run to its folder.
+
+    Args:
+        run: the run folder.
+        settings: plain values, such as `TrainConfig.as_dict()`.
+        history: the epochs that are done already. The last of them is written again, for a process may have been killed
+            between its checkpoint and its events; all of them where there are no events yet.
+
+    Raises:
+        TensorBoardError: the package is not installed.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, run: Path, settings: Mapping[str, Any], history: Sequence[EpochMetrics] = ()) -> None:
+        need_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.is_holdout = bool(settings.get("holdout"))
+        folder = run / FOLDER
+        goes_on = bool(history) and any(folder.glob("events.out.tfevents.*"))
+        done = history[-1:] if goes_on else history
+        first = done[0].epoch if done else 1
+        # Events from this step on, in the files that are there, are shown no more.
+        self.writer = SummaryWriter(str(folder), purge_step=first)
+        if not goes_on:
+            self._write_settings(settings)
+        for metrics in done:
+            self.write(metrics)
+
+    def write(self, metrics: EpochMetrics) -> None:
+        """Add an epoch, to be seen at once."""
+        for tag, field in TAGS.items():
+            # What is held out of the training images is not called a test.
+            tag = tag.replace("test", "val") if self.is_holdout else tag
+            self.writer.add_scalar(tag, getattr(metrics, field), metrics.epoch)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the file; may be called more than once."""
+        self.writer.close()
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        # Indented by four: TensorBoard's Markdown shows it as it is.
+        text = json.dumps(dict(settings), indent=2, ensure_ascii=False)
+        self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
+        # add_hparams would make a folder, and with it a run, of its own.
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for name, value in settings.items()
+            if value is not None
+        }
+        assert self.writer.file_writer is not None  # until it is closed
+        for summary in hparams(plain, {RESULT.replace("test", "val") if self.is_holdout else RESULT: 0.0}):
+            self.writer.file_writer.add_summary(summary, 0)
