@@ -24,7 +24,6 @@ from resnet_fast.training import (
     train,
 )
 from resnet_fast.training.evaluation import evaluate
-from resnet_fast.training.processes import Processes
 from resnet_fast.training.step import training_step
 
 # isort: split
@@ -106,9 +105,6 @@ def config_for(out: Path, **settings) -> TrainConfig:
     return TrainConfig(**{**defaults, "out": out, **settings})
 
 
-ALONE = Processes(0, 1, torch.device("cpu"))
-
-
 def normalization_of(dataset: ImageDataset) -> Augmentation:
     return Augmentation(dataset.mean, dataset.std)
 
@@ -168,7 +164,7 @@ def test_flip_can_be_decided_by_the_user(tiny: list[Tiny], tmp_path: Path, monke
 def test_evaluation_leaves_the_model_as_it_is(tiny: list[Tiny]):
     model, dataset = Tiny(3), make_dataset()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, dataset.test, normalization_of(dataset), config_for(Path("unused")), ALONE, mirror=True)
+    evaluate(model, dataset.test, normalization_of(dataset), mirror=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

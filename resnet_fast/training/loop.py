@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast import convert_sync_batchnorm
 from resnet_fast.data import Augmentation, ImageDataset, Loader, load_dataset
 from resnet_fast.training.config import TrainConfig
-from resnet_fast.training.evaluation import evaluate
+from resnet_fast.training.evaluation import Scores, evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.network import make_network, whiten_stem
 from resnet_fast.training.processes import Processes, join
@@ -235,7 +235,7 @@ def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         run.reporter.end_epoch(history[-1])
     mirrored = None
     if folder.dataset.flip:
-        mirrored = evaluate(run.tested, run.dataset.test, run.augmentation, config, processes, mirror=True)[1]
+        mirrored = _test(run, mirror=True).accuracy
     return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
 
 
@@ -291,7 +291,7 @@ def run_epoch(run: _Run, epoch: int) -> EpochMetrics:
     seconds = time.perf_counter() - began
     if run.config.ema:
         run.tested.load_state_dict(run.step.averaged())
-    test_loss, test_accuracy = evaluate(run.tested, run.dataset.test, run.augmentation, run.config, run.processes)
+    test_loss, test_accuracy = _test(run)
     if not math.isfinite(test_loss):
         raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, trained.lr)}")
     return EpochMetrics(
@@ -303,6 +303,18 @@ def run_epoch(run: _Run, epoch: int) -> EpochMetrics:
         test_accuracy=test_accuracy,
         seconds=seconds,
         images_per_second=trained.n_images / seconds,
+    )
+
+
+def _test(run: _Run, mirror: bool = False) -> Scores:
+    return evaluate(
+        run.tested,
+        run.dataset.test,
+        run.augmentation,
+        batch_size=2 * run.config.batch_size,  # without a backward to store for, twice the batch fits
+        precision=run.config.precision,
+        mirror=mirror,
+        processes=run.processes,
     )
 
 
