@@ -43,8 +43,10 @@ setup(
         "train": TRAIN,
         "dev": [
             *TRAIN,
+            "accelerate>=1.15",  # examples/
             "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
             "hypothesis>=6.150",
+            "lightning>=2.6",  # examples/
             "pyright>=1.1.390",
             "pytest>=8",
             "pytest-benchmark>=5",
