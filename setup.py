@@ -51,8 +51,10 @@ setup(
             *TRAIN,
             *EXPORT,
             *TENSORBOARD,
+            "accelerate>=1.15",  # examples/
             "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
             "hypothesis>=6.150",
+            "lightning>=2.6",  # examples/
             "pyright>=1.1.390",
             "pytest>=8",
             "pytest-benchmark>=5",

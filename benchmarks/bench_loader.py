@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work
 from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit, epoch_plan
-from resnet_fast.ops.augment import augment
 
 # isort: split
 from torchvision import transforms
@@ -49,7 +48,7 @@ def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
     loader = Loader(split, augmentation, batch_size)
     epochs = itertools.count(1)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterable[Batch]:
         if shuffle:
             return loader.epoch(next(epochs))
         plan = epoch_plan(len(split), split.size, augmentation, seed=0, epoch=next(epochs))
@@ -58,7 +57,7 @@ def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches():
-            yield augment(*batch, MEAN, STD, padding=PADDING)
+            yield batch.augmented(augmentation)
 
     return epoch
 

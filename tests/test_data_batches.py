@@ -6,7 +6,6 @@ from torch import Tensor
 
 from resnet_fast.data import Augmentation, ImageDataset, Loader, TensorSplit
 from resnet_fast.data.dataset import channel_statistics
-from resnet_fast.ops.augment import augment
 
 # Neither crop nor flip, and a normalization that leaves the values 0 … 255.
 BYTES = Augmentation(mean=(0.0,) * 3, std=(1 / 255,) * 3)
@@ -33,10 +32,10 @@ def test_two_epochs_have_different_orders_of_the_same_images():
 
 
 def test_labels_stay_with_their_images():
-    for images, labels, plan in Loader(split_of(50), BYTES, 8).epoch(1):
-        augmented, own = augment(images, labels, plan, BYTES.mean, BYTES.std)
+    for batch in Loader(split_of(50), BYTES, 8).epoch(1):
+        augmented, own = batch.augmented(BYTES)
         assert torch.equal(augmented[:, 0, 0, 0].long(), own)
-        assert torch.equal(own, plan[:, 0].long())
+        assert torch.equal(own, batch.plan[:, 0].long())
 
 
 def test_the_order_is_that_of_the_seed_alone():
@@ -51,6 +50,14 @@ def test_an_epoch_is_the_same_whichever_was_before():
     loader, other = (Loader(split_of(50), BYTES, 8) for _ in range(2))
     list(loader.epoch(1))
     assert order_of(loader, 2) == order_of(other, 2)
+
+
+def test_an_epoch_has_a_length_and_gives_all_its_batches_again():
+    """Lightning begins to iterate twice."""
+    epoch = Loader(split_of(50), BYTES, 8).epoch(1)
+    next(iter(epoch))
+    plans = [torch.cat([batch.plan for batch in epoch]) for _ in range(2)]
+    assert torch.equal(*plans) and len(plans[0]) == 50 and len(epoch) == 7
 
 
 def test_evaluation_is_in_order_and_complete():

@@ -113,7 +113,7 @@ def test_mirror_images_are_asked_about_only_where_they_show_their_class(digits: 
 def test_the_user_may_have_said_that_they_do_not(folder: Result, tmp_path: Path):
     copy = tmp_path / "checkpoint.pt"
     copy.write_bytes((folder.out / "checkpoint.pt").read_bytes())
-    rewrite(copy, config={**load_trained(copy).config, "flip": False})
+    rewrite(copy, config={**load_trained(copy).config, "flip": "none"})
     result = invoke("eval", copy)
     assert result.exit_code == 0 and "with flip" not in result.stdout
 

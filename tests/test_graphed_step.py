@@ -266,6 +266,6 @@ def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():
 
 def test_the_output_is_that_of_the_last_step():
     step = make_step(PLAIN, graph=True)
-    batch = next(Loader(make_split(), AUGMENTATION, BATCH).epoch(1))
+    batch = next(iter(Loader(make_split(), AUGMENTATION, BATCH).epoch(1)))
     first, second = step(batch), step(batch)
     assert isinstance(first, StepOutput) and first.loss is second.loss

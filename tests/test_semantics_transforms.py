@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from resnet_fast import FusedBatchNorm2d
+from resnet_fast.models.resnet import BasicBlock
 
 
 def gradients_agree(ours: nn.Module, theirs: nn.Module) -> None:
@@ -151,6 +152,32 @@ def test_hooks_on_the_norms_of_a_network(hook, either_backend, device):
     assert seen[0].keys() == seen[1].keys()
     assert len(seen[0]) == (4 if "backward" in hook else 8)
     assert all(len(kept) == 1 for kept in seen[0].values())
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-10, atol=1e-10)
+    gradients_agree(*models)
+
+
+@pytest.mark.parametrize("hook", [*HOOKS, "patched forward"])
+def test_what_is_around_a_whole_network_leaves_it_fused(hook, either_backend, device, monkeypatch):
+    """It sees input and output alone. Accelerate puts a forward on the network, for autocast."""
+    n_fused, fused_forward = [], BasicBlock.fused_forward
+    monkeypatch.setattr(
+        BasicBlock, "fused_forward", lambda *args, **fork: n_fused.append(bool(fork)) or fused_forward(*args, **fork)
+    )
+    seen, models = [], pair(device, torch.float64)
+    for model in models:
+        kept = []
+
+        def keep(*tensors, kept=kept):
+            kept.extend(t.detach().clone() for t in tensors)
+
+        if hook == "patched forward":
+            forward = model.forward
+            model.forward = lambda x, forward=forward, keep=keep: (y := forward(x), keep(x, y))[0]
+        else:
+            HOOKS[hook](model, keep)
+        model(images(device, torch.float64).requires_grad_()).square().sum().backward()
+        seen.append(kept)
+    assert n_fused == [True, True, False]  # every output but the last has two consumers
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-10, atol=1e-10)
     gradients_agree(*models)
 

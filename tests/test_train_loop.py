@@ -24,7 +24,6 @@ from resnet_fast.training import (
     train,
 )
 from resnet_fast.training.evaluation import evaluate
-from resnet_fast.training.processes import Processes
 from resnet_fast.training.step import training_step
 
 # isort: split
@@ -98,15 +97,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[Tiny]:
 
     monkeypatch.setitem(MODELS, "resnet18", make)
     monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
+    monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)  # they take longer than an epoch
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     return made
 
 
 def config_for(out: Path, **settings) -> TrainConfig:
     defaults = {"dataset": "digits", "epochs": 2, "batch_size": BATCH, "device": "cpu", "precision": "fp32"}
     return TrainConfig(**{**defaults, "out": out, **settings})
-
-
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def normalization_of(dataset: ImageDataset) -> Augmentation:
@@ -141,7 +139,7 @@ def test_weights_are_those_of_a_plain_torch_loop(tiny: list[Tiny], tmp_path: Pat
 def test_each_epoch_trains_in_training_mode_and_tests_in_evaluation_mode(tiny: list[Tiny], tmp_path: Path):
     train(config_for(tmp_path / "run", epochs=3))
     modes = [training for training, _ in tiny[0].calls]
-    assert modes == ([True] * 5 + [False] * 2) * 3
+    assert modes == ([True] * 5 + [False] * 2) * 3 + [False] * 2  # at the end for the pictures
 
 
 def test_the_test_images_are_normalized_but_not_augmented(
@@ -168,7 +166,7 @@ def test_flip_can_be_decided_by_the_user(tiny: list[Tiny], tmp_path: Path, monke
 def test_evaluation_leaves_the_model_as_it_is(tiny: list[Tiny]):
     model, dataset = Tiny(3), make_dataset()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, dataset.test, normalization_of(dataset), config_for(Path("unused")), ALONE, mirror=True)
+    evaluate(model, dataset.test, normalization_of(dataset))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -321,7 +319,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     with pytest.raises(KeyboardInterrupt):
         train(config_for(tmp_path / "run"), Stop())
     resumed = resume(tmp_path / "run")
-    assert [len(model.calls) for model in tiny] == [7, 7]  # an epoch each
+    assert [len(model.calls) for model in tiny] == [7, 9]  # an epoch each, and the mistakes at the end
     for name, value in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
 

@@ -78,7 +78,8 @@ def evaluate(
             trained.std,
             batch_size=at_once,
             precision=used,
-            flip=dataset.flip,
+            # Neither the data nor the user say that a mirror image shows something else.
+            flip=dataset.flip and config["flip"] != "none",
         )
         # At once: `| head` closes the pipe behind it, which must not keep the files from being written.
         print("\n".join(format_evaluation(found, trained)), flush=True)

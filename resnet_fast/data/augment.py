@@ -3,7 +3,7 @@
     plan = epoch_plan(dataset.train, augmentation, seed=0, epoch=1)     # int32 [N, 6], row by row the epoch's images
 
 The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same wherever, on however many processes and
-however often an epoch is computed. `resnet_fast.ops.augment` makes batches of it.
+however often an epoch is computed. `Batch.augmented` (dataset.py) makes images of it.
 """
 
 from dataclasses import dataclass

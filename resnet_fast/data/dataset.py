@@ -4,7 +4,7 @@
     for images, labels in dataset.test.batches(32):   # uint8 [32, 3, 32, 32], int64 [32], in order
         ...
     for batch in dataset.train.planned(plan, sizes):  # shuffled: see loader.py
-        ...
+        images, labels = batch.augmented(augmentation)
 
 A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device.
 """
@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from resnet_fast.data.augment import seeded
+from resnet_fast.data.augment import Augmentation, seeded
+from resnet_fast.ops.augment import augment
 
 HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
 
@@ -37,6 +38,20 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     plan: Tensor
+
+    def augmented(self, augmentation: Augmentation, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the images, [B, 3, H, W] in `dtype`, channels_last, augmented and normalized, and the labels, [B]."""
+        return augment(
+            self.images,
+            self.labels,
+            self.plan,
+            augmentation.mean,
+            augmentation.std,
+            padding=augmentation.crop,
+            reflect=augmentation.padding == "reflect",
+            cutout=augmentation.cutout,
+            dtype=dtype,
+        )
 
 
 class Split(Protocol):

@@ -2,11 +2,12 @@
 
 loader = Loader(dataset.train.to(device), Augmentation(dataset.mean, dataset.std, crop=4), batch_size=512, seed=0)
 for epoch in range(1, n_epochs + 1):
-    for batch in loader.epoch(epoch):   # Batch: what training.TrainingStep takes
-        ...
+    for batch in loader.epoch(epoch):  # Batch: what training.TrainingStep takes
+        images, labels = batch.augmented(loader.augmentation)
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -58,9 +59,26 @@ class Loader:
         full, rest = divmod(len(self.split), self.batch_size)
         return [self.batch_size] * full + ([rest] if rest >= 2 * self.world_size else [])
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this process's share of every batch of an epoch; epochs count from 1."""
-        sizes = self.batch_sizes()
-        plan = epoch_plan(len(self.split), self.split.size, self.augmentation, self.seed, epoch)[: sum(sizes)]
-        shares = [rows.tensor_split(self.world_size)[self.rank] for rows in plan.split(sizes)]
-        yield from self.split.planned(torch.cat(shares), [len(share) for share in shares])
+    def epoch(self, epoch: int) -> "Epoch":
+        """Return this process's share of every batch of an epoch; epochs count from 1."""
+        return Epoch(self, epoch)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch, the same ones whenever they are iterated over.
+
+    No generator: Lightning calls iter() on what it is given twice, and would lose what it took the first time.
+    """
+
+    loader: Loader
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader, sizes = self.loader, self.loader.batch_sizes()
+        plan = epoch_plan(len(loader.split), loader.split.size, loader.augmentation, loader.seed, self.epoch)
+        shares = [rows.tensor_split(loader.world_size)[loader.rank] for rows in plan[: sum(sizes)].split(sizes)]
+        yield from loader.split.planned(torch.cat(shares), [len(share) for share in shares])

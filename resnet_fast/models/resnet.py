@@ -3,7 +3,7 @@
 The classes are torchvision's own, so constructors, initialization, checkpoint keys and module names are theirs. What
 differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at, or has been
 put in place of, one of the steps in between (hooks, torch.fx, other layers, patched forwards) makes the block run
-torchvision's forward, step by step: the same numbers, without the fusion.
+torchvision's forward, step by step: the same numbers, without the fusion. What is around the whole sees no step.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,11 @@ Stem = Literal["imagenet", "cifar"]
 
 
 def is_observed(module: nn.Module, x: Tensor) -> bool:
-    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward."""
+    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward.
+
+    Those of `module` itself do not count: they see its input and output, which are the same fused or not. Accelerate
+    puts autocast around a network's forward in this way.
+    """
     if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
         return True
     return any(
@@ -37,6 +41,7 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
         or m._backward_pre_hooks
         or "forward" in m.__dict__
         for m in module.modules()
+        if m is not module
     )
 
 

@@ -8,7 +8,8 @@ result = resume("runs/…")  # goes on with a run that was stopped
 """
 
 from resnet_fast.data import DataError
-from resnet_fast.training.config import MODELS, TrainConfig
+from resnet_fast.training.config import MODELS, TrainConfig, choose_device, choose_precision
+from resnet_fast.training.evaluation import Scores, evaluate
 from resnet_fast.training.loop import DivergedError, Reporter, resume, train
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.recipes import RECIPES, Recipe
@@ -26,9 +27,13 @@ __all__ = [
     "Result",
     "ResumeError",
     "SavedRun",
+    "Scores",
     "StepOutput",
     "TrainConfig",
     "TrainingStep",
+    "choose_device",
+    "choose_precision",
+    "evaluate",
     "load_run",
     "resume",
     "train",

@@ -1,13 +1,26 @@
 """Loss and accuracy of a network on a split, over all processes."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from resnet_fast.data import Augmentation, Split, normalize
-from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import Processes
 from resnet_fast.training.step import autocast
+
+
+class Scores(NamedTuple):
+    """Of a split.
+
+    Args:
+        loss: the mean cross entropy.
+        accuracy: the share of images that are right.
+    """
+
+    loss: float
+    accuracy: float
 
 
 @torch.inference_mode()
@@ -15,27 +28,33 @@ def evaluate(
     model: nn.Module,
     split: Split,
     augmentation: Augmentation,
-    config: TrainConfig,
-    processes: Processes,
-) -> tuple[float, float]:
+    *,
+    batch_size: int = 512,
+    precision: str = "fp32",
+    processes: Processes | None = None,
+) -> Scores:
     """Return the mean loss and the accuracy over the images of all processes, as they are, by running statistics.
 
     Args:
         model: is put into evaluation mode.
-        split: of this process.
+        split: of this process, on the model's device.
         augmentation: for mean and std alone.
-        config: batch size and precision.
-        processes: that test together.
+        batch_size: images computed together.
+        precision: "fp32" or "bf16".
+        processes: that test together; None: this one alone.
     """
     model.eval()
-    processes.share_buffers(model)
-    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, right ones, images
-    # Without a backward to store for, twice the batch fits where training does.
-    for images, labels in split.batches(2 * config.batch_size):
-        with autocast(images.device, config.precision):
+    if processes is not None:
+        processes.share_buffers(model)
+    # loss, right ones, images
+    totals = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
+    for images, labels in split.batches(batch_size):
+        with autocast(images.device, precision):
             logits = model(normalize(images, augmentation.mean, augmentation.std)).float()
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (logits.argmax(1) == labels).sum()
         totals[2] += len(labels)
-    loss, n_correct, n_images = processes.sum(totals).tolist()
-    return loss / n_images, n_correct / n_images
+    if processes is not None:
+        totals = processes.sum(totals)
+    loss, n_correct, n_images = totals.tolist()
+    return Scores(loss / n_images, n_correct / n_images)

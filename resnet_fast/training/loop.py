@@ -253,7 +253,7 @@ def _end(run: _Run, folder: RunFolder) -> float | None:
         run.augmentation.std,
         batch_size=2 * run.config.batch_size,
         precision=run.config.precision,
-        flip=folder.dataset.flip,
+        flip=folder.dataset.flip and run.config.flip != "none",
     )
     folder.write_end(found)
     return found.flip_accuracy
@@ -311,7 +311,14 @@ def run_epoch(run: _Run, epoch: int) -> EpochMetrics:
     seconds = time.perf_counter() - began
     if run.config.ema:
         run.tested.load_state_dict(run.step.averaged())
-    test_loss, test_accuracy = evaluate(run.tested, run.dataset.test, run.augmentation, run.config, run.processes)
+    test_loss, test_accuracy = evaluate(
+        run.tested,
+        run.dataset.test,
+        run.augmentation,
+        batch_size=2 * run.config.batch_size,  # without a backward to store for, twice the batch fits
+        precision=run.config.precision,
+        processes=run.processes,
+    )
     if not math.isfinite(test_loss):
         raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, trained.lr)}")
     return EpochMetrics(

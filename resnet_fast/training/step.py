@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.data import Augmentation, Batch
-from resnet_fast.ops.augment import augment
 from resnet_fast.training.average import Average
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.random_state import random_states, restore_random_states
@@ -156,9 +155,10 @@ class TrainingStep:
     def _run(self, batch: Batch, n_images: int) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
         plans = batch.plan.tensor_split(min(self.accumulate, max(len(batch.plan) // 2, 1)))
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         losses, correct = [], []
         for i, plan in enumerate(plans):
-            images, labels = self._augment(batch, plan)
+            images, labels = batch._replace(plan=plan).augmented(self.augmentation, dtype)
             is_last = i == len(plans) - 1
             with nullcontext() if is_last else self._without_exchange():
                 loss, logits = forward_loss(self.forward, images, labels, self.precision, self.recipe.label_smoothing)
@@ -172,20 +172,6 @@ class TrainingStep:
         if self.average is not None:
             self.average.update()
         return StepOutput(torch.stack(losses).sum(), torch.stack(correct).sum())
-
-    def _augment(self, batch: Batch, plan: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.augmentation
-        return augment(
-            batch.images,
-            batch.labels,
-            plan,
-            settings.mean,
-            settings.std,
-            padding=settings.crop,
-            reflect=settings.padding == "reflect",
-            cutout=settings.cutout,
-            dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
-        )
 
     def _without_exchange(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,44 @@
+"""A training loop of one's own, in plain PyTorch, on the fused network and the loader: python examples/plain_pytorch.py
+
+The images lie on the device as bytes; `augmented` crops and normalizes a batch there, in one kernel on a GPU.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from resnet_fast import resnet18  # instead of: from torchvision.models import resnet18
+from resnet_fast.data import Augmentation, Loader, load_dataset, normalize
+from resnet_fast.training import RECIPES
+
+recipe = RECIPES["digits"]  # for its numbers alone: 6 epochs, batch 32, lr 0.1 …
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+data = load_dataset("digits").to(device)
+augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
+loader = Loader(data.train, augmentation, recipe.batch_size)
+
+model = resnet18(num_classes=len(data.classes), stem="cifar").to(device)
+optimizer = torch.optim.SGD(
+    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+)
+n_steps = recipe.epochs * len(loader)
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=n_steps)
+
+for epoch in range(1, recipe.epochs + 1):
+    model.train()
+    for batch in loader.epoch(epoch):
+        images, labels = batch.augmented(augmentation)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    print(f"epoch {epoch}: loss of the last batch {loss:.3f}")
+
+model.eval()
+n_correct = 0
+with torch.inference_mode():
+    for images, labels in data.test.batches(512):
+        logits = model(normalize(images, data.mean, data.std))
+        n_correct += int((logits.argmax(1) == labels).sum())
+print(f"test accuracy {n_correct / len(data.test):.2%}")

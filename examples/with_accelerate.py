@@ -1,0 +1,42 @@
+"""The fused network and the loader with Accelerate: python examples/with_accelerate.py
+
+On several GPUs, `accelerate launch examples/with_accelerate.py`: each process takes its share of every batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from resnet_fast import resnet18
+from resnet_fast.data import Augmentation, Loader, load_dataset
+from resnet_fast.training import RECIPES, evaluate
+
+recipe = RECIPES["digits"]
+accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+data = load_dataset("digits").to(accelerator.device)
+augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
+# The loader is not prepared: its batches are on the device already, and it shares them among the processes itself.
+rank, world_size = accelerator.process_index, accelerator.num_processes
+loader = Loader(data.train, augmentation, recipe.batch_size, rank=rank, world_size=world_size)
+
+model = resnet18(num_classes=len(data.classes), stem="cifar")
+optimizer = torch.optim.SGD(
+    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+)
+n_steps = recipe.epochs * len(loader)
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=n_steps)
+model, optimizer = accelerator.prepare(model, optimizer)
+
+for epoch in range(1, recipe.epochs + 1):
+    for batch in loader.epoch(epoch):
+        images, labels = batch.augmented(augmentation)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+    accelerator.print(f"epoch {epoch}: loss of the last batch {loss:.3f}")
+
+accuracy = evaluate(accelerator.unwrap_model(model), data.test, augmentation).accuracy
+accelerator.print(f"test accuracy {accuracy:.2%}")
+accelerator.end_training()

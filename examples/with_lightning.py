@@ -1,0 +1,58 @@
+"""The fused network and the loader in Lightning, which has the loop: python examples/with_lightning.py"""
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+
+from resnet_fast import resnet18
+from resnet_fast.data import Augmentation, Batch, ImageDataset, Loader, load_dataset
+from resnet_fast.training import RECIPES, Recipe, evaluate
+
+
+class Classifier(LightningModule):
+    def __init__(self, data: ImageDataset, recipe: Recipe) -> None:
+        super().__init__()
+        self.data, self.recipe = data, recipe
+        self.augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
+        self.loader = Loader(data.train, self.augmentation, recipe.batch_size)
+        self.model = resnet18(num_classes=len(data.classes), stem="cifar")
+
+    def train_dataloader(self):
+        """Return the next epoch's batches; the trainer asks every epoch (reload_dataloaders_every_n_epochs)."""
+        return self.loader.epoch(self.current_epoch + 1)
+
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        images, labels = batch.augmented(self.augmentation)
+        loss = F.cross_entropy(self.model(images), labels)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.print(f"epoch {self.current_epoch + 1}: loss of the last batch {self.last_loss:.3f}")
+
+    def configure_optimizers(self):
+        lr, momentum, weight_decay = self.recipe.lr, self.recipe.momentum, self.recipe.weight_decay
+        optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=True)
+        n_steps = self.recipe.epochs * len(self.loader)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+has_gpu = torch.cuda.is_available()
+trainer = Trainer(
+    accelerator="gpu" if has_gpu else "cpu",
+    devices=1,
+    precision="bf16-mixed" if has_gpu else "32-true",
+    max_epochs=RECIPES["digits"].epochs,
+    reload_dataloaders_every_n_epochs=1,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+device = trainer.strategy.root_device
+data = load_dataset("digits").to(device)  # once: Lightning would move the images in every step
+classifier = Classifier(data, RECIPES["digits"])
+trainer.fit(classifier)
+accuracy = evaluate(classifier.model.to(device), data.test, classifier.augmentation).accuracy
+print(f"test accuracy {accuracy:.2%}")

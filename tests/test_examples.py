@@ -1,0 +1,146 @@
+"""The examples run as they stand, on few digits and a thin network: they learn, fused, and the loops agree."""
+
+import importlib.util
+import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
+
+import pytest
+import torch
+from thin_resnet import thin_resnet
+from torch import nn
+
+import resnet_fast
+from resnet_fast import data, resnet18, training
+from resnet_fast.models import resnet
+from resnet_fast.ops import batch_norm
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {"ten_lines": None, "plain_pytorch": None, "with_lightning": "lightning", "with_accelerate": "accelerate"}
+OWN_LOOPS = ("plain_pytorch", "with_lightning", "with_accelerate")
+N_IMAGES, BATCH, EPOCHS = 200, 16, 10  # the last batch of an epoch is a smaller one
+N_STEPS = 130
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    accuracy: float
+    fused: list[bool]
+
+
+def tiny_digits() -> data.ImageDataset:
+    """Some of the digits, of 16x16 pixels; tested are images that it is trained on."""
+    digits = data.load_digits()
+    images, labels = digits.train.images[:N_IMAGES, :, ::2, ::2], digits.train.labels[:N_IMAGES]  # type: ignore[attr-defined]
+    return replace(digits, train=data.TensorSplit(images, labels), test=data.TensorSplit(images, labels))
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """No interpreted kernels, and one thread: more of them wait for each other longer than they compute."""
+    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def done() -> dict[str, Run]:
+    """The runs that tests share."""
+    return {}
+
+
+@pytest.fixture
+def run(done, monkeypatch, capsys):
+    def run(name: str) -> Run:
+        needed = EXAMPLES[name]
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+        if name not in done:
+            done[name] = run_example(name, monkeypatch, capsys)
+        return done[name]
+
+    return run
+
+
+def watch_fusion(monkeypatch) -> list[bool]:
+    """Whether the network was fused, as a whole, in each forward of training from now on."""
+    fused, blocks_to_fuse = [], resnet.ResNet._blocks_to_fuse
+
+    def watched(self, x):
+        blocks = blocks_to_fuse(self, x)
+        if self.training:
+            fused.append(bool(blocks))
+        return blocks
+
+    monkeypatch.setattr(resnet.ResNet, "_blocks_to_fuse", watched)
+    return fused
+
+
+def thin(*, num_classes: int, stem: str) -> nn.Module:
+    model = thin_resnet(resnet)
+    model.fc = nn.Linear(16, num_classes)
+    return model
+
+
+def run_example(name: str, monkeypatch, capsys) -> Run:
+    digits, recipe = tiny_digits(), replace(training.RECIPES["digits"], epochs=EPOCHS, batch_size=BATCH, lr=0.05)
+    monkeypatch.setattr(data, "load_dataset", lambda name: digits)
+    monkeypatch.setitem(training.RECIPES, "digits", recipe)
+    fused = watch_fusion(monkeypatch)
+    monkeypatch.setattr(resnet_fast, "resnet18", thin)
+    runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss of the last batch ([\d.]+)$", printed, re.M)]
+    (accuracy,) = re.findall(r"^test accuracy ([\d.]+)%$", printed, re.M)
+    return Run(losses, float(accuracy), fused)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_learns(name, run):
+    result = run(name)
+    assert len(result.losses) == EPOCHS and result.losses[-1] < result.losses[0]
+    assert result.accuracy > 50  # by chance: 10
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_network_is_fused_in_training(name, run):
+    fused = run(name).fused
+    assert all(fused)
+    # A recorded step is replayed.
+    assert len(fused) == N_STEPS or (name == "ten_lines" and torch.cuda.is_available() and fused)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU some of the kernels of cuDNN are not deterministic")
+@pytest.mark.parametrize("name", OWN_LOOPS[1:])
+def test_a_framework_computes_what_the_plain_loop_does(name, run):
+    """All batches of all epochs, in the same order, at the same learning rates."""
+    assert run(name) == run(OWN_LOOPS[0])
+
+
+def test_accelerate_in_bf16_leaves_the_network_fused(monkeypatch):
+    """It puts a forward of its own on the network."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    fused = watch_fusion(monkeypatch)
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(resnet18(num_classes=3, stem="cifar"))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert isinstance(model.__dict__["forward"], MethodType)
+    model(torch.rand(2, 3, 8, 8))
+    assert fused == [True]
+
+
+def test_the_readme_shows_the_ten_lines():
+    source = (ROOT / "examples/ten_lines.py").read_text(encoding="utf-8")
+    shown = source.split('"""\n\n', 1)[1]
+    assert f"```python\n{shown}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short_and_named_in_the_readme(name):
+    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
+    assert f"(examples/{name}.py)" in (ROOT / "README.md").read_text(encoding="utf-8")
