@@ -7,7 +7,16 @@ the pre-activation. Shapes and arithmetic as in batch_norm_forward.py.
 import triton
 import triton.language as tl
 
-from .tile_access import bit_offsets, known_multiple, load_channel, normalize, tile_offsets, unpack_bits
+from .tile_access import (
+    bit_offsets,
+    group_of_rows,
+    known_multiple,
+    load_channel,
+    locate,
+    normalize,
+    tile_offsets,
+    unpack_bits,
+)
 
 
 @triton.jit
@@ -36,6 +45,7 @@ def reduce_kernel(
     n_rows,
     n_channels,
     n_spatial,
+    rows_per_group,
     rows_per_split,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -51,21 +61,22 @@ def reduce_kernel(
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
-    split = (tl.program_id(0) // n_channel_tiles).to(tl.int64)
+    split = tl.program_id(0) // n_channel_tiles
+    group, first_row, end = locate(split, rows_per_split, n_rows, rows_per_group)
     first_channel = (tl.program_id(0) % n_channel_tiles) * BLOCK_C
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
     offs_m = tl.arange(0, BLOCK_M)
-    first_row = split * rows_per_split
-    n_own = tl.minimum(n_rows - first_row, rows_per_split).to(tl.int32)
-    mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
-    rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+    of_group = group * n_channels + offs_c
+    n_own = tl.minimum(end - first_row, rows_per_split).to(tl.int32)
+    mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type)
     if RELU and relu_mask_ptr is None:
         scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_ptr is not None:
-        residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
-        residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+        residual_mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
+        residual_rstd = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type)
         sum_dz_rhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     sum_dz = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     sum_dz_xhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
@@ -84,7 +95,15 @@ def reduce_kernel(
                 drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
             else:
                 bytes_at, valid = bit_offsets(
-                    first_row + start, first_channel, n_rows, n_channels, CHANNELS_LAST, BLOCK_M, BLOCK_C
+                    first_row + start,
+                    first_channel,
+                    group,
+                    n_rows,
+                    n_channels,
+                    rows_per_group,
+                    CHANNELS_LAST,
+                    BLOCK_M,
+                    BLOCK_C,
                 )
                 packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
                 drop = unpack_bits(packed, CHANNELS_LAST, BLOCK_M, BLOCK_C)
@@ -97,7 +116,7 @@ def reduce_kernel(
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
             sum_dz_rhat += dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :])
 
-    partial = split * n_channels + offs_c
+    partial = split.to(tl.int64) * n_channels + offs_c
     tl.store(partial_dz_ptr + partial, tl.sum(sum_dz, axis=0), mask=mask_c)
     tl.store(partial_dz_xhat_ptr + partial, tl.sum(sum_dz_xhat, axis=0), mask=mask_c)
     if residual_ptr is not None:
@@ -106,7 +125,7 @@ def reduce_kernel(
 
 @triton.jit
 def sum_splits(partial_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[n_splits, n_channels] partial sums -> [BLOCK_C], always in the same order."""
+    """[n_splits, n_channels] partial sums of a group -> [BLOCK_C], always in the same order."""
     total = tl.zeros([BLOCK_S, BLOCK_C], partial_ptr.dtype.element_ty)
     for start in range(0, n_splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
@@ -128,28 +147,49 @@ def combine_gradients_kernel(
     dresidual_weight_ptr,
     dresidual_bias_ptr,
     n_channels,
+    n_groups,
+    group_splits,
     n_splits,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sums of the whole batch; they are also the parameters' gradients: dbias = sum dz, dweight = sum dz·x̂ (B3)."""
+    """The sums of every group, for dx; their sum is the parameters' gradient: dbias = Σ dz, dweight = Σ dz·x̂ (B3).
+
+    `group_splits` are those of a whole group; the last may have fewer of the `n_splits`.
+    """
+    acc_type: tl.constexpr = partial_dz_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
-    sum_dz = sum_splits(partial_dz_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
-    sum_dz_xhat = sum_splits(partial_dz_xhat_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
-    tl.store(sum_dz_ptr + offs_c, sum_dz, mask=mask_c)
-    tl.store(sum_dz_xhat_ptr + offs_c, sum_dz_xhat, mask=mask_c)
+    dbias = tl.zeros([BLOCK_C], acc_type)
+    dweight = tl.zeros([BLOCK_C], acc_type)
+    dresidual_weight = tl.zeros([BLOCK_C], acc_type)
+    for group in range(0, n_groups):
+        own_splits = tl.minimum(n_splits - group * group_splits, group_splits)
+        group_channels = (tl.full([], 0, tl.int64) + group) * n_channels
+        first_partial = group_channels * group_splits
+        sum_dz = sum_splits(partial_dz_ptr + first_partial, offs_c, mask_c, n_channels, own_splits, BLOCK_S, BLOCK_C)
+        sum_dz_xhat = sum_splits(
+            partial_dz_xhat_ptr + first_partial, offs_c, mask_c, n_channels, own_splits, BLOCK_S, BLOCK_C
+        )
+        tl.store(sum_dz_ptr + group_channels + offs_c, sum_dz, mask=mask_c)
+        tl.store(sum_dz_xhat_ptr + group_channels + offs_c, sum_dz_xhat, mask=mask_c)
+        dbias += sum_dz
+        dweight += sum_dz_xhat
+        if partial_dz_rhat_ptr is not None:
+            sum_dz_rhat = sum_splits(
+                partial_dz_rhat_ptr + first_partial, offs_c, mask_c, n_channels, own_splits, BLOCK_S, BLOCK_C
+            )
+            tl.store(sum_dz_rhat_ptr + group_channels + offs_c, sum_dz_rhat, mask=mask_c)
+            dresidual_weight += sum_dz_rhat
+
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + offs_c, sum_dz_xhat, mask=mask_c)
+        tl.store(dweight_ptr + offs_c, dweight, mask=mask_c)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs_c, sum_dz, mask=mask_c)
-    if partial_dz_rhat_ptr is not None:
-        sum_dz_rhat = sum_splits(partial_dz_rhat_ptr, offs_c, mask_c, n_channels, n_splits, BLOCK_S, BLOCK_C)
-        tl.store(sum_dz_rhat_ptr + offs_c, sum_dz_rhat, mask=mask_c)
-        if dresidual_weight_ptr is not None:
-            tl.store(dresidual_weight_ptr + offs_c, sum_dz_rhat, mask=mask_c)
-        if dresidual_bias_ptr is not None:
-            tl.store(dresidual_bias_ptr + offs_c, sum_dz, mask=mask_c)
+        tl.store(dbias_ptr + offs_c, dbias, mask=mask_c)
+    if dresidual_weight_ptr is not None:
+        tl.store(dresidual_weight_ptr + offs_c, dresidual_weight, mask=mask_c)
+    if dresidual_bias_ptr is not None:
+        tl.store(dresidual_bias_ptr + offs_c, dbias, mask=mask_c)
 
 
 @triton.jit
@@ -186,6 +226,7 @@ def input_gradients_kernel(
     n_rows,
     n_channels,
     n_spatial,
+    rows_per_group,
     RELU: tl.constexpr,
     TRAINING: tl.constexpr,
     RESIDUAL_TRAINING: tl.constexpr,
@@ -198,30 +239,34 @@ def input_gradients_kernel(
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
-    first_row = (tl.program_id(0) // n_channel_tiles).to(tl.int64) * BLOCK_M
+    group, first_row, end = locate(tl.program_id(0) // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
     offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    of_group = group * n_channels + offs_c
     mask_c = offs_c < n_channels
-    mask = (first_row + tl.arange(0, BLOCK_M) < n_rows)[:, None] & mask_c[None, :]
+    mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
     offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
 
     dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(acc_type)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-    mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
-    rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+    mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    sum_dz = load_channel(sum_dz_ptr, offs_c, mask_c, 0.0, acc_type)
-    sum_dz_xhat = load_channel(sum_dz_xhat_ptr, offs_c, mask_c, 0.0, acc_type)
+    sum_dz = load_channel(sum_dz_ptr, of_group, mask_c, 0.0, acc_type)
+    sum_dz_xhat = load_channel(sum_dz_xhat_ptr, of_group, mask_c, 0.0, acc_type)
     if RELU:
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
         dz = tl.where(recompute_drop(x, x_ptr.dtype.element_ty, mean, rstd * weight, bias), 0.0, dz)
+    if rows_per_group is not None:
+        start, _ = group_of_rows(group, n_rows, rows_per_group)
+        n_rows = end - start
     dx = input_gradient(dz, x, mean, rstd, weight, sum_dz, sum_dz_xhat, n_rows, TRAINING)
     tl.store(dx_ptr + offsets, dx, mask=mask)
 
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-        mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
-        rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
+        mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
+        rstd = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type)
         weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        sum_dz_rhat = load_channel(sum_dz_rhat_ptr, offs_c, mask_c, 0.0, acc_type)
+        sum_dz_rhat = load_channel(sum_dz_rhat_ptr, of_group, mask_c, 0.0, acc_type)
         dresidual = input_gradient(dz, residual, mean, rstd, weight, sum_dz, sum_dz_rhat, n_rows, RESIDUAL_TRAINING)
         tl.store(dresidual_ptr + offsets, dresidual, mask=mask)

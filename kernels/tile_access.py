@@ -1,7 +1,39 @@
-"""What the forward and the backward kernels share: where a tile lies in memory, its channel vectors, the ReLU bits."""
+"""What the forward and the backward kernels share: where a tile lies in memory, its channel vectors, the ReLU bits.
+
+With ghost batches, rows fall into groups of `rows_per_group`, the last of which may be smaller; None stands for one
+group of all rows, and compiles to code that knows nothing of groups. Parts of the rows, tiles or splits, are counted
+group after group, and none crosses the end of its group.
+"""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def group_of_rows(group, n_rows, rows_per_group):
+    """First row of a group of rows, and the row behind its last."""
+    if rows_per_group is None:
+        start = 0
+        end = n_rows
+    else:
+        start = (tl.full([], 0, tl.int64) + group) * rows_per_group
+        end = tl.minimum(start + rows_per_group, n_rows)
+    return start, end
+
+
+@triton.jit
+def locate(part, rows_per_part, n_rows, rows_per_group):
+    """A part of the rows: its group, first row (int64), and the row behind the last of its group."""
+    if rows_per_group is None:
+        group = 0
+        first_row = part.to(tl.int64) * rows_per_part
+        end = n_rows
+    else:
+        parts_per_group = tl.cdiv(rows_per_group, rows_per_part)
+        group = (part // parts_per_group).to(tl.int64)
+        start, end = group_of_rows(group, n_rows, rows_per_group)
+        first_row = start + (part % parts_per_group).to(tl.int64) * rows_per_part
+    return group, first_row, end
 
 
 @triton.jit
@@ -48,8 +80,10 @@ def normalize(x, mean, scale, bias):
 def bit_offsets(
     first_row,
     first_channel,
+    group,
     n_rows,
     n_channels,
+    rows_per_group,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -57,19 +91,23 @@ def bit_offsets(
     """Byte offsets (int64) and validity of a tile's ReLU bits; tiles start at multiples of eight rows and channels.
 
     channels_last: [n_rows, ceil(n_channels / 8)] bytes, bit i of a byte is its channel 8·byte + i.
-    NCHW:          [n_channels, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i.
+    NCHW:          [n_channels, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
+                   may be no multiple of eight, each has such bytes of its own rows, one group after the other.
     """
+    start, end = group_of_rows(group, n_rows, rows_per_group)
     if CHANNELS_LAST:
         rows = first_row + tl.arange(0, BLOCK_M)
         n_bytes = tl.cdiv(n_channels, 8)
         byte = first_channel // 8 + tl.arange(0, BLOCK_C // 8)
         offsets = rows[:, None] * n_bytes + byte[None, :]
-        valid = (rows < n_rows)[:, None] & (byte < n_bytes)[None, :]
+        valid = (rows < end)[:, None] & (byte < n_bytes)[None, :]
     else:
         channels = first_channel.to(tl.int64) + tl.arange(0, BLOCK_C)
-        n_bytes = tl.cdiv(n_rows, 8)
-        byte = first_row // 8 + tl.arange(0, BLOCK_M // 8)
+        n_bytes = tl.cdiv(end - start, 8)
+        byte = (first_row - start) // 8 + tl.arange(0, BLOCK_M // 8)
         offsets = byte[:, None] + channels[None, :] * n_bytes
+        if rows_per_group is not None:
+            offsets += group * n_channels * tl.cdiv(rows_per_group, 8)
         valid = (byte < n_bytes)[:, None] & (channels < n_channels)[None, :]
     return offsets, valid
 

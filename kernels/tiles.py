@@ -42,7 +42,10 @@ AUGMENT_PIXELS = 256
 
 
 class Tiles(NamedTuple):
-    """How one tensor is cut: tiles for the elementwise kernels, splits of rows for the reductions."""
+    """How one tensor is cut: tiles for the elementwise kernels, splits of rows for the reductions.
+
+    Both are counted over all groups of rows; `group_splits` are the splits of a whole group.
+    """
 
     block_m: int
     block_c: int
@@ -50,12 +53,22 @@ class Tiles(NamedTuple):
     n_channel_tiles: int
     rows_per_split: int
     n_splits: int
+    group_splits: int
 
 
 def choose_tiles(
-    n_rows: int, n_channels: int, n_spatial: int, channels_last: bool, tile_elements: int = TILE_ELEMENTS
+    n_rows: int,
+    n_channels: int,
+    n_spatial: int,
+    channels_last: bool,
+    rows_per_group: int,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> Tiles:
-    """The tiles of a [n_rows, n_channels] tensor whose images have `n_spatial` = H·W pixels."""
+    """The tiles of a [n_rows, n_channels] tensor whose images have `n_spatial` = H·W pixels.
+
+    With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
+    TARGET_PROGRAMS: more of them have fewer splits each, and as many partial results together.
+    """
     if channels_last:  # channels are contiguous: fill them first
         block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
     else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
@@ -65,16 +78,19 @@ def choose_tiles(
     block_m = tile_elements // block_c
     n_channel_tiles = triton.cdiv(n_channels, block_c)
 
-    wanted_splits = max(1, TARGET_PROGRAMS // n_channel_tiles)
-    rows_per_split = max(triton.cdiv(n_rows, wanted_splits), MIN_ROWS_PER_SPLIT)
+    full_groups = (n_rows - 1) // rows_per_group  # but the last, which may be smaller and have fewer parts
+    last_rows = n_rows - full_groups * rows_per_group
+    wanted_splits = max(1, TARGET_PROGRAMS // (n_channel_tiles * (full_groups + 1)))
+    rows_per_split = max(triton.cdiv(rows_per_group, wanted_splits), MIN_ROWS_PER_SPLIT)
     rows_per_split = triton.cdiv(rows_per_split, block_m) * block_m
     return Tiles(
         block_m=block_m,
         block_c=block_c,
-        n_row_tiles=triton.cdiv(n_rows, block_m),
+        n_row_tiles=full_groups * triton.cdiv(rows_per_group, block_m) + triton.cdiv(last_rows, block_m),
         n_channel_tiles=n_channel_tiles,
         rows_per_split=rows_per_split,
-        n_splits=triton.cdiv(n_rows, rows_per_split),
+        n_splits=full_groups * triton.cdiv(rows_per_group, rows_per_split) + triton.cdiv(last_rows, rows_per_split),
+        group_splits=triton.cdiv(rows_per_group, rows_per_split),
     )
 
 

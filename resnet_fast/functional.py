@@ -31,6 +31,7 @@ def batch_norm_add_relu(
     relu: bool = True,
     fork: bool = False,
     backend: Backend | None = None,
+    ghost_batch_size: int | None = None,
 ) -> Any:
     """Batch norm, the residual added, ReLU, as one operation; the first eight arguments are those of F.batch_norm.
 
@@ -58,6 +59,9 @@ def batch_norm_add_relu(
             in registers, where autograd would take a pass over memory. Neither handle alone sees the whole gradient of
             y, and neither may be changed in place.
         backend: "triton" or "aten" by name; None takes Triton wherever it runs.
+        ghost_batch_size: with batch statistics, normalize every `ghost_batch_size` images, in order, by their own (the
+            last group may be smaller), as if the function were called on each group and the results were concatenated:
+            running statistics are updated group after group. None: all images together.
 
     Returns:
         y, or (y, alias) with `fork`.
@@ -65,21 +69,22 @@ def batch_norm_add_relu(
     An x without elements gives a y without elements, gradients of zero, and leaves the running statistics alone.
 
     Raises (the exceptions of F.batch_norm, for what F.batch_norm refuses):
-        ValueError: training with one value per channel or with eps <= 0, eps < 0, one running statistic of two when
-            training; the residual of another shape than x or on another device, an image of 2^31 pixels or nearly so
-            in NCHW, or an unknown backend.
+        ValueError: training with one value per channel (in any group) or with eps <= 0, eps < 0, one running statistic
+            of two when training; ghost_batch_size < 1; the residual of another shape than x or on another device, an
+            image of 2^31 pixels or nearly so in NCHW, or an unknown backend.
         RuntimeError: x has fewer than two dimensions; a vector of another shape than [C], type than the rule above
             allows, or device than x's; running statistics missing when not training, or requiring a gradient; or the
             backend asked for cannot run here.
         NotImplementedError: x is not of a type above.
         TypeError: x, the residual or a vector is no tensor, the residual not of a type above, residual_norm no
-            BatchNormArgs, or momentum is None.
+            BatchNormArgs, momentum is None, or ghost_batch_size is no int.
 
-    Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2.
+    Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2; Hoffer et al. 2017,
+    arXiv:1705.08741, algorithm 1, for ghost batches.
     """
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
-    check_arguments(x, norm, residual, residual_norm)
-    return run(x, norm, residual, residual_norm, relu, fork, backend)
+    check_arguments(x, norm, residual, residual_norm, ghost_batch_size=ghost_batch_size)
+    return run(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
 
 
 def run(
@@ -91,11 +96,14 @@ def run(
     fork: bool,
     backend: Backend | None = None,
     group: ProcessGroup | None = None,
+    ghost_batch_size: int | None = None,
 ) -> Any:
     """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes."""
     residual = None if residual is None else residual.to(x.dtype)
+    uses_batch_statistics = norm.training or (residual_norm is not None and residual_norm.training)
+    group_images = (ghost_batch_size or 0) if uses_batch_statistics else 0
     if group is None and choose_backend(x, backend) == "aten":
-        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu)
+        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu, group_images)
         return (y, y) if fork else y
     x = dense(x)
     join: Join = "none"
@@ -104,7 +112,8 @@ def run(
         join = "add" if residual_norm is None else "bn"
     norms = (norm, residual_norm or BatchNormArgs(None, None))
     dense_norms = _dense_vectors(*norms)
-    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], join, relu, fork, group)
+    settings = (join, relu, fork, group, group_images)
+    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], *settings)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -132,8 +141,10 @@ def check_arguments(
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
     group: ProcessGroup | None = None,
+    ghost_batch_size: int | None = None,
 ) -> None:
     """Raise what `batch_norm_add_relu` documents."""
+    check_ghost_batch_size(ghost_batch_size)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dim() < 2 and x.numel() > 0:
@@ -144,9 +155,16 @@ def check_arguments(
     if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
         raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
     training = norm.training or (residual_norm is not None and residual_norm.training)
-    if training and group is None and math.prod((x.shape[0], *x.shape[2:])) == 1:
-        # torch's own rule and wording (torch.nn.functional._verify_batch_size)
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    if training and group is not None and ghost_batch_size is not None:
+        raise ValueError(
+            "ghost_batch_size must be None where statistics are those of several processes, which it would take apart, "
+            f"got {ghost_batch_size}"
+        )
+    for group_size in _group_sizes(x, ghost_batch_size) if training and group is None else ():
+        if math.prod((group_size, *x.shape[2:])) == 1:
+            # torch's own rule and wording (torch.nn.functional._verify_batch_size)
+            size = torch.Size((group_size, *x.shape[1:]))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm needs a residual, got residual=None")
     if residual is not None:
@@ -160,6 +178,27 @@ def check_arguments(
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
         if residual_norm is not None:
             _check_norm("residual_norm.", x, residual_norm)
+
+
+def check_ghost_batch_size(value: int | None) -> None:
+    """Raise unless it is a number of images, or None."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"ghost_batch_size must be an int or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"ghost_batch_size must be at least 1, got {value}")
+
+
+def count_groups(x: Tensor, ghost_batch_size: int | None) -> int:
+    """How many groups of images have batch statistics of their own; as for torch, no images are a batch, too."""
+    return 1 if ghost_batch_size is None else max(1, -(-x.shape[0] // ghost_batch_size))
+
+
+def _group_sizes(x: Tensor, ghost_batch_size: int | None) -> tuple[int, int]:
+    """The number of images in the first and in the last group, the largest and the smallest."""
+    first = x.shape[0] if ghost_batch_size is None else min(ghost_batch_size, x.shape[0])
+    return first, x.shape[0] - (count_groups(x, ghost_batch_size) - 1) * first
 
 
 def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
@@ -204,10 +243,10 @@ class _BatchNormAddReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork, ctx.group = arguments[2 * n :]
+        join, relu, fork, ctx.group, ctx.ghost_batch_size = arguments[2 * n :]
         is_bn_join = join == "bn"
         if ctx.group is None:
-            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu))
+            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ctx.ghost_batch_size))
             if not relu or join == "none":
                 outputs = outputs._replace(relu_mask=None)
         else:
@@ -240,13 +279,13 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if ctx.group is None:
-                return (None,) * (2 + 2 * n + 4)
+                return (None,) * (2 + 2 * n + 5)
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
         join, relu, *_ = ctx.settings
         if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
             gradients = _differentiable_backward(ctx, dy, dy_alias)
         elif ctx.group is None:
-            gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings)
+            gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings, ctx.ghost_batch_size)
         else:
             saved = Saved._make(ctx.saved_tensors)
             gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *ctx.settings)
@@ -255,7 +294,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dresidual = dy  # nothing stands between y and the residual
         of_norm = (None, None, dweight, dbias, None, None, None)
         of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None, None)
+        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None, None, None)
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
@@ -266,6 +305,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
     eps, residual_eps = ctx.eps
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
+        groups = x.split(ctx.ghost_batch_size or max(len(x), 1))
+        of_groups = zip(groups, mean.view(len(groups), -1), rstd.view(len(groups), -1), strict=True)
+        parts = [bn_of_group(*of_group, weight, bias, training, eps) for of_group in of_groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def bn_of_group(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
         # About the forward's mean, here a constant, so that large means leave the digits of x - mean alone.
         x, mean = x.to(mean.dtype) - mean[None, :, None, None], torch.zeros_like(mean)
         if training:
@@ -289,7 +334,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
             inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            dz = dz.masked_fill(_relu_closed(saved), 0)
+            dz = dz.masked_fill(_relu_closed(saved, ctx.ghost_batch_size), 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         gradients = iter(
             torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()
@@ -300,10 +345,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
     return (*found, dz if join == "add" else None, None, None)
 
 
-def _relu_closed(saved: Saved) -> Tensor:
+def _relu_closed(saved: Saved, ghost_batch_size: int) -> Tensor:
     """Where the forward's ReLU closed, a bool tensor like x: its own rounding of y decides, not another formula's."""
     if saved.relu_mask is None:
-        return recompute_y(saved) <= 0
+        return recompute_y(saved, ghost_batch_size) <= 0
     if saved.relu_mask.dtype == torch.bool:
         return saved.relu_mask
-    return reference.unpack_relu_mask(saved.relu_mask, saved.x)
+    return reference.unpack_relu_mask(saved.relu_mask, saved.x, ghost_batch_size)

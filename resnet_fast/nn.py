@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from .functional import BatchNormArgs, check_arguments, run
+from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -18,9 +18,17 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     Args:
         num_features: C.
         relu: whether `forward` ends in ReLU. Default False: then it computes what nn.BatchNorm2d computes.
+        ghost_batch_size: where statistics are the batch's, every so many images, in order, have statistics of their
+            own, as if nn.BatchNorm2d were called on each group (Hoffer et al. 2017, arXiv:1705.08741): running
+            statistics are updated and batches are counted group after group. None: all images together.
         eps, momentum, affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
         kwargs: what else the installed torch's nn.BatchNorm2d takes, such as `bias`.
+
+    Raises:
+        TypeError, ValueError: ghost_batch_size is no int, or less than 1.
     """
+
+    ghost_batch_size: int | None = None  # what modules have that were pickled before there was one, or change class
 
     def __init__(
         self,
@@ -33,14 +41,17 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         dtype=None,
         *,
         relu: bool = False,
+        ghost_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_ghost_batch_size(ghost_batch_size)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.relu = relu
+        self.ghost_batch_size = ghost_batch_size
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(bn(input) + residual); both [N, C, H, W]. Errors are those of `batch_norm_add_relu`, and a ValueError
-        where the input is not 4-D.
+        where the input is not 4-D, or where ghost batches are counted without a momentum.
         """
         if isinstance(input, fx.Proxy):  # to torch.fx nn.BatchNorm2d is one step, whose mode may still change: so here
             tracer: Any = input.tracer
@@ -72,12 +83,15 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         group = self.group()
         if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
             raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
-        check_arguments(x, norm, residual, residual_args, group)  # a batch that is refused is not counted
-        for module in (self, residual_norm):
-            counter = None if module is None else module.counter()
+        modules = (self,) if residual_norm is None else (self, residual_norm)
+        ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
+        # A batch that is refused is not counted.
+        check_arguments(x, norm, residual, residual_args, group, ghost_batch_size)
+        for module in modules:
+            counter = module.counter()
             if counter is not None:
-                counter.add_(1)
-        return run(x, norm, residual, residual_args, relu, fork, group=group)
+                counter.add_(count_groups(x, ghost_batch_size))
+        return run(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
@@ -105,7 +119,23 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", relu=True" if self.relu else "")
+        of_ghosts = "" if self.ghost_batch_size is None else f", ghost_batch_size={self.ghost_batch_size}"
+        return super().extra_repr() + (", relu=True" if self.relu else "") + of_ghosts
+
+
+def _common_ghost_batch_size(modules, norms) -> int | None:
+    """That of the modules, one or two that are joined, which use batch statistics in this pass."""
+    using = [module for module, norm in zip(modules, norms, strict=False) if norm.training]
+    sizes = [module.ghost_batch_size for module in using]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"norms that are joined must have the same ghost_batch_size, got {sizes[0]} and {sizes[1]}")
+    for module in using:
+        if module.ghost_batch_size is not None and module.momentum is None and module.counter() is not None:
+            raise ValueError(
+                "momentum must be a number with a ghost_batch_size, since every group would have another weight in a "
+                f"cumulative average, got momentum=None and ghost_batch_size={module.ghost_batch_size}"
+            )
+    return sizes[0] if sizes else None
 
 
 class FusedSyncBatchNorm2d(FusedBatchNorm2d):
@@ -120,7 +150,8 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
         relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
 
     Raises (in forward):
-        ValueError: as FusedBatchNorm2d, but one value per channel and process is enough here.
+        ValueError: as FusedBatchNorm2d, but one value per channel and process is enough here; a ghost_batch_size, which
+            would take the joint batch apart.
         RuntimeError: a process died, or did not come along within the timeout of the process group.
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
@@ -166,11 +197,17 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     Raises:
         TypeError: a batch norm of another class, whose forward is not known, or a process group that is none; nothing
             is changed then.
+        ValueError: a batch norm has a ghost_batch_size, which synchronization would undo; nothing is changed then.
     """
     if not isinstance(process_group, dist.ProcessGroup | None):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
     fused, plain = [], []
     for name, norm in module.named_modules():
+        if isinstance(norm, FusedBatchNorm2d) and norm.ghost_batch_size is not None:
+            raise ValueError(
+                f"{name or 'module'} must have no ghost_batch_size, which synchronization would undo, "
+                f"got {norm.ghost_batch_size}"
+            )
         if type(norm) in (nn.BatchNorm2d, FusedBatchNorm2d, FusedSyncBatchNorm2d):
             fused.append(norm)
         elif type(norm) in (nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm):

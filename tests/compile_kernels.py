@@ -56,6 +56,7 @@ class Operation(NamedTuple):
     relu: bool = True
     fork: bool = False
     training: bool = True
+    ghost: int = 0  # images per ghost batch
 
 
 class Launch(NamedTuple):
@@ -152,13 +153,17 @@ def operations() -> Iterator[Operation]:
         yield Operation(dtype, layout, 512, 4, "add")  # the last block: one consumer
         yield Operation(dtype, layout, 64, 32, relu=False)  # FusedBatchNorm2d in place of nn.BatchNorm2d
         yield Operation(dtype, layout, 24, 32)  # channels that are a multiple of 8 alone
+        yield Operation(dtype, layout, 128, 16, ghost=32)  # ghost batches, of every join
+        yield Operation(dtype, layout, 128, 16, "add", fork=True, ghost=32)
+        yield Operation(dtype, layout, 128, 16, "bn", fork=True, ghost=32)
+        yield Operation(dtype, layout, 24, 7, "bn", fork=True, ghost=31)  # of rows that are a multiple of nothing
 
 
 @cache
 def record_launches(operation: Operation) -> list[Launch]:
     recorded = []
     original, launch.run = launch.run, lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments))
-    dtype, layout, n_channels, width, join, relu, fork, training = operation
+    dtype, layout, n_channels, width, join, relu, fork, training, ghost = operation
     try:
         x = torch.empty(BATCH, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
         x = x.to(memory_format=LAYOUTS[layout])
@@ -166,11 +171,13 @@ def record_launches(operation: Operation) -> list[Launch]:
         norm = BatchNormArgs(vector, vector, vector, vector, training)
         residual = None if join == "none" else x
         residual_norm = norm if join == "bn" else None
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(x, norm, residual, residual_norm, relu)
+        y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(
+            x, norm, residual, residual_norm, relu, ghost
+        )
         if training:
             of_join = (x, residual_mean, residual_rstd, vector, vector) if join == "bn" else (None,) * 5
             saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
-            launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn")
+            launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn", ghost)
             var = torch.empty(n_channels, dtype=torch.float64, device="meta")
             launch.statistics(x, BatchNormArgs(None, None, training=True), var)  # of several processes
     finally:

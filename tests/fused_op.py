@@ -60,6 +60,7 @@ class Case:
     residual_layout: str | None = None  # None: that of x
     dy_layout: str | None = None
     seed: int = 0
+    ghost: int | None = None  # images per ghost batch
 
     def __str__(self) -> str:
         return self.name
@@ -86,6 +87,7 @@ class Operands:
     norms: list[BatchNormArgs]  # of x, and of the residual
     dy: Tensor
     dy_alias: Tensor | None = None  # the gradient of the second handle, where there is one
+    ghost: int | None = None
 
     def to(self, dtype: torch.dtype) -> "Operands":
         """The same values in another type, for the exact result; the vectors are copies, which a pass may update."""
@@ -95,7 +97,7 @@ class Operands:
         ]
         x, residual, dy = (t.detach().to(dtype) for t in (self.x, self.residual, self.dy))
         dy_alias = None if self.dy_alias is None else self.dy_alias.to(dtype)
-        return Operands(x, residual, norms, dy, dy_alias)
+        return Operands(x, residual, norms, dy, dy_alias, self.ghost)
 
     def fresh(self) -> "Operands":
         """A copy for one pass, which updates the running statistics."""
@@ -131,10 +133,12 @@ def make_operands(case: Case, dtype: torch.dtype, layout: str, device: torch.dev
     ]
     x, residual = image(case.mean, case.std), image(layout=case.residual_layout or layout)
     dy = image(std=case.dy_std, layout=case.dy_layout or layout)
-    return Operands(x, residual, norms, dy, image(std=case.dy_std) if case.fork else None)
+    return Operands(x, residual, norms, dy, image(std=case.dy_std) if case.fork else None, case.ghost)
 
 
-def ours(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str, fork=False):
+def ours(
+    x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str, fork=False, ghost=None
+):
     return batch_norm_add_relu(
         x,
         *norms[0],
@@ -143,10 +147,17 @@ def ours(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, rel
         relu=relu,
         fork=fork,
         backend=backend,
+        ghost_batch_size=ghost,
     )
 
 
-def eager(x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str = "") -> Tensor:
+def eager(
+    x: Tensor, residual: Tensor, norms: list[BatchNormArgs], join: str, relu: bool, backend: str = "", ghost=None
+) -> Tensor:
+    """With `ghost` images per group, group after group, as users would write it."""
+    if ghost is not None:
+        groups = zip(x.split(ghost), residual.split(ghost), strict=True)
+        return torch.cat([eager(*group, norms, join, relu) for group in groups])
     y = F.batch_norm(x, *norms[0])
     if join == "bn":
         residual = F.batch_norm(residual, *norms[1])
@@ -195,7 +206,7 @@ def exact_results(operands: Operands, join: str, relu: bool, y: Tensor) -> dict[
         for norm, pivot in zip(exact.norms, pivots, strict=True)
     ]
     shifted = replace(exact, x=exact.x - pivots[0], residual=exact.residual - pivots[1], norms=norms)
-    found = results(eager, shifted, join, relu=False)
+    found = results(partial(eager, ghost=operands.ghost), shifted, join, relu=False)
     for name, pivot in zip(("running_mean", "residual_running_mean"), pivots, strict=True):
         if name in found:
             found[name] += pivot.flatten()
@@ -208,6 +219,8 @@ def magnitudes(operands: Operands, join: str, closed: Tensor | None = None, roun
     `closed`: where ReLU is; None for nowhere. `roundings`: how many each term has gone through. The mean of the batch,
     a sum itself, is rounded once more when it is stored.
     """
+    if operands.ghost is not None:
+        return _magnitudes_of_groups(operands, operands.ghost, join, closed, roundings)
     exact = operands.to(torch.float64)
     dy = exact.dy if exact.dy_alias is None else exact.dy + exact.dy_alias
     dz = (dy if closed is None else dy.masked_fill(closed, 0)).abs()
@@ -239,6 +252,39 @@ def magnitudes(operands: Operands, join: str, closed: Tensor | None = None, roun
     return found
 
 
+def _magnitudes_of_groups(
+    operands: Operands, ghost: int, join: str, closed: Tensor | None, roundings: float
+) -> dict[str, Tensor]:
+    """`magnitudes`, group after group: parameters' gradients add up, running statistics are handed on."""
+    found: dict[str, list[Tensor]] = {}
+    norms = operands.norms
+    for start in range(0, len(operands.x), ghost):
+        images = slice(start, start + ghost)
+        group = Operands(
+            operands.x[images],
+            operands.residual[images],
+            norms,
+            operands.dy[images],
+            None if operands.dy_alias is None else operands.dy_alias[images],
+        )
+        of_group = magnitudes(group, join, None if closed is None else closed[images], roundings)
+        for name, size in of_group.items():
+            found.setdefault(name, []).append(size)
+        norms = [
+            norm._replace(
+                running_mean=of_group[prefix + "running_mean"] / roundings,
+                running_var=of_group[prefix + "running_var"] / roundings,
+            )
+            if prefix + "running_mean" in of_group
+            else norm
+            for prefix, norm in zip(("", "residual_"), norms, strict=True)
+        ]
+    return {
+        name: sizes[-1] if "running" in name else torch.cat(sizes) if sizes[0].dim() == 4 else torch.stack(sizes).sum(0)
+        for name, sizes in found.items()
+    }
+
+
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
     """Strides are equal, but for axes of one value, where they mean nothing."""
     return all(a == b or n == 1 for a, b, n in zip(tensor.stride(), other.stride(), tensor.shape, strict=True))
@@ -250,9 +296,9 @@ def assert_agrees(operands: Operands, join: str, relu: bool, roundings: float = 
     `roundings`: 1, typical of many values, or ROUNDINGS, whatever the values. `create_graph`: gradients of ours are
     taken such that they can be differentiated.
     """
-    operation = partial(ours, fork=operands.dy_alias is not None)
+    operation = partial(ours, fork=operands.dy_alias is not None, ghost=operands.ghost)
     found = results(operation, operands, join, relu, "triton", create_graph)
-    expected = results(eager, operands, join, relu)
+    expected = results(partial(eager, ghost=operands.ghost), operands, join, relu)
     assert found.keys() == expected.keys()
     assert same_layout(found["y"], F.batch_norm(operands.x, *operands.fresh().norms[0]))
     exact, of_eager = (exact_results(operands, join, relu, y["y"]) for y in (found, expected))

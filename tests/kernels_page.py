@@ -16,7 +16,7 @@ from pages import DOCS, write_tables
 from benchmarks.results import read_rows, write_rows
 
 COLUMNS = (
-    *("kernel", "dtype", "layout", "channels", "width", "join", "relu", "fork", "training", "target"),
+    *("kernel", "dtype", "layout", "channels", "width", "join", "relu", "fork", "training", "ghost", "target"),
     *("registers", "stack", "shared", "loads", "stores", "instructions", "loop", "matrix", "dots"),
     *("images_read", "images_written", "share", "offsets", "triton", "key"),
 )

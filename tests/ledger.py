@@ -14,8 +14,8 @@ from resnet_fast.ops import launch
 class Account:
     """How often one launch read and wrote each element of one argument."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.itemsize = tuple(tensor.shape), tensor.element_size()
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.shape, self.itemsize = name, tuple(tensor.shape), tensor.element_size()
         self.start = tensor.data_ptr()
         self.end = self.start + tensor.numel() * self.itemsize  # operators see dense tensors alone
         self.times = {kind: np.zeros(tensor.numel(), np.int64) for kind in ("read", "written")}
@@ -29,7 +29,9 @@ class Account:
         """What the README counts it as."""
         if self.itemsize == 1:
             return "bits"
-        return {4: "images", 2: "partials", 1: "vectors"}[len(self.shape)]
+        if self.name.startswith("partial"):
+            return "partials"
+        return "images" if len(self.shape) == 4 else "vectors"
 
 
 class Launch:
@@ -37,7 +39,7 @@ class Launch:
 
     def __init__(self, kernel, arguments: dict) -> None:
         self.kernel = kernel.__name__
-        self.accounts = {name: Account(value) for name, value in arguments.items() if isinstance(value, Tensor)}
+        self.accounts = {name: Account(name, value) for name, value in arguments.items() if isinstance(value, Tensor)}
 
     def book(self, kind: str, addresses: np.ndarray, itemsize: int) -> None:
         if addresses.size == 0:

@@ -83,7 +83,7 @@ def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np
 
 
 def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
-    """The offsets of that program's tile by the tensor's number of dimensions, 0 for ReLU bits; int64 holds them."""
+    """The offsets of that program's tile by what a tensor is (`kind`); int64 holds them."""
     n_rows, n_channels, n_spatial = (arguments[name] for name in ("n_rows", "n_channels", "n_spatial"))
     channels_last, block_m, block_c = (arguments[name] for name in ("CHANNELS_LAST", "BLOCK_M", "BLOCK_C"))
     n_channel_tiles = -(-n_channels // block_c)
@@ -105,7 +105,20 @@ def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
         bits = (rows // 8)[:, None] + channels * -(-n_rows // 8)
     if kernel.__name__ == "statistics_kernel":  # beside its own rows it reads the pivot's
         images = np.concatenate([images, offsets(np.array([0, n_rows // 2, n_rows - 1]))])
-    return {4: np.unique(images), 0: np.unique(bits), 2: part * n_channels + channels, 1: channels}
+    return {
+        "image": np.unique(images),
+        "bits": np.unique(bits),
+        "partials": part * n_channels + channels,
+        "vector": channels,
+    }
+
+
+def kind(name: str, tensor: Tensor) -> str:
+    if tensor.dtype == torch.uint8:
+        return "bits"
+    if name.startswith("partial"):
+        return "partials"
+    return "image" if tensor.dim() == 4 else "vector"
 
 
 @needs_interpreter
@@ -125,8 +138,8 @@ def test_offsets_are_exact(shape, layout, join):
             kernels.add(kernel.__name__)
             exact = expected(kernel, arguments, program)
             for name, tensor in arguments.items():
-                if isinstance(tensor, Tensor) and (tensor.dim() == 4 or tensor.dtype == torch.uint8 or name in found):
-                    tile = exact[0 if tensor.dtype == torch.uint8 else tensor.dim()]
+                if isinstance(tensor, Tensor) and (kind(name, tensor) in ("image", "bits") or name in found):
+                    tile = exact[kind(name, tensor)]
                     assert np.array_equal(found[name], tile), (kernel.__name__, program, name)
                     assert program < grid[0] - 1 or tensor.dim() < 4 or found[name][-1] == tensor.numel() - 1
     assert kernels == {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}

@@ -40,7 +40,7 @@ def watched(function) -> tuple[dict[str, Tensor], set[str]]:
 
 def check(case, dtype, join, relu, layout, device):
     operands = make_operands(case, dtype, layout, device)
-    operation = functools.partial(ours, fork=case.fork)
+    operation = functools.partial(ours, fork=case.fork, ghost=case.ghost)
     _, kernels = watched(functools.partial(results, operation, operands, join, relu, "triton"))
     data_kernels = {"normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
     assert kernels >= data_kernels | ({"statistics_kernel"} if case.training else set())

@@ -15,17 +15,17 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 CASE = Case("opcheck", (2, 12, 4, 5))
 
 
-def forward_arguments(join, relu, training, layout, device, dtype=torch.float32, requires_grad=False):
+def forward_arguments(join, relu, training, layout, device, dtype=torch.float32, requires_grad=False, ghost=0):
     operands = make_operands(CASE, dtype, layout, device)
     norm, residual_norm = (norm._replace(training=training) for norm in operands.norms)
     x = operands.x.requires_grad_(requires_grad)
     residual = None if join == "none" else operands.residual
-    return (x, *norm, residual, *(residual_norm if join == "bn" else BatchNormArgs(None, None)), join, relu)
+    return (x, *norm, residual, *(residual_norm if join == "bn" else BatchNormArgs(None, None)), join, relu, ghost)
 
 
 def backward_arguments(arguments, fork):
     x, _, _, weight, bias, training, _, _, residual, _, _, residual_weight, residual_bias, *rest = arguments
-    residual_training, _, _, join, relu = rest
+    residual_training, _, _, join, relu, ghost = rest
     y, relu_mask, mean, rstd, residual_mean, residual_rstd = OPS.batch_norm_add_relu(*arguments)
     bn_join = (residual, residual_mean, residual_rstd) if join == "bn" else (None, None, None)
     dy = torch.randn_like(y)
@@ -40,7 +40,7 @@ def backward_arguments(arguments, fork):
         residual_weight,
         residual_bias,
     )
-    return (dy, dy.clone() if fork else None, *saved, join, relu, training, residual_training)
+    return (dy, dy.clone() if fork else None, *saved, join, relu, training, residual_training, ghost)
 
 
 VARIANTS = pytest.mark.parametrize(
@@ -76,6 +76,16 @@ def test_bfloat16(device):
     torch.library.opcheck(
         OPS.batch_norm_add_relu_backward.default, backward_arguments(arguments, True), test_utils=CHECKS
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ghost_batches(layout, device):
+    for join, ghost in itertools.product(("none", "bn"), (1, 2)):  # groups of one image, and a group of all
+        arguments = forward_arguments(join, True, True, layout, device, ghost=ghost)
+        torch.library.opcheck(OPS.batch_norm_add_relu.default, arguments, test_utils=CHECKS)
+        torch.library.opcheck(
+            OPS.batch_norm_add_relu_backward.default, backward_arguments(arguments, True), test_utils=CHECKS
+        )
 
 
 def inputs(shape: tuple[int, ...]):

@@ -35,11 +35,13 @@ pytestmark = needs_interpreter
 
 
 @functools.cache
-def launches_of(role: Role, n_channels: int, width: int) -> list[Launch]:
-    case = Case(role.name, (IMAGES[width], n_channels, width, width), fork=role.fork)
+def launches_of(
+    role: Role, n_channels: int, width: int, n_images: int | None = None, ghost: int | None = None
+) -> list[Launch]:
+    case = Case(role.name, (n_images or IMAGES[width], n_channels, width, width), fork=role.fork)
     operands = make_operands(case, torch.bfloat16, "channels_last", torch.device("cpu"))
     with ledger() as launches:
-        results(functools.partial(ours, fork=role.fork), operands, role.join, True, "triton")
+        results(functools.partial(ours, fork=role.fork, ghost=ghost), operands, role.join, True, "triton")
     return launches
 
 
@@ -59,6 +61,16 @@ def test_no_element_of_an_image_is_requested_twice_by_one_kernel(role, n_channel
                 rows = (0, n_rows // 2, n_rows - 1) if launch.kernel == "statistics_kernel" else ()
                 assert set(again["read"] // n_channels) <= set(rows), (launch.kernel, name)
                 assert again["written"].size == 0, (launch.kernel, name)
+
+
+@pytest.mark.parametrize("role", (STEM, INNER, BLOCK, LAST, PROJECTION), ids=str)
+def test_ghost_batches_move_more_vectors_alone(role):
+    """Of nine images in groups of four, the last of one: images, bits and their bytes are those of one group."""
+    found = count(launches_of(role, 512, 4, n_images=9, ghost=4))
+    assert found == formula(role, 9, 512, 4, ghost=4)
+    assert image_bytes(found) == image_bytes(formula(role, 9, 512, 4))
+    kernels = [launch.kernel for launch in launches_of(role, 512, 4, n_images=9, ghost=4)]
+    assert kernels == [launch.kernel for launch in launches_of(role, 512, 4)]  # no launch per group
 
 
 def test_a_training_step_moves_the_sum_of_its_operations():

@@ -50,11 +50,11 @@ def _is_fused(norm: nn.Module) -> bool:
 
 
 def _is_projection(downsample: nn.Module, norm: Any) -> bool:
-    """torchvision's projection shortcut, a convolution and its batch norm, which is as synchronized as `norm`."""
+    """torchvision's projection shortcut, a convolution and its batch norm, of the statistics of as many as `norm`."""
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
         return False
     own: Any = downsample[1]
-    return _is_fused(own) and own.group() is norm.group()
+    return _is_fused(own) and own.group() is norm.group() and own.ghost_batch_size == norm.ghost_batch_size
 
 
 def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:

@@ -25,7 +25,9 @@ class BatchNormArgs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward returns. `mean` and `rstd` of the pass, [C], are in the accumulation type."""
+    """What the forward returns. `mean` and `rstd` of the pass, [n_groups, C] ([C] of several processes), are in the
+    accumulation type.
+    """
 
     y: Tensor
     relu_mask: Tensor | None

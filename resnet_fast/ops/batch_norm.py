@@ -1,7 +1,8 @@
 """The two operators on the Triton kernels, their schemas and fakes, and the one choice between Triton and ATen.
 
 `torch.ops.resnet_fast.batch_norm_add_relu` and its `_backward` take flat arguments, because a schema knows no tuples,
-and return empty tensors for what there is not. Users call resnet_fast.functional, the only caller of these.
+and return empty tensors for what there is not. `ghost_batch_size` is the number of images that share batch statistics,
+0 for all. Users call resnet_fast.functional, the only caller of these.
 """
 
 from contextlib import nullcontext
@@ -120,13 +121,14 @@ bool {p}training, float {p}momentum, float {p}eps"
 _LIBRARY = torch.library.Library("resnet_fast", "DEF")
 _LIBRARY.define(
     f"batch_norm_add_relu(Tensor x, {_NORM.format(p='', a='a', b='b')}, "
-    f"Tensor? residual, {_NORM.format(p='residual_', a='c', b='d')}, str join, bool relu)"
+    f"Tensor? residual, {_NORM.format(p='residual_', a='c', b='d')}, str join, bool relu, int ghost_batch_size)"
     " -> (Tensor y, Tensor relu_mask, Tensor mean, Tensor rstd, Tensor residual_mean, Tensor residual_rstd)",
 )
 _LIBRARY.define(
     "batch_norm_add_relu_backward(Tensor dy, Tensor? dy_alias, Tensor x, Tensor? relu_mask, Tensor mean, Tensor rstd, "
     "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? residual_mean, Tensor? residual_rstd, "
-    "Tensor? residual_weight, Tensor? residual_bias, str join, bool relu, bool training, bool residual_training)"
+    "Tensor? residual_weight, Tensor? residual_bias, str join, bool relu, bool training, bool residual_training, "
+    "int ghost_batch_size)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, Tensor dresidual_bias)",
 )
 
@@ -139,12 +141,12 @@ forward_op = torch.ops.resnet_fast.batch_norm_add_relu.default
 backward_op = torch.ops.resnet_fast.batch_norm_add_relu_backward.default
 
 
-def _unpack(arguments: tuple) -> tuple[BatchNormArgs, Tensor | None, BatchNormArgs | None, bool]:
+def _unpack(arguments: tuple) -> tuple[BatchNormArgs, Tensor | None, BatchNormArgs | None, bool, int]:
     """The forward operator's arguments behind x, as `launch.forward` takes them."""
     n = len(BatchNormArgs._fields)
-    *residual_norm, join, relu = arguments[n + 1 :]
+    *residual_norm, join, relu, ghost_batch_size = arguments[n + 1 :]
     norm, residual = BatchNormArgs(*arguments[:n]), arguments[n]
-    return norm, residual, BatchNormArgs(*residual_norm) if join == "bn" else None, relu
+    return norm, residual, BatchNormArgs(*residual_norm) if join == "bn" else None, relu, ghost_batch_size
 
 
 def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -154,22 +156,25 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    norm, residual, residual_norm, relu = _unpack(arguments)
+    norm, residual, residual_norm, relu, ghost_batch_size = _unpack(arguments)
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
     with device_guard(x):
-        return _present(launch.forward(x, norm, residual, residual_norm, relu), like=x)
+        return _present(launch.forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
 def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    _, residual, residual_norm, relu = _unpack(arguments)
+    _, residual, residual_norm, relu, ghost_batch_size = _unpack(arguments)
     x = dense(x)
+    shape = launch.Shape.of(x, ghost_batch_size)
     relu_mask = None
     if relu and residual is not None:
-        relu_mask = x.new_empty(launch.Shape.of(x).relu_mask, dtype=torch.uint8)
-    mean, rstd, residual_mean, residual_rstd = (x.new_empty(x.shape[1], dtype=accumulation_type(x)) for _ in range(4))
+        relu_mask = x.new_empty(shape.relu_mask, dtype=torch.uint8)
+    mean, rstd, residual_mean, residual_rstd = (
+        x.new_empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(x)) for _ in range(4)
+    )
     if residual_norm is None:
         residual_mean = residual_rstd = None
     return _present(Outputs(torch.empty_like(x), relu_mask, mean, rstd, residual_mean, residual_rstd), like=x)
@@ -177,7 +182,7 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
 def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    *saved, join, relu, training, residual_training = arguments
+    *saved, join, relu, training, residual_training, ghost_batch_size = arguments
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     saved = Saved(x, *saved)
@@ -186,19 +191,22 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
     dy = dense(dy, like=x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
     with device_guard(x):
-        return _present(launch.backward(dy, dy_alias, saved, join, relu, training, residual_training), like=x)
+        gradients = launch.backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
+        return _present(gradients, like=x)
 
 
-def recompute_y(saved: Saved) -> Tensor:
+def recompute_y(saved: Saved, ghost_batch_size: int) -> Tensor:
     """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
     norm = BatchNormArgs(None, None, saved.weight, saved.bias)
     with device_guard(saved.x):
-        return launch.normalize(saved.x, norm, saved.mean, saved.rstd, None, None, None, None, relu=False).y
+        return launch.normalize(
+            saved.x, norm, saved.mean, saved.rstd, None, None, None, None, False, ghost_batch_size
+        ).y
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")
 def _backward_fake(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    *saved, join, relu, _, _ = arguments
+    *saved, join, relu, _, _, _ = arguments
     saved = Saved(dense(x), *saved)
     has_dresidual = join == "bn" or (join == "add" and (relu or dy_alias is not None))
     gradients = Gradients(

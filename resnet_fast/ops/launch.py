@@ -25,14 +25,31 @@ class Shape(NamedTuple):
     n_channels: int
     n_spatial: int
     channels_last: bool
+    rows_per_group: int  # those of `ghost_batch_size` images, or all
 
     @classmethod
-    def of(cls, x: Tensor) -> "Shape":
+    def of(cls, x: Tensor, ghost_batch_size: int = 0) -> "Shape":
         n_images, n_channels, height, width = x.shape
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         if not channels_last and height * width > MAX_NCHW_PIXELS:
             raise ValueError(f"an NCHW image must have at most {MAX_NCHW_PIXELS} pixels, got {height}x{width}")
-        return cls(n_images * height * width, n_channels, height * width, channels_last)
+        group_images = ghost_batch_size if 0 < ghost_batch_size < n_images else n_images
+        n_spatial = height * width
+        return cls(n_images * n_spatial, n_channels, n_spatial, channels_last, group_images * n_spatial)
+
+    @property
+    def n_groups(self) -> int:
+        return -(-self.n_rows // self.rows_per_group)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """As the kernels take them, to which None says that there is one group."""
+        return {
+            "n_rows": self.n_rows,
+            "n_channels": self.n_channels,
+            "n_spatial": self.n_spatial,
+            "rows_per_group": None if self.n_groups == 1 else self.rows_per_group,
+        }
 
     @property
     def channel_group(self) -> int:
@@ -44,7 +61,8 @@ class Shape(NamedTuple):
         """The shape of the ReLU bits, in bytes (kernels/tile_access.py: bit_offsets)."""
         if self.channels_last:
             return self.n_rows, -(-self.n_channels // 8)
-        return self.n_channels, -(-self.n_rows // 8)
+        last_rows = self.n_rows - (self.n_groups - 1) * self.rows_per_group
+        return self.n_channels, (self.n_groups - 1) * -(-self.rows_per_group // 8) - (-last_rows // 8)
 
 
 def run(kernel, grid: tuple, **arguments) -> None:
@@ -64,14 +82,16 @@ def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, in
     return options
 
 
-def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """mean and rstd [C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
+def statistics(
+    x: Tensor, norm: BatchNormArgs, var: Tensor | None = None, ghost_batch_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd [n_groups, C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
 
-    `var`: [C] in fp64, receives the batch's biased variance.
+    `var`: [n_groups, C] in fp64, receives the batch's biased variance.
     """
-    shape = Shape.of(x)
+    shape = Shape.of(x, ghost_batch_size)
     cut = tiles.choose_tiles(*shape)
-    mean = torch.empty(shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    mean = torch.empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     rstd = torch.empty_like(mean)
     partial_mean = partial_m2 = None
     if norm.training:
@@ -82,9 +102,7 @@ def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tup
             x_ptr=x,
             partial_mean_ptr=partial_mean,
             partial_m2_ptr=partial_m2,
-            n_rows=shape.n_rows,
-            n_channels=shape.n_channels,
-            n_spatial=shape.n_spatial,
+            **shape.sizes,
             rows_per_split=cut.rows_per_split,
             CHANNELS_LAST=shape.channels_last,
             CHANNEL_GROUP=shape.channel_group,
@@ -102,11 +120,10 @@ def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tup
         mean_ptr=mean,
         rstd_ptr=rstd,
         var_ptr=var,
-        n_rows=shape.n_rows,
-        n_channels=shape.n_channels,
-        n_spatial=shape.n_spatial,
-        n_splits=cut.n_splits,
+        **shape.sizes,
         rows_per_split=cut.rows_per_split,
+        n_groups=shape.n_groups,
+        group_splits=cut.group_splits,
         momentum=norm.momentum,
         eps=norm.eps,
         TRAINING=norm.training,
@@ -118,14 +135,22 @@ def statistics(x: Tensor, norm: BatchNormArgs, var: Tensor | None = None) -> tup
 
 
 def forward(
-    x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm: BatchNormArgs | None, relu: bool
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    ghost_batch_size: int = 0,
 ) -> Outputs:
-    """relu(bn(x) + residual); ReLU's bits are written where there is a residual."""
-    mean, rstd = statistics(x, norm)
+    """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
+
+    `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all.
+    """
+    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size)
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
-        residual_mean, residual_rstd = statistics(residual, residual_norm)
-    return normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu)
+        residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)
+    return normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu, ghost_batch_size)
 
 
 def normalize(
@@ -138,9 +163,10 @@ def normalize(
     residual_mean: Tensor | None,
     residual_rstd: Tensor | None,
     relu: bool,
+    ghost_batch_size: int = 0,
 ) -> Outputs:
     """`forward` behind the statistics."""
-    shape = Shape.of(x)
+    shape = Shape.of(x, ghost_batch_size)
     cut = tiles.choose_tiles(*shape)
     y = torch.empty_like(x)
     relu_mask = None
@@ -161,9 +187,7 @@ def normalize(
         residual_bias_ptr=residual_norm.bias if residual_norm else None,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
-        n_rows=shape.n_rows,
-        n_channels=shape.n_channels,
-        n_spatial=shape.n_spatial,
+        **shape.sizes,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
@@ -174,28 +198,37 @@ def normalize(
 
 
 def backward(
-    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, training: bool, residual_training: bool
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+    ghost_batch_size: int = 0,
 ) -> Gradients:
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
-    dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = gradient_sums(dy, dy_alias, saved, join, relu)
-    dx, dresidual = input_gradients(dy, dz, sums, saved, join, relu, training, residual_training)
+    dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = gradient_sums(
+        dy, dy_alias, saved, join, relu, ghost_batch_size
+    )
+    dx, dresidual = input_gradients(dy, dz, sums, saved, join, relu, training, residual_training, ghost_batch_size)
     return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
 
 
 def gradient_sums(
-    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, ghost_batch_size: int = 0
 ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-    """dz where the second pass reads it, the sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, C], and the
-    gradients of weight, bias, residual weight and residual bias.
+    """dz where the second pass reads it, the sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, n_groups, C], and
+    the gradients of weight, bias, residual weight and residual bias.
     """
-    shape = Shape.of(saved.x)
+    shape = Shape.of(saved.x, ghost_batch_size)
     cut = tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
     partials = saved.mean.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels)
-    sums = saved.mean.new_empty(len(partials), shape.n_channels)
+    sums = saved.mean.new_empty(len(partials), shape.n_groups, shape.n_channels)
     run(
         batch_norm_backward.reduce_kernel,
         (cut.n_splits * cut.n_channel_tiles,),
@@ -214,9 +247,7 @@ def gradient_sums(
         partial_dz_ptr=partials[0],
         partial_dz_xhat_ptr=partials[1],
         partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
-        n_rows=shape.n_rows,
-        n_channels=shape.n_channels,
-        n_spatial=shape.n_spatial,
+        **shape.sizes,
         rows_per_split=cut.rows_per_split,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
@@ -242,6 +273,8 @@ def gradient_sums(
         dresidual_weight_ptr=gradients[2],
         dresidual_bias_ptr=gradients[3],
         n_channels=shape.n_channels,
+        n_groups=shape.n_groups,
+        group_splits=cut.group_splits,
         n_splits=cut.n_splits,
         BLOCK_S=tiles.COMBINE_BLOCK_S,
         BLOCK_C=tiles.COMBINE_BLOCK_C,
@@ -258,9 +291,10 @@ def input_gradients(
     relu: bool,
     training: bool,
     residual_training: bool,
+    ghost_batch_size: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and dresidual from the `sums` of the whole batch."""
-    shape = Shape.of(saved.x)
+    """dx and dresidual from the `sums` of every group."""
+    shape = Shape.of(saved.x, ghost_batch_size)
     cut = tiles.choose_tiles(*shape)
     is_bn_join = join == "bn"
     dx = torch.empty_like(saved.x)
@@ -283,9 +317,7 @@ def input_gradients(
         sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
         dx_ptr=dx,
         dresidual_ptr=dresidual,
-        n_rows=shape.n_rows,
-        n_channels=shape.n_channels,
-        n_spatial=shape.n_spatial,
+        **shape.sizes,
         RELU=relu and dz is None,
         TRAINING=training,
         RESIDUAL_TRAINING=residual_training,

@@ -1,7 +1,9 @@
 """The specification: batch norm + residual + ReLU and its gradients in plain PyTorch, one line per equation.
 
-The equations S, N and B are derived in kernels/README.md. Everything here is differentiable, in any floating type. The
-kernels are tested against it in fp64, and second derivatives are those of `statistics` and `normalize`.
+The equations S, N and B are derived in kernels/README.md. With ghost batches they hold for each group of images by
+itself, `x.split(ghost_batch_size)`, but for dweight and dbias, which are the sums over the groups. Everything here is
+differentiable, in any floating type. The kernels are tested against it in fp64, and second derivatives are those of
+`statistics` and `normalize`.
 """
 
 import torch
@@ -80,11 +82,22 @@ def backward(
     return input_gradient(dz, x, mean, rstd, weight, dbias / n_rows, dweight / n_rows, training), dweight, dbias
 
 
-def unpack_relu_mask(relu_mask: Tensor, x: Tensor) -> Tensor:
-    """The kernels' ReLU bits as a bool tensor, true where ReLU closed; x: [N, C, H, W] gives shape and layout."""
+def unpack_relu_mask(relu_mask: Tensor, x: Tensor, ghost_batch_size: int = 0) -> Tensor:
+    """The kernels' ReLU bits as a bool tensor, true where ReLU closed; x: [N, C, H, W] gives shape and layout.
+
+    `ghost_batch_size`: images per group, whose bits start a byte of their own in NCHW; 0 for one group.
+    """
     n_images, n_channels, height, width = x.shape
-    bits = (relu_mask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
-    bits = bits.flatten(1).bool()
+    bits = ((relu_mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1).bool()
     if x.is_contiguous(memory_format=torch.channels_last):
-        return bits[:, :n_channels].view(n_images, height, width, n_channels).permute(0, 3, 1, 2)
-    return bits[:, : n_images * height * width].view(n_channels, n_images, height, width).transpose(0, 1)
+        return bits.flatten(1)[:, :n_channels].view(n_images, height, width, n_channels).permute(0, 3, 1, 2)
+    group_sizes = [len(group) for group in x.split(ghost_batch_size or n_images)]
+    n_bytes = [-(-size * height * width // 8) for size in group_sizes]
+    of_groups = bits.flatten().split([n_channels * 8 * n for n in n_bytes])
+    return torch.cat(
+        [
+            of_group.view(n_channels, -1)[:, : size * height * width].view(n_channels, size, height, width)
+            for of_group, size in zip(of_groups, group_sizes, strict=True)
+        ],
+        dim=1,
+    ).transpose(0, 1)
