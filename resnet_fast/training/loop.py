@@ -13,8 +13,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import convert_sync_batchnorm
-from resnet_fast.data import Augmentation, ImageDataset, Loader, load_dataset
+from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
@@ -80,6 +81,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
         ValueError: the settings do not suit the data or the processes.
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
+        OtherProcessError, LostProcessError: another process failed or ended.
     """
     return _run(config, None, reporter or Reporter())
 
@@ -88,14 +90,15 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
 
     On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (but for times) are
-    bit-identical to those of a run that was never stopped. A run that is finished only gets its table and curves
-    written once more.
+    bit-identical to those of a run that was never stopped. With another number of processes the order of the images
+    stays; sums are rounded differently and, without sync_bn, batch norm sees other shares. A run that is finished only
+    gets its table and curves written once more.
 
     Args:
         run: what `load_run` returned, or the run folder, or a checkpoint in it.
         reporter: is told about every step and epoch.
-        moved: data_dir, device, workers, graph, accumulate or time_budget, if they are others than before, and `run`
-            is a path.
+        moved: data_dir, device, workers, images, graph, time_budget or tensorboard, if they are others than before,
+            and `run` is a path.
 
     Returns:
         Result, of all epochs.
@@ -127,31 +130,67 @@ class _Run(NamedTuple):
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
     with join(config.device) as processes, _settings(config, processes.device):
-        if saved is None and processes.is_first:
-            check_is_free(config.out)
-        dataset = _load(config, processes)
-        augmentation = augmentation_of(config, dataset)
-        if saved is not None:
-            check_same_data(saved, dataset, augmentation)
-        folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
-        run = _prepare(config, dataset, augmentation, processes, reporter if processes.is_first else Reporter())
-        if saved is None and processes.is_first:
-            folder.start()
-        with folder.hold() if processes.is_first else nullcontext():
-            return _train(run, folder, saved)
+        return _run_joined(config, saved, reporter, processes)
 
 
-def _load(config: TrainConfig, processes: Processes) -> ImageDataset:
-    with processes.first_goes_first():
-        dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
+def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
+    """Do so with the other processes; with this frame all that exchanges between them is gone."""
+    # Two processes may have named the folder by two seconds, or chosen two precisions on two machines.
+    config = replace(processes.of_first(config), data_dir=config.data_dir, workers=config.workers)
+    if saved is None:
+        processes.first_only(lambda: check_is_free(config.out))
+    dataset = processes.first_goes_first(lambda: _load(config))
+    augmentation = augmentation_of(config, dataset)
+    of_first = processes.of_first((dataset.classes, len(dataset.train), len(dataset.test), augmentation))
+    processes.together(lambda: _check_data(dataset, augmentation, processes, saved, of_first))
+    folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
+    own = processes.together(lambda: _own_part(config, dataset, processes))
+    run = _prepare(config, dataset, own, augmentation, processes, reporter if processes.is_first else Reporter())
+    if saved is None:
+        processes.first_only(folder.start)
+    with ExitStack() as stack:
+        processes.first_only(lambda: stack.enter_context(folder.hold()))
+        return _train(run, folder, saved)
+
+
+def _load(config: TrainConfig) -> ImageDataset:
+    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
     return dataset.hold_out(config.holdout) if config.holdout else dataset
 
 
+def _check_data(
+    dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, of_first: tuple
+) -> None:
+    """Raise unless the data are the same in all processes, suffice for them and, of a resumed run, are as before."""
+    if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != of_first:
+        raise DataError(f"the data of process {processes.rank} are not those of process 0")
+    if len(dataset.test) < processes.size:
+        raise ValueError(f"each process must have an image to test, got {len(dataset.test)} for {processes.size}")
+    if saved is not None:
+        check_same_data(saved, dataset, augmentation)
+
+
+def _own_part(config: TrainConfig, dataset: ImageDataset, processes: Processes) -> ImageDataset:
+    """Return its own images to test, and all to train on, because it takes a share of every batch."""
+    own = dataset
+    if processes.size > 1:
+        own = replace(
+            dataset, test=dataset.test.subset(torch.arange(processes.rank, len(dataset.test), processes.size))
+        )
+    return own.to(processes.device, config.images)
+
+
 def _prepare(
-    config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation, processes: Processes, reporter: Reporter
+    config: TrainConfig,
+    dataset: ImageDataset,
+    own: ImageDataset,
+    augmentation: Augmentation,
+    processes: Processes,
+    reporter: Reporter,
 ) -> _Run:
     """Make the network and all that trains it."""
     device, rank, size = processes.device, processes.rank, processes.size
+    loader = Loader(own.train, augmentation, config.batch_size, config.seed, rank, size)
     seed_everything(config.seed)
     model = make_network(config, len(dataset.classes))
     if config.whiten:
@@ -164,12 +203,8 @@ def _prepare(
     trained = model
     if size > 1:
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    # Each process tests its own images; it sees all training images, a share of each batch.
-    own = dataset
-    if size > 1:
-        own = replace(dataset, test=dataset.test.subset(torch.arange(rank, len(dataset.test), size)))
-    own = own.to(device, config.images)
-    loader = Loader(own.train, augmentation, config.batch_size, config.seed, rank, size)
+        # Tested and saved are the first one's running statistics; the evaluation gives them to all, once an epoch.
+        trained.broadcast_buffers = False  # an attribute, because the argument has another name in newer versions
     step = TrainingStep(
         trained,
         config,
@@ -201,33 +236,32 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     """Train what is left to train; test and save after every epoch."""
     config, processes, step = run.config, run.processes, run.step
-    if saved is not None and processes.is_first:
-        folder.clean()
+    if saved is not None:
+        processes.first_only(folder.clean)
     run.reporter.start(config, folder.dataset)
     history: list[EpochMetrics] = []
     start = begin = time.perf_counter()
     if saved is not None and saved.checkpoint is not None:
         history = _restore(run, saved.checkpoint)
         begin -= saved.checkpoint["seconds"]
-        if processes.is_first:
-            folder.write_tables(history)  # they may be an epoch behind
+        processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
         run.reporter.resume(history)
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        if config.time_budget and processes.of_first(_is_spent(config, history, time.perf_counter() - start)):
-            break
-        history.append(run_epoch(run, epoch))
-        random = processes.gather(random_states(processes.device))
-        if processes.is_first:
+    with processes.signals_together():
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            if config.time_budget and processes.of_first(_is_spent(config, history, time.perf_counter() - start)):
+                break
+            history.append(run_epoch(run, epoch))
             state = {
                 "model": step.averaged(),
                 "trained_model": bare(step.model).state_dict() if config.ema else None,
                 "step": step.state_dict(),
-                "random": random,
+                "random": processes.gather(random_states(processes.device)),
                 "seconds": time.perf_counter() - begin,
             }
-            folder.write_epoch(history, state)
-        run.reporter.end_epoch(history[-1])
+            processes.first_only(partial(folder.write_epoch, history, state))
+            run.reporter.end_epoch(history[-1])
+            processes.deliver_signals()
     mirrored = None
     if folder.dataset.flip:
         mirrored = evaluate(run.tested, run.dataset.test, run.augmentation, config, processes, mirror=True)[1]
@@ -246,10 +280,17 @@ def _restore(run: _Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
     run.tested.load_state_dict(checkpoint["model"])
     run.step.load_state_dict(checkpoint["step"])
     history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
+    run.processes.together(partial(_check_same_epoch, len(history), run.processes.of_first(len(history))))
     run.step.n_done = len(history) * len(run.loader)  # among another number of processes it may be another
     if run.processes.rank < len(checkpoint["random"]):
         restore_random_states(checkpoint["random"][run.processes.rank], run.processes.device)
     return history
+
+
+def _check_same_epoch(n_done: int, of_first: int) -> None:
+    """Raise ResumeError unless all processes read the same checkpoint."""
+    if n_done != of_first:
+        raise ResumeError(f"this process has read a checkpoint of epoch {n_done}, the first one that of {of_first}")
 
 
 @contextmanager
@@ -337,6 +378,7 @@ def train_epoch(run: _Run, epoch: int) -> TrainedEpoch:
             total_loss += float((of_all * sizes[checked:done]).sum())
             checked = done
             reporter.step(done, total_loss / float(sizes[:done].sum()))
+            processes.deliver_signals()
         else:
             reporter.step(done, None)
     n_images = int(sizes.sum())

@@ -126,7 +126,7 @@ class TrainingStep:
         self.forward = model if forward is None else forward
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
-        self.n_done = 0
+        self.n_done = self.n_averaged = 0  # steps of the schedule, and in the average
         self.make_graph = make_graph if graph else None
         self.recorded: dict[int, _Recorded] = {}
 
@@ -150,11 +150,14 @@ class TrainingStep:
         else:
             output = self._replay(batch, self.make_graph)
         self.n_done += 1
+        self.n_averaged += 1
         return output
 
     def _run(self, batch: Batch, n_images: int) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
-        plans = batch.plan.tensor_split(min(self.accumulate, max(len(batch.plan) // 2, 1)))
+        # As many parts in all processes, whose synchronized batch norms meet in each: as the smallest share allows.
+        n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
+        plans = batch.plan.tensor_split(n_parts)
         losses, correct = [], []
         for i, plan in enumerate(plans):
             images, labels = self._augment(batch, plan)
@@ -225,11 +228,13 @@ class TrainingStep:
     def averaged(self) -> dict[str, Tensor]:
         """Return the weights to be tested and saved: the averages where there are any, else the model's."""
         model = bare(self.model)
-        return model.state_dict() if self.average is None else self.average.averaged(model, self.n_done)
+        return model.state_dict() if self.average is None else self.average.averaged(model, self.n_averaged)
 
     def state_dict(self) -> dict[str, Any]:
         """Return optimizer, position in the schedule, and average; the model has a state dict of its own."""
-        average = {} if self.average is None else {"average": self.average.state_dict()}
+        average = {}
+        if self.average is not None:
+            average = {"average": self.average.state_dict(), "n_averaged": self.n_averaged}
         return {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,6 +245,7 @@ class TrainingStep:
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self.n_averaged = state["n_averaged"]
         self.recorded.clear()
 
 
