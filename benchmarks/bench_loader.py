@@ -1,5 +1,6 @@
 """The input path: shuffled batches of 32x32 images, cropped, flipped, normalized, on the device; an epoch at a time."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,8 +16,8 @@ from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work
-from resnet_fast.data import crop_and_flip, normalize
-from resnet_fast.data.dataset import TensorSplit
+from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit, epoch_plan
+from resnet_fast.ops.augment import augment
 
 # isort: split
 from torchvision import transforms
@@ -44,11 +45,20 @@ Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
     """resnet_fast's: the data set lies on the device, and a whole batch is augmented at once."""
     split = TensorSplit(data.images, data.labels).to(data.device)
-    generator = torch.Generator()
+    augmentation = Augmentation(MEAN, STD, crop=PADDING, flip="random")
+    loader = Loader(split, augmentation, batch_size)
+    epochs = itertools.count(1)
+
+    def batches() -> Iterator[Batch]:
+        if shuffle:
+            return loader.epoch(next(epochs))
+        plan = epoch_plan(len(split), split.size, augmentation, seed=0, epoch=next(epochs))
+        plan[:, 0] = torch.arange(len(split))
+        return split.planned(plan, [len(rows) for rows in plan.split(batch_size)])
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in split.batches(batch_size, generator if shuffle else None):
-            yield normalize(crop_and_flip(images, PADDING, True, generator), MEAN, STD), labels
+        for batch in batches():
+            yield augment(*batch, MEAN, STD, padding=PADDING)
 
     return epoch
 

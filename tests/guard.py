@@ -36,7 +36,7 @@ class Framed:
 
 def is_poison(tensor: Tensor) -> bool:
     """Whether the tensor is as `poisoned_memory` allocates it."""
-    return bool((tensor == 255).all() if tensor.dtype == torch.uint8 else tensor.isnan().all())
+    return bool(tensor.isnan().all() if tensor.is_floating_point() else (tensor == torch.iinfo(tensor.dtype).max).all())
 
 
 @contextmanager

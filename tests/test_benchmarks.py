@@ -23,6 +23,7 @@ from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
 from benchmarks.timing import alternate, percentiles
 from benchmarks.work import Work
+from resnet_fast.data import normalize
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def of_loader(change):
 
 
 def not_augmented(data, batch_size, shuffle):
-    images = bench_loader.normalize(data.images, bench_loader.MEAN, bench_loader.STD)
+    images = normalize(data.images, bench_loader.MEAN, bench_loader.STD)
     return lambda: iter(zip(images.split(batch_size), data.labels.split(batch_size), strict=True))
 
 
@@ -157,6 +158,11 @@ def test_a_loss_that_is_not_finite_is_no_training_step(monkeypatch):
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 1e6)
     error = harness.measure(bench_step.LEVEL, STEP, CPU, [], rounds=4).refused["eager, tuned"]
     assert "what was timed is no training step" in str(error)
+
+
+def test_the_loader_of_ours_passes_its_check():
+    measured = harness.measure(bench_loader.LEVEL, LOADER, CPU, ["on device"], rounds=1)
+    assert measured.times.keys() == {"torchvision", "on device"}, measured.refused
 
 
 @pytest.mark.parametrize("change", (lambda labels: labels[1:], lambda labels: labels), ids=("one lost", "in order"))

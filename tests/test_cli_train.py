@@ -1,12 +1,15 @@
 """`resnet-fast train`: what it shows with and without a terminal, and how it fails."""
 
+import csv
 import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from typer.testing import Result as CliResult
 
 import resnet_fast
 from resnet_fast.cli import app
+from resnet_fast.cli.settings import HELP
 from resnet_fast.data import cifar10
+from resnet_fast.ops import augment
 from resnet_fast.training import MODELS, RECIPES, EpochMetrics, Result, TrainConfig, loop
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 
@@ -34,6 +39,8 @@ class Tiny(nn.Module):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+    # An interpreted kernel would take most of the time; test_augment_kernel holds that both ways give the same bits.
+    monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
 
 
 def run(*args: object) -> CliResult:
@@ -63,7 +70,9 @@ def test_without_a_terminal_the_lines_are_plain(tmp_path: Path):
     assert len({len(line) for line in table[1:]}) == 1
 
 
-def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The settings of runs, none of which begins."""
     seen = []
 
     def stop(config: TrainConfig, reporter: object) -> Result:
@@ -71,45 +80,125 @@ def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
-    options = {
-        "model": "resnet50",
-        "stem": "imagenet",
-        "dataset": "folder",
-        "data-dir": tmp_path / "d",
-        "image-size": 64,
-        "epochs": 3,
-        "batch-size": 16,
-        "lr": 0.25,
-        "schedule": "triangular",
-        "weight-decay": 0.01,
-        "momentum": 0.5,
-        "seed": 9,
-        "device": "cpu",
-        "precision": "fp32",
-        "workers": 1,
-        "out": tmp_path / "o",
-    }
-    run("--no-flip", *(part for name, value in options.items() for part in (f"--{name}", value)))
-    assert seen == [TrainConfig(flip=False, **{name.replace("-", "_"): value for name, value in options.items()})]
+    return seen
 
 
-def test_the_command_and_the_config_have_the_same_defaults(monkeypatch: pytest.MonkeyPatch):
-    seen = []
+OPTIONS = {
+    "recipe": "article",
+    "model": "resnet50",
+    "stem": "cifar",
+    "backend": "eager",
+    "dataset": "folder",
+    "data_dir": Path("d"),
+    "image_size": 64,
+    "images": "stream",
+    "holdout": 10,
+    "accumulate": 2,
+    "seed": 9,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 1,
+    "out": Path("o"),
+    "epochs": 3,
+    "batch_size": 16,
+    "optimizer": "sgd",
+    "lr": 0.25,
+    "schedule": "triangular",
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "bn_bias_lr": 64.0,
+    "label_smoothing": 0.2,
+    "clip_norm": 1.0,
+    "crop": 3,
+    "padding": "reflect",
+    "flip": "alternating",
+    "cutout": 12,
+    "normalize": "dataset",
+    "ema": 0.99,
+}
+SWITCHES = {name: True for name in ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard")}
 
-    def stop(config: TrainConfig, reporter: object) -> Result:
-        seen.append(config)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
+def test_options_reach_the_config(configs: list[TrainConfig]):
+    flags = [f"--{name.replace('_', '-')}" for name in SWITCHES]
+    run(*flags, *(part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", value)))
+    assert configs == [TrainConfig(**OPTIONS, **SWITCHES)]
+
+
+@pytest.mark.parametrize(
+    ("args", "settings"),
+    [
+        (["--no-nesterov"], {"nesterov": False}),
+        (["--no-graph"], {"graph": False}),
+        (["--sync-bn"], {"sync_bn": True}),
+        (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
+        (["--time-budget", "90"], {"time_budget": 90.0}),
+        (["--time-budget", "1.5m"], {"time_budget": 90.0}),
+        (["--time-budget", "2h"], {"time_budget": 7200.0}),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
+    run("--out", "x", *args)
+    assert configs == [TrainConfig(out="x", **settings)]
+
+
+def test_every_setting_has_an_option():
+    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget"}
+    assert known == {field.name for field in fields(TrainConfig)} == set(HELP)
+
+
+def test_the_command_and_the_config_have_the_same_defaults(configs: list[TrainConfig]):
     run("--out", "x")
-    assert seen == [TrainConfig(out="x")]
+    assert configs == [TrainConfig(out="x")]
 
 
-def test_help_shows_the_defaults_of_each_data_set():
+def test_help_shows_the_defaults_of_each_recipe():
     text = " ".join(CliRunner().invoke(app, ["train", "--help"]).output.split())
-    assert f"[default: {RECIPES['cifar10'].epochs}; digits: {RECIPES['digits'].epochs}]" in text
-    assert f"[default: {RECIPES['cifar10'].batch_size}; digits: {RECIPES['digits'].batch_size}]" in text
-    assert "[default: flip; digits: no-flip]" in text
+    for name in ("epochs", "batch_size", "lr"):
+        shown = ", ".join(f"{recipe}: {getattr(settings, name):g}" for recipe, settings in RECIPES.items())
+        assert f"[{shown}]" in text
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, CliRunner().invoke(app, ["train", "--help"]).output.splitlines())) <= 80
+
+
+def test_repeat_trains_with_one_seed_after_the_other(tmp_path: Path):
+    result = digits(tmp_path / "runs", "--seed", 4, "--repeat", 2)
+    assert result.exit_code == 0, result.output
+    with open(tmp_path / "runs" / "summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["4", "5"]
+    tables = [(tmp_path / "runs" / f"seed-{seed}" / "metrics.csv").read_text().splitlines() for seed in (4, 5)]
+    assert [row["accuracy"] for row in rows] == [table[-1].split(",")[5] for table in tables]
+    assert tables[0] != tables[1]
+    found = [100 * float(row["accuracy"]) for row in rows]
+    assert f"2 runs: {statistics.mean(found):.2f} ± {statistics.stdev(found):.2f} % after the last" in result.stdout
+
+
+def test_repeat_refuses_a_folder_that_holds_something(tmp_path: Path):
+    (tmp_path / "seed-0").mkdir()
+    result = digits(tmp_path, "--repeat", 2)
+    assert result.exit_code == 2 and "already holds seed-0" in result.stderr
+
+
+def test_what_is_held_out_is_not_called_a_test(tmp_path: Path):
+    result = digits(tmp_path / "run", "--holdout", 100)
+    assert "1,337 + 100 (held out) images" in result.stdout and "val loss" in result.stdout
+    assert "validation accuracy after epoch 2" in result.stdout and " test " not in result.stdout
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "val_accuracy" in header and "test" not in header
+
+
+def test_a_time_budget_says_how_to_go_on(tmp_path: Path):
+    result = digits(tmp_path / "run", "--time-budget", 1e-6)
+    assert result.exit_code == 0
+    assert "the time budget ended it before epoch 2 of 2" in result.stdout
+    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stdout
+    assert run("--resume", tmp_path / "run").exit_code == 0
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -167,7 +256,7 @@ def interrupt_in_epoch_2(monkeypatch: pytest.MonkeyPatch, number: int | None = N
     train_epoch = loop.train_epoch
 
     def interrupted(*args):
-        if args[6] == 2:
+        if args[1] == 2:
             if number is None:
                 raise KeyboardInterrupt
             signal.raise_signal(number)
@@ -186,7 +275,7 @@ def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path, monkeypatch
 
 def environment(**changes: str) -> dict[str, str]:
     root = str(Path(resnet_fast.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "80", "LINES": "24", **changes}
+    return {**os.environ, "PYTHONPATH": root, "COLUMNS": "80", "LINES": "24", "TRITON_INTERPRET": "0", **changes}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
@@ -327,14 +416,14 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp
 
 
 @pytest.mark.parametrize(
-    "args", [["--epochs", "2"], ["--lr", "0.1"], ["--no-flip"], ["--out", "x"]], ids=lambda args: args[0]
+    "args", [["--epochs", "2"], ["--lr", "0.1"], ["--no-nesterov"], ["--out", "x"]], ids=lambda args: args[0]
 )
 def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tmp_path: Path):
     digits(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     result = run("--resume", tmp_path / "run", *args)
     assert result.exit_code == 2
-    name = "--flip" if args[0] == "--no-flip" else args[0]
+    name = "--nesterov" if args[0] == "--no-nesterov" else args[0]
     assert f"beside it only --device, --data-dir, --workers may be given, got {name}\n" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_fast.data import DataError, folder, load_dataset
+from resnet_fast.data import Augmentation, Batch, DataError, Loader, TensorSplit, folder, load_dataset
+from resnet_fast.data.folder import FolderSplit
+
+CPU = torch.device("cpu")
 
 
 def write_images(path: Path, count: int, size: tuple[int, int] = (10, 12), seed: int = 0) -> None:
@@ -46,26 +49,63 @@ def test_an_image_of_the_right_size_is_not_changed(tmp_path: Path):
         assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def epoch_of(split: FolderSplit | TensorSplit, epoch: int = 1) -> list[Batch]:
+    return list(Loader(split, Augmentation((0.5,) * 3, (0.5,) * 3, crop=1), batch_size=4, seed=1).epoch(epoch))
+
+
+def labels_of(batches: list[Batch]) -> list[int]:
+    return torch.cat([labels[plan[:, 0]] for _, labels, plan in batches]).tolist()
+
+
 def test_workers_change_neither_order_nor_pixels(images: Path):
-    results = []
-    for workers in (0, 2):
-        split = load_dataset("folder", images, image_size=16, workers=workers).train
-        results.append(list(split.batches(4, torch.Generator().manual_seed(1))))
-    for (x, y), (other_x, other_y) in zip(*results, strict=True):
-        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    results = [
+        epoch_of(load_dataset("folder", images, image_size=16, workers=workers).train.to(CPU, "stream"))
+        for workers in (0, 2)
+    ]
+    for batch, other in zip(*results, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
 
 
 def test_training_is_shuffled_anew(images: Path):
-    split, generator = load_dataset("folder", images, image_size=16).train, torch.Generator().manual_seed(0)
-    first, second = (torch.cat([y for _, y in split.batches(5, generator)]).tolist() for _ in "12")
+    split = load_dataset("folder", images, image_size=16).train.to(CPU, "stream")
+    first, second = labels_of(epoch_of(split, 1)), labels_of(epoch_of(split, 2))
     assert sorted(first) == sorted(second) and first != second
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streamed_epoch_is_the_one_in_memory(workers: int, images: Path):
+    """Image by image; where the images lie in the batch is the plan's affair."""
+    train = load_dataset("folder", images, image_size=16, workers=workers).train
+    streamed, in_memory = epoch_of(train.to(CPU, "stream")), epoch_of(train.to(CPU, "memory"))
+    for batch, other in zip(streamed, in_memory, strict=True):
+        assert len(batch.images) == len(batch.plan) < len(other.images)
+        for part in ("images", "labels"):
+            taken, expected = (getattr(b, part)[b.plan[:, 0]] for b in (batch, other))
+            assert torch.equal(taken, expected)
+        assert torch.equal(batch.plan[:, 1:], other.plan[:, 1:])
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert all(batch.images is in_memory[0].images for batch in in_memory)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(10 * 3 * 16 * 16, True), (10 * 3 * 16 * 16 - 1, False)])
+def test_images_are_kept_where_they_fit(budget: int, kept: bool, images: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folder, "MEMORY_BUDGET", budget)
+    split = load_dataset("folder", images, image_size=16).train.to(CPU)
+    assert isinstance(split, TensorSplit if kept else FolderSplit)
+
+
+def test_a_subset_has_these_images(images: Path):
+    train = load_dataset("folder", images, image_size=16).train
+    every, labels = next(train.batches(10))
+    some, of_some = next(train.subset(torch.tensor([7, 2])).batches(10))
+    assert torch.equal(some, every[[7, 2]]) and torch.equal(of_some, labels[[7, 2]])
+
+
 def test_the_loader_leaves_the_global_random_state(images: Path):
-    split = load_dataset("folder", images, image_size=16).train
+    split = load_dataset("folder", images, image_size=16).train.to(CPU, "stream")
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(split.batches(4, torch.Generator().manual_seed(1)))
+    epoch_of(split)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -8,46 +8,108 @@ import torch
 
 from resnet_fast.training import RECIPES, TrainConfig
 from resnet_fast.training.config import choose_precision
+from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
+
+NAN, INF = float("nan"), float("inf")
+SCHEDULE_NAMES = "one-cycle, triangular, cosine, constant"
+
+
+WRONG_SETTINGS = [
+    ({"model": "resnet19"}, "model must be one of resnet18, .*'resnet19'"),
+    ({"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
+    ({"backend": "triton"}, "backend must be one of fused, eager, compile, got 'triton'"),
+    ({"dataset": "mnist"}, "dataset must be one of cifar10, digits, folder, got 'mnist'"),
+    ({"recipe": "fast"}, "recipe must be one of baseline, fast94, fast95, article, digits, got 'fast'"),
+    ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
+    ({"schedule": "cyclic"}, f"schedule must be one of {SCHEDULE_NAMES}, got 'cyclic'"),
+    ({"padding": "edge"}, "padding must be one of zero, reflect, got 'edge'"),
+    ({"flip": "up"}, "flip must be one of none, random, alternating, got 'up'"),
+    ({"flip": True}, "flip must be one of none, random, alternating, got True"),
+    ({"normalize": "batch"}, "normalize must be one of dataset, half, got 'batch'"),
+    ({"images": "disk"}, "images must be one of auto, memory, stream, got 'disk'"),
+    ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, got 'fp16'"),
+    ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+    ({"device": "meta"}, "device must be .*'meta'"),
+    ({"device": "cpu:1"}, "device must be .*'cpu:1'"),
+    ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
+    ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
+    ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+    ({"epochs": 2.5}, "epochs must be an integer.*2.5"),
+    ({"epochs": True}, "epochs must be an integer.*True"),
+    ({"batch_size": -4}, "batch_size must be an integer of at least 2, got -4"),
+    ({"batch_size": 1}, "batch_size must be .* at least 2, got 1"),
+    ({"crop": -1}, "crop must be an integer of at least 0, got -1"),
+    ({"crop": 1.5}, "crop must be an integer.*1.5"),
+    ({"cutout": -1}, "cutout must be an integer of at least 0, got -1"),
+    ({"ghost_batch_size": -1}, "ghost_batch_size must be an integer of at least 0, got -1"),
+    ({"ghost_batch_size": 1}, "ghost_batch_size must be 0 or at least 2, got 1"),
+    ({"image_size": 0}, "image_size must be an integer of at least 8, got 0"),
+    ({"image_size": 7}, "image_size must be an integer of at least 8, got 7"),
+    ({"holdout": -1}, "holdout must be an integer of at least 0, got -1"),
+    ({"accumulate": 0}, "accumulate must be an integer of at least 1, got 0"),
+    ({"workers": -1}, "workers must be"),
+    ({"seed": -1}, "seed must be"),
+    ({"seed": 2**32}, "seed must be below"),
+    ({"lr": 0}, "lr must be a positive finite number, got 0"),
+    ({"lr": -0.1}, "lr must be .*-0.1"),
+    ({"lr": NAN}, "lr must be .*nan"),
+    ({"lr": INF}, "lr must be .*inf"),
+    ({"lr": "fast"}, "lr must be .*'fast'"),
+    ({"bn_bias_lr": 0}, "bn_bias_lr must be a positive finite number, got 0"),
+    ({"bn_bias_lr": INF}, "bn_bias_lr must be .*inf"),
+    ({"weight_decay": -1e-4}, "weight_decay must be .*-0.0001"),
+    ({"weight_decay": INF}, "weight_decay must be"),
+    ({"clip_norm": -1}, "clip_norm must be a finite number, 0 or more, got -1"),
+    ({"clip_norm": NAN}, "clip_norm must be"),
+    ({"time_budget": -1}, "time_budget must be a finite number, 0 or more, got -1"),
+    ({"time_budget": INF}, "time_budget must be"),
+    ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ({"momentum": -0.1}, "momentum must be"),
+    ({"momentum": NAN}, "momentum must be"),
+    ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+    ({"ema": -0.1}, "ema must be"),
+    ({"label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
+    ({"label_smoothing": "a little"}, "label_smoothing must be .*'a little'"),
+    ({"nesterov": 1}, "nesterov must be True or False, got 1"),
+    ({"zero_gamma": "yes"}, "zero_gamma must be True or False, got 'yes'"),
+    ({"dirac": 0}, "dirac must be True or False, got 0"),
+    ({"whiten": 1}, "whiten must be True or False, got 1"),
+    ({"graph": 1}, "graph must be True or False, got 1"),
+    ({"sync_bn": None}, "sync_bn must be True or False, got None"),
+    ({"deterministic": 1}, "deterministic must be True or False, got 1"),
+    ({"tensorboard": 1}, "tensorboard must be True or False, got 1"),
+]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [
-        ({"model": "resnet19"}, "model must be one of resnet18, .*'resnet19'"),
-        ({"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
-        ({"dataset": "mnist"}, "dataset must be one of cifar10, digits, folder, got 'mnist'"),
-        ({"schedule": "cosine"}, "schedule must be one of one-cycle, triangular, got 'cosine'"),
-        ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, got 'fp16'"),
-        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        ({"device": "meta"}, "device must be .*'meta'"),
-        ({"device": "cpu:1"}, "device must be .*'cpu:1'"),
-        ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
-        ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
-        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-        ({"epochs": 2.5}, "epochs must be an integer.*2.5"),
-        ({"epochs": True}, "epochs must be an integer.*True"),
-        ({"batch_size": -4}, "batch_size must be an integer of at least 2, got -4"),
-        ({"batch_size": 1}, "batch_size must be .* at least 2, got 1"),
-        ({"image_size": 0}, "image_size must be"),
-        ({"workers": -1}, "workers must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"seed": 2**32}, "seed must be below"),
-        ({"lr": 0}, "lr must be a positive finite number, got 0"),
-        ({"lr": -0.1}, "lr must be .*-0.1"),
-        ({"lr": float("nan")}, "lr must be .*nan"),
-        ({"lr": float("inf")}, "lr must be .*inf"),
-        ({"lr": "fast"}, "lr must be .*'fast'"),
-        ({"weight_decay": -1e-4}, "weight_decay must be .*-0.0001"),
-        ({"weight_decay": float("inf")}, "weight_decay must be"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"momentum": -0.1}, "momentum must be"),
-        ({"momentum": float("nan")}, "momentum must be"),
-    ],
+    WRONG_SETTINGS,
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images to each part of a batch of 8, got 5"),
+        ({"ghost_batch_size": 8, "backend": "eager"}, "ghost_batch_size needs backend fused, got eager"),
+        ({"ghost_batch_size": 8, "sync_bn": True}, "ghost_batch_size and sync_bn exclude each other"),
+        ({"whiten": True, "stem": "imagenet"}, "whiten needs the 3x3 stem, stem cifar, got imagenet"),
+        ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
+        ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_go_together_are_named(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_parts_of_two_images_are_enough():
+    assert TrainConfig(batch_size=8, accumulate=4).accumulate == 4
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
@@ -57,20 +119,33 @@ def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
     assert TrainConfig(device="auto").device == "cpu"
 
 
-@pytest.mark.parametrize("dataset", RECIPES)
-def test_defaults_are_those_of_the_data_set(dataset: str):
-    config = TrainConfig(dataset=dataset)
-    assert (config.epochs, config.batch_size, config.lr) == RECIPES[dataset]
+@pytest.mark.parametrize("dataset", DEFAULT_RECIPES)
+def test_defaults_are_those_of_the_data_sets_recipe(dataset: str):
+    config, recipe = TrainConfig(dataset=dataset), RECIPES[DEFAULT_RECIPES[dataset]]
+    assert config.recipe == DEFAULT_RECIPES[dataset]
+    for name in RECIPE_FIELDS:
+        if (dataset, name) != ("digits", "flip"):
+            assert getattr(config, name) == getattr(recipe, name), name
     assert TrainConfig(dataset=dataset, epochs=3).epochs == 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_digits_are_never_mirrored_unless_asked_for(recipe: str):
+    assert TrainConfig(dataset="digits", recipe=recipe).flip == "none"
+    assert TrainConfig(dataset="digits", recipe=recipe, flip="random").flip == "random"
 
 
 def test_everything_is_resolved():
     config = TrainConfig(out="~/run", workers=0)
     assert config.out == Path.home() / "run" and config.workers == 0
-    values = TrainConfig(device="cpu").as_dict()
+    values = TrainConfig(device="cpu", images="memory", dataset="folder").as_dict()
     assert "auto" not in values.values()
-    assert [name for name, value in values.items() if value is None] == ["flip"]  # the data set says
+    assert [name for name, value in values.items() if value is None] == ["crop"]  # the data set says
     json.dumps(values)
+
+
+def test_a_cpu_takes_no_graph():
+    assert TrainConfig(device="cpu").graph is False
 
 
 def test_the_default_run_folder_names_dataset_and_model():

@@ -61,7 +61,24 @@ def test_same_bits_can_tell_runs_apart(straight: Result, tmp_path: Path):
     assert not same_bits(train(config_for(tmp_path / "run", seed=1)).out, straight.out)
 
 
-@pytest.mark.parametrize("setting", [{"momentum": 0.0}, {"schedule": "triangular"}, {"flip": False}, {"lr": 1}])
+OTHER_SETTINGS = [
+    {"momentum": 0.0},
+    {"schedule": "triangular"},
+    {"flip": "random"},
+    {"flip": "alternating"},
+    {"crop": 1, "padding": "reflect", "cutout": 3},
+    {"lr": 1},
+    {"ema": 0.9},
+    {"recipe": "article"},
+    {"optimizer": "adam", "ema": 0.9, "bn_bias_lr": 4.0},
+    {"bn_bias_lr": 64.0, "clip_norm": 0.1, "label_smoothing": 0.2, "nesterov": False},
+    {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
+    {"normalize": "half", "holdout": 7},
+    {"deterministic": True},
+]
+
+
+@pytest.mark.parametrize("setting", OTHER_SETTINGS, ids=str)
 def test_other_settings_are_resumed_as_they_are(setting: dict, tmp_path: Path):
     straight = train(config_for(tmp_path / "straight", **setting))
     result = resume(stop(tmp_path / "run", 2, 3, **setting))
@@ -137,7 +154,7 @@ def damage(name: str) -> Callable[[Path], None]:
     def other_format(path: Path) -> None:
         state = torch.load(path, weights_only=True)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(checkpoint, "FORMAT", 2)
+            monkeypatch.setattr(checkpoint, "FORMAT", 1)
             del state["format"]
             checkpoint.write_checkpoint(path, state, None)
 
@@ -178,7 +195,7 @@ def damage(name: str) -> Callable[[Path], None]:
         ("flipped bit", "is damaged: its SHA-256 is not the one"),
         ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
         ("text", "is no checkpoint: it does not begin as one"),
-        ("another format", r"has format 2, resnet_fast \S+ reads format 1"),
+        ("another format", r"has format 1, resnet_fast \S+ reads format 2"),
         ("other settings", "is of another run: lr is 0.5 there and 0.1 in config.json"),
     ],
 )
@@ -244,6 +261,23 @@ def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path
     assert resumed[0].checkpoint["epoch"] == 1
     epochs = [checkpoint.read_checkpoint(out / f"checkpoint{name}.pt")["epoch"] for name in ("-previous", "")]
     assert epochs == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["crop", "ema"])
+def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path):
+    out = stop(tmp_path / "run", 2)
+    state = checkpoint.read_checkpoint(out / "checkpoint.pt")
+    state["config"][name] = 1
+    checkpoint.write_checkpoint(out / "checkpoint.pt", state, None)
+    with pytest.raises(ResumeError, match=f"is of another run: {name} is 1 there"):
+        resume(out)
+
+
+@pytest.mark.parametrize("name", ["lr", "accumulate", "out"])
+def test_what_a_run_computes_cannot_be_changed(name: str, tmp_path: Path):
+    out = stop(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=f"a run keeps its settings, but for data_dir, .*, tensorboard; got {name}"):
+        resume(out, **{name: 1})
 
 
 def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

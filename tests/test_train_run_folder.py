@@ -6,21 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from resnet_fast.data import ImageDataset, TensorSplit
+from resnet_fast.data import Augmentation, ImageDataset, TensorSplit
 from resnet_fast.files import whole_file
 from resnet_fast.training import EpochMetrics, TrainConfig, run_folder
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 
+# Not the data set's mean and std, nor its crop: what is used, not what the data set says.
+AUGMENTATION = Augmentation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop=2)
+
 
 def make_dataset() -> ImageDataset:
     split = TensorSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
-    return ImageDataset("digits", ("a", "b"), split, split, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 2, False)
+    return ImageDataset("digits", ("a", "b"), split, split, (0.5,) * 3, (0.7,) * 3, 1, False)
 
 
 def make_history(n_epochs: int, test_accuracy: float = 0.75) -> list[EpochMetrics]:
@@ -30,11 +34,11 @@ def make_history(n_epochs: int, test_accuracy: float = 0.75) -> list[EpochMetric
 
 
 def make_state() -> dict:
-    return {"model": {"w": torch.arange(3.0)}, "optimizer": {}, "scheduler": {}, "generator": torch.zeros(2)}
+    return {"model": {"w": torch.arange(3.0)}, "step": {"n_done": 4}, "random": [{}]}
 
 
 def start_folder(config: TrainConfig) -> RunFolder:
-    folder = RunFolder(config, make_dataset())
+    folder = RunFolder(config, make_dataset(), AUGMENTATION)
     folder.start()
     return folder
 
@@ -100,10 +104,13 @@ def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainC
     assert [path.name for path in config.out.iterdir()] == ["config.json"]
     values = json.loads((config.out / "config.json").read_text())
     assert values["mean"] == [0.1, 0.2, 0.3] and values["std"] == [0.4, 0.5, 0.6]
-    assert (values["device"], values["precision"], values["flip"]) == ("cpu", "bf16", False)
+    assert (values["device"], values["precision"], values["flip"]) == ("cpu", "bf16", "none")
+    assert values["crop"] == 2 and config.crop is None
+    assert (values["train_images"], values["test_images"], values["classes"]) == (4, 4, ["a", "b"])
     assert (values["epochs"], values["batch_size"], values["lr"]) == (config.epochs, config.batch_size, config.lr)
     assert values["versions"]["torch"] == torch.__version__ and "resnet_fast" in values["versions"]
-    assert "auto" not in values.values() and None not in values.values()
+    assert [name for name, value in values.items() if value == "auto"] == ["images"]  # as the memory allows
+    assert None not in values.values()
 
 
 def test_a_second_run_does_not_enter_the_folder_of_the_first(config: TrainConfig):
@@ -137,10 +144,12 @@ def test_metrics_csv_has_a_row_per_epoch(config: TrainConfig):
 def test_the_checkpoint_loads_safely_and_holds_plain_values(config: TrainConfig):
     start_folder(config).write_epoch(make_history(2), make_state())
     checkpoint = torch.load(config.out / "checkpoint.pt", weights_only=True)
-    expected = {"format", "model", "optimizer", "scheduler", "generator", "epoch", "history", "config", "classes"}
-    assert set(checkpoint) == expected
+    of_state, of_run = {"model", "step", "random"}, {"epoch", "history", "config", "classes"}
+    assert set(checkpoint) == {"format", "mean", "std", "image_size"} | of_state | of_run
+    assert (checkpoint["mean"], checkpoint["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert checkpoint["image_size"] == 8
     assert checkpoint["epoch"] == 2 and checkpoint["classes"] == ["a", "b"]
-    assert checkpoint["config"] == {**config.as_dict(), "flip": False}  # what is used, not "as the data set says"
+    assert checkpoint["config"] == {**config.as_dict(), "crop": 2}  # what is used, not "as the data set says"
     assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
 
 
@@ -157,6 +166,22 @@ def test_a_full_disk_keeps_the_checkpoint_before(config: TrainConfig, monkeypatc
         folder.write_epoch(make_history(2), make_state())
     assert torch.load(config.out / "checkpoint.pt", weights_only=True)["epoch"] == 1
     assert len(list(config.out.iterdir())) == 4
+
+
+def test_the_curves_are_drawn_now_and_then_and_at_the_end(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    """A picture takes as long as an epoch on a large GPU."""
+    now, drawn = 0.0, []
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda file, history, *rest: drawn.append(len(history)))
+    folder = start_folder(config)
+    assert config.epochs == 6
+    for n_epochs, now in enumerate((100.0, 129.9, 130.0, 150.0, 159.9, 160.0), start=1):  # noqa: B007
+        folder.write_epoch(make_history(n_epochs), make_state())
+    assert drawn == [1, 3, 6]
+    folder = start_folder(replace(config, out=config.out.with_name("two")))
+    for n_epochs, now in enumerate((200.0, 201.0, 202.0, 203.0, 204.0, 205.0), start=1):  # noqa: B007
+        folder.write_epoch(make_history(n_epochs), make_state())
+    assert drawn == [1, 3, 6, 1, 6]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.training import TrainConfig
-from resnet_fast.training.loop import make_optimizer, make_scheduler
+from resnet_fast.data import Augmentation, Batch
+from resnet_fast.training import RECIPES, TrainConfig, TrainingStep
 from resnet_fast.training.schedule import SCHEDULES
+from resnet_fast.training.step import make_optimizer
 
 
 def rates(schedule: str, n_steps: int) -> list[float]:
@@ -43,22 +44,88 @@ def test_any_number_of_steps_has_positive_rates_up_to_the_peak(schedule: str, n_
     assert values[top:] == sorted(values[top:], reverse=True)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_scheduler_follows_the_schedule_and_ends_near_zero(schedule: str):
-    model = nn.Linear(1, 1)
-    config = TrainConfig(dataset="digits", epochs=4, lr=0.5, schedule=schedule)
-    optimizer = make_optimizer(model, config)
-    scheduler = make_scheduler(optimizer, config, steps_per_epoch=25)
-    used = []
-    for _ in range(100):
-        used.append(optimizer.param_groups[0]["lr"])
+@pytest.mark.parametrize("n_steps", [10, 270, 1173])
+def test_cosine_is_torchs(n_steps: int):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_steps)
+    expected = []
+    for _ in range(n_steps):
+        expected.append(oracle.get_last_lr()[0])
         optimizer.step()
-        scheduler.step()
-    assert used == pytest.approx([0.5 * value for value in rates(schedule, 100)])
-    assert used[-1] < 0.01
+        oracle.step()
+    assert rates("cosine", n_steps) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
-def test_the_optimizer_is_what_was_asked_for(momentum: float, nesterov: bool):
-    group = make_optimizer(nn.Linear(1, 1), TrainConfig(momentum=momentum, weight_decay=1e-3)).param_groups[0]
-    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, nesterov, 1e-3)
+def test_constant_is_the_peak():
+    assert rates("constant", 7) == [1.0] * 7
+
+
+class Flat(nn.Module):
+    """A batch norm, whose bias has a rate of its own, and two other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.bn(x).mean((2, 3)))
+
+
+def used_rates(config: TrainConfig, n_steps: int) -> list[list[float]]:
+    """The rate of each group of parameters in each step."""
+    step = TrainingStep(Flat(), config, Augmentation((0.5,) * 3, (0.5,) * 3), n_steps)
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    batch = Batch(images, torch.zeros(4, dtype=torch.int64), torch.zeros(4, 6, dtype=torch.int32))
+    used = []
+    for _ in range(n_steps):
+        announced = step.lr
+        step(batch)
+        used.append([float(group["lr"]) for group in step.optimizer.param_groups])
+        assert used[-1][0] == pytest.approx(announced)
+    return used
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_step_follows_the_schedule_and_ends_near_zero(schedule: str):
+    used = used_rates(TrainConfig(dataset="digits", device="cpu", lr=0.5, schedule=schedule), 100)
+    assert [rate for (rate,) in used] == pytest.approx([0.5 * value for value in rates(schedule, 100)])
+    assert used[-1][0] < 0.01 or schedule == "constant"
+
+
+def test_biases_of_batch_norms_have_their_own_rate_and_the_same_decay():
+    config = TrainConfig(dataset="digits", device="cpu", lr=0.5, bn_bias_lr=64.0, weight_decay=1e-3)
+    assert [other / rate for rate, other in used_rates(config, 10)] == pytest.approx([64.0] * 10)
+    model = Flat()
+    optimizer = make_optimizer(model, config)
+    (others, biases) = (group["params"] for group in optimizer.param_groups)
+    assert [id(p) for p in biases] == [id(model.bn.bias)] and len(others) == 3
+    # A step subtracts lr·decay·weight: 64 times the rate, the same product.
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-3 / 64])
+
+
+@pytest.mark.parametrize(("momentum", "nesterov", "used"), [(0.9, True, True), (0.9, False, False), (0.0, True, False)])
+def test_the_optimizer_is_what_was_asked_for(momentum: float, nesterov: bool, used: bool):
+    config = TrainConfig(device="cpu", momentum=momentum, nesterov=nesterov, weight_decay=1e-3)
+    optimizer = make_optimizer(nn.Linear(1, 1), config)
+    assert isinstance(optimizer, torch.optim.SGD)
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, used, 1e-3)
+
+
+def test_adam_is_torchs_with_its_defaults():
+    config = TrainConfig(device="cpu", recipe="article")
+    optimizer = make_optimizer(nn.Linear(1, 1), config)
+    assert isinstance(optimizer, torch.optim.Adam)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0)
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "article"])
+def test_making_an_optimizer_moves_no_weight_and_leaves_its_state_at_zero(recipe: str):
+    model = Flat()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = make_optimizer(model, RECIPES[recipe])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert states and all(not value.any() for value in states)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.data import ImageDataset, TensorSplit
+from resnet_fast.ops import augment
 from resnet_fast.training import EpochMetrics, Reporter, TrainConfig, loop, network, run_folder, train
 
 EPOCHS = 3
@@ -58,6 +59,7 @@ class Stop(Reporter):
 def use_tiny(set_attribute: Callable[[object, str, object], None]) -> None:
     """Put a small network and few images in place of the real ones, and a list in place of the curves."""
     set_attribute(network, "MODELS", {"resnet18": lambda *, num_classes, stem: Tiny(num_classes)})
+    set_attribute(augment, "choose_backend", lambda x: "aten")  # an interpreted kernel takes longer than an epoch
     set_attribute(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
     set_attribute(run_folder, "draw_curves", list_curves)  # a picture takes longer than an epoch
 

@@ -81,7 +81,8 @@ class TrainConfig(Recipe):
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
         deterministic: refuse what two runs on a GPU might compute differently.
         workers: processes that read the images of "folder"; None: one per processor, at most 4.
-        time_budget: seconds of training after which no further epoch begins; 0 for no limit.
+        time_budget: seconds after which, at the speed of the last epoch, no further one may end; 0 for no limit. A run
+            that is resumed has as many again, and at least one epoch.
         tensorboard: write TensorBoard events to the run folder, too.
         out: the run folder; None: runs/<dataset>-<model>-<time>.
 

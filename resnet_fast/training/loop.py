@@ -148,7 +148,7 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
     run = _prepare(config, dataset, own, augmentation, processes, reporter if processes.is_first else Reporter())
     if saved is None:
         processes.first_only(folder.start)
-    with ExitStack() as stack:
+    with processes.signals_together(), ExitStack() as stack:
         processes.first_only(lambda: stack.enter_context(folder.hold()))
         return _train(run, folder, saved)
 
@@ -247,30 +247,28 @@ def _train(run: _Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
         run.reporter.resume(history)
-    with processes.signals_together():
-        for epoch in range(len(history) + 1, config.epochs + 1):
-            if config.time_budget and processes.of_first(_is_spent(config, history, time.perf_counter() - start)):
+    n_before = len(history)
+    for epoch in range(n_before + 1, config.epochs + 1):
+        # The first epoch always begins, of a run that goes on, too: else it would never end.
+        if config.time_budget and epoch > n_before + 1:
+            if processes.of_first(time.perf_counter() - start + history[-1].seconds > config.time_budget):
+                processes.first_only(partial(folder.write_tables, history, is_last=True))
                 break
-            history.append(run_epoch(run, epoch))
-            state = {
-                "model": step.averaged(),
-                "trained_model": bare(step.model).state_dict() if config.ema else None,
-                "step": step.state_dict(),
-                "random": processes.gather(random_states(processes.device)),
-                "seconds": time.perf_counter() - begin,
-            }
-            processes.first_only(partial(folder.write_epoch, history, state))
-            run.reporter.end_epoch(history[-1])
-            processes.deliver_signals()
+        history.append(run_epoch(run, epoch))
+        state = {
+            "model": step.averaged(),
+            "trained_model": bare(step.model).state_dict() if config.ema else None,
+            "step": step.state_dict(),
+            "random": processes.gather(random_states(processes.device)),
+            "seconds": time.perf_counter() - begin,
+        }
+        processes.first_only(partial(folder.write_epoch, history, state))
+        run.reporter.end_epoch(history[-1])
+        processes.deliver_signals()
     mirrored = None
     if folder.dataset.flip:
         mirrored = evaluate(run.tested, run.dataset.test, run.augmentation, config, processes, mirror=True)[1]
     return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
-
-
-def _is_spent(config: TrainConfig, history: Sequence[EpochMetrics], seconds: float) -> bool:
-    """Whether another epoch would, at the speed of the last, end after the time budget; the first one always begins."""
-    return bool(history) and seconds + history[-1].seconds > config.time_budget
 
 
 def _restore(run: _Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
@@ -303,14 +301,15 @@ def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch_settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch_settings.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch_settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch_settings.fill_uninitialized_memory = False  # every kernel here fills what it allocates
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch_settings.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch_settings.fill_uninitialized_memory = fill
 
 
 def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:

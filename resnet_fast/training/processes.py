@@ -94,6 +94,11 @@ class KeptSignals:
         if number in self.handlers:
             signal.signal(number, self._keep)
 
+    def deliver_all(self) -> None:
+        """Let all have their effect."""
+        for number in sorted(self.arrived):
+            self.deliver(number)
+
     def _keep(self, number: int, frame: object) -> None:
         self.arrived.add(number)
 
@@ -198,10 +203,12 @@ class Processes:
             try:
                 yield
             except RuntimeError as error:
-                if not _is_lost(error):  # then torchrun sent the signal, because of the process that was lost
-                    for number in sorted(self.kept.arrived):  # those that read images got it too, and are missed now
-                        self.kept.deliver(number)
+                # Those that read images got the signal, too, and may be what is missed; but where a process is gone,
+                # torchrun has sent it because of that.
+                if not _is_lost(error):
+                    self.kept.deliver_all()
                 raise
+            self.kept.deliver_all()
 
     def deliver_signals(self) -> None:
         """Give to every process the signals that any got; outside of `signals_together` none is kept."""

@@ -89,7 +89,7 @@ class RunFolder:
             **state,
             "epoch": history[-1].epoch,
             "history": [asdict(metrics) for metrics in history],
-            "config": self.config.as_dict(),
+            "config": {**self.config.as_dict(), "crop": self.augmentation.crop},  # as in config.json
             "classes": list(self.dataset.classes),
             "mean": list(self.augmentation.mean),
             "std": list(self.augmentation.std),
@@ -99,11 +99,12 @@ class RunFolder:
         self.keep = True
         self.write_tables(history)
 
-    def write_tables(self, history: Sequence[EpochMetrics]) -> None:
+    def write_tables(self, history: Sequence[EpochMetrics], is_last: bool = False) -> None:
         """Replace the table and, at the end or where they are older than DRAW_EVERY, the curves."""
         with whole_file(self.config.out / "metrics.csv") as file:
-            file.write(_table(history).encode())
-        if len(history) < self.config.epochs and time.monotonic() - self.drawn < DRAW_EVERY:
+            file.write(_table(history, self.config).encode())
+        is_last = is_last or len(history) == self.config.epochs
+        if not is_last and time.monotonic() - self.drawn < DRAW_EVERY:
             return
         self.drawn = time.monotonic()
         title = f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
@@ -133,10 +134,12 @@ def describe(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentat
     }
 
 
-def _table(history: Sequence[EpochMetrics]) -> str:
+def _table(history: Sequence[EpochMetrics], config: TrainConfig) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
-    writer.writeheader()
+    # What is held out of the training images is not called a test.
+    names = {f.name: f.name.replace("test_", "val_") if config.holdout else f.name for f in fields(EpochMetrics)}
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names.values())
     for metrics in history:
-        writer.writerow({name: f"{value:.6g}" for name, value in asdict(metrics).items()})
+        writer.writerow([f"{getattr(metrics, name):.6g}" for name in names])
     return text.getvalue()

@@ -47,9 +47,12 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
         moved: what MOVABLE lists, but for `out`, if it is other than before.
 
     Raises:
-        ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule.
+        ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule or is not among them.
         ResumeError: config.json or the checkpoint is missing, damaged, foreign, or they do not belong together.
     """
+    kept = [name for name in moved if name not in MOVABLE or name == "out"]
+    if kept:
+        raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
     path = Path(path).expanduser()
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name

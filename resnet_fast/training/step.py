@@ -21,6 +21,7 @@ from resnet_fast.data import Augmentation, Batch
 from resnet_fast.ops.augment import augment
 from resnet_fast.training.average import Average
 from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
 
@@ -208,15 +209,12 @@ class TrainingStep:
         static = batch._replace(plan=batch.plan.clone())
         tensors = self._tensors()
         before = [tensor.clone() for tensor in tensors]
-        random_state = torch.cuda.get_rng_state(batch.images.device) if batch.images.is_cuda else torch.get_rng_state()
+        random = random_states(batch.images.device)
         graph = make_graph(lambda: self._run(static, len(static.plan)))
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
-        if batch.images.is_cuda:
-            torch.cuda.set_rng_state(random_state, batch.images.device)
-        else:
-            torch.set_rng_state(random_state)
+        restore_random_states(random, batch.images.device)
         return _Recorded(graph, static)
 
     def _tensors(self) -> list[Tensor]:

@@ -1,0 +1,246 @@
+"""`python -m benchmarks.accuracy`: accuracy and time of a recipe, fused against eager, and of its switches, one by one.
+
+Every run is `resnet_fast.training.train`: the same loop for all. The variants take turns, seed by seed, so that the drift
+of the machine meets all. Rows are kept as they come (accuracy.csv: a row per run; accuracy_epochs.csv: per epoch),
+and a second call measures only what is missing. accuracy.md and accuracy.png are made of them.
+"""
+
+import csv
+import io
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.axes import Axes
+
+from benchmarks.results import RESULTS, device_slug, machine_columns, read_rows, replace_rows
+from benchmarks.style import color_of, new_figure, save, tidy
+from resnet_fast.files import whole_file
+from resnet_fast.training import Result, TrainConfig, train
+from resnet_fast.training.config import choose_device
+from resnet_fast.training.repeat import Spread
+
+# What is compared: names of variants and the settings in which they differ from the recipe.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fused": {"backend": "fused"},
+    "eager, tuned": {"backend": "eager", "graph": False},
+    "eager, tuned, graph": {"backend": "eager"},
+}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "batch 128, lr 0.1": {"batch_size": 128, "lr": 0.1},
+    "momentum not Nesterov's": {"nesterov": False},
+    "one-cycle schedule": {"schedule": "one-cycle"},
+    "cosine schedule": {"schedule": "cosine"},
+    "random flip": {"flip": "random"},
+    "crop sees black": {"padding": "zero"},
+    "no cutout": {"cutout": 0},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "average of weights, 0.995": {"ema": 0.995},
+    "zero gamma": {"zero_gamma": True},
+    "identity initialization": {"dirac": True},
+    "whitened stem": {"whiten": True},
+    "batch norm biases 16 times faster": {"bn_bias_lr": 16.0},
+    "ghost batches of 32": {"ghost_batch_size": 32},
+}
+KEY = ("data", "recipe", "epochs", "variant", "seed")
+EPOCH_KEY = (*KEY, "epoch")
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def run_row(result: Result, data: str, variant: str) -> dict[str, str]:
+    """A row of accuracy.csv: of the last epoch, and of the time for all of them."""
+    history, config = result.history, result.config
+    # The first epoch compiles, captures and lets cuDNN choose: it is in train_seconds, not in epoch_seconds.
+    typical = statistics.median(epoch.seconds for epoch in history[1:] or history)
+    mirrored = result.mirrored_accuracy
+    return {
+        "data": data,
+        "recipe": config.recipe,
+        "epochs": str(config.epochs),
+        "variant": variant,
+        "seed": str(config.seed),
+        "accuracy": f"{result.test_accuracy:.6g}",
+        "mirrored_accuracy": "" if mirrored is None else f"{mirrored:.6g}",
+        "epoch_seconds": f"{typical:.6g}",
+        "images_per_second": f"{history[-1].images_per_second * history[-1].seconds / typical:.6g}",
+        "train_seconds": f"{result.train_seconds:.6g}",
+        "seconds": f"{result.seconds:.6g}",
+        "batch_size": str(config.batch_size),
+        "precision": config.precision,
+        "graph": str(config.graph),
+    }
+
+
+def epoch_rows(result: Result, data: str, variant: str) -> list[dict[str, str]]:
+    """The rows of accuracy_epochs.csv: seconds of training up to the end of each epoch, and accuracy there."""
+    rows, seconds = [], 0.0
+    for epoch in result.history:
+        seconds += epoch.seconds
+        config = result.config
+        key = (data, config.recipe, str(config.epochs), variant, str(config.seed), str(epoch.epoch))
+        found = {"train_seconds": f"{seconds:.6g}", "accuracy": f"{epoch.test_accuracy:.6g}"}
+        rows.append(dict(zip(EPOCH_KEY, key, strict=True)) | found)
+    return rows
+
+
+def measure(
+    variants: Mapping[str, Mapping[str, Any]], seeds: Iterable[int], base: Mapping[str, Any], data: str, out: Path
+) -> None:
+    """Train every variant with every seed, but for those whose rows are there, and add their rows."""
+    columns = [*run_columns(), *machine_columns(choose_device(base.get("device", "auto")))]
+    done = {tuple(row[name] for name in KEY) for row in read_rows(out / "accuracy.csv", columns)}
+    for seed in seeds:
+        for variant, settings in variants.items():
+            folder = Path(tempfile.mkdtemp(prefix="accuracy-"))
+            try:
+                config = TrainConfig(**{**base, **settings, "seed": seed, "out": folder / "run"})
+                if (data, config.recipe, str(config.epochs), variant, str(seed)) in done:
+                    continue
+                machine = machine_columns(choose_device(config.device))
+                result = train(config)
+            finally:
+                shutil.rmtree(folder)
+            row = run_row(result, data, variant)
+            replace_rows(out / "accuracy_epochs.csv", epoch_rows(result, data, variant), EPOCH_KEY)
+            replace_rows(out / "accuracy.csv", [row | machine], KEY)
+            typer.echo(
+                f"{variant}, seed {seed}: {100 * result.test_accuracy:.2f} %, "
+                f"{row['epoch_seconds']} s an epoch, {result.train_seconds:.1f} s of training"
+            )
+
+
+def run_columns() -> list[str]:
+    names = ["accuracy", "mirrored_accuracy", "epoch_seconds", "images_per_second", "train_seconds", "seconds"]
+    return [*KEY, *names, "batch_size", "precision", "graph"]
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Mean ± standard deviation over the seeds of each variant; the first is what the others are compared with."""
+    lines = [
+        "| variant | seeds | accuracy (%) | difference | flip TTA (%) | s per epoch | images/s | s of training |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    base = None
+    for variant in variants:
+        own = [row for row in rows if row["variant"] == variant]
+
+        def spread(name: str, scale: float = 1, digits: int = 2, own: Sequence[Mapping[str, str]] = own) -> str:
+            values = [scale * float(row[name]) for row in own if row[name]]
+            if not values:
+                return ""
+            mean, std = Spread.of(values)
+            return f"{mean:,.{digits}f} ± {std:,.{digits}f}"
+
+        mean = statistics.mean(100 * float(row["accuracy"]) for row in own)
+        base = mean if base is None else base
+        cells = [
+            variant,
+            str(len(own)),
+            spread("accuracy", 100),
+            "" if variant == variants[0] else f"{mean - base:+.2f}",
+            spread("mirrored_accuracy", 100),
+            spread("epoch_seconds", digits=3),
+            spread("images_per_second", digits=0),
+            spread("train_seconds", digits=1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def write_page(out: Path) -> None:
+    """Make accuracy.md and accuracy.png of the rows in `out`."""
+    runs = _read(out / "accuracy.csv")
+    epochs = _read(out / "accuracy_epochs.csv")
+    text = ["# Accuracy and time", ""]
+    groups = list(dict.fromkeys((row["data"], row["recipe"], row["epochs"]) for row in runs))
+    for data, recipe, n_epochs in groups:
+        own = [row for row in runs if (row["data"], row["recipe"], row["epochs"]) == (data, recipe, n_epochs)]
+        text += [f"## {recipe}, {n_epochs} epochs, {data}", "", *table(own), ""]
+        machines = dict.fromkeys(
+            f"{row['device']}, torch {row['torch']}, triton {row['triton'] or 'none'}, commit {row['commit']}, "
+            f"{row['date_utc'][:10]}"
+            for row in own
+        )
+        text += [*(f"{machine}; `python -m benchmarks.accuracy`." for machine in machines), ""]
+    text += [
+        "Accuracy after the last epoch, mean ± standard deviation over the seeds; seconds per epoch: the median "
+        "without the first, input included, evaluation and files not.",
+        "",
+        "![Accuracy by seconds of training](accuracy.png)",
+    ]
+    with whole_file(out / "accuracy.md") as file:
+        file.write(("\n".join(text) + "\n").encode())
+    picture = io.BytesIO()
+    draw(picture, epochs, groups[0])
+    with whole_file(out / "accuracy.png") as file:
+        file.write(picture.getvalue())
+
+
+def draw(file: io.BytesIO, epochs: Sequence[Mapping[str, str]], group: tuple[str, str, str]) -> None:
+    """Write a PNG: error by seconds of training, the backends' seeds as thin lines and their means as thick ones."""
+    data, recipe, n_epochs = group
+    figure = new_figure(9, 4.6, f"{recipe}, {n_epochs} epochs, {data}: test error by seconds of training")
+    axes: Axes = figure.subplots()
+    for variant in BACKENDS:
+        own = [r for r in epochs if (r["data"], r["recipe"], r["epochs"], r["variant"]) == (*group, variant)]
+        seeds = list(dict.fromkeys(row["seed"] for row in own))
+        lines = [_line([row for row in own if row["seed"] == seed]) for seed in seeds]
+        for seconds, errors in lines:
+            axes.plot(seconds, errors, color=color_of(variant), linewidth=0.8, alpha=0.5)
+        if lines:
+            times, found = zip(*lines, strict=True)
+            seconds, errors = ([statistics.mean(at) for at in zip(*axis, strict=True)] for axis in (times, found))
+            axes.plot(seconds, errors, color=color_of(variant), linewidth=2.2, label=variant)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g} %" if f"{value:e}"[0] in "25" else "")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds of training, input included")
+    axes.set_ylabel("test error")
+    axes.legend(frameon=False)
+    tidy(axes, "both")
+    save(figure, file, "accuracy_epochs.csv")
+
+
+def _line(rows: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
+    half_an_image = 0.005  # of 10,000, so that an error of 0 has a place on a logarithmic axis
+    errors = [max(100 * (1 - float(row["accuracy"])), half_an_image) for row in rows]
+    return [float(row["train_seconds"]) for row in rows], errors
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@app.command()
+def main(
+    data: Annotated[str, typer.Option(help="What the images are called in the tables, as in 'CIFAR-10 (JPEG copy)'.")],
+    dataset: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "cifar10",
+    data_dir: Annotated[Path, typer.Option(help="As of resnet-fast train.")] = Path("data"),
+    recipe: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "fast94",
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of fused and eager.")] = 5,
+    ablation_seeds: Annotated[int, typer.Option(min=0, help="Of the recipe's switches; 0: none of them.")] = 3,
+    device: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "auto",
+    results: Annotated[Path, typer.Option(help="The folder that holds a folder for each device.")] = RESULTS,
+) -> None:
+    """Measure accuracy and time of a recipe, by backend and by switch; write accuracy.csv, .md and .png."""
+    chosen = choose_device(device)
+    base = {"dataset": dataset, "data_dir": data_dir, "recipe": recipe, "epochs": epochs, "device": device}
+    out = results / device_slug(chosen)
+    backends = BACKENDS if chosen.type == "cuda" else {k: v for k, v in BACKENDS.items() if not k.endswith("graph")}
+    measure(backends, range(seeds), base, data, out)
+    measure(ABLATIONS, range(ablation_seeds), base, data, out)
+    write_page(out)
+    typer.echo(f"{out / 'accuracy.md'}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,271 @@
+"""A recorded step has the bits of one that is not, and recording leaves everything as it was.
+
+Here a stand-in for the CUDA graph shows it (recorded_graph.py); test_the_stand_in_… show that it can see a fault.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from recorded_graph import RecordedGraph
+from tiny_run import equal
+from torch import Tensor, nn
+
+from resnet_fast import functional, resnet18
+from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit
+from resnet_fast.ops import augment as augment_module
+from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
+from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.step import make_optimizer
+
+N_IMAGES, BATCH, N_CLASSES = 20, 8, 3  # two batches of 8 and one of 4
+PLAIN = replace(RECIPES["fast94"], batch_size=BATCH, crop=2, cutout=3, ghost_batch_size=0)
+AUGMENTATION = Augmentation((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop=2, padding="reflect", flip="random", cutout=3)
+N_EPOCHS = 2
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that augments is launched around the dispatcher, where the stand-in cannot see it."""
+    monkeypatch.setattr(augment_module, "choose_backend", lambda x: "aten")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+class Small(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(8, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
+class Branching(Small):
+    """Every second forward is another, as Python decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n_calls += 1
+        return super().forward(x) * (1.0 if self.n_calls % 2 else 0.5)
+
+
+class Waiting(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if x.mean().item() > 0 else 0.5)
+
+
+class Streamed(TensorSplit):
+    """Each batch has images of its own, as those that are read from files."""
+
+    def planned(self, plan: Tensor, sizes):
+        for _, _, rows in super().planned(plan, sizes):
+            own = rows.clone()
+            own[:, 0] = torch.arange(len(rows))
+            yield Batch(self.images[rows[:, 0]], self.labels[rows[:, 0]], own)
+
+
+def make_split(kind: type[TensorSplit] = TensorSplit) -> TensorSplit:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (N_IMAGES, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return kind(images, torch.randint(N_CLASSES, (N_IMAGES,), generator=generator))
+
+
+def make_step(
+    recipe: Recipe, graph: bool, make: Callable[[], nn.Module] = Small, device: str = "cpu", **settings
+) -> TrainingStep:
+    torch.manual_seed(0)
+    model = make().train().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    settings = {"make_graph": RecordedGraph, **settings}
+    return TrainingStep(model, recipe, AUGMENTATION, n_steps=3 * N_EPOCHS, graph=graph, **settings)
+
+
+def state_of(step: TrainingStep) -> dict:
+    state = {"model": step.model.state_dict(), "step": step.state_dict(), "averaged": step.averaged()}
+    return copy.deepcopy(state) | {"random": torch.get_rng_state()}
+
+
+def trained(step: TrainingStep, split: TensorSplit | None = None) -> list:
+    """Two epochs; loss, number of right ones and state after every step."""
+    loader = Loader(split or make_split(), AUGMENTATION, BATCH)
+    assert loader.batch_sizes() == [8, 8, 4]
+    found = []
+    for epoch in range(1, N_EPOCHS + 1):
+        for batch in loader.epoch(epoch):
+            loss, n_correct = step(batch)
+            found.append((loss.clone(), n_correct.clone(), state_of(step)))
+    return found
+
+
+CASES: dict[str, tuple[Recipe, dict]] = {
+    "SGD, Nesterov": (PLAIN, {}),
+    "biases' own rate and clipping": (replace(PLAIN, bn_bias_lr=64.0, clip_norm=0.1), {}),
+    "clipping that never acts": (replace(PLAIN, clip_norm=1e6), {}),
+    "moving average": (replace(PLAIN, ema=0.9), {}),
+    "label smoothing": (replace(PLAIN, label_smoothing=0.2), {}),
+    "no momentum": (replace(PLAIN, momentum=0.0), {}),
+    "Adam": (replace(PLAIN, optimizer="adam", lr=1e-2), {}),
+    "Adam and moving average": (replace(PLAIN, optimizer="adam", lr=1e-2, ema=0.5, clip_norm=0.1), {}),
+    "in two parts": (PLAIN, {"accumulate": 2}),
+    "bf16": (PLAIN, {"precision": "bf16"}),
+    "dropout": (PLAIN, {"make": lambda: Small(dropout=0.5)}),
+}
+
+
+@pytest.mark.parametrize("kind", [TensorSplit, Streamed], ids=["in memory", "streamed"])
+@pytest.mark.parametrize(("recipe", "settings"), CASES.values(), ids=CASES)
+def test_a_recorded_step_has_the_bits_of_one_that_is_not(recipe: Recipe, settings: dict, kind: type[TensorSplit]):
+    plain, graphed = (make_step(recipe, graph, **settings) for graph in (False, True))
+    torch.manual_seed(1)
+    expected = trained(plain, make_split(kind))
+    torch.manual_seed(1)
+    assert equal(trained(graphed, make_split(kind)), expected)
+    assert sorted(graphed.recorded) == [4, 8]  # one graph for each size of a batch
+    assert not equal(expected[0][2]["model"], expected[-1][2]["model"])
+
+
+def test_the_network_itself(monkeypatch: pytest.MonkeyPatch):
+    """Of ATen's operators: of Triton's kernels only those of an operator would be seen, and slowly."""
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+    recipe = replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2)
+    make = lambda: resnet18(num_classes=N_CLASSES, stem="cifar")  # noqa: E731
+    plain, graphed = (make_step(recipe, graph, make) for graph in (False, True))
+    loader = Loader(make_split(), AUGMENTATION, BATCH)
+    for batch in loader.epoch(1):
+        outputs = [[value.clone() for value in step(batch)] for step in (plain, graphed)]
+        assert equal(*outputs)
+    assert equal(state_of(graphed), state_of(plain))
+
+
+@pytest.mark.parametrize(
+    "recipe", [replace(PLAIN, ema=0.9), replace(PLAIN, optimizer="adam", ema=0.9)], ids=["SGD", "Adam"]
+)
+def test_recording_leaves_everything_as_it_was(recipe: Recipe):
+    """Weights, running statistics and their count, momentum, averages and random state."""
+    step = make_step(recipe, True, lambda: Small(dropout=0.5))
+    batches = list(Loader(make_split(), AUGMENTATION, BATCH).epoch(1))
+    for batch in batches[:2]:  # so that there is something to be left
+        step(batch)
+    before = state_of(step)
+    step._record(batches[2], RecordedGraph)
+    assert equal(state_of(step), before)
+    assert before["model"]["bn.num_batches_tracked"] == 2
+
+
+def test_a_resumed_step_is_recorded_anew():
+    straight, stopped, resumed = (make_step(replace(PLAIN, ema=0.9), graph=True) for _ in range(3))
+    batches = [batch for epoch in (1, 2) for batch in Loader(make_split(), AUGMENTATION, BATCH).epoch(epoch)]
+    for batch in batches[:3]:
+        straight(batch)
+        stopped(batch)
+    resumed(batches[0])  # a graph from before, whose tensors are not those of the state that is loaded
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    for batch in batches[3:]:
+        straight(batch)
+        resumed(batch)
+    assert equal(state_of(resumed), state_of(straight))
+
+
+# The stand-in sees what it is there to see.
+
+
+def bake_in_rate(step: TrainingStep) -> None:
+    """The learning rate becomes a Python number, which a graph would keep."""
+    run = step.optimizer.step
+
+    def with_a_number() -> None:
+        rates = [group["lr"] for group in step.optimizer.param_groups]
+        for group in step.optimizer.param_groups:
+            group["lr"] = step.lr * group["lr_scale"]
+        run()
+        for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    step.optimizer.step = with_a_number  # type: ignore[method-assign]
+
+
+def replace_tensors(step: TrainingStep) -> None:
+    """In every step a momentum buffer gives way to a copy of it."""
+    run = step.optimizer.step
+
+    def with_a_copy() -> None:
+        run()
+        for state in step.optimizer.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].clone()
+
+    step.optimizer.step = with_a_copy  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", [bake_in_rate, replace_tensors])
+def test_the_stand_in_shows_a_fault_of_the_step(fault: Callable[[TrainingStep], None]):
+    plain, graphed = (make_step(PLAIN, graph) for graph in (False, True))
+    for step in (plain, graphed):
+        fault(step)
+    expected = trained(plain)
+    assert equal(expected, trained(make_step(PLAIN, graph=False)))  # where nothing is recorded it is no fault
+    assert not equal(trained(graphed), expected)
+
+
+def test_the_stand_in_shows_a_branch_of_the_network():
+    plain, graphed = (make_step(PLAIN, graph, Branching) for graph in (False, True))
+    assert not equal(trained(graphed), trained(plain))
+
+
+def test_the_stand_in_refuses_to_wait():
+    step = make_step(PLAIN, True, Waiting)
+    with pytest.raises(RuntimeError, match="waits for a result, which a recording has not"):
+        trained(step)
+
+
+def test_the_stand_in_runs_nothing_while_it_records():
+    total, n_runs = torch.zeros(()), 0
+
+    def run() -> Tensor:
+        nonlocal n_runs
+        n_runs += 1
+        return total.add_(1) * 2
+
+    graph = RecordedGraph(run, n_warm_up=3)
+    assert (n_runs, float(total)) == (4, 3) and graph.result.isnan()
+    for expected in (4, 5):
+        assert float(graph()) == 2 * expected and float(total) == expected
+    assert n_runs == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize(("recipe", "settings"), CASES.values(), ids=CASES)
+def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()  # with the kernel that augments
+    split, found = make_split().to(torch.device("cuda")), []
+    for graph in (False, True):
+        step = make_step(recipe, graph, make_graph=CudaGraph, device="cuda", **settings)
+        torch.manual_seed(1)
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            found.append(trained(step, split))
+    assert equal(*found)
+
+
+def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():
+    for recipe in RECIPES.values():
+        groups = make_optimizer(Small(), recipe).param_groups
+        assert all(torch.is_tensor(group["lr"]) for group in groups)
+
+
+def test_the_output_is_that_of_the_last_step():
+    step = make_step(PLAIN, graph=True)
+    batch = next(Loader(make_split(), AUGMENTATION, BATCH).epoch(1))
+    first, second = step(batch), step(batch)
+    assert isinstance(first, StepOutput) and first.loss is second.loss

@@ -1,0 +1,89 @@
+"""Every recipe says everything, and everything that a recipe may say is checked."""
+
+import math
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+from test_train_config import WRONG_SETTINGS
+
+from resnet_fast.data import DATASETS
+from resnet_fast.training import RECIPES, Recipe, TrainConfig
+from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete(name: str):
+    """But for the crop, which the data set may say."""
+    assert [field for field, value in asdict(RECIPES[name]).items() if value is None] in ([], ["crop"])
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_any_data_set(name: str, dataset: str, tmp_path: Path):
+    config = TrainConfig(recipe=name, dataset=dataset, device="cpu", out=tmp_path)
+    expected = replace(RECIPES[name], flip="none") if dataset == "digits" else RECIPES[name]
+    assert Recipe(**{field: getattr(config, field) for field in RECIPE_FIELDS}) == expected
+    assert config.recipe == name
+
+
+OTHER = {
+    "epochs": 2,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "lr": 0.05,
+    "schedule": "constant",
+    "momentum": 0.5,
+    "nesterov": True,
+    "weight_decay": 0.0,
+    "bn_bias_lr": 64.0,
+    "label_smoothing": 0.2,
+    "clip_norm": 1.0,
+    "crop": 2,
+    "padding": "reflect",
+    "flip": "alternating",
+    "cutout": 12,
+    "normalize": "half",
+    "ema": 0.99,
+    "zero_gamma": True,
+    "dirac": True,
+    "whiten": True,
+    "ghost_batch_size": 32,
+}
+
+
+@pytest.mark.parametrize("field", RECIPE_FIELDS)
+def test_a_setting_beside_the_recipe_takes_its_place(field: str, tmp_path: Path):
+    plain = TrainConfig(recipe="baseline", device="cpu", out=tmp_path)
+    config = TrainConfig(recipe="baseline", device="cpu", out=tmp_path, **{field: OTHER[field]})
+    assert config != plain and config == replace(plain, **{field: OTHER[field]})
+
+
+@pytest.mark.parametrize("field", RECIPE_FIELDS)
+def test_a_setting_of_a_recipe_has_a_rule(field: str):
+    """That is, a case of test_train_config that breaks it."""
+    assert any(set(setting) == {field} for setting, _ in WRONG_SETTINGS)
+
+
+def test_every_field_of_a_recipe_is_described():
+    text = Recipe.__doc__ or ""
+    assert [field.name for field in fields(Recipe) if f"\n        {field.name}: " not in text] == []
+
+
+def test_every_data_set_has_a_recipe():
+    assert set(DEFAULT_RECIPES) == set(DATASETS) and set(DEFAULT_RECIPES.values()) <= set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch_size", "lr"),
+    [
+        # kuangliu/pytorch-cifar, main.py; KellerJordan/cifar10-zoo, airbench/baselines.
+        ("baseline", 200, 128, 0.1),
+        ("fast94", 26, 512, 0.2),
+        ("fast95", 80, 512, 0.2),
+    ],
+)
+def test_the_sources_numbers(name: str, epochs: int, batch_size: int, lr: float):
+    recipe = RECIPES[name]
+    assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size) and math.isclose(recipe.lr, lr)
+    assert (recipe.optimizer, recipe.momentum, recipe.weight_decay) == ("sgd", 0.9, 5e-4)
