@@ -13,7 +13,7 @@ from torchvision.models import resnet as torchvision_resnet
 from resnet_fast import functional
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.ops import augment as augment_module
-from resnet_fast.training import MODELS, Result, TrainConfig, loop, run_folder, train
+from resnet_fast.training import MODELS, Result, TrainConfig, prepare, run_folder, train
 from resnet_fast.training.network import WHITENING_EPS, make_network, whiten_stem
 
 N_CLASSES = 10
@@ -158,7 +158,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
         small = TensorSplit(smooth.train.images[..., :8, :8], smooth.train.labels)
         return replace(smooth, train=small, test=small)
 
-    monkeypatch.setattr(loop, "load_dataset", dataset)
+    monkeypatch.setattr(prepare, "load_dataset", dataset)
     monkeypatch.setattr(run_folder, "draw_curves", list_curves)
 
 

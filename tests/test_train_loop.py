@@ -16,9 +16,12 @@ from resnet_fast.training import (
     MODELS,
     DivergedError,
     EpochMetrics,
+    Reporter,
     Result,
     TrainConfig,
+    divergence,
     loop,
+    prepare,
     resume,
     run_folder,
     train,
@@ -96,7 +99,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[Tiny]:
         return made[-1]
 
     monkeypatch.setitem(MODELS, "resnet18", make)
-    monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
+    monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: make_dataset())
     monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)  # they take longer than an epoch
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     return made
@@ -112,7 +115,7 @@ def normalization_of(dataset: ImageDataset) -> Augmentation:
 
 
 def use_dataset(monkeypatch: pytest.MonkeyPatch, dataset: ImageDataset) -> ImageDataset:
-    monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: dataset)
     return dataset
 
 
@@ -270,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_the_first_layer_that_is_not():
     images, labels = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
     loss, _ = training_step(model, optimizer, images, labels, "fp32")
     with pytest.raises(DivergedError) as caught:
-        loop.check_is_finite(loss[None], 2, 0, model, 0.25)
+        divergence.check_is_finite(loss[None], 2, 0, model, 0.25)
     assert str(caught.value) == (
         "the loss became nan at epoch 2, step 1; suspects: the learning rate, 0.25 there (try a smaller --lr); "
         "2 of 4 running statistics are not finite, first 3.running_mean; 8 of 8 weights are not finite, first 0.weight"
@@ -284,7 +287,7 @@ def test_an_occupied_run_folder_stops_before_anything_is_loaded(tmp_path: Path, 
     def load(*args, **kwargs):
         raise AssertionError("the data set was loaded")
 
-    monkeypatch.setattr(loop, "load_dataset", load)
+    monkeypatch.setattr(prepare, "load_dataset", load)
     with pytest.raises(FileExistsError, match="already holds notes.txt"):
         train(config_for(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
@@ -311,7 +314,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     straight = train(config_for(tmp_path / "straight"))
     tiny.clear()
 
-    class Stop(loop.Reporter):
+    class Stop(Reporter):
         def start_epoch(self, epoch: int, n_steps: int) -> None:
             if epoch == 2:
                 raise KeyboardInterrupt
@@ -422,7 +425,7 @@ def test_torchs_settings_come_back_after_a_deterministic_run(
     def settings() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-    class Look(loop.Reporter):
+    class Look(Reporter):
         def start_epoch(self, epoch: int, n_steps: int) -> None:
             during.append((settings(), torch.utils.deterministic.fill_uninitialized_memory))
             if epoch == 2:

@@ -19,6 +19,7 @@ from resnet_fast.training import (
     ResumeError,
     checkpoint,
     loop,
+    prepare,
     resume,
     train,
 )
@@ -282,7 +283,7 @@ def test_what_a_run_computes_cannot_be_changed(name: str, tmp_path: Path):
 
 def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = stop(tmp_path / "run", 2)
-    monkeypatch.setattr(loop, "load_dataset", lambda *args, **kwargs: make_dataset(n_train=40))
+    monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: make_dataset(n_train=40))
     with pytest.raises(ResumeError, match="train_images is 40, .*config.json says 41"):
         resume(out)
 

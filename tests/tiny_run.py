@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.ops import augment
-from resnet_fast.training import EpochMetrics, Reporter, TrainConfig, loop, network, run_folder, train
+from resnet_fast.training import EpochMetrics, Reporter, TrainConfig, network, prepare, run_folder, train
 
 EPOCHS = 3
 
@@ -60,7 +60,7 @@ def use_tiny(set_attribute: Callable[[object, str, object], None]) -> None:
     """Put a small network and few images in place of the real ones, and a list in place of the curves."""
     set_attribute(network, "MODELS", {"resnet18": lambda *, num_classes, stem: Tiny(num_classes)})
     set_attribute(augment, "choose_backend", lambda x: "aten")  # an interpreted kernel takes longer than an epoch
-    set_attribute(loop, "load_dataset", lambda *args, **kwargs: make_dataset())
+    set_attribute(prepare, "load_dataset", lambda *args, **kwargs: make_dataset())
     # A picture takes longer than an epoch.
     set_attribute(run_folder, "draw_curves", list_curves)
     set_attribute(run_folder, "write_pictures", lambda *args: None)

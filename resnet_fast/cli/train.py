@@ -4,10 +4,11 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,13 +26,22 @@ from resnet_fast.training import (
 from resnet_fast.training import resume as resume_training
 from resnet_fast.training import train as run_training
 from resnet_fast.training.console import format_repeated, make_reporter
-from resnet_fast.training.processes import is_first_process
+from resnet_fast.training.processes import (
+    LostProcessError,
+    OtherProcessError,
+    command,
+    is_first_on_machine,
+    is_first_process,
+    join,
+)
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.run_folder import check_is_free
 from resnet_fast.training.tensorboard import TensorBoardError
 
 # What a run that goes on may be told: where the data are and what computes, not what is computed.
 BESIDE_RESUME = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard")
+
+QUIET = 5  # seconds that a process waits for another to speak
 
 
 def _option_names(parameters: Iterable[str]) -> str:
@@ -68,7 +78,7 @@ def train(
         if resume is None:
             config = TrainConfig(**given)
     except ValueError as error:
-        stop(2, f"error: {error}")
+        _stop_all(2, f"error: {error}")
     if resume is not None:
         _resume(given, repeat, resume)
     elif repeat > 1:
@@ -81,7 +91,7 @@ def _resume(given: dict[str, Any], repeat: int, path: Path) -> None:
     """Go on with the run in `path`."""
     refused = [name for name in given if name not in BESIDE_RESUME] + (["repeat"] if repeat > 1 else [])
     if refused:
-        stop(
+        _stop_all(
             2,
             f"error: --resume keeps the settings of the run; beside it only {_option_names(BESIDE_RESUME)} may be "
             f"given, got {_option_names(refused)}",
@@ -89,24 +99,25 @@ def _resume(given: dict[str, Any], repeat: int, path: Path) -> None:
     try:
         saved = load_run(path, **given)
     except ValueError as error:
-        stop(2, f"error: {error}")
+        _stop_all(2, f"error: {error}")
     except (ResumeError, OSError) as error:
-        stop(1, f"error: {error}")
+        _stop_all(1, f"error: {error}")
     _run_to_the_end(saved.config, lambda reporter: resume_training(saved, reporter))
 
 
 def _repeat(config: TrainConfig, n_runs: int) -> None:
     """Train with one seed after the other, each into a folder of its own."""
     try:
-        check_is_free(config.out)
         configs = repeated(config, n_runs)
-    except (ValueError, FileExistsError) as error:
-        stop(2, f"error: {error}")
-    results = [_run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)) for one in configs]
-    if is_first_process():
-        write_summary(config.out, results)
-        for line in format_repeated(config.out, results):
-            typer.echo(line)
+    except ValueError as error:
+        _stop_all(2, f"error: {error}")
+    with _failures_told(config), join(config.device) as processes:
+        processes.first_only(lambda: check_is_free(config.out))
+        results = [_run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)) for one in configs]
+        if is_first_process():
+            write_summary(config.out, results)
+            for line in format_repeated(config.out, results):
+                typer.echo(line)
 
 
 class _Terminated(BaseException):
@@ -114,28 +125,57 @@ class _Terminated(BaseException):
 
 
 def _run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Result:
-    """Run, show how it goes, and when it stops say why, what is kept, and how to go on."""
-    reporter = make_reporter()
-    how = f"to go on: resnet-fast train --resume {shlex.quote(str(config.out))}"
-    try:
+    """Run and show how it goes."""
+    with _failures_told(config):
+        reporter = make_reporter()
         try:
             with _sigterm_raises():
                 result = run(reporter)
         finally:
             reporter.close()
-    except (FileExistsError, ValueError) as error:
+    reporter.finish(result)
+    return result
+
+
+@contextmanager
+def _failures_told(config: TrainConfig) -> Iterator[None]:
+    """Say why a run stops, what is kept, and how to go on; of several processes one says it."""
+    try:
+        yield
+    except FileExistsError as error:
         stop(2, f"error: {error}")
+    except ValueError as error:
+        _stop_all(2, f"error: {error}")
     except (KeyboardInterrupt, _Terminated) as arrived:
         code, word = (130, "interrupted") if isinstance(arrived, KeyboardInterrupt) else (143, "terminated")
-        stop(code, f"{word}; {_what_is_kept(config.out)}" + (f"; {how}" if _is_started(config.out) else ""))
+        if not is_first_process():
+            raise typer.Exit(code) from None
+        stop(code, f"{word}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}")
     except DivergedError as error:
-        stop(1, f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end")
+        kept = f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end"
+        _stop_all(1, kept if is_first_process() else None)
+    except OtherProcessError:
+        _stop_all(1, None)
+    except LostProcessError as error:
+        kept = f"error: {error}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}"
+        _stop_all(1, kept if is_first_process() else None)
     except (ResumeError, TensorBoardError, BlockingIOError) as error:
         stop(1, f"error: {error}")
     except (DataError, OSError) as error:
-        stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}; {how}" if _is_started(config.out) else ""))
-    reporter.finish(result)
-    return result
+        # Of several processes only the first one knows the folder, and it is told that this one is lost.
+        started = is_first_process() and _is_started(config.out)
+        stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}" if started else ""))
+
+
+def _stop_all(code: int, message: str | None) -> NoReturn:
+    """Stop for a reason that all processes have: one of each machine says it; or, without a message, another one does.
+
+    torchrun ends the others when the first one has ended, which should be one that has spoken.
+    """
+    if message is not None and is_first_on_machine():
+        stop(code, message)
+    time.sleep(QUIET)
+    raise typer.Exit(code)
 
 
 @contextmanager
@@ -163,6 +203,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 def _is_started(out: Path) -> bool:
     return (out / "config.json").exists()
+
+
+def _how_to_go_on(out: Path) -> str:
+    return f"; to go on: {command()} train --resume {shlex.quote(str(out))}" if _is_started(out) else ""
 
 
 def _what_is_kept(out: Path) -> str:

@@ -9,10 +9,12 @@ result = resume("runs/…")  # goes on with a run that was stopped
 
 from resnet_fast.data import DataError
 from resnet_fast.training.config import MODELS, TrainConfig, choose_device, choose_precision
+from resnet_fast.training.divergence import DivergedError
 from resnet_fast.training.evaluation import Scores, evaluate
-from resnet_fast.training.loop import DivergedError, Reporter, resume, train
+from resnet_fast.training.loop import resume, train
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.recipes import RECIPES, Recipe
+from resnet_fast.training.reporter import Reporter
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import StepOutput, TrainingStep
 

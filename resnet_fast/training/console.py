@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
-from resnet_fast.training.loop import Reporter
 from resnet_fast.training.metrics import EpochMetrics, Result
-from resnet_fast.training.processes import is_first_process, world_size
+from resnet_fast.training.processes import command, is_first_process, world_size
 from resnet_fast.training.repeat import Spread
+from resnet_fast.training.reporter import Reporter
 
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
@@ -77,7 +77,7 @@ def format_end(result: Result) -> list[str]:
     if n_epochs < config.epochs:
         lines.append(
             f"the time budget ended it before epoch {n_epochs + 1} of {config.epochs}; "
-            f"to go on: resnet-fast train --resume {shlex.quote(str(config.out))}"
+            f"to go on: {command()} train --resume {shlex.quote(str(config.out))}"
         )
     return lines
 

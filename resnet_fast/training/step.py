@@ -154,7 +154,9 @@ class TrainingStep:
 
     def _run(self, batch: Batch, n_images: int) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
-        plans = batch.plan.tensor_split(min(self.accumulate, max(len(batch.plan) // 2, 1)))
+        # As many parts in all processes, whose synchronized batch norms meet in each: as the smallest share allows.
+        n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
+        plans = batch.plan.tensor_split(n_parts)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         losses, correct = [], []
         for i, plan in enumerate(plans):

@@ -1,0 +1,38 @@
+"""A loss that is no longer a finite number: when it happened, and what may have made it so."""
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.training.step import bare
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module, lr: float) -> None:
+    """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN.
+
+    Args:
+        losses: of the steps after the first `n_before`.
+    """
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        where = f"at epoch {epoch}, step {n_before + step + 1}"
+        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(bare(model), lr)}")
+
+
+def suspects(model: nn.Module, lr: float) -> str:
+    """Say what may have made the loss infinite or NaN.
+
+    The running statistics come first: a forward spoils those of its first layer that is not finite and of all behind
+    it, whereas one step backward spoils every weight.
+    """
+    text = f"suspects: the learning rate, {lr:g} there (try a smaller --lr)"
+    for kind, tensors in (("running statistics", model.named_buffers()), ("weights", model.named_parameters())):
+        named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+        bad = [name for name, tensor in named if not tensor.isfinite().all()]
+        if bad:
+            text += f"; {len(bad)} of {len(named)} {kind} are not finite, first {bad[0]}"
+    return text

@@ -1,0 +1,149 @@
+"""From the settings of a run to all that its epochs need: the data, the network, the step, and torch's own settings."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_fast import convert_sync_batchnorm
+from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.network import make_network, whiten_stem
+from resnet_fast.training.processes import Processes
+from resnet_fast.training.random_state import seed_everything
+from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.run_folder import describe
+from resnet_fast.training.saved_run import ResumeError, SavedRun
+from resnet_fast.training.step import TrainingStep
+
+
+class Run(NamedTuple):
+    """What an epoch needs."""
+
+    config: TrainConfig
+    dataset: ImageDataset
+    loader: Loader
+    step: TrainingStep
+    tested: nn.Module
+    augmentation: Augmentation
+    processes: Processes
+    reporter: Reporter
+
+
+def load(config: TrainConfig) -> ImageDataset:
+    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
+    return dataset.hold_out(config.holdout) if config.holdout else dataset
+
+
+def check_data(
+    dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, of_first: tuple
+) -> None:
+    """Raise unless the data are the same in all processes, suffice for them and, of a resumed run, are as before."""
+    if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != of_first:
+        raise DataError(f"the data of process {processes.rank} are not those of process 0")
+    if len(dataset.test) < processes.size:
+        raise ValueError(f"each process must have an image to test, got {len(dataset.test)} for {processes.size}")
+    if saved is not None:
+        check_same_data(saved, dataset, augmentation)
+
+
+def own_part(config: TrainConfig, dataset: ImageDataset, processes: Processes) -> ImageDataset:
+    """Return its own images to test, and all to train on, because it takes a share of every batch."""
+    own = dataset
+    if processes.size > 1:
+        own = replace(
+            dataset, test=dataset.test.subset(torch.arange(processes.rank, len(dataset.test), processes.size))
+        )
+    return own.to(processes.device, config.images)
+
+
+def prepare(
+    config: TrainConfig,
+    dataset: ImageDataset,
+    own: ImageDataset,
+    augmentation: Augmentation,
+    processes: Processes,
+    reporter: Reporter,
+) -> Run:
+    """Make the network and all that trains it."""
+    device, rank, size = processes.device, processes.rank, processes.size
+    loader = Loader(own.train, augmentation, config.batch_size, config.seed, rank, size)
+    seed_everything(config.seed)
+    model = make_network(config, len(dataset.classes))
+    if config.whiten:
+        whiten_stem(model.conv1, dataset, augmentation.mean, augmentation.std)  # type: ignore[arg-type]
+    seed_everything(config.seed, rank)  # each process draws its own dropout
+    if config.sync_bn:
+        convert = convert_sync_batchnorm if config.backend == "fused" else nn.SyncBatchNorm.convert_sync_batchnorm
+        model = convert(model)
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = model
+    if size > 1:
+        trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # Tested and saved are the first one's running statistics; the evaluation gives them to all, once an epoch.
+        trained.broadcast_buffers = False  # an attribute, because the argument has another name in newer versions
+    step = TrainingStep(
+        trained,
+        config,
+        augmentation,
+        n_steps=config.epochs * len(loader),
+        precision=config.precision,
+        graph=config.graph,
+        accumulate=config.accumulate,
+        forward=torch.compile(trained) if config.backend == "compile" else None,
+        world_size=size,
+    )
+    tested = copy.deepcopy(model) if config.ema else model
+    return Run(config, own, loader, step, tested, augmentation, processes, reporter)
+
+
+def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
+    """Return what the recipe does to the images of this data set."""
+    half = (0.5, 0.5, 0.5)
+    mean, std = (dataset.mean, dataset.std) if config.normalize == "dataset" else (half, half)
+    crop = dataset.crop_padding if config.crop is None else config.crop
+    height, width = dataset.train.size
+    if config.padding == "reflect" and crop >= min(height, width):
+        raise ValueError(f"crop must be below the images' {min(height, width)} pixels to reflect, got {crop}")
+    if config.cutout > min(height, width):
+        raise ValueError(f"cutout must be at most the images' {min(height, width)} pixels, got {config.cutout}")
+    return Augmentation(mean, std, crop, config.padding, config.flip, config.cutout)
+
+
+@contextmanager
+def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """What torch is told for the length of a run."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if not config.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    deterministic: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # every kernel here fills what it allocates
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = fill
+
+
+def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:
+    """Raise ResumeError if the data set is not the one that config.json describes."""
+    now = json.loads(json.dumps(describe(saved.config, dataset, augmentation)))  # tuples become lists, as in the file
+    for name in ("classes", "train_images", "test_images", "mean", "std", "crop"):
+        if saved.description.get(name) != now[name]:
+            raise ResumeError(
+                f"the data are not those that the run began with: {name} is {now[name]}, "
+                f"{saved.config.out / 'config.json'} says {saved.description.get(name)}"
+            )

@@ -1,0 +1,26 @@
+"""What is told how a run goes."""
+
+from collections.abc import Sequence
+
+from resnet_fast.data import ImageDataset
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.metrics import EpochMetrics
+
+
+class Reporter:
+    """Is told how a run goes. This one says nothing; the terminal output derives from it."""
+
+    def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        """The data are loaded; training begins."""
+
+    def resume(self, history: Sequence[EpochMetrics]) -> None:
+        """After `start`, if the run goes on from a checkpoint: the epochs that are done, which may be none or all."""
+
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        """An epoch of `n_steps` steps begins; the first is epoch 1."""
+
+    def step(self, done: int, loss: float | None) -> None:
+        """`done` steps of the epoch are done; now and then with their mean loss so far."""
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        """The epoch is trained, tested and written."""

@@ -1,0 +1,264 @@
+"""Several processes train as one does on their joint batch, leave one set of files and messages, and end together."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes_worker import EQUAL, N_TRAIN
+from test_cli_train import TINY_RUN, environment
+from tiny_run import EPOCHS, equal, same_bits
+
+from resnet_fast.training.console import HEADER
+from resnet_fast.training.processes import command, join
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="fork and signals are POSIX"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
+]
+# Of sums in another order, in fp64, through ten steps; a wrong weight of one image is 1e-3.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+HOW = "to go on: torchrun --nproc-per-node 2 -m resnet_fast.cli train --resume run"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """What processes_worker.py leaves."""
+    folder = tmp_path_factory.mktemp("several")
+    worker = Path(__file__).with_name("processes_worker.py")
+    done = subprocess.run(
+        [sys.executable, str(worker), str(folder)], capture_output=True, text=True, env=environment(), timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What each process of a good run returned."""
+    codes, errors = read(folder)
+    assert not any(codes) and not any(errors), errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(codes))]
+
+
+def read(folder: Path) -> tuple[list[int], list[str]]:
+    """Exit codes, and what each process wrote to standard error."""
+    codes = [int(code) for code in (folder / "codes").read_text().split()]
+    return codes, [(folder / f"{rank}.err").read_text() for rank in range(len(codes))]
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Weights and running statistics in fp64; losses are added up in fp32; as many images are right."""
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, **CLOSE, msg=name)
+    assert len(found["history"]) == len(expected["history"])
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert found["mirrored"] == expected["mirrored"]
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_equals_one_process_on_the_joint_batch(case: str, ran: Path):
+    [one], several = results(ran / "equal" / case / "one"), results(ran / "equal" / case / "several")
+    assert_close(several[0], one)
+    for other in several[1:]:
+        assert other["history"] == several[0]["history"] and other["mirrored"] == several[0]["mirrored"]
+        assert equal(other["weights"], several[0]["weights"])
+
+
+def test_the_first_process_alone_writes_what_one_would(ran: Path):
+    case = ran / "equal" / "sgd"
+    assert {result["out"] for result in results(case / "several")} == {"run-0"}  # they were given run-0 and run-1
+    names = {path.name for path in (case / "one" / "run-0").iterdir()}
+    assert {path.name for path in (case / "several" / "run-0").iterdir()} == names
+    assert [path.name for path in (case / "several").iterdir() if path.is_dir()] == ["run-0"]
+    state = torch.load(case / "several" / "run-0" / "checkpoint.pt", weights_only=True)
+    assert list(state["model"]) == list(results(case / "one")[0]["weights"])  # no "module." before the names
+    random = [one["torch"] for one in state["random"]]
+    assert len(random) == 2 and not torch.equal(*random)  # each draws its own dropout
+
+
+def test_the_real_network_trains_without_a_warning(ran: Path):
+    first, second = results(
+        ran / "resnet18"
+    )  # nothing on standard error: no stride that DistributedDataParallel copies
+    assert equal(first["weights"], second["weights"])
+    assert all(value.isfinite().all() for value in first["weights"].values())
+
+
+# Resumed.
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(ran: Path):
+    assert read(ran / "resumed" / "2 then 2" / "first")[0][0] == -signal.SIGKILL
+    straight, then = (results(ran / "resumed" / part) for part in ("2 straight/first", "2 then 2/then"))
+    assert equal(then, [{**result, "out": then[0]["out"]} for result in straight])
+    assert same_bits(ran / "resumed" / "2 then 2" / "run", ran / "resumed" / "2 straight" / "run")
+
+
+@pytest.mark.parametrize("processes", ["2 then 1", "1 then 2"])
+def test_a_run_goes_on_with_another_number_of_processes(processes: str, ran: Path):
+    straight = results(ran / "resumed" / f"{N_TRAIN} images, 2 then 0" / "first")[0]
+    for result in results(ran / "resumed" / f"{N_TRAIN} images, {processes}" / "then"):
+        assert_close(result, straight)
+
+
+@pytest.mark.parametrize(("processes", "steps"), [("2 then 1", (5, 6)), ("1 then 2", (6, 5))])
+def test_and_with_another_number_of_steps(processes: str, steps: tuple[int, int], ran: Path):
+    """The last batch of 3 images is one for one process, and too small for two."""
+    case = ran / "resumed" / f"{N_TRAIN + 2} images, {processes}"
+    assert len(results(case / "then")[0]["history"]) == EPOCHS
+    state = torch.load(case / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert state["n_done"] == EPOCHS * steps[1]  # the place in the schedule
+    n_averaged = steps[0] + (EPOCHS - 1) * steps[1]
+    assert float(state["average"]["weight"]) == pytest.approx(1 - 0.9**n_averaged, rel=1e-5)
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [
+        ("bad argument", 2, "lr must be a positive finite number, got -1.0"),
+        ("small batch", 2, "batch_size must be at least 4, 2 for each process, got 3"),
+        ("no run", 2, "resume must be a run folder or a checkpoint in one, absent is neither: no config.json there"),
+        ("occupied", 2, "out must be a new or an empty folder, run already holds file; name another one"),
+        ("repeat occupied", 2, "out must be a new or an empty folder, run already holds file; name another one"),
+        ("no data", 1, "no data here"),
+        ("no data on the second", 1, "no data there"),
+        ("other data", 1, "the data of process 1 are not those of process 0"),
+        ("diverged", 1, r"the loss became nan at epoch 2, step 2; suspects: .* up to epoch 1; --resume would .*"),
+        ("disk full", 1, rf"\[Errno 28\] No space left on device; run keeps .* up to epoch 1; {HOW}"),
+        ("killed", 1, rf"another process of this run is gone; it, or torchrun, says why; run keeps .* epoch 1; {HOW}"),
+    ],
+)
+def test_one_process_says_what_is_wrong(case: str, code: int, message: str, ran: Path):
+    codes, errors = read(ran / "commands" / case)
+    speaker = 1 if case in ("no data on the second", "other data") else 0
+    # The other one was ended as torchrun would, or has killed itself.
+    assert codes[speaker] == code and codes[1 - speaker] in (-signal.SIGTERM, -signal.SIGKILL)
+    assert re.fullmatch(f"resnet-fast: error: {message}\n", errors[speaker])
+    assert errors[1 - speaker] == "" and (ran / "commands" / case / "1.out").read_text() == ""
+
+
+def test_an_image_that_one_cannot_read_ends_both(ran: Path):
+    codes, (first, second) = read(ran / "commands" / "broken image")
+    assert codes == [1, 1]
+    assert second == "resnet-fast: error: cannot read the image 7.png\n"
+    assert re.fullmatch(rf"resnet-fast: error: another process .* is gone; .* up to epoch 1; {HOW}\n", first)
+
+
+@pytest.mark.parametrize(("case", "code"), [("terminated", 143), ("interrupted", 130)])
+def test_a_signal_to_one_ends_both_at_the_same_step(case: str, code: int, ran: Path):
+    codes, errors = read(ran / "commands" / case)
+    assert codes == [code, code]
+    kept = "run keeps the checkpoint, metrics and curves up to epoch 1"
+    assert errors == [f"resnet-fast: {case}; {kept}; {HOW}\n", ""]
+
+
+def test_the_first_process_alone_prints(ran: Path):
+    for case, rows in (
+        ("good", ["1/3", "2/3", "3/3"]),
+        ("repeat", 2 * ["1/3", "2/3", "3/3"]),
+        ("time budget", ["1/3"]),
+    ):
+        codes, errors = read(ran / "commands" / case)
+        assert codes == [0, 0] and errors == ["", ""]
+        assert (ran / "commands" / case / "1.out").read_text() == ""
+        assert re.findall(r"\n +(\d/3) ", (ran / "commands" / case / "0.out").read_text()) == rows
+    assert (ran / "commands" / "time budget" / "0.out").read_text().endswith(f"epoch 2 of 3; {HOW}\n")
+    seeds = {"seed-0", "seed-1", "summary.csv"}
+    assert {path.name for path in (ran / "commands" / "repeat" / "run").iterdir()} == seeds
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+    """Two commands as users give them, at the same time: one that ends, and one that would take an hour."""
+    started = {}
+    for name, epochs in (("short", 2), ("long", 5000)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "tiny_command.py").write_text(TINY_RUN)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        train = ["-m", "tiny_command", "train", "--dataset", "digits", "--device", "cpu", "--out", "run"]
+        paths = f"{folder}:{environment()['PYTHONPATH']}"
+        started[name] = (
+            subprocess.Popen(
+                [*torchrun, *train, "--epochs", str(epochs)],
+                cwd=folder,
+                env=environment(PYTHONPATH=paths, OMP_NUM_THREADS="1"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ),
+            folder / "run",
+        )
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+def test_torchrun_shows_the_table_once_in_80_columns(torchrun):
+    process, out = torchrun["short"]
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and errors == "", errors
+    lines = output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("2 x cpu, ") and lines.count(HEADER) == 1
+    assert [line.split()[0] for line in lines[lines.index(HEADER) + 1 :][:2]] == ["1/2", "2/2"]
+    assert lines[-1] == "checkpoint.pt, metrics.csv, curves.png, config.json: run"
+
+
+def test_sigterm_to_torchrun_ends_all_and_says_how_to_go_on(torchrun):
+    process, out = torchrun["long"]
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.csv").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30  # after which torchrun would kill
+    ours = [line for line in errors.splitlines() if line.startswith("resnet-fast: ")]
+    kept = r"resnet-fast: terminated; run keeps the checkpoint, metrics and curves up to epoch \d+"
+    assert len(ours) == 1 and re.fullmatch(f"{kept}; {HOW}", ours[0]), errors
+    assert "/resnet_fast/" not in errors  # the only traceback is torchrun's own
+    assert {path.name for path in out.iterdir()} >= {"config.json", "checkpoint.pt", "metrics.csv"}
+
+
+# The environment.
+
+
+def test_a_gpu_is_named_for_one_process_only(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="device must be cuda or auto on several processes, got cuda:1"):
+        with join("cuda:1"):
+            pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="each process needs a GPU of its own, got 1 for 2 processes"):
+        with join("cuda"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("size", "here", "expected"),
+    [
+        ("1", "1", "resnet-fast"),
+        ("2", "2", "torchrun --nproc-per-node 2 -m resnet_fast.cli"),
+        (
+            "16",
+            "8",
+            "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m resnet_fast.cli",
+        ),
+    ],
+)
+def test_the_command_to_go_on_starts_as_many(size: str, here: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert command() == expected
