@@ -172,7 +172,7 @@ def reference_step(n_processes: int, sync_bn: bool) -> Callable[[TrainingStep, A
         for i, group in enumerate(groups):
             if i == n_parts:
                 buffers = [buffer.clone() for buffer in self.model.buffers()]
-            images, labels = self._augment(batch, group)
+            images, labels = batch._replace(plan=group).augmented(self.augmentation)
             logits = self.model(images)
             smoothing = self.recipe.label_smoothing
             part = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / n_images

@@ -389,7 +389,7 @@ def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
     assert re.search(r"\n    1/2 .*\nresumed after epoch 1\n    2/2 .*\n", result.stdout)
-    assert f"mistakes.png:\n{tmp_path / 'run'}" in result.stdout
+    assert f"mistakes.png\nin {tmp_path / 'run'}" in result.stdout
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 

@@ -198,7 +198,7 @@ def test_a_mirrored_accuracy_is_that_of_the_mean_of_both_logits(
     tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     dataset = use_dataset(monkeypatch, make_dataset(flip=True))
-    result = train(config_for(tmp_path / "run", lr=1.0))
+    result = train(config_for(tmp_path / "run", lr=1.0, flip="random"))
     images = normalize(dataset.test.images, dataset.mean, dataset.std)
     with torch.no_grad():
         logits = result.model(images) + result.model(images.flip(-1))

@@ -71,8 +71,8 @@ def format_end(result: Result) -> list[str]:
     lines += [
         f"{format_duration(result.train_seconds)} of training, {result.images_per_second:,.0f} images/s; "
         f"{format_duration(result.seconds)} with evaluation and files",
-        "checkpoint.pt, metrics.csv, config.json, curves.png, confusion.png, mistakes.png:",
-        f"{config.out}",
+        "checkpoint.pt, metrics.csv, config.json, curves.png, confusion.png, mistakes.png",
+        f"in {config.out}",
     ]
     if n_epochs < config.epochs:
         lines.append(
