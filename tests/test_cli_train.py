@@ -352,7 +352,9 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
     assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(len(line) for line in shown) <= 80
-    assert any(re.search(r"epoch 1/2 .*45/45", line) for line in shown)  # the bar reached the end
+    # The bar reached the end, and shows loss, accuracy, speed and the time left.
+    bar = r"epoch 1/2 .*45/45 \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s 0:00:00"
+    assert any(re.search(bar, line) for line in shown)
     assert HEADER in shown and sum(bool(re.match(r" +[12]/2 +\S+ +\d\.\d{4}", line)) for line in shown) == 2
     assert any("test accuracy after epoch 2" in line for line in shown)
 

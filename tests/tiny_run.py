@@ -51,7 +51,7 @@ class Stop(Reporter):
         self.epoch = epoch
         self.step(0, None)
 
-    def step(self, done: int, loss: float | None) -> None:
+    def step(self, done: int, progress: object) -> None:
         if (self.epoch, done) == self.at:
             raise KeyboardInterrupt
 

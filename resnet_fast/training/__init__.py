@@ -14,7 +14,7 @@ from resnet_fast.training.evaluation import Scores, evaluate
 from resnet_fast.training.loop import resume, train
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.recipes import RECIPES, Recipe
-from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import StepOutput, TrainingStep
 
@@ -24,6 +24,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "EpochMetrics",
+    "EpochProgress",
     "Recipe",
     "Reporter",
     "Result",

@@ -15,7 +15,7 @@ from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.processes import command, is_first_process, world_size
 from resnet_fast.training.repeat import Spread
-from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.reporter import EpochProgress, Reporter
 
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
@@ -33,6 +33,11 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
         f"{epoch:>7}  {metrics.lr:>7.2g}  {metrics.train_loss:>10.4f}  {metrics.test_loss:>9.4f}  "
         f"{train:>7.2f} %  {test:>6.2f} %  {metrics.seconds:>6.1f}  {metrics.images_per_second:>8,.0f}"
     )
+
+
+def format_progress(progress: EpochProgress) -> str:
+    """Return what stands beside the bar: loss, accuracy and speed of the running epoch."""
+    return f"{progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
 
 
 def format_duration(seconds: float) -> str:
@@ -139,7 +144,7 @@ class LiveReporter(Reporter):
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="dark_orange", finished_style="dark_orange"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[so_far]}"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -153,7 +158,7 @@ class LiveReporter(Reporter):
         for line in rest:
             self._print(line, "dim")
         self._print(format_header(config), "bold")
-        self.task = self.progress.add_task("", total=None, visible=False, loss="")
+        self.task = self.progress.add_task("", total=None, visible=False, so_far="")
         self.progress.start()
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
@@ -163,14 +168,14 @@ class LiveReporter(Reporter):
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         self.progress.reset(
-            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", loss=""
+            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", so_far=""
         )
 
-    def step(self, done: int, loss: float | None) -> None:
-        if loss is None:
+    def step(self, done: int, progress: EpochProgress | None) -> None:
+        if progress is None:
             self.progress.update(self.task, completed=done)
         else:
-            self.progress.update(self.task, completed=done, loss=f"loss {loss:.4f}")
+            self.progress.update(self.task, completed=done, so_far=format_progress(progress))
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         self._print(format_row(metrics, self.n_epochs))

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.prepare import Run, augmentation_of, check_data, load, own_part, prepare, torch_settings
 from resnet_fast.training.processes import Processes, join
 from resnet_fast.training.random_state import random_states, restore_random_states
-from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
@@ -191,7 +191,7 @@ def _check_same_epoch(n_done: int, of_first: int) -> None:
 def run_epoch(run: Run, epoch: int) -> EpochMetrics:
     """Train for one epoch, then test."""
     began = time.perf_counter()
-    trained = train_epoch(run, epoch)
+    lr, trained = train_epoch(run, epoch)
     seconds = time.perf_counter() - began
     if run.config.ema:
         run.tested.load_state_dict(run.step.averaged())
@@ -204,36 +204,28 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         processes=run.processes,
     )
     if not math.isfinite(test_loss):
-        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, trained.lr)}")
+        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, lr)}")
     return EpochMetrics(
         epoch=epoch,
-        lr=trained.lr,
+        lr=lr,
         train_loss=trained.loss,
         train_accuracy=trained.accuracy,
         test_loss=test_loss,
         test_accuracy=test_accuracy,
         seconds=seconds,
-        images_per_second=trained.n_images / seconds,
+        images_per_second=sum(run.loader.batch_sizes()) / seconds,
     )
 
 
-class TrainedEpoch(NamedTuple):
-    """The last step's learning rate, the mean loss and accuracy over the images, and how many images there were."""
-
-    lr: float
-    loss: float
-    accuracy: float
-    n_images: int
-
-
-def train_epoch(run: Run, epoch: int) -> TrainedEpoch:
-    """Run one epoch of training steps."""
+def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
+    """Run one epoch of training steps; return the last one's learning rate, and how they went."""
     step, processes, reporter = run.step, run.processes, run.reporter
     device = processes.device
     sizes = torch.tensor(run.loader.batch_sizes(), dtype=torch.float64)
     losses = torch.zeros(len(sizes), device=device)  # of this process, in parts of the mean over all of them
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
-    lr, checked, total_loss = 0.0, 0, 0.0
+    lr, checked, total_loss, progress = 0.0, 0, 0.0, EpochProgress(0.0, 0.0, 0.0)
+    began = time.perf_counter()
     step.model.train()  # the evaluation of the epoch before left it in evaluation mode
     reporter.start_epoch(epoch, len(sizes))
     for i, batch in enumerate(run.loader.epoch(epoch)):
@@ -247,10 +239,11 @@ def train_epoch(run: Run, epoch: int) -> TrainedEpoch:
             of_all = processes.sum(losses[checked:done]).double().cpu()
             check_is_finite(of_all, epoch, checked, step.model, lr)
             total_loss += float((of_all * sizes[checked:done]).sum())
-            checked = done
-            reporter.step(done, total_loss / float(sizes[:done].sum()))
+            checked, n_images = done, float(sizes[:done].sum())
+            accuracy = int(processes.sum(n_correct)) / n_images
+            progress = EpochProgress(total_loss / n_images, accuracy, n_images / (time.perf_counter() - began))
+            reporter.step(done, progress)
             processes.deliver_signals()
         else:
             reporter.step(done, None)
-    n_images = int(sizes.sum())
-    return TrainedEpoch(lr, total_loss / n_images, int(processes.sum(n_correct)) / n_images, n_images)
+    return lr, progress

@@ -1,10 +1,24 @@
 """What is told how a run goes."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
+
+
+class EpochProgress(NamedTuple):
+    """Of the steps of an epoch that are done.
+
+    Args:
+        loss, accuracy: means over their augmented images.
+        images_per_second: of all processes together.
+    """
+
+    loss: float
+    accuracy: float
+    images_per_second: float
 
 
 class Reporter:
@@ -19,8 +33,8 @@ class Reporter:
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         """An epoch of `n_steps` steps begins; the first is epoch 1."""
 
-    def step(self, done: int, loss: float | None) -> None:
-        """`done` steps of the epoch are done; now and then with their mean loss so far."""
+    def step(self, done: int, progress: EpochProgress | None) -> None:
+        """`done` steps of the epoch are done; now and then it is known how they went."""
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         """The epoch is trained, tested and written."""
