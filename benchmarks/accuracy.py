@@ -29,6 +29,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "fused": {"backend": "fused"},
     "eager, tuned": {"backend": "eager", "graph": False},
     "eager, tuned, graph": {"backend": "eager"},
+    "compile, graph": {"backend": "compile"},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "batch 128, lr 0.1": {"batch_size": 128, "lr": 0.1},
@@ -120,13 +121,13 @@ def run_columns() -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Mean ± standard deviation over the seeds of each variant; the first is what the others are compared with."""
+    """Mean ± standard deviation over the seeds of each variant, and of its difference from the first, seed by seed."""
     lines = [
         "| variant | seeds | accuracy (%) | difference | flip TTA (%) | s per epoch | images/s | s of training |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    base = None
+    base = {row["seed"]: 100 * float(row["accuracy"]) for row in rows if row["variant"] == variants[0]}
     for variant in variants:
         own = [row for row in rows if row["variant"] == variant]
 
@@ -137,13 +138,14 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
             mean, std = Spread.of(values)
             return f"{mean:,.{digits}f} ± {std:,.{digits}f}"
 
-        mean = statistics.mean(100 * float(row["accuracy"]) for row in own)
-        base = mean if base is None else base
+        # Of pairs of runs with the same seed.
+        differences = [100 * float(row["accuracy"]) - base[row["seed"]] for row in own if row["seed"] in base]
+        difference = Spread.of(differences) if differences and variant != variants[0] else None
         cells = [
             variant,
             str(len(own)),
             spread("accuracy", 100),
-            "" if variant == variants[0] else f"{mean - base:+.2f}",
+            "" if difference is None else f"{difference.mean:+.2f} ± {difference.std:.2f}",
             spread("mirrored_accuracy", 100),
             spread("epoch_seconds", digits=3),
             spread("images_per_second", digits=0),

@@ -21,7 +21,6 @@ from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import (
     PRECISIONS,
-    Graph,
     compiled,
     cudnn_benchmark,
     eager_resnet18,
@@ -33,6 +32,7 @@ from benchmarks.work import Work, flops, network_bytes
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.measure import LEARNING_RATE
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
+from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.step import training_step
 
 BATCH_SIZES = {"cpu": (32,), "cuda": (128, 512, 1024)}
@@ -83,7 +83,7 @@ class StepRun(Run):
         self.batches = itertools.cycle(batches)
         self.optimizer = make_optimizer(self.model, fused=True if tuned else None)
         self.forward = compile_model(self.model)
-        self.graph: Graph | None = None
+        self.graph: CudaGraph[Tensor] | None = None
         if graph:
             self._record(*batches[0])
 
@@ -92,7 +92,7 @@ class StepRun(Run):
         self.images, self.labels = images.clone(), labels.clone()
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with cudnn_benchmark(True):
-            self.graph = Graph(lambda: self._step(self.images, self.labels))
+            self.graph = CudaGraph(lambda: self._step(self.images, self.labels))
         self.model.load_state_dict(before, strict=True)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()  # which the first step multiplies and adds its gradient to

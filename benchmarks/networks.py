@@ -39,26 +39,3 @@ def cudnn_benchmark(enabled: bool) -> Iterator[None]:
 
 def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
     return lambda model: torch.compile(model, mode=mode, dynamic=False)
-
-
-class Graph:
-    """A call, recorded as a CUDA graph and replayed.
-
-    The call must read its inputs from tensors that stay, and leave its results in such: a replay runs the same kernels
-    on the same addresses.
-    """
-
-    def __init__(self, call: Callable[[], Tensor]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compilation, cuDNN's choice of algorithms and the optimizer's state, none in the graph
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = call()
-
-    def __call__(self) -> Tensor:
-        self.graph.replay()
-        return self.result

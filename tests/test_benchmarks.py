@@ -233,7 +233,7 @@ def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch):
         def __call__(self):
             return self.call()
 
-    monkeypatch.setattr(bench_step, "Graph", Graph)
+    monkeypatch.setattr(bench_step, "CudaGraph", Graph)
     graphed = Provider(partial(StepRun, eager_resnet18, graph=True))
     level = with_wrong(bench_step.LEVEL, partial(StepRun, frozen, graph=True), graphed)
     measured = harness.measure(level, STEP, CPU, ["wrong", "right"], rounds=1)

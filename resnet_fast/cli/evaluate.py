@@ -14,7 +14,7 @@ from resnet_fast.evaluation import Predictions, image_paths, predict_split, writ
 from resnet_fast.inference import CheckpointError, Trained, load_trained
 from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
 
-SPLITS = ("test", "train")
+SPLITS = ("test", "train", "validation")
 MAX_ROWS = 20  # of the table of classes
 MAX_MATRIX = 10  # classes of a confusion matrix in 80 columns
 NAME_WIDTH = 24
@@ -35,7 +35,14 @@ def evaluate(
         str | None,
         typer.Option(metavar=choices(PRECISIONS), help="[default: as in training]", show_default=False),
     ] = None,
-    split: Annotated[str, typer.Option(metavar=choices(SPLITS), help="Which images.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choices(SPLITS),
+            help="Which images. [default: test; after --holdout validation, the images that were held out]",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes reading a folder.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
@@ -43,7 +50,7 @@ def evaluate(
 ) -> None:
     """Test a trained network: accuracy by class, confusion.png, mistakes.png and predictions.csv."""
     try:
-        if split not in SPLITS:
+        if split is not None and split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -59,7 +66,11 @@ def evaluate(
     # The training evaluates with twice its batch; with another one the last digits differ.
     at_once = batch_size or 2 * config["batch_size"]
     out = out or trained.path.parent
-    suffix = "" if split == "test" else f"-{split}"
+    reported = "validation" if config["holdout"] else "test"
+    split = split or reported
+    if split == "validation" and not config["holdout"]:
+        stop(2, f"error: split validation needs a run with --holdout, {run} has none")
+    suffix = "" if split == reported else f"-{split}"
     try:
         dataset = load_dataset(
             config["dataset"], data_dir or config["data_dir"], image_size=trained.image_size, workers=workers
@@ -68,12 +79,14 @@ def evaluate(
             raise DataError(
                 f"the network knows the classes {_some(trained.classes)}, the data have {_some(dataset.classes)}"
             )
+        if config["holdout"] and split != "test":
+            dataset = dataset.hold_out(config["holdout"])
         images = dataset.train if split == "train" else dataset.test
         print(clean(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes"))
         print(f"{chosen}, {used}, batch {at_once}\n", flush=True)
         found = predict_split(
             trained.model,
-            images,
+            images.to(chosen, "stream"),  # each is read once
             trained.mean,
             trained.std,
             batch_size=at_once,

@@ -15,7 +15,7 @@ from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
 HELP = {
     "recipe": "What is learned, and how: gives all settings below, each of which may be given beside it. "
-    f"[default: {DEFAULT_RECIPES['cifar10']}; digits: {DEFAULT_RECIPES['digits']}]",
+    f"[default: {DEFAULT_RECIPES['cifar10']}; for digits and folder those of their names]",
     "model": "The network.",
     "stem": "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.",
     "backend": "fused: this library; eager: torchvision's network; compile: that under torch.compile.",
@@ -32,7 +32,7 @@ HELP = {
     "precision": "auto: bf16 where the processor computes in it.",
     "deterministic": "Refuse what two runs on a GPU might compute differently.",
     "workers": "Processes reading a folder. [default: one per processor, at most 4]",
-    "time_budget": "Training time after which no further epoch begins: 90, 15m, 2h.",
+    "time_budget": "No epoch begins that would end later: 90, 15m, 2h. The schedule stays that of all epochs.",
     "tensorboard": "Write TensorBoard events to the run folder, too.",
     "out": "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]",
     "epochs": "Passes over the training images.",
@@ -46,7 +46,8 @@ HELP = {
     "bn_bias_lr": "Learning rate of the batch norms' biases, in units of --lr.",
     "label_smoothing": "Share of the target that all classes get.",
     "clip_norm": "The most that the gradients' common norm may be; 0: no limit.",
-    "crop": "Pixels that a random crop may reach beyond each edge. [default: 4 for CIFAR-10, 2 for digits; article: 0]",
+    "crop": "Pixels that a random crop may reach beyond each edge. "
+    "[default: 4 for CIFAR-10, 2 for digits, an eighth of the size for a folder; article: 0]",
     "padding": "What a crop sees beyond the edge.",
     "flip": "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits.",
     "cutout": "Side of the square that is cut out, in pixels; 0: none.",

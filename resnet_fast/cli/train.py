@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 
 from resnet_fast.cli.app import app, stop
@@ -36,10 +37,11 @@ from resnet_fast.training.processes import (
 )
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.run_folder import check_is_free
+from resnet_fast.training.saved_run import MOVABLE
 from resnet_fast.training.tensorboard import TensorBoardError
 
 # What a run that goes on may be told: where the data are and what computes, not what is computed.
-BESIDE_RESUME = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard")
+BESIDE_RESUME = tuple(name for name in MOVABLE if name != "out")
 
 QUIET = 5  # seconds that a process waits for another to speak
 
@@ -113,9 +115,11 @@ def _repeat(config: TrainConfig, n_runs: int) -> None:
         _stop_all(2, f"error: {error}")
     with _failures_told(config), join(config.device) as processes:
         processes.first_only(lambda: check_is_free(config.out))
-        results = [_run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)) for one in configs]
+        results = []
+        for one in configs:
+            results.append(_run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)))
+            processes.first_only(lambda: write_summary(config.out, results))  # a later one may fail
         if is_first_process():
-            write_summary(config.out, results)
             for line in format_repeated(config.out, results):
                 typer.echo(line)
 
@@ -161,6 +165,13 @@ def _failures_told(config: TrainConfig) -> Iterator[None]:
         _stop_all(1, kept if is_first_process() else None)
     except (ResumeError, TensorBoardError, BlockingIOError) as error:
         stop(1, f"error: {error}")
+    except torch.OutOfMemoryError:
+        hint = "the device is out of memory: try a smaller --batch-size, or --accumulate"
+        stop(1, f"error: {hint}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}")
+    except RuntimeError as error:
+        if not (config.deterministic and "deterministic" in str(error)):
+            raise
+        stop(1, f"error: --deterministic refuses an operation: {' '.join(str(error).split())[:300]}")
     except (DataError, OSError) as error:
         # Of several processes only the first one knows the folder, and it is told that this one is lost.
         started = is_first_process() and _is_started(config.out)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnet_fast.ops.augment import per_channel
+
 FLIPS = ("none", "random", "alternating")
 PADDINGS = ("zero", "reflect")
 
@@ -90,7 +92,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     Returns:
         [N, 3, H, W], fp32, channels_last; the bits that `ops.augment` gives images that it leaves in place.
     """
-    shift = torch.tensor([255 * value for value in mean], device=images.device)
-    scale = torch.tensor([1 / (255 * value) for value in std], device=images.device)
+    shift = per_channel(tuple(255 * value for value in mean), images.device)
+    scale = per_channel(tuple(1 / (255 * value) for value in std), images.device)
     images = images.to(dtype=torch.float32, memory_format=torch.channels_last)
     return (images - shift[:, None, None]) * scale[:, None, None]

@@ -33,11 +33,13 @@ class Batch(NamedTuple):
         images: [N, 3, H, W], uint8, channels_last: a whole split, the same tensor in every batch, or those of this one.
         labels: [N], int64.
         plan: [B, 6], int32: which of them are taken, and what is done to each (augment.py: epoch_plan).
+        is_resident: whether images and labels are those of a whole split, which stay where they are.
     """
 
     images: Tensor
     labels: Tensor
     plan: Tensor
+    is_resident: bool = False
 
     def augmented(self, augmentation: Augmentation, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the images, [B, 3, H, W] in `dtype`, channels_last, augmented and normalized, and the labels, [B]."""
@@ -133,7 +135,7 @@ class TensorSplit:
         if self.images.device.type == "cuda":
             plan = plan.pin_memory()
         for rows in plan.to(self.images.device, non_blocking=True).split(list(sizes)):
-            yield Batch(self.images, self.labels, rows)
+            yield Batch(self.images, self.labels, rows, is_resident=True)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def predict_split(
 
     Args:
         model: takes normalized images, gives logits, [N, classes].
-        split: the images, on any device; they are asked about on the model's.
+        split: the images, on the model's device.
         mean, std: per channel, of images in [0, 1].
         batch_size: images at a time.
         precision: "fp32", or "bf16" or "fp16" for autocast.
@@ -109,7 +109,7 @@ def predict_split(
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     parts: list[tuple[Tensor, ...]] = []
     mistakes: Mistakes | None = None
-    for images, labels in split.to(device).batches(batch_size):
+    for images, labels in split.batches(batch_size):
         x = normalize(images, mean, std)
         with torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
             logits = model(x).float()

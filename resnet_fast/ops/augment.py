@@ -3,6 +3,8 @@
 Equations A1 to A3: kernels/augment.py. Both ways give the same bits.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def augment(
         [B, 3, H, W] in `dtype`, channels_last, and the labels, [B], int64.
 
     Raises:
-        ValueError: the images are not as above, or `reflect` with a padding of H or W and more.
+        ValueError: images, labels or plan are not as above, or `reflect` with a padding of H or W and more.
 
     DeVries and Taylor 2017, arXiv:1708.04552, for the cutout.
     """
@@ -47,24 +49,35 @@ def augment(
         raise ValueError(f"images must be [N, 3, H, W], torch.uint8, got {list(images.shape)}, {images.dtype}")
     if not images.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"images must be channels_last, got strides {images.stride()}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be [{len(images)}], torch.int64, got {list(labels.shape)}, {labels.dtype}")
+    if not images.device == labels.device == plan.device:
+        raise ValueError(f"labels and plan must be on {images.device}, got {labels.device} and {plan.device}")
     if plan.shape[1:] != (N_DRAWS,) or plan.dtype != torch.int32:
         raise ValueError(f"plan must be [B, {N_DRAWS}], torch.int32, got {list(plan.shape)}, {plan.dtype}")
     if reflect and padding >= min(images.shape[2:]):
         raise ValueError(f"padding must be below {min(images.shape[2:])} with reflect, got {padding}")
-    shift = [255 * value for value in mean]
-    scale = [1 / (255 * value) for value in std]
+    shift = tuple(255 * value for value in mean)
+    scale = tuple(1 / (255 * value) for value in std)
     if choose_backend(images) == "triton":
         with device_guard(images):
-            return launch.augment(images, labels, plan, shift, scale, padding, reflect, cutout, dtype)
+            return launch.augment(images, labels, plan.contiguous(), shift, scale, padding, reflect, cutout, dtype)
     return _augment(images, labels, plan, shift, scale, padding, reflect, cutout, dtype)
+
+
+@cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C], fp32; once for each device, because a GPU waits for such a copy, and no graph can hold one."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def _augment(
     images: Tensor,
     labels: Tensor,
     plan: Tensor,
-    shift: list[float],
-    scale: list[float],
+    shift: tuple[float, ...],
+    scale: tuple[float, ...],
     padding: int,
     reflect: bool,
     cutout: int,
@@ -83,7 +96,7 @@ def _augment(
     row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
     x = images[index[:, :, None], :, row[:, :, None], column[:, None, :]]  # [B, H, W, 3]
     x = x * (is_row[:, :, None] & is_column[:, None, :])[..., None]
-    y = (x.float() - torch.tensor(shift, device=plan.device)) * torch.tensor(scale, device=plan.device)
+    y = (x.float() - per_channel(shift, plan.device)) * per_channel(scale, plan.device)
     if cutout:
         is_cut = ((i >= cut_y) & (i < cut_y + cutout))[:, :, None] & ((j >= cut_x) & (j < cut_x + cutout))[:, None, :]
         y = y.masked_fill(is_cut[..., None], 0)

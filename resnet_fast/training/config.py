@@ -81,8 +81,9 @@ class TrainConfig(Recipe):
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
         deterministic: refuse what two runs on a GPU might compute differently.
         workers: processes that read the images of "folder"; None: one per processor, at most 4.
-        time_budget: seconds after which, at the speed of the last epoch, no further one may end; 0 for no limit. A run
-            that is resumed has as many again, and at least one epoch.
+        time_budget: seconds; no epoch begins that, as long as the last one with its evaluation and files, would end
+            later; 0 for no limit. The schedule stays that of all epochs. A run that is resumed has as many seconds
+            again, and at least one epoch.
         tensorboard: write TensorBoard events to the run folder, too.
         out: the run folder; None: runs/<dataset>-<model>-<time>.
 
@@ -172,6 +173,8 @@ class TrainConfig(Recipe):
             raise ValueError(f"ghost_batch_size needs backend fused, got {self.backend}")
         if self.ghost_batch_size and self.sync_bn:
             raise ValueError("ghost_batch_size and sync_bn exclude each other: groups of images, or all processes'")
+        if self.sync_bn and self.backend != "fused" and torch.device(self.device).type == "cpu":
+            raise ValueError(f"sync_bn with backend {self.backend} needs GPUs: torch's SyncBatchNorm has no CPU kernel")
         if self.whiten and self.stem != "cifar":
             raise ValueError(f"whiten needs the 3x3 stem, stem cifar, got {self.stem}")
         if self.graph and torch.device(self.device).type != "cuda":

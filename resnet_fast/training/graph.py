@@ -24,7 +24,8 @@ class CudaGraph(Generic[T]):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = run()
 
     def __call__(self) -> T:

@@ -130,13 +130,14 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
         run.reporter.resume(history)
-    n_before = len(history)
+    n_before, epoch_seconds = len(history), 0.0
     for epoch in range(n_before + 1, config.epochs + 1):
         # The first epoch always begins, of a run that goes on, too: else it would never end.
         if config.time_budget and epoch > n_before + 1:
-            if processes.of_first(time.perf_counter() - start + history[-1].seconds > config.time_budget):
+            if processes.of_first(time.perf_counter() - start + epoch_seconds > config.time_budget):
                 processes.first_only(partial(folder.write_tables, history, is_last=True))
                 break
+        began = time.perf_counter()
         history.append(run_epoch(run, epoch))
         state = {
             "model": step.averaged(),
@@ -148,13 +149,16 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         processes.first_only(partial(folder.write_epoch, history, state))
         run.reporter.end_epoch(history[-1])
         processes.deliver_signals()
+        epoch_seconds = time.perf_counter() - began
     mirrored = processes.first_only(partial(_end, run, folder))
     return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
 
 
 def _end(run: Run, folder: RunFolder) -> float | None:
     """Draw what the network gets wrong; return its accuracy with mirror images where they show the same class."""
-    test = run.dataset.test if run.processes.size == 1 else folder.dataset.test
+    test = run.dataset.test
+    if run.processes.size > 1:
+        test = folder.dataset.test.to(run.processes.device, run.config.images)
     found = predict_split(
         run.tested,
         test,
@@ -226,7 +230,6 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
     lr, checked, total_loss, progress = 0.0, 0, 0.0, EpochProgress(0.0, 0.0, 0.0)
     began = time.perf_counter()
-    step.model.train()  # the evaluation of the epoch before left it in evaluation mode
     reporter.start_epoch(epoch, len(sizes))
     for i, batch in enumerate(run.loader.epoch(epoch)):
         lr = step.lr

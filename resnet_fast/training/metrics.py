@@ -16,7 +16,8 @@ class EpochMetrics:
         epoch: from 1.
         lr: the learning rate of the epoch's last step.
         train_loss, train_accuracy: means over the epoch's augmented training images, while the weights change.
-        test_loss, test_accuracy: of the weights at the end of the epoch, on all test images; accuracies in 0 … 1.
+        test_loss, test_accuracy: of the weights at the end of the epoch, on all test images, or on those that were held
+            out of the training images; accuracies in 0 … 1.
         seconds: of training alone, without the evaluation and without writing files.
         images_per_second: training images in that time.
     """

@@ -97,7 +97,7 @@ def prepare(
         precision=config.precision,
         graph=config.graph,
         accumulate=config.accumulate,
-        forward=torch.compile(trained) if config.backend == "compile" else None,
+        forward=torch.compile(trained, dynamic=False) if config.backend == "compile" else None,
         world_size=size,
     )
     tested = copy.deepcopy(model) if config.ema else model
@@ -120,20 +120,20 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 @contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """What torch is told for the length of a run."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = not config.deterministic
-    if not config.deterministic:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    cudnn: Any = torch.backends.cudnn
     deterministic: Any = torch.utils.deterministic
+    benchmark, fill = cudnn.benchmark, deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # every kernel here fills what it allocates
+    cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        # Every kernel here fills what it allocates.
+        deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
 

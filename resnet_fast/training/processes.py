@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+# The others wait while the first one downloads, and while it draws what the network gets wrong.
+PATIENCE = timedelta(hours=1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -268,9 +271,9 @@ def _process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     except BaseException as error:

@@ -15,7 +15,7 @@ from resnet_fast.training.processes import world_size
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
 
 # Where a run goes on, not what it computes: these may be others than before.
-MOVABLE = ("data_dir", "device", "workers", "images", "graph", "time_budget", "tensorboard", "out")
+MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
 
 
 class ResumeError(RuntimeError):

@@ -1,8 +1,9 @@
-"""One training step, as the training loop, the profile and the benchmarks run it.
+"""One training step.
 
     step = augment -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
-On a GPU all of it is one CUDA graph: `TrainingStep` records it at the first batch of each size and replays it then.
+`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the first batch of each size and replayed then;
+`training_step` is its middle, from images that are augmented to the optimizer, which profile and benchmarks compare.
 
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
 the optimizer, the batch-norm statistics and the loss in fp32.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.data import Augmentation, Batch
+from resnet_fast.ops.batch_norm import device_guard
 from resnet_fast.training.average import Average
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.random_state import random_states, restore_random_states
@@ -97,11 +99,14 @@ class TrainingStep:
         augmentation: what is done to the images.
         n_steps: of the whole run, which the schedule spans.
         precision: "fp32" or "bf16".
-        graph: whether to run as a CUDA graph, with one process.
+        graph: whether to run as a CUDA graph, with one process, on a GPU.
         accumulate: parts in which a batch is computed one after the other; batch norm sees each by itself.
         forward: what computes the logits, if not the model itself: the model compiled.
         world_size: processes that share a batch.
         make_graph: records a function.
+
+    Raises:
+        ValueError: a graph with several processes, or of a model on a CPU.
 
     A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
     and random state as they were. Between steps weights may be changed in place, not replaced.
@@ -128,7 +133,12 @@ class TrainingStep:
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
         self.make_graph = make_graph if graph else None
-        self.recorded: dict[int, _Recorded] = {}
+        self.recorded: dict[tuple[int, int], _Recorded] = {}
+        if graph and world_size > 1:
+            raise ValueError(f"graph needs a single process, got {world_size}")
+        device = next(model.parameters()).device
+        if graph and make_graph is CudaGraph and device.type != "cuda":
+            raise ValueError(f"graph needs a model on a CUDA device, got {device}")
 
     @property
     def lr(self) -> float:
@@ -145,10 +155,13 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.lr * group["lr_scale"])
         n_images = len(batch.plan) if n_images is None else n_images
-        if self.make_graph is None:
-            output = self._run(batch, n_images)
-        else:
-            output = self._replay(batch, self.make_graph)
+        if not self.model.training:  # an evaluation has left it so
+            self.model.train()
+        with device_guard(batch.plan):
+            if self.make_graph is None:
+                output = self._run(batch, n_images)
+            else:
+                output = self._replay(batch, self.make_graph)
         self.n_done += 1
         return output
 
@@ -179,12 +192,13 @@ class TrainingStep:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _replay(self, batch: Batch, make_graph: MakeGraph) -> StepOutput:
-        recorded = self.recorded.get(len(batch.plan))
+        key = (len(batch.plan), batch.images.data_ptr() if batch.is_resident else 0)
+        recorded = self.recorded.get(key)
         if recorded is None:
-            recorded = self.recorded[len(batch.plan)] = self._record(batch, make_graph)
+            recorded = self.recorded[key] = self._record(batch, make_graph)
         static = recorded.batch
         static.plan.copy_(batch.plan)
-        if static.images is not batch.images:  # not a split that lies on the device, but a batch read from files
+        if not batch.is_resident:
             static.images.copy_(batch.images)
             static.labels.copy_(batch.labels)
         return recorded.graph()
@@ -192,6 +206,8 @@ class TrainingStep:
     def _record(self, batch: Batch, make_graph: MakeGraph) -> _Recorded:
         """Record the step for batches of this size, and undo what its warm-up did."""
         static = batch._replace(plan=batch.plan.clone())
+        if not batch.is_resident:
+            static = static._replace(images=batch.images.clone(), labels=batch.labels.clone())
         tensors = self._tensors()
         before = [tensor.clone() for tensor in tensors]
         random = random_states(batch.images.device)
@@ -223,6 +239,8 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(0.0, device=device)
+            if "capturable" in group:  # of the device that it was saved on
+                group["capturable"] = device.type == "cuda"
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
