@@ -71,8 +71,8 @@ class Streamed(TensorSplit):
     """Each batch has images of its own, as those that are read from files."""
 
     def planned(self, plan: Tensor, sizes):
-        for _, _, rows in super().planned(plan, sizes):
-            own = rows.clone()
+        for batch in super().planned(plan, sizes):
+            rows, own = batch.plan, batch.plan.clone()
             own[:, 0] = torch.arange(len(rows))
             yield Batch(self.images[rows[:, 0]], self.labels[rows[:, 0]], own)
 
@@ -132,8 +132,48 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(recipe: Recipe, setting
     expected = trained(plain, make_split(kind))
     torch.manual_seed(1)
     assert equal(trained(graphed, make_split(kind)), expected)
-    assert sorted(graphed.recorded) == [4, 8]  # one graph for each size of a batch
+    assert sorted(size for size, _ in graphed.recorded) == [4, 8]  # one graph for each size of a batch
     assert not equal(expected[0][2]["model"], expected[-1][2]["model"])
+
+
+def test_the_batches_of_the_caller_stay_as_they_are():
+    step = make_step(PLAIN, graph=True)
+    batches = list(Loader(make_split(Streamed), AUGMENTATION, BATCH).epoch(1))
+    before = copy.deepcopy(batches)
+    for batch in batches:
+        step(batch)
+    assert equal(batches, before)
+
+
+def test_another_split_on_the_device_is_recorded_anew():
+    plain, graphed = (make_step(PLAIN, graph) for graph in (False, True))
+    first = make_split()
+    splits = first, TensorSplit(first.images.flip(0), first.labels)
+    for split in (*splits, *splits):
+        for batch in Loader(split, AUGMENTATION, BATCH).epoch(1):
+            assert equal(list(graphed(batch)), list(plain(batch)))
+    assert equal(state_of(graphed), state_of(plain))
+
+
+def test_adam_goes_on_where_it_was_not_begun():
+    step = make_step(replace(PLAIN, optimizer="adam"), graph=False)
+    state = step.state_dict()
+    state["optimizer"]["param_groups"][0]["capturable"] = True  # as a GPU saves it
+    step.load_state_dict(state)
+    assert not step.optimizer.param_groups[0]["capturable"]
+
+
+@pytest.mark.parametrize("settings", [{"world_size": 2}, {"make_graph": CudaGraph}], ids=["two processes", "a CPU"])
+def test_a_graph_that_cannot_be_is_refused(settings: dict):
+    with pytest.raises(ValueError, match="graph needs a (single process|model on a CUDA device)"):
+        make_step(PLAIN, graph=True, **settings)
+
+
+def test_a_step_trains_after_an_evaluation():
+    step = make_step(PLAIN, graph=False)
+    step.model.eval()
+    step(next(iter(Loader(make_split(), AUGMENTATION, BATCH).epoch(1))))
+    assert step.model.training
 
 
 def test_the_network_itself(monkeypatch: pytest.MonkeyPatch):

@@ -244,7 +244,8 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
             total_loss += float((of_all * sizes[checked:done]).sum())
             checked, n_images = done, float(sizes[:done].sum())
             accuracy = int(processes.sum(n_correct)) / n_images
-            progress = EpochProgress(total_loss / n_images, accuracy, n_images / (time.perf_counter() - began))
+            seconds = max(time.perf_counter() - began, 1e-9)
+            progress = EpochProgress(total_loss / n_images, accuracy, n_images / seconds)
             reporter.step(done, progress)
             processes.deliver_signals()
         else:
