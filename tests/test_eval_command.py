@@ -118,6 +118,25 @@ def test_the_user_may_have_said_that_they_do_not(folder: Result, tmp_path: Path)
     assert result.exit_code == 0 and "with flip" not in result.stdout
 
 
+def test_what_was_held_out_is_evaluated_and_the_test_images_only_if_asked_for(tmp_path: Path):
+    images = make_image_folder(tmp_path / "images")
+    run = train_tiny(
+        tmp_path / "run", dataset="folder", data_dir=images, image_size=16, holdout=6, batch_size=8, recipe="digits"
+    )
+    result = invoke("eval", run.out)
+    assert "6 validation images" in result.stdout
+    assert f"accuracy     {100 * run.test_accuracy:6.2f} %" in result.stdout
+    assert "18 train images" in invoke("eval", run.out, "--split", "train").stdout
+    before = (run.out / "confusion.png").read_bytes()
+    assert "9 test images" in invoke("eval", run.out, "--split", "test").stdout
+    assert (run.out / "confusion-test.png").exists() and (run.out / "confusion.png").read_bytes() == before
+
+
+def test_nothing_held_out_is_no_validation(digits: Result):
+    result = invoke("eval", digits.out, "--split", "validation")
+    assert result.exit_code == 2 and "split validation needs a run with --holdout" in result.stderr
+
+
 def test_training_images_get_files_of_their_own(folder: Result, tmp_path: Path):
     result = invoke("eval", folder.out, "--split", "train", "--out", tmp_path)
     assert "24 train images" in result.stdout
@@ -150,7 +169,7 @@ def test_missing_data_exit_with_1(folder: Result, tmp_path: Path):
     [
         (["absent"], 2, "absent does not exist; a run folder or a checkpoint in one is needed"),
         (["RUN", "--device", "gpu"], 2, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (["RUN", "--split", "val"], 2, "split must be one of test, train, got 'val'"),
+        (["RUN", "--split", "val"], 2, "split must be one of test, train, validation, got 'val'"),
         (["RUN", "--precision", "int8"], 2, "precision must be one of"),
         (["RUN", "--batch-size", "0"], 2, "--batch-size"),
         ([], 2, "RUN"),
