@@ -243,6 +243,31 @@ def test_missing_cifar10_exits_with_1_and_says_what_to_do(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_data_are_told_in_one_line(tmp_path: Path):
+    result = run("--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert re.fullmatch(r"resnet-fast: error: the data folder \S+absent does not exist; .*\n", result.stderr)
+
+
+def test_other_errors_of_the_program_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args) -> None:
+        raise RuntimeError("a bug, not deterministic")
+
+    monkeypatch.setattr("resnet_fast.cli.train.run_training", fail)
+    assert isinstance(digits(tmp_path / "run").exception, RuntimeError)
+    refused = digits(tmp_path / "run", "--deterministic")
+    assert refused.exit_code == 1 and "--deterministic refuses an operation: a bug" in refused.stderr
+
+
+def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("resnet_fast.cli.train.run_training", fail)
+    result = digits(tmp_path / "run")
+    assert result.exit_code == 1 and "try a smaller --batch-size, or --accumulate" in result.stderr
+
+
 def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path):
     result = digits(tmp_path / "run", "--lr", 1e30, "--precision", "fp32")
     assert result.exit_code == 1
@@ -353,7 +378,7 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(len(line) for line in shown) <= 80
     # The bar reached the end, and shows loss, accuracy, speed and the time left.
-    bar = r"epoch 1/2 .*45/45 \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s 0:00:00"
+    bar = r"epoch 1/2 .*45/45 \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  \d+(\.\d)? s left"
     assert any(re.search(bar, line) for line in shown)
     assert HEADER in shown and sum(bool(re.match(r" +[12]/2 +\S+ +\d\.\d{4}", line)) for line in shown) == 2
     assert any("test accuracy after epoch 2" in line for line in shown)

@@ -94,12 +94,13 @@ def evaluate(
             # Neither the data nor the user say that a mirror image shows something else.
             flip=dataset.flip and config["flip"] != "none",
         )
-        # At once: `| head` closes the pipe behind it, which must not keep the files from being written.
-        print("\n".join(format_evaluation(found, trained)), flush=True)
+        # Before the results are printed: `| head` closes the pipe.
         out.mkdir(parents=True, exist_ok=True)
-        names = write_pictures(out, found, trained.classes, trained.description, suffix)
+        title = f"{trained.description}, {split} images"
+        names = write_pictures(out, found, trained.classes, title, suffix)
         table = f"predictions{suffix}.csv"
         write_predictions(out / table, found, trained.classes, image_paths(images))
+        print("\n".join(format_evaluation(found, trained)), flush=True)
     except KeyboardInterrupt:
         stop(130, "interrupted")
     except (DataError, OSError, torch.OutOfMemoryError) as error:

@@ -168,14 +168,14 @@ def _failures_told(config: TrainConfig) -> Iterator[None]:
     except torch.OutOfMemoryError:
         hint = "the device is out of memory: try a smaller --batch-size, or --accumulate"
         stop(1, f"error: {hint}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}")
-    except RuntimeError as error:
-        if not (config.deterministic and "deterministic" in str(error)):
-            raise
-        stop(1, f"error: --deterministic refuses an operation: {' '.join(str(error).split())[:300]}")
     except (DataError, OSError) as error:
         # Of several processes only the first one knows the folder, and it is told that this one is lost.
         started = is_first_process() and _is_started(config.out)
         stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}" if started else ""))
+    except RuntimeError as error:
+        if not (config.deterministic and "deterministic" in str(error)):
+            raise
+        stop(1, f"error: --deterministic refuses an operation: {' '.join(str(error).split())[:300]}")
 
 
 def _stop_all(code: int, message: str | None) -> NoReturn:

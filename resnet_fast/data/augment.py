@@ -32,7 +32,7 @@ class Augmentation:
         cutout: side of the square that is set to the mean color, in pixels; 0 for none.
 
     Raises:
-        ValueError: an unknown flip or padding.
+        ValueError: an unknown flip or padding, a negative size, or mean and std that are not three values.
     """
 
     mean: tuple[float, float, float]
@@ -46,6 +46,11 @@ class Augmentation:
         for name, choices in (("flip", FLIPS), ("padding", PADDINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("crop", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be three values, std above 0, got {self.mean} and {self.std}")
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -212,8 +212,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(device: torch.device) -> str:
+def choose_precision(device: torch.device | str) -> str:
     """Return "bf16" where the processor has instructions for it, "fp32" where bf16 would be emulated and slower."""
+    device = torch.device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -3,12 +3,13 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
@@ -35,9 +36,10 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
     )
 
 
-def format_progress(progress: EpochProgress) -> str:
-    """Return what stands beside the bar: loss, accuracy and speed of the running epoch."""
-    return f"{progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
+def format_progress(progress: EpochProgress, seconds_left: float) -> str:
+    """Return what stands beside the bar: loss, accuracy and speed of the running epoch, and the rest of the run."""
+    so_far = f"{progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
+    return f"{so_far}  {format_duration(seconds_left)} left"
 
 
 def format_duration(seconds: float) -> str:
@@ -145,7 +147,6 @@ class LiveReporter(Reporter):
             BarColumn(bar_width=None, complete_style="dark_orange", finished_style="dark_orange"),
             MofNCompleteColumn(),
             TextColumn("{task.fields[so_far]}"),
-            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             expand=True,
@@ -153,6 +154,7 @@ class LiveReporter(Reporter):
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.n_epochs = config.epochs
+        self.first: int | None = None  # epoch that is trained here
         first, *rest = format_start(config, dataset)
         self._print(first, "bold")
         for line in rest:
@@ -167,6 +169,9 @@ class LiveReporter(Reporter):
         self._print(format_resumed(len(history), self.n_epochs), "dim")
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
+        if self.first is None:
+            self.first, self.began = epoch, time.monotonic()
+        self.epoch, self.n_steps = epoch, n_steps
         self.progress.reset(
             self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", so_far=""
         )
@@ -175,7 +180,13 @@ class LiveReporter(Reporter):
         if progress is None:
             self.progress.update(self.task, completed=done)
         else:
-            self.progress.update(self.task, completed=done, so_far=format_progress(progress))
+            self.progress.update(self.task, completed=done, so_far=format_progress(progress, self._seconds_left(done)))
+
+    def _seconds_left(self, done: int) -> float:
+        """Of the whole run, at the speed of its steps so far, evaluations and files included."""
+        since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
+        to_come = (self.n_epochs - self.epoch + 1) * self.n_steps - done
+        return (time.monotonic() - self.began) / since_start * to_come
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         self._print(format_row(metrics, self.n_epochs))

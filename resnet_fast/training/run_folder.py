@@ -127,7 +127,8 @@ class RunFolder:
 
     def write_end(self, found: Predictions) -> None:
         """Write confusion.png and mistakes.png, of what the network says about the test images after the last epoch."""
-        write_pictures(self.config.out, found, self.dataset.classes, self.title)
+        kind = "validation" if self.config.holdout else "test"
+        write_pictures(self.config.out, found, self.dataset.classes, f"{self.title}, {kind} images")
 
     @property
     def title(self) -> str:

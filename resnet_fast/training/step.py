@@ -106,7 +106,7 @@ class TrainingStep:
         make_graph: records a function.
 
     Raises:
-        ValueError: a graph with several processes, or of a model on a CPU.
+        ValueError: an unknown precision, n_steps below 1, or a graph with several processes, or of a model on a CPU.
 
     A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
     and random state as they were. Between steps weights may be changed in place, not replaced.
@@ -126,6 +126,10 @@ class TrainingStep:
         world_size: int = 1,
         make_graph: MakeGraph = CudaGraph,
     ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
@@ -155,7 +159,7 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.lr * group["lr_scale"])
         n_images = len(batch.plan) if n_images is None else n_images
-        if not self.model.training:  # an evaluation has left it so
+        if not bare(self.model).training:  # an evaluation has left it so
             self.model.train()
         with device_guard(batch.plan):
             if self.make_graph is None:
