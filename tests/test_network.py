@@ -182,7 +182,7 @@ def test_eager_trains_the_numbers_of_fused(start: dict, tmp_path: Path):
 def test_a_compiled_network_trains_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compiled, calls = [], []
 
-    def compile_with_nothing(model: nn.Module):
+    def compile_with_nothing(model: nn.Module, dynamic: bool):
         compiled.append(model)
         return lambda x: calls.append(len(x)) or model(x)
 

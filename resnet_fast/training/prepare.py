@@ -126,7 +126,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic
     benchmark, fill = cudnn.benchmark, deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    if device.type == "cuda":
+        cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
@@ -135,7 +136,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        cudnn.benchmark = benchmark
+        if device.type == "cuda":
+            cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
 
