@@ -20,9 +20,9 @@ from benchmarks.replay import CLOCK
 from benchmarks.timing import rotation
 from benchmarks.work import STAGES, Work, flops, operation_bytes
 from resnet_fast import FusedBatchNorm2d
+from resnet_fast.evaluation import autocast
 from resnet_fast.models.resnet import BasicBlock
 from resnet_fast.profiling.check import rounding_of
-from resnet_fast.training.step import autocast
 
 # isort: split
 from torchvision.models import resnet as torchvision_resnet

@@ -67,7 +67,7 @@ def test_every_variant_is_a_setting_of_a_run():
         TrainConfig(recipe="fast94", device="cpu", out="x", **settings)
 
 
-def test_every_switch_is_ablated():
+def test_every_ablation_changes_the_recipe():
     base = TrainConfig(recipe="fast94", device="cpu", out="x")
     for name, settings in accuracy.ABLATIONS.items():
         assert TrainConfig(recipe="fast94", device="cpu", out="x", **settings) != base, name

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,9 @@ from typer.testing import Result as CliResult
 
 import resnet_fast
 from resnet_fast.cli import app
-from resnet_fast.cli.settings import HELP
 from resnet_fast.data import cifar10
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, RECIPES, EpochMetrics, Result, TrainConfig, loop
+from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, loop
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 
 
@@ -68,101 +66,6 @@ def test_without_a_terminal_the_lines_are_plain(tmp_path: Path):
     table = [line for line in result.stdout.splitlines() if line == HEADER or re.match(r" +\d/2 ", line)]
     assert len(table) == 3
     assert len({len(line) for line in table[1:]}) == 1
-
-
-@pytest.fixture
-def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
-    """The settings of runs, none of which begins."""
-    seen = []
-
-    def stop(config: TrainConfig, reporter: object) -> Result:
-        seen.append(config)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
-    return seen
-
-
-OPTIONS = {
-    "recipe": "article",
-    "model": "resnet50",
-    "stem": "cifar",
-    "backend": "eager",
-    "dataset": "folder",
-    "data_dir": Path("d"),
-    "image_size": 64,
-    "images": "stream",
-    "holdout": 10,
-    "accumulate": 2,
-    "seed": 9,
-    "device": "cpu",
-    "precision": "fp32",
-    "workers": 1,
-    "out": Path("o"),
-    "epochs": 3,
-    "batch_size": 16,
-    "optimizer": "sgd",
-    "lr": 0.25,
-    "schedule": "triangular",
-    "momentum": 0.5,
-    "weight_decay": 0.01,
-    "bn_bias_lr": 64.0,
-    "label_smoothing": 0.2,
-    "clip_norm": 1.0,
-    "crop": 3,
-    "padding": "reflect",
-    "flip": "alternating",
-    "cutout": 12,
-    "normalize": "dataset",
-    "ema": 0.99,
-}
-SWITCHES = {name: True for name in ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard")}
-
-
-def test_options_reach_the_config(configs: list[TrainConfig]):
-    flags = [f"--{name.replace('_', '-')}" for name in SWITCHES]
-    run(*flags, *(part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", value)))
-    assert configs == [TrainConfig(**OPTIONS, **SWITCHES)]
-
-
-@pytest.mark.parametrize(
-    ("args", "settings"),
-    [
-        (["--no-nesterov"], {"nesterov": False}),
-        (["--no-graph"], {"graph": False}),
-        (["--sync-bn"], {"sync_bn": True}),
-        (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
-        (["--time-budget", "90"], {"time_budget": 90.0}),
-        (["--time-budget", "1.5m"], {"time_budget": 90.0}),
-        (["--time-budget", "2h"], {"time_budget": 7200.0}),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
-    run("--out", "x", *args)
-    assert configs == [TrainConfig(out="x", **settings)]
-
-
-def test_every_setting_has_an_option():
-    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget"}
-    assert known == {field.name for field in fields(TrainConfig)} == set(HELP)
-
-
-def test_the_command_and_the_config_have_the_same_defaults(configs: list[TrainConfig]):
-    run("--out", "x")
-    assert configs == [TrainConfig(out="x")]
-
-
-def test_help_shows_the_defaults_of_each_recipe():
-    text = " ".join(CliRunner().invoke(app, ["train", "--help"]).output.split())
-    for name in ("epochs", "batch_size", "lr"):
-        shown = ", ".join(f"{recipe}: {getattr(settings, name):g}" for recipe, settings in RECIPES.items())
-        assert f"[{shown}]" in text
-
-
-def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert max(map(len, CliRunner().invoke(app, ["train", "--help"]).output.splitlines())) <= 80
 
 
 def test_repeat_trains_with_one_seed_after_the_other(tmp_path: Path):

@@ -7,6 +7,7 @@ print(found.accuracy, found.confusion(len(dataset.classes)))
 """
 
 from resnet_fast.evaluation.confusion import draw_confusion
+from resnet_fast.evaluation.logits import autocast, logits_of
 from resnet_fast.evaluation.mistakes import draw_mistakes
 from resnet_fast.evaluation.outputs import image_paths, write_pictures, write_predictions
 from resnet_fast.evaluation.predictions import Mistakes, Predictions, predict_split
@@ -14,9 +15,11 @@ from resnet_fast.evaluation.predictions import Mistakes, Predictions, predict_sp
 __all__ = [
     "Mistakes",
     "Predictions",
+    "autocast",
     "draw_confusion",
     "draw_mistakes",
     "image_paths",
+    "logits_of",
     "predict_split",
     "write_pictures",
     "write_predictions",

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.data import Split, normalize
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from resnet_fast.data import Split
+from resnet_fast.evaluation.logits import logits_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def predict_split(
         split: the images, on the model's device.
         mean, std: per channel, of images in [0, 1].
         batch_size: images at a time.
-        precision: "fp32", or "bf16" or "fp16" for autocast.
+        precision: "fp32", or "bf16" for autocast.
         flip: ask about the mirror images, too.
         n_mistakes: how many images of wrong answers are kept.
 
@@ -104,16 +103,11 @@ def predict_split(
     if len(split) == 0:
         raise ValueError("the split has no images")
     model.eval()
-    device = next(model.parameters()).device
-    mean, std = tuple(mean), tuple(std)
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    total_loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     parts: list[tuple[Tensor, ...]] = []
     mistakes: Mistakes | None = None
-    for images, labels in split.batches(batch_size):
-        x = normalize(images, mean, std)
-        with torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            logits = model(x).float()
-            mirrored = model(x.flip(3)).float() if flip else None
+    batches = logits_of(model, split, tuple(mean), tuple(std), batch_size, precision, flip)
+    for images, labels, logits, mirrored in batches:
         total_loss += F.cross_entropy(logits, labels, reduction="sum")
         part = (labels, logits.argmax(1), logits.softmax(1).amax(1))
         parts.append(part if mirrored is None else (*part, ((logits + mirrored) / 2).argmax(1)))

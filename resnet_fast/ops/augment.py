@@ -69,7 +69,7 @@ def augment(
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[C], fp32; once for each device, because a GPU waits for such a copy, and no graph can hold one."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _augment(

@@ -63,8 +63,8 @@ class TrainConfig(Recipe):
     """All settings of a run. Once made, every field holds the value that will be used, but for a `crop` of None.
 
     Args:
-        recipe: "baseline", "fast94", "fast95", "article" or "digits"; None: see DEFAULT_RECIPES. It gives the settings
-            that `Recipe` lists, each of which may be given beside it.
+        recipe: a name in RECIPES; None: see DEFAULT_RECIPES. It gives the settings that `Recipe` lists, each of which
+            may be given beside it.
         model: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
         stem: "cifar" (3x3, no pooling) or "imagenet" (7x7 stride 2 and max-pooling).
         backend: "fused", "eager" (torchvision's network) or "compile" (torchvision's under torch.compile).

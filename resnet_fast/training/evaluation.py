@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_fast.data import Augmentation, Split, normalize
+from resnet_fast.data import Augmentation, Split
+from resnet_fast.evaluation import logits_of
 from resnet_fast.training.processes import Processes
-from resnet_fast.training.step import autocast
 
 
 class Scores(NamedTuple):
@@ -48,9 +48,7 @@ def evaluate(
         processes.share_buffers(model)
     # loss, right ones, images
     totals = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
-    for images, labels in split.batches(batch_size):
-        with autocast(images.device, precision):
-            logits = model(normalize(images, augmentation.mean, augmentation.std)).float()
+    for _, labels, logits, _ in logits_of(model, split, augmentation.mean, augmentation.std, batch_size, precision):
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (logits.argmax(1) == labels).sum()
         totals[2] += len(labels)

@@ -140,7 +140,7 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         began = time.perf_counter()
         history.append(run_epoch(run, epoch))
         state = {
-            "model": step.averaged(),
+            "model": run.tested.state_dict(),
             "trained_model": bare(step.model).state_dict() if config.ema else None,
             "step": step.state_dict(),
             "random": processes.gather(random_states(processes.device)),
@@ -162,8 +162,8 @@ def _end(run: Run, folder: RunFolder) -> float | None:
     found = predict_split(
         run.tested,
         test,
-        run.augmentation.mean,
-        run.augmentation.std,
+        folder.augmentation.mean,
+        folder.augmentation.std,
         batch_size=2 * run.config.batch_size,
         precision=run.config.precision,
         flip=folder.dataset.flip and run.config.flip != "none",
@@ -202,7 +202,7 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
     test_loss, test_accuracy = evaluate(
         run.tested,
         run.dataset.test,
-        run.augmentation,
+        run.loader.augmentation,
         batch_size=2 * run.config.batch_size,  # without a backward to store for, twice the batch fits
         precision=run.config.precision,
         processes=run.processes,
@@ -225,15 +225,15 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
     """Run one epoch of training steps; return the last one's learning rate, and how they went."""
     step, processes, reporter = run.step, run.processes, run.reporter
     device = processes.device
-    sizes = torch.tensor(run.loader.batch_sizes(), dtype=torch.float64)
+    batch_sizes = run.loader.batch_sizes()
+    sizes = torch.tensor(batch_sizes, dtype=torch.float64)
     losses = torch.zeros(len(sizes), device=device)  # of this process, in parts of the mean over all of them
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
     lr, checked, total_loss, progress = 0.0, 0, 0.0, EpochProgress(0.0, 0.0, 0.0)
     began = time.perf_counter()
     reporter.start_epoch(epoch, len(sizes))
-    for i, batch in enumerate(run.loader.epoch(epoch)):
+    for i, (batch, size) in enumerate(zip(run.loader.epoch(epoch), batch_sizes, strict=True)):
         lr = step.lr
-        size = int(sizes[i])
         output = step(batch, size)
         torch.mul(output.loss, len(batch.plan) / size, out=losses[i])
         n_correct += output.n_correct

@@ -32,7 +32,6 @@ class Run(NamedTuple):
     loader: Loader
     step: TrainingStep
     tested: nn.Module
-    augmentation: Augmentation
     processes: Processes
     reporter: Reporter
 
@@ -101,7 +100,7 @@ def prepare(
         world_size=size,
     )
     tested = copy.deepcopy(model) if config.ema else model
-    return Run(config, own, loader, step, tested, augmentation, processes, reporter)
+    return Run(config, own, loader, step, tested, processes, reporter)
 
 
 def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:

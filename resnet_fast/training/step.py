@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.data import Augmentation, Batch
+from resnet_fast.evaluation import autocast
 from resnet_fast.ops.batch_norm import device_guard
 from resnet_fast.training.average import Average
 from resnet_fast.training.graph import CudaGraph
@@ -56,11 +57,6 @@ def forward_loss(
     with autocast(images.device, precision):
         logits = model(images)
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing), logits
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which the forward runs."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 class StepOutput(NamedTuple):

@@ -1,0 +1,40 @@
+"""A network's logits for a split, batch by batch, and the precision in which they are computed."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.data import Split, normalize
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a forward runs: bf16 under autocast, or fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def logits_of(
+    model: nn.Module,
+    split: Split,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    precision: str,
+    flip: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Yield the images, uint8 [B, 3, H, W], labels, [B], logits, [B, classes] in fp32, and those of the mirror images.
+
+    Args:
+        model: in evaluation mode.
+        split: on the model's device.
+        mean, std: per channel, of images in [0, 1].
+        batch_size: images at a time.
+        precision: "fp32" or "bf16".
+        flip: ask about the mirror images, too; else their logits are None.
+    """
+    for images, labels in split.batches(batch_size):
+        x = normalize(images, mean, std)
+        with autocast(images.device, precision):
+            logits = model(x).float()
+            mirrored = model(x.flip(3)).float() if flip else None
+        yield images, labels, logits, mirrored
