@@ -24,6 +24,7 @@ setup(
     packages=[
         "resnet_fast",
         "resnet_fast.cli",
+        "resnet_fast.conversion",
         "resnet_fast.data",
         "resnet_fast.evaluation",
         "resnet_fast.inference",

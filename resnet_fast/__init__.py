@@ -4,6 +4,7 @@
 """
 
 from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from .conversion import convert, fold_batch_norm, restore
 from .functional import batch_norm_add_relu
 from .models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
@@ -16,10 +17,13 @@ __all__ = [
     "ResNet",
     "__version__",
     "batch_norm_add_relu",
+    "convert",
     "convert_sync_batchnorm",
+    "fold_batch_norm",
     "resnet101",
     "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
+    "restore",
 ]

@@ -34,14 +34,17 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
     """
     if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
         return True
-    return any(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        for m in module.modules()
-        if m is not module
+    return any(has_own_hook(m) for m in module.modules() if m is not module)
+
+
+def has_own_hook(module: nn.Module) -> bool:
+    """Whether there are hooks at this module, or a patched forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

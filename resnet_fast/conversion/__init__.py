@@ -1,0 +1,7 @@
+"""Other people's models, made fast: `convert`, `restore`, `fold_batch_norm`."""
+
+from .convert import convert, restore
+from .fold import FoldedConv2d, fold_batch_norm
+from .report import Outcome, Report
+
+__all__ = ["FoldedConv2d", "Outcome", "Report", "convert", "fold_batch_norm", "restore"]

@@ -1,0 +1,299 @@
+"""Any model's batch norms as fused modules, in place, and back.
+
+What changes is the class of modules: of each nn.BatchNorm2d to FusedBatchNorm2d, and of each module within whose
+forward a batch norm is followed by an addition or a ReLU, to a class of the same name whose forward is the fused one.
+So parameters, buffers, keys, hooks and modes stay what they are. The forward that was is still there: it runs, step by
+step, whenever the fused one might not be the same (hooks within, torch.fx, other modules or settings than when the
+model was converted, other arguments than tensors).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..models.resnet import has_own_hook, is_observed
+from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+from .report import Outcome, Report
+from .rewrite import fuse
+from .sites import Site, find_sites
+from .trace import UntraceableError, is_container, trace
+
+# What decides in a forward, beside the modules, and may be changed later.
+SETTING_TYPES = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
+_MISSING = object()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fused:
+    """The fused forward of one module, and what it was made of.
+
+    Args:
+        forward: takes the module and its inputs.
+        n_inputs: how many tensors these are.
+        within: the modules in the module.
+        children: of each container, the module itself among them, the modules directly in it.
+        settings: (module, attribute, value): what else the forward may have looked at.
+    """
+
+    forward: Callable[..., Any]
+    n_inputs: int
+    within: tuple[nn.Module, ...]
+    children: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]
+    settings: tuple[tuple[nn.Module, str, Any], ...]
+
+    def holds(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether the fused forward is what the module's own would compute; with the fewest looks, at every step."""
+        if len(inputs) != self.n_inputs or any(isinstance(x, fx.Proxy) or not isinstance(x, Tensor) for x in inputs):
+            return False
+        if nn.modules.module._has_any_global_hook() or any(map(has_own_hook, self.within)):
+            return False
+        if any(tuple(owner._modules.values()) != children for owner, children in self.children):
+            return False
+        return all(getattr(owner, name, _MISSING) == value for owner, name, value in self.settings)
+
+
+class Converted(nn.Module):
+    """What the classes of converted modules have before the module's own class."""
+
+    plain_class: type[nn.Module]
+    _opaque: tuple[nn.Module, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        fused = self.__dict__.get("_fused")
+        if fused is None or kwargs or not fused.holds(args):
+            return super().forward(*args, **kwargs)
+        return fused.forward(self, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds classes by name, and this one's is that of the plain class. The forward is made anew.
+        state = {name: value for name, value in self.__dict__.items() if name != "_fused"}
+        return _new_converted, (self.plain_class,), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _make_forward_again(self)
+
+
+def _new_converted(plain_class: type[nn.Module]) -> nn.Module:
+    converted_class = _converted_class(plain_class)
+    return converted_class.__new__(converted_class)
+
+
+_CLASSES: dict[type[nn.Module], type[Converted]] = {}
+
+
+def _converted_class(plain_class: type[nn.Module]) -> Any:
+    if plain_class not in _CLASSES:
+        names = ("__module__", "__qualname__", "__doc__")
+        body = {name: getattr(plain_class, name) for name in names}
+        body |= {"plain_class": plain_class, "plain_forward": plain_class.forward}
+        _CLASSES[plain_class] = type(plain_class.__name__, (Converted, plain_class), body)
+    return _CLASSES[plain_class]
+
+
+def _fused_forward(module: nn.Module, graph: fx.Graph, sites: list[Site], opaque: Collection[nn.Module]) -> _Fused:
+    fuse(graph, module, [site for site in sites if site.is_joint])
+    return _Fused(
+        forward=type(fx.GraphModule(module, graph)).forward,
+        n_inputs=sum(node.op == "placeholder" for node in graph.nodes),
+        within=tuple(inner for inner in module.modules() if inner is not module),
+        children=tuple((inner, tuple(inner._modules.values())) for inner in module.modules() if inner._modules),
+        settings=tuple(
+            (inner, name, value)
+            for inner in module.modules()
+            if is_container(inner) and inner not in opaque
+            for name, value in vars(inner).items()
+            if name != "training" and not name.startswith("_") and isinstance(value, SETTING_TYPES)
+        ),
+    )
+
+
+def _set_class(module: Any, new_class: type[nn.Module]) -> None:
+    module.__class__ = new_class
+
+
+def make_fused(norm: nn.Module) -> None:
+    """Change an nn.BatchNorm2d into a FusedBatchNorm2d, and remember it; one that is fused stays what it is."""
+    if type(norm) is nn.BatchNorm2d:
+        _set_class(norm, FusedBatchNorm2d)
+        vars(norm).update(relu=False, _was_plain=True)
+
+
+def _is_fused(norm: nn.Module) -> bool:
+    return type(norm) in (FusedBatchNorm2d, FusedSyncBatchNorm2d)
+
+
+def _make_forward_again(module: Converted) -> None:
+    """For a copy, whose modules are others."""
+    norms = {inner for inner in module.modules() if _is_fused(inner) and "_was_plain" in vars(inner)}
+    graph = trace(module, module._opaque, traced_method="plain_forward")
+    module.__dict__["_fused"] = _fused_forward(module, graph, find_sites(graph, module, norms), module._opaque)
+
+
+@overload
+def convert(model: nn.Module, *, report: Literal[False] = False) -> nn.Module: ...
+@overload
+def convert(model: nn.Module, *, report: Literal[True]) -> tuple[nn.Module, Report]: ...
+def convert(model: nn.Module, *, report: bool = False) -> Any:
+    """Make the batch norms of any model fused ones, in place: with the additions and ReLUs that follow them, where the
+    model's structure (by torch.fx, not by names) proves that nothing else depends on the steps in between.
+
+    Parameters, buffers, keys, hooks, modes and numbers stay what they are: those of a residual network of torchvision,
+    timm, or one's own. What cannot be proven safe is left alone. `restore` undoes it; `torch.compile` and
+    DistributedDataParallel come after it. The memory format is not changed: channels_last is the fast one.
+
+    Numerics: those of `batch_norm_add_relu`, one rounding where eager rounds after each step.
+
+    Args:
+        model: any module; a batch norm itself, too.
+        report: whether to return what became of each batch norm, too.
+
+    Returns:
+        `model`, or (`model`, Report) with `report`.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: it is, or holds, a module compiled by torch.compile or TorchScript. Nothing is changed then.
+    """
+    check_is_module(model)
+    _check_is_not_compiled(model)
+    restore(model)  # so that a model which has changed since is looked at as it is
+    graphs, opaque = _trace_all(model)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    most_calls = _most_calls(graphs)
+    left = {norm: reason for norm in norms if (reason := _reason_to_leave(norm, most_calls[norm]))}
+    to_convert = {norm for norm in norms if norm not in left}
+    sites = {module: find_sites(graph, module, to_convert) for module, graph in graphs.items()}
+    outcomes = _outcomes(model, left, sites, opaque)
+    joint = {module: found for module, found in sites.items() if any(site.is_joint for site in found)}
+    classes = {module: _converted_class(type(module)) for module in joint}
+    fused = {module: _fused_forward(module, graphs[module], found, opaque) for module, found in joint.items()}
+
+    for norm in to_convert:
+        make_fused(norm)
+    for module in joint:
+        _set_class(module, classes[module])
+        inner_opaque = tuple(inner for inner in module.modules() if inner in opaque)
+        vars(module).update(_fused=fused[module], _opaque=inner_opaque)
+    return (model, Report(outcomes, _notes(model))) if report else model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place; weights, statistics and hooks stay as they are now.
+
+    Returns:
+        `model`. A norm that `convert_sync_batchnorm` has synchronized since becomes an nn.SyncBatchNorm.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    check_is_module(model)
+    for module in list(model.modules()):
+        attributes = vars(module)
+        if isinstance(module, Converted):
+            _set_class(module, module.plain_class)
+            for name in ("_fused", "_opaque"):
+                attributes.pop(name, None)
+        elif "_was_plain" in attributes:
+            _set_class(module, nn.SyncBatchNorm if type(module) is FusedSyncBatchNorm2d else nn.BatchNorm2d)
+            for name in ("_was_plain", "relu"):
+                del attributes[name]
+    return model
+
+
+def check_is_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _check_is_not_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = name or "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} must not be compiled by TorchScript, got {type(module).__name__}")
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"{where} must be converted before torch.compile, got a compiled module")
+
+
+def _trace_all(model: nn.Module) -> tuple[dict[nn.Module, fx.Graph], dict[nn.Module, str]]:
+    """The graph of every module that has one, and why others have none; from the inside out."""
+    graphs, opaque = {}, {}
+    for module in reversed(list(model.modules())):
+        if is_container(module):
+            try:
+                graphs[module] = trace(module, opaque)
+            except UntraceableError as error:
+                opaque[module] = str(error)
+    return graphs, opaque
+
+
+def _most_calls(graphs: dict[nn.Module, fx.Graph]) -> Counter[nn.Module]:
+    """How often one forward calls each module."""
+    most: Counter[nn.Module] = Counter()
+    for module, graph in graphs.items():
+        most |= Counter(module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
+    return most
+
+
+def _reason_to_leave(norm: nn.Module, n_calls: int) -> str:
+    """Why a batch norm cannot be a fused one; "" where it can."""
+    if _is_fused(norm):
+        return "is a fused one"
+    if type(norm) is nn.SyncBatchNorm:
+        return "is synchronized: convert first, then resnet_fast.convert_sync_batchnorm"
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm3d):
+        return f"is an nn.{type(norm).__name__}, not of images"
+    if type(norm) is not nn.BatchNorm2d:
+        return f"is a {type(norm).__name__}, whose forward may be another"
+    if "forward" in vars(norm):
+        return "has a patched forward"
+    return f"is called {n_calls} times in one forward" if n_calls > 1 else ""
+
+
+def _outcomes(
+    model: nn.Module,
+    left: Mapping[Any, str],
+    sites: dict[nn.Module, list[Site]],
+    opaque: dict[nn.Module, str],
+) -> tuple[Outcome, ...]:
+    """Of each batch norm: the site that holds most, of the graphs that call it."""
+    best: dict[nn.Module, Site] = {}
+    for module, found in sites.items():
+        modules = dict(module.named_modules(remove_duplicate=False))
+        for site in found:
+            for call in site.norms:
+                norm = modules[str(call.target)]
+                if norm not in best or len(site.operation) > len(best[norm].operation):
+                    best[norm] = site
+    outcomes = []
+    for name, norm in model.named_modules():
+        if norm in left:
+            outcomes.append(Outcome(name, "left", "", left[norm]))
+        elif norm in best:
+            outcomes.append(Outcome(name, "converted", best[norm].operation, best[norm].why))
+        elif isinstance(norm, _BatchNorm):
+            outcomes.append(Outcome(name, "converted", "BN", _why_unseen(model, name, opaque)))
+    return tuple(outcomes)
+
+
+def _why_unseen(model: nn.Module, name: str, opaque: dict[nn.Module, str]) -> str:
+    """Why no graph shows the call of a batch norm: the innermost module around it that has none."""
+    around = [model.get_submodule(name[:end]) for end in range(len(name)) if end == 0 or name[end] == "."]
+    return next((opaque[module] for module in reversed(around) if module in opaque), "no forward calls it")
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    notes = []
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels):
+        notes.append("channels_last is the fast layout: model.to(memory_format=torch.channels_last)")
+    n_observed = sum(is_observed(module, torch.empty(0)) for module in model.modules() if isinstance(module, Converted))
+    if n_observed:
+        notes.append(f"{n_observed} modules run step by step while there are hooks or patched forwards within them")
+    return tuple(notes)

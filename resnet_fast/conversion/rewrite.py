@@ -1,0 +1,92 @@
+"""The graph of a forward with every site as one fused operation."""
+
+import operator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..nn import FusedBatchNorm2d
+from .sites import Site
+
+# Modules that leave their input alone, so that a second handle to it stays what it is.
+READERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def fused_steps(
+    norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any, *, relu: bool, fork: bool = False
+) -> Any:
+    """relu(norm(x) + residual_norm(residual)), as one operation where all fits, else step by step.
+
+    What a graph cannot know is looked at here: a residual of another shape or type is broadcast or promoted as eager
+    does, and a norm that was put in place of the fused one is called.
+    """
+    if isinstance(x, fx.Proxy):  # one step to torch.fx, too, which traces a GraphModule anew to unpickle it
+        arguments = (norm, x, residual, residual_norm)
+        return x.tracer.create_proxy("call_function", fused_steps, arguments, {"relu": relu, "fork": fork})
+    if _fits(norm, x, residual, residual_norm):
+        return norm.fused(x, residual, residual_norm, relu=relu, fork=fork)
+    y = norm(x)
+    if residual is not None:
+        y = y + (residual if residual_norm is None else residual_norm(residual))
+    y = F.relu(y) if relu else y
+    return (y, y) if fork else y
+
+
+def _fits(norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any) -> bool:
+    if not isinstance(norm, FusedBatchNorm2d) or norm.relu:
+        return False
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        return False
+    return residual_norm is None or (
+        isinstance(residual_norm, FusedBatchNorm2d)
+        and not residual_norm.relu
+        and residual_norm.group() is norm.group()
+        and residual_norm.ghost_batch_size == norm.ghost_batch_size
+    )
+
+
+def fuse(graph: fx.Graph, root: nn.Module, sites: list[Site]) -> None:
+    """Put one call of `fused_steps` in place of each site; one with two readers gives each a handle of its own."""
+    fused = [_replace(graph, site) for site in sites]
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for node in fused:
+        readers = list(node.users)
+        if len(readers) == 2 and all(_only_reads(reader, node, modules) for reader in readers):
+            _fork(graph, node, readers)
+    graph.lint()
+
+
+def _replace(graph: fx.Graph, site: Site) -> fx.Node:
+    # Where the addition was, since its residual must be there; without one where the norm was, whose input is there.
+    with graph.inserting_before(site.add or site.norm):
+        norm, *residual_norm = [graph.get_attr(str(call.target)) for call in site.norms]
+        arguments = (norm, site.norm.args[0], site.residual, residual_norm[0] if residual_norm else None)
+        node = graph.call_function(fused_steps, arguments, {"relu": site.relu is not None})
+    put_in_place(graph, site, node)
+    return node
+
+
+def put_in_place(graph: fx.Graph, site: Site, node: fx.Node) -> None:
+    """Let `node` give what a site gave, whose steps go away."""
+    site.last.replace_all_uses_with(node)
+    gone = {*site.norms, *site.between, site.add, site.relu}
+    for step in [step for step in reversed(graph.nodes) if step in gone]:
+        graph.erase_node(step)
+
+
+def _only_reads(reader: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node reads a value once and changes nothing in it."""
+    if sum(argument is value for argument in reader.args) != 1:
+        return False
+    if reader.op == "call_module":
+        return type(modules[str(reader.target)]) in READERS
+    return reader.op == "call_function" and reader.target is fused_steps and value in reader.args[1:3]
+
+
+def _fork(graph: fx.Graph, node: fx.Node, readers: list[fx.Node]) -> None:
+    node.update_kwarg("fork", True)
+    with graph.inserting_after(node):
+        handles = [graph.call_function(operator.getitem, (node, index)) for index in (0, 1)]
+    for reader, handle in zip(readers, handles, strict=True):
+        reader.replace_input_with(node, handle)

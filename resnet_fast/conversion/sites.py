@@ -1,0 +1,170 @@
+"""Where a graph of torch.fx normalizes: batch norms, with the addition and the ReLU that follow them.
+
+    relu(bn(x))                     BN+ReLU
+    bn(x) + r                       BN+add
+    relu(bn(x) + r)                 BN+add+ReLU
+    relu(bn(x) + bn(r))             BN+BN+add+ReLU; without ReLU BN+BN+add
+
+A site is taken only if nothing else sees a value in between, and if doing all of it where the last step stood changes
+nothing: what is added in place must be the batch norm's own output, and where there is an addition, the batch norm's
+input must be the output of a convolution which nothing else reads.
+"""
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS_IN_PLACE = (operator.iadd, "add_")
+RELUS = (F.relu, torch.relu, torch.relu_)
+
+
+@dataclass
+class Site:
+    """Nodes of one graph that can be one operation.
+
+    Args:
+        norm: the call of the batch norm.
+        add: the addition.
+        side: which of the two that are added comes from `norm`, 0 or 1.
+        residual_norm: the call of the batch norm that only the addition reads.
+        relu: the ReLU behind.
+        between: calls of nn.Identity on the way, which go away with the rest.
+        why: where there is neither addition nor ReLU, the reason.
+    """
+
+    norm: fx.Node
+    add: fx.Node | None = None
+    side: int = 0
+    residual_norm: fx.Node | None = None
+    relu: fx.Node | None = None
+    between: list[fx.Node] = field(default_factory=list)
+    why: str = ""
+
+    @property
+    def is_joint(self) -> bool:
+        return self.last is not self.norm
+
+    @property
+    def residual(self) -> Any:
+        """What is added, or the input of its norm; asked of the graph as it is now, where it may be a fused site's."""
+        if self.residual_norm is not None:
+            return self.residual_norm.args[0]
+        return None if self.add is None else self.add.args[1 - self.side]
+
+    @property
+    def last(self) -> fx.Node:
+        return self.relu or self.add or self.norm
+
+    @property
+    def norms(self) -> list[fx.Node]:
+        return [self.norm] if self.residual_norm is None else [self.norm, self.residual_norm]
+
+    @property
+    def operation(self) -> str:
+        names = ["BN"] * len(self.norms) + ["add"] * (self.add is not None) + ["ReLU"] * (self.relu is not None)
+        return "+".join(names)
+
+
+def find_sites(graph: fx.Graph, root: nn.Module, norms: Collection[nn.Module]) -> list[Site]:
+    """Return the sites of a graph, in order; each call of one of `norms` is in exactly one of them."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    finder = _Finder(modules, norms)
+    sites, taken = [], set()
+    calls = [node for node in graph.nodes if finder.is_norm(node)]
+    for node in calls:
+        if node not in taken:
+            site = finder.site(node)
+            taken.update(site.norms)
+            sites.append(site)
+    return sites
+
+
+@dataclass
+class _Finder:
+    modules: dict[str, nn.Module]
+    norms: Collection[nn.Module]
+
+    def is_norm(self, node: object) -> bool:
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "call_module"
+            and self.modules[str(node.target)] in self.norms
+            and len(node.args) == 1
+            and not node.kwargs
+        )
+
+    def site(self, norm: fx.Node) -> Site:
+        user, between = self.only_reader(norm)
+        if user is None:
+            return Site(norm, why="more than one step reads its output")
+        if self.is_relu(user):
+            return Site(norm, relu=user, between=between)
+        if not self.is_addition(user):
+            return Site(norm, why="neither ReLU nor an addition follows")
+        own = (norm, *between)[-1]
+        others = [argument for argument in user.args if argument is not own]
+        if len(others) != 1 or not isinstance(others[0], fx.Node):
+            return Site(norm, why="what is added is no other tensor")
+        if not self.reads_convolution(norm):
+            return Site(norm, why="an addition follows, and its input is not that of a convolution alone")
+        (other,) = others
+        residual_norm, residual_between = self.joined_norm(other)
+        if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and residual_norm is None:
+            return Site(norm, why="it is added in place to another tensor")
+        relu, relu_between = self.only_reader(user)
+        if relu is None or not self.is_relu(relu):
+            relu, relu_between = None, []
+        side = user.args.index(own)
+        return Site(norm, user, side, residual_norm, relu, [*between, *residual_between, *relu_between])
+
+    def joined_norm(self, value: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+        """The batch norm whose output only the addition reads, and the identities in between."""
+        between = []
+        while self.is_identity(value) and len(value.users) == 1:
+            between.append(value)
+            value = value.args[0]
+        if self.is_norm(value) and len(value.users) == 1 and self.reads_convolution(value):
+            return value, between
+        return None, []
+
+    def only_reader(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+        """The one node that reads a value, past nn.Identity, and the identities; None where there are more."""
+        between = []
+        while len(node.users) == 1:
+            (user,) = node.users
+            if not self.is_identity(user):
+                return user, between
+            between.append(user)
+            node = user
+        return None, between
+
+    def reads_convolution(self, norm: fx.Node) -> bool:
+        source = norm.args[0]
+        return (
+            isinstance(source, fx.Node)
+            and source.op == "call_module"
+            and type(self.modules[str(source.target)]) is nn.Conv2d
+            and len(source.users) == 1
+        )
+
+    def is_identity(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.modules[str(node.target)]) is nn.ReLU
+        return (node.op == "call_function" and node.target in RELUS) or (
+            node.op == "call_method" and node.target in ("relu", "relu_")
+        )
+
+    def is_addition(self, node: fx.Node) -> bool:
+        is_one = (node.op == "call_function" and node.target in ADDITIONS) or (
+            node.op == "call_method" and node.target in ("add", "add_")
+        )
+        return is_one and len(node.args) == 2 and not node.kwargs
