@@ -15,8 +15,8 @@ PACKAGE = ROOT / "resnet_fast"
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network, on
 # the kernel that augments.
 LAYERS = (
-    *("files", "machine", "kernels", "ops", "functional", "nn", "models", "conversion", "data", "evaluation", "training"),
-    *("inference", "profiling", "parity", "doctor", "cli"),
+    *("files", "machine", "kernels", "ops", "functional", "nn", "models", "conversion", "data", "evaluation"),
+    *("training", "inference", "profiling", "parity", "doctor", "cli"),
 )
 DATA_MAY_IMPORT = {"data", "ops"}
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"

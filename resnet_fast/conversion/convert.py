@@ -7,6 +7,7 @@ step, whenever the fused one might not be the same (hooks within, torch.fx, othe
 model was converted, other arguments than tensors).
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -64,12 +65,6 @@ class Converted(nn.Module):
     plain_class: type[nn.Module]
     _opaque: tuple[nn.Module, ...]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fused = self.__dict__.get("_fused")
-        if fused is None or kwargs or not fused.holds(args):
-            return super().forward(*args, **kwargs)
-        return fused.forward(self, *args)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one's is that of the plain class. The forward is made anew.
         state = {name: value for name, value in self.__dict__.items() if name != "_fused"}
@@ -90,9 +85,18 @@ _CLASSES: dict[type[nn.Module], type[Converted]] = {}
 
 def _converted_class(plain_class: type[nn.Module]) -> Any:
     if plain_class not in _CLASSES:
+        plain_forward = plain_class.forward
+
+        @functools.wraps(plain_forward)  # those who look at its signature, as torch.fx does, see the plain one's
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            fused = self.__dict__.get("_fused")
+            if fused is None or kwargs or not fused.holds(args):
+                return plain_forward(self, *args, **kwargs)
+            return fused.forward(self, *args)
+
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(plain_class, name) for name in names}
-        body |= {"plain_class": plain_class, "plain_forward": plain_class.forward}
+        body |= {"plain_class": plain_class, "plain_forward": plain_forward, "forward": forward}
         _CLASSES[plain_class] = type(plain_class.__name__, (Converted, plain_class), body)
     return _CLASSES[plain_class]
 
@@ -103,7 +107,11 @@ def _fused_forward(module: nn.Module, graph: fx.Graph, sites: list[Site], opaque
         forward=type(fx.GraphModule(module, graph)).forward,
         n_inputs=sum(node.op == "placeholder" for node in graph.nodes),
         within=tuple(inner for inner in module.modules() if inner is not module),
-        children=tuple((inner, tuple(inner._modules.values())) for inner in module.modules() if inner._modules),
+        children=tuple(
+            (inner, tuple(inner._modules.values()))
+            for inner in module.modules()
+            if inner._modules or is_container(inner)
+        ),
         settings=tuple(
             (inner, name, value)
             for inner in module.modules()

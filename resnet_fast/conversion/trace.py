@@ -11,19 +11,24 @@ else the forward does or depends on. A graph is given out only if none of the fo
 Reed et al. 2022, torch.fx, arXiv:2112.08429.
 """
 
+import dis
 import inspect
+import operator
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
+from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-# Who may look at the type of a stand-in: torch.fx itself.
-TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides")
+# Who may look at the type of a stand-in: torch.fx itself, and what sets a module's attribute, which is noticed.
+TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.modules.module", "torch.nn.parameter")
+TYPE_QUESTIONS = {"isinstance", "__class__"}
 DEVICE_TYPES = ("cpu", "cuda")
 # Whose modules are called as they are. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
@@ -34,22 +39,44 @@ class UntraceableError(Exception):
     """The message says why the graph of a forward would not be what the forward does."""
 
 
-class _Value(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """torch.fx's stand-in, which would write `x += y` down as `x + y`."""
+
+    def in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy.in_place, getattr(operator, _name)))
+
+
+class _Value(_Proxy):
     """What the forward computes; whether it is a tensor is not known."""
 
     @property
     def __class__(self) -> type:  # what isinstance looks at, after type()
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(TRUSTED):
-            return _Value
-        raise UntraceableError("its forward asks for the type of an intermediate value")
+        frame = sys._getframe(1)
+        if not frame.f_globals.get("__name__", "").startswith(TRUSTED) and _asks_for_types(frame.f_code):
+            raise UntraceableError("its forward asks for the type of an intermediate value")
+        return _Value
 
 
-class _Input(fx.Proxy):
+def _asks_for_types(code: CodeType) -> bool:
+    """Whether a function may have asked itself, and not a function of torch that is written in C."""
+    return not TYPE_QUESTIONS.isdisjoint(code.co_names) or any(
+        instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)
+    )
+
+
+class _Input(_Proxy):
     """An input of the forward: a tensor, which is checked again whenever the graph is used."""
 
     @property
     def __class__(self) -> type:
-        return Tensor
+        frame = sys._getframe(1)
+        # Not to torch's own functions, some of which would hand it over to C as a tensor.
+        is_torchs = frame.f_globals.get("__name__", "").startswith("torch.")
+        return _Input if is_torchs else Tensor
 
 
 class _Tracer(fx.Tracer):
@@ -91,8 +118,9 @@ class _Tracer(fx.Tracer):
 
 def is_container(module: nn.Module, closed: tuple[str, ...] = CLOSED) -> bool:
     """Whether the forward of a module is to be looked into, as far as the module itself tells."""
-    is_known = type(module) is not nn.Sequential and type(module).__module__.startswith(closed)
-    return bool(module._modules) and not is_known
+    if type(module) is nn.Sequential:  # an empty one, too: it is a shortcut that gives its input itself
+        return True
+    return bool(module._modules) and not type(module).__module__.startswith(closed)
 
 
 def trace(
@@ -126,6 +154,7 @@ def trace(
                 inner.training = training
             try:
                 graphs.append(_Tracer(opaque, traced_method, closed).trace(module))
+                _check_constants(graphs[-1])
             except UntraceableError:
                 raise
             except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
@@ -133,9 +162,12 @@ def trace(
                 raise UntraceableError(f"torch.fx cannot follow its forward ({reason})") from error
     if str(graphs[0]) != str(graphs[-1]):
         raise UntraceableError("its forward depends on the mode (training, gradients or autocast)")
-    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graphs[0].nodes):
-        raise UntraceableError("its forward computes a tensor that does not depend on its input")
     return graphs[0]
+
+
+def _check_constants(graph: fx.Graph) -> None:
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise UntraceableError("its forward computes a tensor that does not depend on its input")
 
 
 def _required_parameters(function: Any) -> list[str]:

@@ -1,0 +1,208 @@
+"""A converted model computes what it computed: outputs, gradients, statistics, in training and in evaluation."""
+
+import copy
+
+import pytest
+import torch
+from budget import assert_within_budget
+from foreign_models import (
+    AkamasterResNet,
+    KuangliuResNet,
+    PreActivationBlock,
+    conv_norm_relu,
+    perturbed,
+    step,
+    thin_timm_resnet,
+)
+from thin_resnet import thin_resnet
+from torch import nn
+from torchvision import models as torchvision_models
+from torchvision.models import resnet as torchvision_resnet
+
+from resnet_fast import FusedBatchNorm2d, convert, functional
+from resnet_fast.conversion import rewrite
+
+ALL = "BN+ReLU BN+add+ReLU BN+BN+add+ReLU".split()
+THIN = {
+    "torchvision": (lambda: thin_resnet(torchvision_resnet), ALL),
+    "timm": (thin_timm_resnet, ALL),
+    "timm, average pooling before the projection": (lambda: thin_timm_resnet(avg_down=True), ALL),
+    "kuangliu": (KuangliuResNet, ALL),
+    "akamaster": (AkamasterResNet, ALL[:2]),
+    "pre-activation": (lambda: PreActivationBlock(3), ["BN+ReLU"]),
+    "Sequential": (conv_norm_relu, ["BN+ReLU"]),
+}
+
+
+@pytest.fixture
+def on_aten(monkeypatch):
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+
+
+def make_pair(make, device="cpu") -> tuple[nn.Module, nn.Module]:
+    """A model converted, and as it was."""
+    torch.manual_seed(0)
+    theirs = perturbed(make()).to(device, memory_format=torch.channels_last)
+    return convert(copy.deepcopy(theirs)), theirs
+
+
+def size_for(name: str) -> int:
+    """timm's stem has stride 4."""
+    return 32 if name.startswith("timm") else 8
+
+
+def images(device, size: int = 8) -> torch.Tensor:
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.fixture
+def one_thread():
+    """See test_resnet_parity.py."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("name", THIN)
+def test_within_the_budget(name, training, device, one_thread):
+    """On the kernels."""
+    ours, theirs = (model.train(training) for model in make_pair(THIN[name][0], device))
+    x = images(device, size_for(name))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        found, exact = step(ours, x), step(copy.deepcopy(theirs).double(), x.double())
+        layouts = (torch.channels_last, torch.contiguous_format)
+        expected = [step(copy.deepcopy(theirs).to(memory_format=layout), x) for layout in layouts]
+    assert found.keys() == exact.keys()
+    for key in found:
+        if key.endswith("num_batches_tracked"):
+            assert found[key] == exact[key]
+        else:
+            assert_within_budget(key, found[key], [result[key] for result in expected], exact[key])
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "autocast"))
+@pytest.mark.parametrize("name", THIN)
+def test_without_a_gpu_to_the_bit(name, autocast, training, on_aten):
+    ours, theirs = (model.train(training) for model in make_pair(THIN[name][0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = step(ours, images("cpu", size_for(name))), step(theirs, images("cpu", size_for(name)))
+    assert found.keys() == expected.keys()
+    for key in found:
+        assert torch.equal(found[key], expected[key]), key
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_what_becomes_one_operation(name):
+    make, operations = THIN[name]
+    model, report = convert(make(), report=True)
+    assert not report.left
+    assert {outcome.what for outcome in report.converted} == set(operations)
+    assert len(report.converted) == sum(type(module) is FusedBatchNorm2d for module in model.modules())
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_the_fused_operations_run(name, on_aten, monkeypatch):
+    """As many in one forward as the report says: a joined pair of norms is one."""
+    model, report = convert(THIN[name][0](), report=True)
+    calls, fused = [], FusedBatchNorm2d.fused
+
+    def counted(self, x, residual=None, residual_norm=None, **kwargs):
+        calls.append("+".join(["BN"] * (1 + (residual_norm is not None)) + ["add"] * (residual is not None)))
+        return fused(self, x, residual, residual_norm, **kwargs)
+
+    monkeypatch.setattr(FusedBatchNorm2d, "fused", counted)
+    model(images("cpu", size_for(name)))
+    counts = [outcome.what.removesuffix("+ReLU") for outcome in report.converted]
+    assert calls.count("BN") == counts.count("BN")
+    assert calls.count("BN+add") == counts.count("BN+add")
+    assert calls.count("BN+BN+add") == counts.count("BN+BN+add") / 2
+
+
+def test_two_readers_of_a_block_get_a_handle_each(on_aten, monkeypatch):
+    """So that the kernel adds their gradients; in kuangliu's, every block's output but the last, and the stem's."""
+    model, forks = convert(KuangliuResNet()), []
+    forward = model.__dict__["_fused"].forward
+    name = next(name for name, value in forward.__globals__.items() if value is rewrite.fused_steps)
+
+    def counted(*args, **kwargs):
+        forks.append(kwargs.get("fork", False))
+        return rewrite.fused_steps(*args, **kwargs)
+
+    monkeypatch.setitem(forward.__globals__, name, counted)
+    model(images("cpu"))
+    assert forks == [True, False, True, False, True, False, False]
+
+
+def test_a_value_that_is_changed_in_place_gets_no_second_handle(on_aten):
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.conv2 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = torch.relu(self.bn(self.conv(x)))
+            z = self.conv2(y)
+            y += 1
+            return z + y
+
+    ours, theirs = (model.eval() for model in make_pair(Changes))
+    with torch.no_grad():
+        assert torch.equal(ours(images("cpu")), theirs(images("cpu")))
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"))
+def test_torchvisions_networks(name, on_aten):
+    ours, theirs = make_pair(lambda: getattr(torchvision_models, name)(num_classes=3))
+    assert {outcome.what for outcome in convert(ours, report=True)[1].outcomes} == set(ALL)
+    found, expected = step(ours, images("cpu", 32)), step(theirs, images("cpu", 32))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet26d", "seresnet18", "ecaresnet26t"))
+def test_timms_networks(name, on_aten):
+    """All norms are converted, before an attention module alone or with a ReLU."""
+    import timm
+
+    ours, theirs = make_pair(lambda: timm.create_model(name, num_classes=3))
+    assert not convert(ours, report=True)[1].left
+    found, expected = step(ours, images("cpu", 64)), step(theirs, images("cpu", 64))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ("mobilenet_v2", "densenet121", "googlenet"))
+def test_other_networks_of_torchvision(name, on_aten):
+    """Whatever torch.fx can follow of them."""
+    kwargs = {"init_weights": False} if name == "googlenet" else {}
+    pair = make_pair(lambda: getattr(torchvision_models, name)(num_classes=3, **kwargs))
+    ours, theirs = (model.eval() for model in pair)
+    with torch.no_grad():
+        assert torch.equal(ours(images("cpu", 64)), theirs(images("cpu", 64)))
+
+
+def test_a_residual_is_broadcast_and_promoted_as_in_eager(on_aten):
+    class Adds(nn.Module):
+        def __init__(self, residual):
+            super().__init__()
+            self.conv, self.bn, self.residual = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), residual
+
+        def forward(
+            self,
+            x,
+        ):
+            return torch.relu(self.bn(self.conv(x)) + self.pool(x))
+
+        def pool(self, x):
+            return x.mean(self.residual, keepdim=True)
+
+    class Promotes(Adds):
+        def pool(self, x):
+            return x[:, :1].expand(-1, 4, -1, -1).double()
+
+    for make in (lambda: Adds((1, 2, 3)), lambda: Adds((1,)), lambda: Promotes(None)):
+        ours, theirs = make_pair(make)
+        found, expected = step(ours, images("cpu")), step(theirs, images("cpu"))
+        assert ours.__dict__["_fused"] is not None
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

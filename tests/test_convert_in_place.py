@@ -1,0 +1,330 @@
+"""`convert` changes classes and nothing else; copies stay converted; `restore` gives back what was there."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from foreign_models import KuangliuResNet, conv_norm_relu, perturbed, step, thin_timm_resnet
+from thin_resnet import thin_resnet
+from torch import fx, nn
+from torchvision.models import resnet as torchvision_resnet
+
+from resnet_fast import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert, convert_sync_batchnorm, functional, restore
+from resnet_fast.conversion.convert import Converted
+
+MODELS = {
+    "torchvision": lambda: thin_resnet(torchvision_resnet),
+    "timm": thin_timm_resnet,
+    "kuangliu": KuangliuResNet,
+    "Sequential": conv_norm_relu,
+}
+
+
+@pytest.fixture(autouse=True)
+def on_aten(monkeypatch):
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+
+
+def images(size: int = 8) -> torch.Tensor:
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def state(model: nn.Module) -> list:
+    """All that a model consists of: classes, attributes and their order, by identity."""
+    return [
+        (name, type(module), [(key, id(value)) for key, value in vars(module).items() if key != "training"])
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_buffers_keys_and_names_are_the_same_objects(name):
+    model = MODELS[name]()
+    before, printed = model.state_dict(keep_vars=True), repr(model)
+    assert convert(model) is model
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[key] is before[key] for key in before)
+    assert repr(model).replace("FusedBatchNorm2d", "BatchNorm2d") == printed
+
+
+def test_modules_are_still_of_their_classes():
+    model = convert(KuangliuResNet())
+    assert isinstance(model, KuangliuResNet) and type(model).__name__ == "KuangliuResNet"
+    assert all(isinstance(module, nn.Sequential) for module in (model.layer1, model.layer2))
+    assert isinstance(model.layer1[:1], nn.Sequential)
+    assert torch.equal(model.layer1[:1](torch.ones(1, 8, 4, 4)), model.layer1[0](torch.ones(1, 8, 4, 4)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_restore_gives_back_what_was_there(name):
+    model = MODELS[name]()
+    before = state(model)
+    assert restore(convert(model)) is model
+    assert state(model) == before
+
+
+def test_restore_leaves_fused_modules_of_ones_own_alone():
+    model = convert(nn.Sequential(FusedBatchNorm2d(3, relu=True), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    restore(model)
+    assert type(model[0]) is FusedBatchNorm2d and model[0].relu and type(model[2]) is nn.BatchNorm2d
+
+
+def test_restore_keeps_what_was_trained():
+    model, trained = MODELS["torchvision"](), MODELS["torchvision"]()
+    convert(model)
+    for each in (model, trained):
+        each(images()).sum().backward()
+        torch.optim.SGD(each.parameters(), lr=0.1).step()
+    restore(model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
+
+
+def test_converting_twice_is_converting_once():
+    model = convert(KuangliuResNet())
+    first = convert(model, report=True)[1]
+    assert convert(model, report=True)[1] == first and not first.left
+    restore(model)
+    assert not any(isinstance(module, Converted) for module in model.modules())
+
+
+@pytest.mark.parametrize("how", ("deepcopy", "pickle", "torch.save"))
+@pytest.mark.parametrize("name", ("torchvision", "timm", "kuangliu"))
+def test_copies_are_converted_and_independent(name, how):
+    model = convert(perturbed(MODELS[name]())).eval()
+    if how == "deepcopy":
+        copied = copy.deepcopy(model)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    x, expected = images(32 if name == "timm" else 8), model(images(32 if name == "timm" else 8))
+    assert type(copied) is type(model) and copied.__dict__["_fused"].holds((x,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), expected)
+    restore(copied)
+    assert torch.equal(copied(x), expected) and not isinstance(copied, Converted)
+
+
+def test_state_dicts_load_both_ways():
+    converted, plain = convert(perturbed(KuangliuResNet())), KuangliuResNet()
+    plain.load_state_dict(converted.state_dict(), strict=True)
+    assert torch.equal(plain.eval()(images()), converted.eval()(images()))
+    converted.load_state_dict(KuangliuResNet().state_dict(), strict=True)
+
+
+def test_a_batch_norm_itself():
+    norm = nn.BatchNorm2d(3, momentum=None)
+    _, report = convert(norm, report=True)
+    assert type(norm) is FusedBatchNorm2d and "(the model)" in str(report)
+    norm(images())
+    assert type(restore(norm)) is nn.BatchNorm2d and norm.num_batches_tracked == 1
+
+
+# What makes the forward that was there run, step by step.
+
+
+def fused_calls(model: nn.Module, monkeypatch) -> list[str]:
+    calls, fused = [], FusedBatchNorm2d.fused
+
+    def counted(self, x, residual=None, residual_norm=None, **kwargs):
+        calls.append("add" if residual is not None else "relu" if kwargs["relu"] else "alone")
+        return fused(self, x, residual, residual_norm, **kwargs)
+
+    monkeypatch.setattr(FusedBatchNorm2d, "fused", counted)
+    return calls
+
+
+FUSED = ["relu", "relu", "add", "relu", "add", "relu", "add"]
+HOOKS = {
+    "forward": lambda module, hook: module.register_forward_hook(lambda *_: hook()),
+    "forward pre": lambda module, hook: module.register_forward_pre_hook(lambda *_: hook()),
+    "backward": lambda module, hook: module.register_full_backward_hook(lambda *_: hook()),
+    "backward pre": lambda module, hook: module.register_full_backward_pre_hook(lambda *_: hook()),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("when", ("before", "after"))
+@pytest.mark.parametrize("where", ("layer1.0.bn1", "layer2.0.conv1", "layer1.1", "layer1"))
+def test_hooks_see_what_they_saw(where, when, kind, monkeypatch):
+    """And the blocks that they are not in stay fused."""
+    theirs, ours, called = KuangliuResNet(), KuangliuResNet(), []
+    ours.load_state_dict(theirs.state_dict())
+    if when == "before":
+        handle = HOOKS[kind](ours.get_submodule(where), lambda: called.append(1))
+        convert(ours)
+    else:
+        convert(ours)
+        handle = HOOKS[kind](ours.get_submodule(where), lambda: called.append(1))
+    calls = fused_calls(ours, monkeypatch)
+    found, expected = step(ours, images()), step(theirs, images())
+    assert called == [1]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert calls != FUSED and "add" in calls
+    handle.remove()
+    calls.clear()
+    ours(images())
+    assert calls == FUSED
+
+
+def test_hooks_of_the_model_itself_leave_it_fused(monkeypatch):
+    model, called = convert(KuangliuResNet()), []
+    model.register_forward_hook(lambda *_: called.append(1))
+    calls = fused_calls(model, monkeypatch)
+    model(images())
+    assert called == [1] and calls == FUSED
+
+
+def _swap_relu(model):
+    model.layer1[0].bn1 = nn.Identity()
+
+
+def _swap_block(model):
+    model.layer1[0] = nn.Conv2d(8, 8, 1)
+
+
+def _drop_block(model):
+    del model.layer1[1]
+
+
+def _add_shortcut(model):
+    model.layer1[0].shortcut.append(nn.Conv2d(8, 8, 1))
+
+
+def _patch_forward(model):
+    model.layer1[0].conv1.forward = lambda x: x * 2
+
+
+@pytest.mark.parametrize("change", (_swap_relu, _swap_block, _drop_block, _add_shortcut, _patch_forward))
+def test_a_model_that_is_changed_later_computes_what_it_is_then(change):
+    theirs, ours = perturbed(KuangliuResNet()), perturbed(KuangliuResNet())
+    ours.load_state_dict(theirs.state_dict())
+    convert(ours)
+    for model in (theirs, ours):
+        torch.manual_seed(2)
+        change(model.eval())
+    assert torch.equal(ours(images()), theirs(images()))
+    convert(ours)
+    assert torch.equal(ours(images()), theirs(images()))
+
+
+class Switched(nn.Module):
+    """Its forward depends on an attribute, and takes more than it needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.activation, self.double = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), torch.relu, False
+
+    def forward(self, x, scale=1):
+        y = self.activation(self.bn(self.conv(x)))
+        return scale * (2 * y if self.double else y)
+
+
+@pytest.mark.parametrize("setting", ({"double": True}, {"activation": torch.tanh}), ids=lambda setting: str(*setting))
+def test_attributes_that_are_changed_later_count(setting):
+    model = convert(Switched().eval())
+    y = model(images())
+    vars(model).update(setting)
+    expected = torch.tanh(model.bn(model.conv(images()))) if "activation" in setting else 2 * y
+    assert torch.equal(model(images()), expected)
+
+
+def test_arguments_that_were_not_foreseen_count():
+    model = convert(Switched().eval())
+    y = model(images())
+    assert torch.equal(model(images(), 3), 3 * y)
+    assert torch.equal(model(x=images()), y) and torch.equal(model(images(), scale=3), 3 * y)
+
+
+def test_torch_fx_traces_the_steps():
+    model = convert(perturbed(KuangliuResNet())).eval()
+    traced = fx.symbolic_trace(model)
+    assert torch.equal(traced(images()), model(images()))
+    assert sum(node.op == "call_module" and "bn" in str(node.target) for node in traced.graph.nodes) == 7
+
+
+# What comes after.
+
+
+@pytest.mark.parametrize("name", ("torchvision", "kuangliu"))
+def test_torch_compile_takes_it_whole(name):
+    model = convert(perturbed(MODELS[name]()))
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    found, expected = step(compiled, images()), step(model, images())
+    assert torch.equal(found["y"], expected["y"])
+    assert all(
+        torch.equal(found[f"d _orig_mod.{key[2:]}"], expected[key]) for key in expected if key.startswith("d conv")
+    )
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ("convert", "wrap"))
+def test_distributed_data_parallel(first, one_process, monkeypatch):
+    theirs, ours = perturbed(KuangliuResNet()), perturbed(KuangliuResNet())
+    ours.load_state_dict(theirs.state_dict())
+    if first == "convert":
+        wrapped = nn.parallel.DistributedDataParallel(convert(ours))
+    else:
+        wrapped = convert(nn.parallel.DistributedDataParallel(ours))
+    calls = fused_calls(ours, monkeypatch)
+    found, expected = step(wrapped, images()), step(theirs, images())
+    assert calls == FUSED
+    assert torch.equal(found["y"], expected["y"])
+    assert all(torch.equal(found[f"d module.{key[2:]}"], value) for key, value in expected.items() if key[:2] == "d ")
+
+
+def test_synchronized_batch_norm_comes_after(monkeypatch):
+    model = convert_sync_batchnorm(convert(perturbed(KuangliuResNet())))
+    assert all(type(norm) is FusedSyncBatchNorm2d for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+    calls = fused_calls(model, monkeypatch)
+    model(images())
+    assert calls == FUSED
+    assert sum(type(norm) is nn.SyncBatchNorm for norm in restore(model).modules()) == 8
+
+
+# What is refused.
+
+
+def test_what_is_no_module_is_refused():
+    for function in (convert, restore):
+        with pytest.raises(TypeError, match="model must be an nn.Module, got dict"):
+            function({})
+
+
+def test_compiled_models_are_refused_and_left_alone():
+    model = KuangliuResNet()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="model must be converted before torch.compile"):
+        convert(torch.compile(model))
+    model.layer1.compile()
+    with pytest.raises(ValueError, match="layer1 must be converted before torch.compile"):
+        convert(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_scripted_models_are_refused():
+    with pytest.raises(ValueError, match="model must not be compiled by TorchScript"):
+        convert(torch.jit.script(nn.BatchNorm2d(3)))
+
+
+def test_the_report_fits_a_terminal():
+    report = str(convert(thin_timm_resnet(), report=True)[1])
+    assert all(len(line) <= 80 for line in report.splitlines())
+    assert report.splitlines()[0].split() == ["bn1", "BN+ReLU"]
+    assert "converted 15 (" in report and report.endswith("model.to(memory_format=torch.channels_last)")
