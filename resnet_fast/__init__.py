@@ -4,6 +4,7 @@
 """
 
 from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from .checkpoints import CheckpointMismatch, load_checkpoint
 from .functional import batch_norm_add_relu
 from .models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
@@ -11,12 +12,14 @@ from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointMismatch",
     "FusedBatchNorm2d",
     "FusedSyncBatchNorm2d",
     "ResNet",
     "__version__",
     "batch_norm_add_relu",
     "convert_sync_batchnorm",
+    "load_checkpoint",
     "resnet101",
     "resnet152",
     "resnet18",
