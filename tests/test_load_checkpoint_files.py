@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -114,6 +115,26 @@ def test_a_file_that_is_cut_short_anywhere_is_refused(cut: int, tmp_path: Path):
     for whole in (WHOLE, OLD, SAFE):
         (tmp_path / "x.pth").write_bytes(whole[: len(whole) * cut // 20])
         refusal(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite")
+def test_a_file_that_is_damaged_anywhere_is_refused_in_one_line_if_it_is_noticed(tmp_path: Path):
+    """torch.load looks at no checksum: a changed weight is a weight."""
+    generator, n_refused = random.Random(0), 0
+    for whole in (WHOLE, OLD, SAFE):
+        for _ in range(100):
+            data = bytearray(whole)
+            for _ in range(generator.choice((1, 4, 20))):
+                data[generator.randrange(len(data))] = generator.randrange(256)
+            (tmp_path / "x.pth").write_bytes(data)
+            try:
+                resnet_fast.load_checkpoint(nn.Linear(64, 64), tmp_path / "x.pth")
+            except resnet_fast.CheckpointMismatch:
+                n_refused += 1
+            except ValueError as error:
+                n_refused += 1
+                assert str(error).startswith(str(tmp_path / "x.pth")) and "\n" not in str(error)
+    assert n_refused > 30
 
 
 def test_a_folder_names_the_files_in_it(tmp_path: Path):

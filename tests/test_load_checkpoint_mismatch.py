@@ -123,6 +123,11 @@ NETWORKS = {
         "the file is of a ResNet with a deep stem or pooled shortcuts (conv1.0.weight), as timm's resnet18d",
     ),
     "gray images": (lambda: timm.create_model("resnet18", in_chans=1), {}, "images with 1 channels, the model takes 3"),
+    "no last layer": (
+        lambda: timm.create_model("resnet18", num_classes=0),
+        {},
+        "the file has no last layer: set model.fc = torch.nn.Identity(), load, and put a new nn.Linear in its place",
+    ),
     "a part": (
         lambda: nn.ModuleDict({"backbone": torchvision_resnet.resnet18(), "head": nn.Linear(2, 2)}),
         {},

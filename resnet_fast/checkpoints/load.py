@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .entries import find_weights
 from .mismatch import CheckpointMismatch, known_causes
-from .names import forms, match
+from .names import forms, is_counter, match
 from .reading import read_file
 
 
@@ -46,7 +46,7 @@ class Loaded:
     not_finite: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.path}: {self.n_tensors} tensors loaded"]
+        parts = [f"{self.path}: {self.n_tensors} tensor{'s' if self.n_tensors != 1 else ''} loaded"]
         parts += [f"from its entry {self.entry!r}"] if self.entry else []
         parts += [f"without the prefixes {', '.join(self.stripped)}"] if self.stripped else []
         parts += [f"with the prefixes {', '.join(self.added)}"] if self.added else []
@@ -160,8 +160,8 @@ def _check_aliases(path: Path, values: Mapping[str, Tensor], aliases: Mapping[st
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """By names in torchvision's words."""
-    return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items()}
+    """By names in torchvision's words, without counters."""
+    return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items() if not is_counter(name)}
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -65,6 +65,11 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
         file, model: shapes by name, in torchvision's words.
     """
     hints = [*_of_a_prefix(file, model), *_of_the_blocks(file, model), *_of_the_stem(file, model)]
+    missing = set(model) - set(file)
+    if missing and all(name.startswith("fc.") for name in missing):
+        hints.append(
+            "the file has no last layer: set model.fc = torch.nn.Identity(), load, and put a new nn.Linear in its place"
+        )
     ours, theirs = model.get("fc.weight", ()), file.get("fc.weight", ())
     if len(ours) == len(theirs) == 2 and ours[0] != theirs[0]:
         hints.append(

@@ -92,7 +92,7 @@ def _check_archive(path: Path, data: bytes) -> None:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # names that are no text, a version that there is not
         raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path} is a TorchScript program, which is code and is not loaded; {SAVE_AGAIN}")
