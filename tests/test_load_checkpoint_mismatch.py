@@ -1,6 +1,7 @@
 """A file that does not fit is not loaded, not a value of it; the error lists the differences and names known causes."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torchvision.models import resnet as torchvision_resnet
 
 import resnet_fast
 from resnet_fast import CheckpointMismatch
+from resnet_fast.checkpoints.mismatch import known_causes
 from resnet_fast.models import resnet
 
 
@@ -117,6 +119,8 @@ NETWORKS = {
         "the model a ResNet-18 (BasicBlock, 2 + 2 + 2 + 2 blocks)",
     ),
     "depth": (torchvision_resnet.resnet34, {}, "the file is of a ResNet-34 (BasicBlock, 3 + 4 + 6 + 3 blocks)"),
+    "wide": (torchvision_resnet.wide_resnet50_2, {"depth": 50}, "with groups=1, width_per_group=128"),
+    "groups": (torchvision_resnet.resnext50_32x4d, {"depth": 50}, "with groups=32, width_per_group=4"),
     "deep stem": (
         lambda: timm.create_model("resnet18d"),
         {},
@@ -142,9 +146,21 @@ def test_known_causes_are_named(case: str, tmp_path: Path):
     with torch.device("meta"):
         network = build()
     state = filled(network)
-    error = mismatch(resnet_fast.resnet18(**kwargs), state, tmp_path)
+    options = dict(kwargs)
+    ours = getattr(resnet_fast, f"resnet{options.pop('depth', 18)}")(**options)
+    error = mismatch(ours, state, tmp_path)
     assert any(hint in line for line in error.hints), str(error)
     assert all(line in str(error) for line in error.hints) and len(error.hints) == 1, error.hints
+
+
+@pytest.mark.parametrize("name", ["wide_resnet50_2", "resnext50_32x4d"])
+def test_the_widths_that_are_advised_fit(name: str):
+    with torch.device("meta"):
+        theirs, plain = getattr(torchvision_resnet, name)().state_dict(), resnet_fast.resnet50().state_dict()
+        (hint,) = known_causes(*({key: tuple(value.shape) for key, value in s.items()} for s in (theirs, plain)))
+        groups, width = map(int, re.findall(r"=(\d+)", hint))
+        ours = resnet_fast.resnet50(groups=groups, width_per_group=width).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
 def test_a_shallow_network_of_three_stages_is_named_by_its_layers(tmp_path: Path):

@@ -95,9 +95,18 @@ def _of_a_prefix(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
 
 def _of_the_blocks(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
     theirs, ours = _network(file), _network(model)
-    if not theirs or not ours or theirs == ours:
+    if not theirs or not ours:
         return []
-    return [f"the file is of a {theirs}, the model a {ours}"]
+    if theirs != ours:
+        return [f"the file is of a {theirs}, the model a {ours}"]
+    theirs, ours = (shapes.get("layer1.0.conv2.weight", ()) for shapes in (file, model))
+    if "Bottleneck" not in _network(file) or theirs == ours or len(theirs) != 4 or theirs[1] == 0:
+        return []
+    # The first stage of 64 channels: its 3x3 convolution has groups · width_per_group filters, each of one group.
+    return [
+        "the file is of a ResNeXt or wide ResNet: build the model with "
+        f"groups={theirs[0] // theirs[1]}, width_per_group={theirs[1]}"
+    ]
 
 
 def _network(shapes: Mapping[str, Shape]) -> str:
