@@ -1,6 +1,6 @@
 """Thin networks as others write them, for their names: kuangliu/pytorch-cifar's and akamaster/pytorch_resnet_cifar10's.
 
-`models.thin_resnet`'s ResNet has the same layers, under torchvision's names, as `KuangliuNet`.
+`thin_resnet.thin_resnet` has the layers of `KuangliuNet`, under torchvision's names.
 """
 
 import torch
