@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 TRAIN = ["matplotlib>=3.8", "rich>=13", "scikit-learn>=1.4", "typer>=0.12"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]
 TENSORBOARD = ["tensorboard>=2.18"]
+SAFETENSORS = ["safetensors>=0.5"]
 
 setup(
     name="resnet-fast",
@@ -23,6 +24,7 @@ setup(
     # collide with another project's.
     packages=[
         "resnet_fast",
+        "resnet_fast.checkpoints",
         "resnet_fast.cli",
         "resnet_fast.conversion",
         "resnet_fast.data",
@@ -48,10 +50,12 @@ setup(
         "train": TRAIN,
         "export": [*TRAIN, *EXPORT],
         "tensorboard": [*TRAIN, *TENSORBOARD],
+        "safetensors": SAFETENSORS,
         "dev": [
             *TRAIN,
             *EXPORT,
             *TENSORBOARD,
+            *SAFETENSORS,
             "accelerate>=1.15",  # examples/
             "expecttest>=0.3",  # torch.testing._internal, whose samples are tests here, imports it
             "hypothesis>=6.150",
@@ -62,6 +66,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "setuptools>=77",
+            "timm>=1.0",  # whose ResNets' weights are loaded
         ],
     },
     entry_points={"console_scripts": ["resnet-fast=resnet_fast.cli:app"]},

@@ -4,6 +4,7 @@
 """
 
 from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from .checkpoints import CheckpointMismatch, load_checkpoint
 from .conversion import convert, fold_batch_norm, restore
 from .functional import batch_norm_add_relu
 from .models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
@@ -12,6 +13,7 @@ from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointMismatch",
     "FusedBatchNorm2d",
     "FusedSyncBatchNorm2d",
     "ResNet",
@@ -20,6 +22,7 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "fold_batch_norm",
+    "load_checkpoint",
     "resnet101",
     "resnet152",
     "resnet18",

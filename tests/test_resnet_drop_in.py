@@ -99,21 +99,6 @@ def test_checkpoints_go_both_ways(tmp_path):
     assert ours.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_pretrained_weights(monkeypatch):
-    """Everything but the download: 1,000 classes, loaded, and refused where they cannot fit."""
-    weights = torchvision_models.ResNet18_Weights.IMAGENET1K_V1
-    state = torchvision_models.resnet18().state_dict()
-    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **kwargs: state)
-    model = resnet_fast.resnet18(weights="IMAGENET1K_V1")
-    assert torch.equal(model.fc.weight, state["fc.weight"])
-    with pytest.warns(UserWarning, match="pretrained"):
-        resnet_fast.resnet18(pretrained=True)
-    with pytest.raises(ValueError, match="num_classes"):
-        resnet_fast.resnet18(weights=weights, num_classes=10)
-    with pytest.raises(ValueError, match="weights are for stem='imagenet', got stem='cifar'"):
-        resnet_fast.resnet18(weights=weights, stem="cifar")
-
-
 def test_cifar_stem():
     model = resnet_fast.resnet18(num_classes=10, stem="cifar")
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962

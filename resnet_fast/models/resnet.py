@@ -19,9 +19,10 @@ from torchvision.models import (
 )
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
-from torchvision.models._utils import _ovewrite_named_param, handle_legacy_interface
+from torchvision.models._utils import handle_legacy_interface
 
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+from .pretrained import check_fit, verify
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -213,12 +214,16 @@ class ResNet(torchvision_resnet.ResNet):
 
 
 def _resnet(
-    block: type[BasicBlock | Bottleneck], layers: list[int], weights: WeightsEnum | None, progress: bool, **kwargs: Any
+    block: type[BasicBlock | Bottleneck],
+    layers: list[int],
+    known: type[WeightsEnum],
+    weights: Any,
+    progress: bool,
+    **kwargs: Any,
 ) -> ResNet:
+    weights = verify(known, weights)
     if weights is not None:
-        if kwargs.get("stem", "imagenet") != "imagenet":
-            raise ValueError(f"weights are for stem='imagenet', got stem={kwargs['stem']!r}")
-        _ovewrite_named_param(kwargs, "num_classes", len(weights.meta["categories"]))
+        check_fit(weights, 512 * block.expansion, kwargs)
     model = ResNet(block, layers, **kwargs)
     if weights is not None:
         model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
@@ -230,32 +235,37 @@ def resnet18(*, weights: ResNet18_Weights | None = None, progress: bool = True, 
     """ResNet-18: torchvision's function, on fused blocks.
 
     Args:
-        weights: torchvision's pretrained weights, or None.
+        weights: torchvision's pretrained weights, as a member of its enumeration or by name, "IMAGENET1K_V1" or
+            "DEFAULT", for its 1,000 classes and the stem "imagenet"; or None.
         progress: show the download's progress.
         kwargs: those of `ResNet`, among them `num_classes` and `stem`.
+
+    Raises:
+        ValueError: no weights of that name, or `stem` or `num_classes` are not those of the weights.
+        TypeError: the weights are of another network.
     """
-    return _resnet(BasicBlock, [2, 2, 2, 2], ResNet18_Weights.verify(weights), progress, **kwargs)
+    return _resnet(BasicBlock, [2, 2, 2, 2], ResNet18_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet34_Weights.IMAGENET1K_V1))
 def resnet34(*, weights: ResNet34_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34; arguments as for `resnet18`."""
-    return _resnet(BasicBlock, [3, 4, 6, 3], ResNet34_Weights.verify(weights), progress, **kwargs)
+    return _resnet(BasicBlock, [3, 4, 6, 3], ResNet34_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet50_Weights.IMAGENET1K_V1))
 def resnet50(*, weights: ResNet50_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50; arguments as for `resnet18`."""
-    return _resnet(Bottleneck, [3, 4, 6, 3], ResNet50_Weights.verify(weights), progress, **kwargs)
+    return _resnet(Bottleneck, [3, 4, 6, 3], ResNet50_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet101_Weights.IMAGENET1K_V1))
 def resnet101(*, weights: ResNet101_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101; arguments as for `resnet18`."""
-    return _resnet(Bottleneck, [3, 4, 23, 3], ResNet101_Weights.verify(weights), progress, **kwargs)
+    return _resnet(Bottleneck, [3, 4, 23, 3], ResNet101_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet152_Weights.IMAGENET1K_V1))
 def resnet152(*, weights: ResNet152_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152; arguments as for `resnet18`."""
-    return _resnet(Bottleneck, [3, 8, 36, 3], ResNet152_Weights.verify(weights), progress, **kwargs)
+    return _resnet(Bottleneck, [3, 8, 36, 3], ResNet152_Weights, weights, progress, **kwargs)

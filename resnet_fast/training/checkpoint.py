@@ -1,12 +1,8 @@
 """A checkpoint: all that a run needs to go on, in one file that shows any damage.
 
-    file = archive of torch.save, its comment being b"resnet_fast sha256 " + SHA-256 of all bytes before the comment
-
-so that `torch.load(path, weights_only=True)` reads it as any other. torch.load itself looks at no checksum: of a weight
-whose bits have changed it notices nothing.
+It is a signed archive of torch.save (signature.py), which `torch.load(path, weights_only=True)` reads as any other.
 """
 
-import hashlib
 import io
 import os
 import pickle
@@ -19,10 +15,9 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.files import whole_file
+from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
 
 FORMAT = 2
-MARK = b"resnet_fast sha256 "
-COMMENT_BYTES = len(MARK) + 64
 
 
 class CheckpointError(RuntimeError):
@@ -42,10 +37,7 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -
     # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
     archive = io.BytesIO()
     torch.save({"format": FORMAT, **_to_cpu(state)}, archive)
-    archive.seek(-2, os.SEEK_END)  # the length of the comment, 0 until now
-    archive.write(COMMENT_BYTES.to_bytes(2, "little"))
-    digest = hashlib.sha256(archive.getbuffer()).hexdigest()
-    archive.write(MARK + digest.encode())
+    sign(archive)
     with whole_file(path) as file:
         file.write(archive.getbuffer())
         if previous is not None and path.exists():
@@ -67,10 +59,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    comment = data[-COMMENT_BYTES:]
-    if not comment.startswith(MARK):
+    if not is_signed(data):
         raise CheckpointError(f"{path} {_what_else(data)}")
-    if hashlib.sha256(memoryview(data)[:-COMMENT_BYTES]).hexdigest().encode() != comment[len(MARK) :]:
+    if not is_whole(data):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

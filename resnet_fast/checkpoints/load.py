@@ -1,0 +1,171 @@
+"""load_checkpoint: read a file, match its names and shapes with the model's, and only then copy."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .entries import find_weights
+from .mismatch import CheckpointMismatch, known_causes
+from .names import forms, is_counter, match
+from .reading import read_file
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_checkpoint` did; its str() is for people.
+
+    Args:
+        path: of the file.
+        n_tensors: how many parameters and buffers got a value from it.
+        entry: under which name in the file the weights were, such as "state_dict"; "" where it is the state dict.
+        stripped: prefixes that the names in the file had and the model's do not, "module.".
+        added: prefixes that the model's names have and those in the file did not.
+        translated: (word in the file, word in the model), ("shortcut", "downsample").
+        cast: (type in the file, type in the model) where they differ.
+        kept: names of the model that the file does not have, and that keep their values: counters such as
+            `num_batches_tracked`, which evaluation does not use, and other names of tensors that were loaded.
+        ignored: what else is in the file.
+        not_finite: names of the model whose values hold an infinity or NaN, in the file or after the cast.
+    """
+
+    path: Path
+    n_tensors: int
+    entry: str = ""
+    stripped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    translated: tuple[tuple[str, str], ...] = ()
+    cast: tuple[tuple[torch.dtype, torch.dtype], ...] = ()
+    kept: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {self.n_tensors} tensor{'s' if self.n_tensors != 1 else ''} loaded"]
+        parts += [f"from its entry {self.entry!r}"] if self.entry else []
+        parts += [f"without the prefixes {', '.join(self.stripped)}"] if self.stripped else []
+        parts += [f"with the prefixes {', '.join(self.added)}"] if self.added else []
+        parts += [f"{old} read as {new}" for old, new in self.translated]
+        parts += [f"{str(old)[6:]} cast to {str(new)[6:]}" for old, new in self.cast]
+        parts += [f"not in the file and kept: {_few(self.kept)}"] if self.kept else []
+        parts += [f"ignored in the file: {_few(self.ignored)}"] if self.ignored else []
+        parts += [f"NOT FINITE: {_few(self.not_finite)}"] if self.not_finite else []
+        return "; ".join(parts)
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Loaded:
+    """Load weights that were trained elsewhere into a model, in place.
+
+    Files of torch.save and safetensors, read without running code: state dicts of torchvision, of timm's plain ResNets,
+    of kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10, of Lightning; checkpoints of `resnet-fast train`.
+    The names in the file are matched with the model's: prefixes of DataParallel, torch.compile and Lightning, and the
+    words shortcut and linear for downsample and fc, may stand on either side. All names and shapes are compared before
+    anything is copied. Values are cast to the model's types; its device and memory format stay.
+
+    Args:
+        model: any ResNet, ours or not, also wrapped or compiled.
+        path: of the file.
+        entry: under which name in the file the weights are. None: the file is the state dict, or holds it as
+            "state_dict", "model_state_dict", "model" or "net"; the moving average, "state_dict_ema" or "model_ema",
+            goes before these, as in timm.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointMismatch (a ValueError): names or shapes differ; nothing was loaded.
+        ValueError: the file is a folder, empty, damaged, would run code, or holds no weights; or the model's parameters
+            are on the meta device.
+        FileNotFoundError, OSError: the file is not there, or cannot be read.
+        ModuleNotFoundError: the file is of safetensors, which is not installed.
+        TypeError: `model` is no module.
+
+    A value that is not finite is loaded, with a warning.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    path = Path(path).expanduser()
+    state = model.state_dict()
+    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    on_meta = next((name for name, value in own.items() if value.is_meta), None)
+    if on_meta is not None:
+        raise ValueError(f"model must have its parameters on a device, {on_meta} is on meta: model.to_empty(device=…)")
+
+    weights = find_weights(path, read_file(path), entry)
+    matching = match(own, weights.tensors)
+    found = {name: weights.tensors[in_file] for name, in_file in matching.pairs.items()}
+    aliases = _aliases(own)
+    missing = [name for name in matching.missing if not any(other in found for other in aliases[name])]
+    unlike = [row for name, value in found.items() if (row := _unlike(name, value, own[name]))]
+    if missing or matching.unexpected or unlike:
+        hints = known_causes(_shapes(weights.tensors), _shapes(own))
+        raise CheckpointMismatch(path, missing, matching.unexpected, unlike, hints)
+    values = {name: value.reshape(own[name].shape).to(own[name].dtype) for name, value in found.items()}
+    _check_aliases(path, values, aliases)
+    # In place of the model's own values, whose metadata say that the names are those of today's modules.
+    state.update(values)
+    model.load_state_dict(state)
+
+    stripped, added, translated = matching.differences()
+    used = set(matching.pairs.values())
+    casts = [(found[name].dtype, own[name].dtype) for name in found if own[name].is_floating_point()]
+    loaded = Loaded(
+        path=path,
+        n_tensors=len(found),
+        entry=weights.entry,
+        stripped=tuple(f"{word}." for word in stripped),
+        added=tuple(f"{word}." for word in added),
+        translated=translated,
+        cast=tuple(dict.fromkeys((old, new) for old, new in casts if old != new)),
+        kept=tuple(name for name in own if name not in found),
+        ignored=(*weights.ignored, *(name for name in weights.tensors if name not in used)),
+        not_finite=tuple(name for name, value in values.items() if not bool(value.isfinite().all())),
+    )
+    if loaded.not_finite:
+        warnings.warn(f"{path} holds values that are not finite: {_few(loaded.not_finite)}", stacklevel=2)
+    return loaded
+
+
+def _unlike(name: str, value: Tensor, own: Tensor) -> tuple[str, str, str] | None:
+    """The name, what the file has, and what the model has, where one cannot become the other by a cast."""
+    if value.layout != own.layout or value.is_meta:
+        return name, "no values" if value.is_meta else str(value.layout), str(own.layout)
+    if value.is_complex() != own.is_complex() or (own.is_floating_point() and not value.is_floating_point()):
+        return name, str(value.dtype), str(own.dtype)  # quantized weights, say: without their scale they mean nothing
+    # PyTorch before 0.4 had no scalars, but vectors of one element; load_state_dict takes them, too.
+    if value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):
+        return name, str(list(value.shape)), str(list(own.shape))
+    return None
+
+
+def _aliases(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of the model's tensors to all the names of the same tensor."""
+    groups: dict[object, list[str]] = {}
+    for name, value in own.items():
+        key = (value.data_ptr(), value.shape, value.stride(), value.device) if value.numel() else name
+        groups.setdefault(key, []).append(name)
+    return {name: names for names in groups.values() for name in names}
+
+
+def _check_aliases(path: Path, values: Mapping[str, Tensor], aliases: Mapping[str, list[str]]) -> None:
+    for name, value in values.items():
+        for other in aliases[name]:
+            if other in values and not torch.allclose(values[other], value, rtol=0, atol=0, equal_nan=True):
+                raise ValueError(f"{path} has other values for {other} than for {name}, one tensor in the model")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """By names in torchvision's words, without counters."""
+    return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items() if not is_counter(name)}
+
+
+def _few(names: tuple[str, ...]) -> str:
+    """Some of the names; the counters of batch norms, of which a ResNet-152 has 155, as one."""
+    kinds = Counter(name.rpartition(".")[2] if "num_batches_tracked" in name else name for name in names)
+    shown = [name if count == 1 else f"{count} {name}" for name, count in kinds.items()]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

@@ -1,0 +1,144 @@
+"""What does not fit between a file and a model, and what is known to cause it."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Shape = tuple[int, ...]
+N_SHOWN = 10
+NEAR = 0.8  # of difflib: a name with another digit or word is near, one of another layer and kind is not
+
+
+class CheckpointMismatch(ValueError):
+    """A file does not fit a model; nothing was loaded.
+
+    Args:
+        path: of the file.
+        missing: names of the model that the file does not have.
+        unexpected: names of the file that the model does not have.
+        unlike: (name in the model, what the file has, what the model has) where shape or type differ.
+        hints: known causes, and what to do.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        unlike: Sequence[tuple[str, str, str]],
+        hints: Sequence[str],
+    ) -> None:
+        self.path, self.hints = path, tuple(hints)
+        self.missing, self.unexpected, self.unlike = tuple(missing), tuple(unexpected), tuple(unlike)
+        lines = [f"{path} does not fit the model, and nothing was loaded"]
+        lines += [f"  {hint}" for hint in hints]
+        with_nearest = [_with_nearest(name, unexpected) for name in missing[:N_SHOWN]]
+        lines += _listed("missing in the file", with_nearest, missing)
+        lines += _listed("not in the model", unexpected[:N_SHOWN], unexpected)
+        shown = [f"{name}: {file} in the file, {model} in the model" for name, file, model in unlike[:N_SHOWN]]
+        lines += _listed("of another shape or type", shown, unlike)
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):
+        """From the arguments, not from the message: an exception of a worker process is pickled."""
+        return type(self), (self.path, self.missing, self.unexpected, self.unlike, self.hints)
+
+
+def _listed(title: str, shown: Sequence[str], names: Sequence) -> list[str]:
+    if not names:
+        return []
+    more = [f"    … and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
+    return [f"  {title} ({len(names)}):", *(f"    {line}" for line in shown), *more]
+
+
+def _with_nearest(name: str, others: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, others, n=1, cutoff=NEAR)
+    return f"{name} (in the file: {nearest[0]}?)" if nearest else name
+
+
+def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    """Return what explains the differences between two ResNets, in words.
+
+    Args:
+        file, model: shapes by name, in torchvision's words.
+    """
+    hints = [*_of_a_prefix(file, model), *_of_the_blocks(file, model), *_of_the_stem(file, model)]
+    missing = set(model) - set(file)
+    if missing and all(name.startswith("fc.") for name in missing):
+        hints.append(
+            "the file has no last layer: set model.fc = torch.nn.Identity(), load, and put a new nn.Linear in its place"
+        )
+    ours, theirs = model.get("fc.weight", ()), file.get("fc.weight", ())
+    if len(ours) == len(theirs) == 2 and ours[0] != theirs[0]:
+        hints.append(
+            f"the file is of {theirs[0]} classes, the model of {ours[0]}: build it with num_classes={theirs[0]}, and "
+            f"to train it on {ours[0]}, put nn.Linear({theirs[1]}, {ours[0]}) in place of its last layer after loading"
+        )
+    return hints
+
+
+def _of_a_prefix(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    """A network that was a part of another one, or is one now."""
+    first = next(iter(model), "")
+    prefix = next((name.removesuffix(first) for name in file if name.endswith(f".{first}")), "")
+    if not prefix or sum(prefix + name in file for name in model) <= len(model) / 2:
+        return []
+    others = sum(not name.startswith(prefix) for name in file)
+    alone = f", and {others} other names with them" if others else ""
+    return [
+        f"names in the file begin with {prefix!r}{alone}, and that is no known wrapper of a whole network: save these "
+        "weights again under the model's names"
+    ]
+
+
+def _of_the_blocks(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    theirs, ours = _network(file), _network(model)
+    if not theirs or not ours:
+        return []
+    if theirs != ours:
+        return [f"the file is of a {theirs}, the model a {ours}"]
+    theirs, ours = (shapes.get("layer1.0.conv2.weight", ()) for shapes in (file, model))
+    if "Bottleneck" not in _network(file) or theirs == ours or len(theirs) != 4 or theirs[1] == 0:
+        return []
+    # The first stage of 64 channels: its 3x3 convolution has groups · width_per_group filters, each of one group.
+    return [
+        "the file is of a ResNeXt or wide ResNet: build the model with "
+        f"groups={theirs[0] // theirs[1]}, width_per_group={theirs[1]}"
+    ]
+
+
+def _network(shapes: Mapping[str, Shape]) -> str:
+    """Name a ResNet: its depth counts the convolutions outside the shortcuts, and the last layer."""
+    blocks = {found.groups() for name in shapes if (found := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name))}
+    if not blocks:
+        return ""
+    per_stage = [count for _, count in sorted(Counter(stage for stage, _ in blocks).items())]
+    bottleneck = any(re.match(r"layer\d+\.\d+\.conv3\.weight$", name) for name in shapes)
+    depth = (3 if bottleneck else 2) * sum(per_stage) + 2
+    return f"ResNet-{depth} ({'Bottleneck' if bottleneck else 'BasicBlock'}, {' + '.join(map(str, per_stage))} blocks)"
+
+
+def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    deep = [name for name in ("conv1.0.weight", "conv1.3.weight", "layer2.0.downsample.2.weight") if name in file]
+    if deep and not any(name in model for name in deep):
+        return [
+            f"the file is of a ResNet with a deep stem or pooled shortcuts ({deep[0]}), as timm's resnet18d or "
+            "resnet50d: another network, which torchvision and resnet_fast do not have"
+        ]
+    theirs, ours = file.get("conv1.weight", ()), model.get("conv1.weight", ())
+    if len(theirs) != 4 or len(ours) != 4:
+        return []
+    hints = []
+    for stem, size in (("cifar", 3), ("imagenet", 7)):
+        if theirs[2:] == (size, size) != ours[2:]:
+            hints.append(
+                f"the file's first convolution is {size}x{size}, the model's {ours[2]}x{ours[3]}: "
+                f'build it with stem="{stem}"'
+            )
+    if theirs[1] != ours[1]:
+        hints.append(f"the file is of images with {theirs[1]} channels, the model takes {ours[1]}")
+    if theirs[0] != ours[0]:
+        hints.append(f"the file's first convolution has {theirs[0]} filters, the model's {ours[0]}: another width")
+    return hints

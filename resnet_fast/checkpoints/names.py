@@ -1,0 +1,124 @@
+"""Which name in a file is which in the model: wrappers dropped, synonyms translated, where the names fit afterwards.
+
+Both sides are brought to one form, so that every rule holds in both directions: a wrapped model takes a plain file as a
+plain model takes a wrapped one. A rule is applied only if it leaves the names of either side different from each other,
+and the rules of a result are the fewest under which the two sides agree.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+WRAPPERS = ("module", "_orig_mod")  # DataParallel, DistributedDataParallel and AveragedModel; torch.compile
+ROOTS = ("model", "net")  # a LightningModule's attribute
+# kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10 on the left, torchvision on the right.
+SHORTCUT, CLASSIFIER = ("shortcut", "downsample"), ("linear", "fc")
+COUNTERS = ("num_batches_tracked", "n_averaged")  # of nn.BatchNorm2d (PyTorch before 0.4.1 had none); of AveragedModel
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The names of a file beside those of a model.
+
+    Args:
+        pairs: the model's name to the file's, in the model's order.
+        missing: names of the model, counters aside, that the file does not have.
+        unexpected: names of the file, counters aside, that the model does not have.
+    """
+
+    pairs: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing and not self.unexpected
+
+    def differences(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """Return the prefixes that only the file has, those that only the model has, and the words translated."""
+        stripped, added, translated = {}, {}, {}  # dicts for their order
+        for model_name, file_name in self.pairs.items():
+            in_model, in_file = Counter(model_name.split(".")), Counter(file_name.split("."))
+            stripped |= dict.fromkeys(word for word in in_file - in_model if word in WRAPPERS + ROOTS)
+            added |= dict.fromkeys(word for word in in_model - in_file if word in WRAPPERS + ROOTS)
+            for words in (SHORTCUT, CLASSIFIER):
+                for old, new in (words, words[::-1]):
+                    if old in in_file - in_model and new in in_model - in_file:
+                        translated[old, new] = None
+        return tuple(stripped), tuple(added), tuple(translated)
+
+
+def match(in_model: Iterable[str], in_file: Iterable[str]) -> Matching:
+    """Return the matching with the fewest rules under which the names agree; else that with the fewest left over."""
+    in_model, in_file = list(in_model), list(in_file)
+    best = None
+    for n_rules in range(len(RULES) + 1):
+        for rules in itertools.combinations(RULES, n_rules):
+            ours, theirs = _apply(rules, in_model), _apply(rules, in_file)
+            if ours is None or theirs is None:
+                continue
+            found = _compare(ours, theirs)
+            if found.fits:
+                return found
+            if best is None or len(found.missing + found.unexpected) < len(best.missing + best.unexpected):
+                best = found
+    assert best is not None  # no rule at all is always possible
+    return best
+
+
+def forms(names: Collection[str]) -> dict[str, str]:
+    """Return each name in torchvision's words, to the name; the names as they are where two would become one."""
+    return _apply(RULES, names) or {name: name for name in names}
+
+
+def is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in COUNTERS
+
+
+def _compare(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Matching:
+    """Both from the common form of a name to the name."""
+    return Matching(
+        pairs={name: theirs[form] for form, name in ours.items() if form in theirs},
+        missing=tuple(name for form, name in ours.items() if form not in theirs and not is_counter(name)),
+        unexpected=tuple(name for form, name in theirs.items() if form not in ours and not is_counter(name)),
+    )
+
+
+def _apply(rules: Iterable, names: Collection[str]) -> dict[str, str] | None:
+    """Return the form of each name to the name; None where two names would become one."""
+    formed = list(names)
+    for rule in rules:
+        formed = rule(formed)
+    return dict(zip(formed, names, strict=True)) if len(set(formed)) == len(names) else None
+
+
+def _without_wrappers(names: list[str]) -> list[str]:
+    """Also inside a name: a part of a model may have been wrapped or compiled by itself."""
+    return [".".join(word for word in name.split(".") if word not in WRAPPERS) for name in names]
+
+
+def _without_root(names: list[str]) -> list[str]:
+    """Drop the first word where all names have it in common."""
+    while True:
+        first = {name.partition(".")[0] for name in names if not is_counter(name) or "." in name}
+        if len(first) != 1 or not first <= set(ROOTS) or not all("." in name or is_counter(name) for name in names):
+            return names
+        names = [name.partition(".")[2] or name for name in names]
+
+
+def _translated(names: list[str]) -> list[str]:
+    """The shortcut's word after a block's number, the classifier's at the beginning."""
+    return [".".join(_translate(name.split("."))) for name in names]
+
+
+def _translate(words: list[str]) -> list[str]:
+    if words[0] == CLASSIFIER[0]:
+        words[0] = CLASSIFIER[1]
+    for i in range(1, len(words)):
+        if words[i] == SHORTCUT[0] and words[i - 1].isdigit():
+            words[i] = SHORTCUT[1]
+    return words
+
+
+RULES = (_without_wrappers, _without_root, _translated)  # in the order in which they are applied

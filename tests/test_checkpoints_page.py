@@ -1,0 +1,33 @@
+"""docs/checkpoints.md: its example runs and prints what stands below it; its error is the one that is raised."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fast import CheckpointMismatch, load_checkpoint, resnet18
+
+PAGE = (Path(__file__).parents[1] / "docs/checkpoints.md").read_text(encoding="utf-8")
+
+
+def indented(after: str) -> str:
+    """The first indented text after a word of the page."""
+    found = re.search(r"\n\n((?: {4}.*\n)+)", PAGE[PAGE.index(after) :])
+    assert found
+    return textwrap.dedent(found[1])
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert capsys.readouterr().out == indented("print(load_checkpoint")
+    for name, value in names["theirs"].module.state_dict().items():
+        assert torch.equal(names["model"].state_dict()[name], value), name
+
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_checkpoint(resnet18(), "theirs.pth")
+    assert str(caught.value) + "\n" == indented("names the known causes first")
