@@ -277,7 +277,7 @@ def _outcomes(
         for site in found:
             for call in site.norms:
                 norm = modules[str(call.target)]
-                if norm not in best or len(site.operation) > len(best[norm].operation):
+                if norm not in best or len(site.operation) >= len(best[norm].operation):  # the outer sees more
                     best[norm] = site
     outcomes = []
     for name, norm in model.named_modules():

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..functional import batch_norm_add_relu
+from .. import functional
 from ..nn import FusedBatchNorm2d
-from ..ops import choose_backend
 from .convert import check_is_module, make_fused, restore
 from .rewrite import READERS, fuse, put_in_place
 from .sites import Site, find_sites
@@ -49,13 +48,15 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Both [N, C, H, W]; a residual of another shape or type is broadcast or promoted as eager does."""
-        in_one_pass = choose_backend(input) == "triton"
+        in_one_pass = functional.choose_backend(input) == "triton"
         y = self._conv_forward(input, self.weight, None if in_one_pass else self.bias)
         fits = residual is None or (residual.shape == y.shape and residual.dtype == y.dtype)
         if in_one_pass:
             joined = residual if fits else None
             relu = self.relu and fits
-            y = batch_norm_add_relu(y, self.zeros, self.ones, None, self.bias, eps=0.0, residual=joined, relu=relu)
+            y = functional.batch_norm_add_relu(
+                y, self.zeros, self.ones, None, self.bias, eps=0.0, residual=joined, relu=relu
+            )
             if fits:
                 return y
         if residual is not None:

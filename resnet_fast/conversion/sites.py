@@ -19,8 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..nn import FusedBatchNorm2d
+
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 ADDITIONS_IN_PLACE = (operator.iadd, "add_")
+FRESH = (operator.add, torch.add, operator.mul, torch.mul)
+BATCH_NORMS = (nn.BatchNorm2d, FusedBatchNorm2d)
 RELUS = (F.relu, torch.relu, torch.relu_)
 
 
@@ -115,7 +119,7 @@ class _Finder:
             return Site(norm, why="an addition follows, and its input is not that of a convolution alone")
         (other,) = others
         residual_norm, residual_between = self.joined_norm(other)
-        if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and residual_norm is None:
+        if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and not self.is_fresh(other):
             return Site(norm, why="it is added in place to another tensor")
         relu, relu_between = self.only_reader(user)
         if relu is None or not self.is_relu(relu):
@@ -152,6 +156,16 @@ class _Finder:
             and type(self.modules[str(source.target)]) is nn.Conv2d
             and len(source.users) == 1
         )
+
+    def is_fresh(self, node: Any) -> bool:
+        """Whether a value is a tensor of its own, which nothing else reads: changed in place, nobody sees it."""
+        while self.is_identity(node) and len(node.users) == 1:
+            node = node.args[0]
+        if len(node.users) != 1:
+            return False
+        if node.op == "call_module":
+            return type(self.modules[str(node.target)]) in (nn.Conv2d, *BATCH_NORMS)
+        return node.op == "call_function" and node.target in FRESH
 
     def is_identity(self, node: fx.Node) -> bool:
         return node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity

@@ -1,0 +1,119 @@
+"""`resnet-fast convert`."""
+
+import ast
+import copy
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from resnet_fast.cli.app import app, stop
+from resnet_fast.conversion import convert as convert_model
+from resnet_fast.conversion.check import MAX_DIFFERENCE, difference
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="What makes the model: torchvision.models:resnet50, timm:create_model, models/resnet.py:ResNet18.",
+            show_default=False,
+        ),
+    ],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An argument of the function: resnet26d, num_classes=10. Again for more.", show_default=False
+        ),
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the images that it is tried on.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=2, help="How many of them.")] = 4,
+) -> None:
+    """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay."""
+    try:
+        made = _make(model, arg or [])
+        converted, report = convert_model(copy.deepcopy(made), report=True)
+    except (ValueError, TypeError) as error:
+        stop(2, f"error: {error}")
+    print(report)
+    shape = (batch_size, 3, image_size, image_size)
+    for mode in ("training", "evaluation"):
+        try:
+            apart = difference(made, converted, shape, mode == "training")
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            stop(1, f"error: {model} fails on images of {list(shape)} ({reason}); --image-size gives it others")
+        print(f"{mode}: outputs, gradients and statistics differ by {apart:.1e} of their size (fp64)")
+        if not apart <= MAX_DIFFERENCE:
+            stop(1, f"error: they must differ by at most {MAX_DIFFERENCE:g}; please report this model")
+
+
+def _make(target: str, arguments: list[str]) -> nn.Module:
+    """Import and call what makes a model.
+
+    Raises:
+        ValueError: there is no such module or function, it fails, or makes something else.
+    """
+    module_name, _, name = target.rpartition(":")
+    if not module_name or not name:
+        raise ValueError(f"the model must be MODULE:FUNCTION, such as torchvision.models:resnet50, got {target!r}")
+    module = _import(module_name)
+    if not hasattr(module, name):
+        near = ", ".join(difflib.get_close_matches(name, dir(module), n=3))
+        raise ValueError(f"{module_name} has no {name!r}{f'; near: {near}' if near else ''}")
+    positional, keywords = _parse(arguments)
+    try:
+        made = getattr(module, name)(*positional, **keywords)
+    except Exception as error:  # anybody's code
+        raise ValueError(f"{target} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{target} must make an nn.Module, got {type(made).__name__}")
+    return made
+
+
+def _import(name: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
+        sys.path.insert(0, str(path.parent))  # what stands beside it
+        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ValueError:
+        raise
+    except Exception as error:  # anybody's code
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {reason}") from error
+
+
+def _parse(arguments: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    positional, keywords = [], {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name.isidentifier():
+            keywords[name] = _value(value)
+        else:
+            positional.append(_value(argument))
+    return positional, keywords
+
+
+def _value(text: str) -> Any:
+    """A number, list, None …, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
