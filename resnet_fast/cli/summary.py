@@ -33,7 +33,8 @@ def summary(
         stop(2, f"error: {error}")
     except RuntimeError as error:
         stop(2, f"error: {model} cannot take images of {image_size}x{image_size} pixels: {error}")
-    print(f"{model} ({stem} stem), images of 3x{image_size}x{image_size}, {num_classes} classes\n")
+    family = MODELS[model].family
+    print(f"{model} ({family}), {stem} stem, images of 3x{image_size}x{image_size}, {num_classes} classes\n")
     print("\n".join(format_summary(found)))
 
 

@@ -26,7 +26,7 @@ class Model:
 
     Args:
         build: makes it: `build(num_classes=…, norm_layer=…)`, with `stem=…` too where there are several.
-        family: where it comes from, in a few words.
+        family: those that it is built like, in a word or two.
         stems: those that it has, of STEMS; the first is what training takes unless told otherwise.
         stem_width: filters of the stem.
         build_plain: makes the network of plain PyTorch with the same keys: `build_plain(num_classes=…, stem=…)`; None:
@@ -74,7 +74,7 @@ MODELS: dict[str, Model] = {
     "resnet152": _of_torchvision(resnet.resnet152),
     "article": Model(
         article,
-        "the article on skip connections",
+        "article",
         ("imagenet",),
         STEM_CHANNELS,
         refused={
