@@ -47,7 +47,7 @@ def test_all_backends_have_the_same_keys_and_shapes(model: str, stem: str):
 
 
 @pytest.mark.parametrize("start", [{}, {"zero_gamma": True, "dirac": True}], ids=["plain", "zero gamma and dirac"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "article"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
 def test_all_backends_start_with_the_same_weights(model: str, start: dict):
     start = {switch: on for switch, on in start.items() if switch not in MODELS[model].refused}
     fused, eager = (network(model, backend, **start).state_dict() for backend in ("fused", "eager"))
@@ -55,10 +55,10 @@ def test_all_backends_start_with_the_same_weights(model: str, start: dict):
 
 
 @pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20"])
 def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: str):
     blocks = blocks_of(network(model, backend, zero_gamma=True))
-    assert len(blocks) == {"resnet18": 8, "resnet50": 16}[model]
+    assert len(blocks) == {"resnet18": 8, "resnet50": 16, "resnet20": 9}[model]
     for block in blocks:
         x = positive_images(block.conv1.in_channels)
         shortcut = x if block.downsample is None else block.downsample(x)
@@ -66,7 +66,7 @@ def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: 
 
 
 @pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "article"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
 def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: str, backend: str):
     found, plain = network(model, backend, dirac=True), network(model, backend)
     convolutions = {
@@ -75,7 +75,8 @@ def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: 
         for conv in block.modules()
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
     }
-    assert len(convolutions) == 16  # two in each of 8 blocks, or one in each of 16
+    # Two in each of 8 blocks, one in each of 16, or two in each of 9.
+    assert len(convolutions) == (18 if model.endswith("20") else 16)
     for (name, conv), usual in zip(found.named_modules(), plain.modules(), strict=True):
         if id(conv) in convolutions:
             x, n_in = positive_images(conv.in_channels), conv.in_channels

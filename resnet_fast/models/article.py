@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, channels_last, nn
 
 from ..nn import FusedBatchNorm2d
-from .resnet import _is_fused, is_observed
+from .blocks import is_fused, is_observed
 
 STEM_CHANNELS = 64
 # Channels in and out, and whether the shortcut is the identity; each block halves the map.
@@ -166,7 +166,7 @@ class ResNetModel(nn.Module):
 
 def _can_fuse(module: Any, x: Tensor) -> bool:
     """Whether norm and ReLU are as they were built and nobody looks at what goes on inside."""
-    return _is_fused(module.batch_norm) and type(module.relu) is nn.ReLU and not is_observed(module, x)
+    return is_fused(module.batch_norm) and type(module.relu) is nn.ReLU and not is_observed(module, x)
 
 
 def article(num_classes: int = 10, norm_layer: Callable[..., nn.Module] | None = None) -> ResNetModel:

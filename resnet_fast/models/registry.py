@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
-from . import resnet
+from . import cifar, resnet
 from .article import STEM_CHANNELS, article
 
 STEMS = ("cifar", "imagenet")
@@ -66,12 +66,31 @@ def _of_torchvision(build: Callable[..., nn.Module]) -> Model:
     return Model(build, "torchvision", STEMS, 64, build_plain)
 
 
+def _of_cifar(build: Callable[..., nn.Module]) -> Model:
+    return Model(build, "He et al.", ("cifar",), 16)
+
+
+def _without_skips(build: Callable[..., nn.Module]) -> Model:
+    reason = "a block without a skip connection would let nothing pass"
+    return Model(build, "He et al., plain", ("cifar",), 16, refused={"zero_gamma": reason})
+
+
 MODELS: dict[str, Model] = {
     "resnet18": _of_torchvision(resnet.resnet18),
     "resnet34": _of_torchvision(resnet.resnet34),
     "resnet50": _of_torchvision(resnet.resnet50),
     "resnet101": _of_torchvision(resnet.resnet101),
     "resnet152": _of_torchvision(resnet.resnet152),
+    "resnet20": _of_cifar(cifar.resnet20),
+    "resnet32": _of_cifar(cifar.resnet32),
+    "resnet44": _of_cifar(cifar.resnet44),
+    "resnet56": _of_cifar(cifar.resnet56),
+    "resnet110": _of_cifar(cifar.resnet110),
+    "plain20": _without_skips(cifar.plain20),
+    "plain32": _without_skips(cifar.plain32),
+    "plain44": _without_skips(cifar.plain44),
+    "plain56": _without_skips(cifar.plain56),
+    "plain110": _without_skips(cifar.plain110),
     "article": Model(
         article,
         "article",
