@@ -423,6 +423,18 @@ def test_another_norm_runs_in_its_place(on_aten):
     assert block(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 
+def test_it_is_one_graph_to_torch_compile(on_aten):
+    torch.manual_seed(0)
+    block, x = ResidualBlock(3, 4, False), torch.randn(2, 3, 4, 4)
+    plain, target = copy.deepcopy(block), torch.rand(2, 4, 4, 4)
+    for run in (plain, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        F.mse_loss(run(x), target).backward()
+    for (name, parameter), other in zip(plain.named_parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+    assert torch.equal(block.batch_norm.running_var, plain.batch_norm.running_var)
+    assert block.batch_norm.num_batches_tracked == 2
+
+
 def test_synchronized_it_has_one_norm_still(on_aten):
     block = convert_sync_batchnorm(ResidualBlock(3, 4))
     assert [name for name in block.state_dict() if name.endswith("num_batches_tracked")] == [

@@ -56,7 +56,7 @@ def test_it_is_trained_tested_and_exported(name: str, images: Path, tmp_path: Pa
     assert tested.exit_code == 0, tested.output
     predicted = invoke("predict", out, images / "test" / "ape" / "0.png")
     assert predicted.exit_code == 0, predicted.output
-    exported = invoke("export", out, "--format", "torch")
+    exported = invoke("export", out)
     assert exported.exit_code == 0, exported.output
 
 

@@ -60,9 +60,9 @@ HELP = {
     "cutout": "Side of the square that is cut out, in pixels; 0: none.",
     "normalize": "By mean and std of the training images, or by 0.5.",
     "ema": "Decay per step of the weights' moving average, which is tested and saved then; 0: none.",
-    "zero_gamma": "Start the last batch norm of a block at 0.",
+    "zero_gamma": "Start the last batch norm of a block at 0, where a shortcut leads past it.",
     "dirac": "Start 3x3 convolutions as the identity.",
-    "whiten": "Start the stem with the whitening of the images' patches.",
+    "whiten": "Start the stem, if it is 3x3 with 54 filters or more, with the whitening of the images' patches.",
     "ghost_batch_size": "Images whose statistics a batch norm takes together; 0: the whole batch.",
 }
 
