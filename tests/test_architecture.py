@@ -16,7 +16,7 @@ PACKAGE = ROOT / "resnet_fast"
 # the kernel that augments.
 LAYERS = (
     *("files", "machine", "kernels", "ops", "functional", "nn", "models", "data", "evaluation", "training"),
-    *("inference", "profiling", "parity", "doctor", "cli"),
+    *("study", "inference", "profiling", "parity", "doctor", "cli"),
 )
 DATA_MAY_IMPORT = {"data", "ops"}
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"

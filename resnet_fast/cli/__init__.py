@@ -1,4 +1,5 @@
-"""The command line: `resnet-fast train`, `eval`, `predict`, `export`, `profile`, `summary`, `doctor`, a module each.
+"""The command line: `resnet-fast train`, `eval`, `predict`, `export`, `profile`, `study`, `summary` and `doctor`, a
+module each.
 
 Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), a checkpoint or an image that
 cannot be read, or a machine on which something needed is missing or computes wrong, 2 a wrong argument, 130
@@ -8,7 +9,8 @@ interrupted, 143 terminated.
 import sys
 
 try:
-    from resnet_fast.cli import doctor, evaluate, export, predict, profile, summary, train  # noqa: F401  (each adds its command)
+    # Each adds its command.
+    from resnet_fast.cli import doctor, evaluate, export, predict, profile, study, summary, train  # noqa: F401
     from resnet_fast.cli.app import app
 except ModuleNotFoundError as error:
     if error.name not in ("typer", "rich", "matplotlib"):

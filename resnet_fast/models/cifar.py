@@ -57,7 +57,7 @@ class CifarResNet(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        _check_depth(depth)
+        check_depth(depth)
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be 'A', 'B' or None, got {shortcut!r}")
         for name, value in (("width", width), ("num_classes", num_classes)):
@@ -119,7 +119,8 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_depth(depth: int) -> None:
+def check_depth(depth: int) -> None:
+    """Raise ValueError, with the nearest depths, unless there is a network of so many layers."""
     if _is_integer(depth) and depth >= 8 and depth % 6 == 2:
         return
     if not _is_integer(depth):
