@@ -34,6 +34,7 @@ setup(
         "resnet_fast.models",
         "resnet_fast.ops",
         "resnet_fast.profiling",
+        "resnet_fast.study",
         "resnet_fast.training",
     ],
     package_dir={"resnet_fast.kernels": "kernels"},

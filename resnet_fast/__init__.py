@@ -7,13 +7,32 @@ from . import _torchvision  # noqa: F401  (first: it lets torchvision be importe
 from .checkpoints import CheckpointMismatch, load_checkpoint
 from .conversion import convert, fold_batch_norm, restore
 from .functional import batch_norm_add_relu
-from .models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from .models import (
+    CifarResNet,
+    ResNet,
+    plain20,
+    plain32,
+    plain44,
+    plain56,
+    plain110,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+)
 from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointMismatch",
+    "CifarResNet",
     "FusedBatchNorm2d",
     "FusedSyncBatchNorm2d",
     "ResNet",
@@ -23,10 +42,20 @@ __all__ = [
     "convert_sync_batchnorm",
     "fold_batch_norm",
     "load_checkpoint",
+    "plain110",
+    "plain20",
+    "plain32",
+    "plain44",
+    "plain56",
     "resnet101",
+    "resnet110",
     "resnet152",
     "resnet18",
+    "resnet20",
+    "resnet32",
     "resnet34",
+    "resnet44",
     "resnet50",
+    "resnet56",
     "restore",
 ]

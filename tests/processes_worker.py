@@ -20,6 +20,7 @@ import sync_worker
 import tiny_run
 import torch
 import torch.nn.functional as F
+from stand_in import stand_in
 from torch import Tensor, nn
 
 from resnet_fast.cli import app
@@ -143,7 +144,7 @@ def _process(folder: Path, rank: int, n_processes: int, port: int, work: Callabl
 
 
 def use_double(n_train: int = N_TRAIN) -> None:
-    network.MODELS = {"resnet18": Double}
+    network.MODELS = {"resnet18": stand_in(Double)}
     prepare.load_dataset = lambda *args, **kwargs: tiny_run.make_dataset(n_train)
     step.forward_loss = double_loss
 
@@ -255,13 +256,17 @@ def run_commands(folder: Path) -> None:
 
         def change(of: int) -> None:
             if of == rank:
-                network.MODELS = {"resnet18": lambda num_classes, stem: Tiny(num_classes, lambda y: action() or y)}
+                network.MODELS = {
+                    "resnet18": stand_in(lambda num_classes, stem: Tiny(num_classes, lambda y: action() or y))
+                }
 
         return change
 
     def diverge(rank: int) -> None:
         if rank == 1:
-            network.MODELS = {"resnet18": lambda num_classes, stem: Tiny(num_classes, lambda y: y * float("nan"))}
+            network.MODELS = {
+                "resnet18": stand_in(lambda num_classes, stem: Tiny(num_classes, lambda y: y * float("nan")))
+            }
 
     def fail(error: Exception) -> None:
         raise error

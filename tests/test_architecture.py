@@ -16,7 +16,7 @@ PACKAGE = ROOT / "resnet_fast"
 # the kernel that augments.
 LAYERS = (
     *("files", "signature", "machine", "kernels", "ops", "functional", "nn", "checkpoints", "models", "conversion"),
-    *("data", "evaluation", "training", "inference", "profiling", "parity", "doctor", "cli"),
+    *("data", "evaluation", "training", "study", "inference", "profiling", "parity", "doctor", "cli"),
 )
 DATA_MAY_IMPORT = {"data", "ops"}
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
@@ -64,6 +64,7 @@ def test_imports_point_one_way():
 
 def test_the_test_above_sees_imports():
     assert imported_layers(PACKAGE / "functional.py") == {"ops"}
+    assert imported_layers(PACKAGE / "models/blocks.py") == {"nn"}
     assert imported_layers(PACKAGE / "models/resnet.py") == {"nn", "models"}
     assert imported_layers(PACKAGE / "training/evaluation.py") == {"data", "evaluation", "training"}
     assert "models" in imported_layers(PACKAGE / "training/config.py")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in import stand_in
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from typer.testing import Result as CliResult
@@ -36,7 +37,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+    monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
     # An interpreted kernel would take most of the time; test_augment_kernel holds that both ways give the same bits.
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
 
@@ -237,13 +238,14 @@ def test_a_real_ctrl_c_leaves_no_traceback_and_no_half_file(tmp_path: Path):
 
 TINY_RUN = """
 import sys
+from dataclasses import replace
 from torch import nn
 from resnet_fast.training import MODELS
 class Tiny(nn.Sequential):
     def __init__(self, *, num_classes, stem):
         super().__init__(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(4, num_classes))
-MODELS["resnet18"] = Tiny
+MODELS["resnet18"] = replace(MODELS["resnet18"], build=Tiny)
 from resnet_fast.cli import app
 app()
 """
@@ -313,7 +315,7 @@ def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Pa
     interrupt_in_epoch_2(monkeypatch)
     first = digits(tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+    monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
     assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
     result = run("--resume", tmp_path / "run" / name if name else tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output

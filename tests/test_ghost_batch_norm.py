@@ -356,7 +356,7 @@ def test_a_network_stays_on_the_fused_path(device):
         x = torch.randn(5, 3, 16, 16, device=device)
         fused = model(x)
     assert groups == [2] * 17  # of 20 batch norms three are joined
-    with mock.patch("resnet_fast.models.resnet.is_observed", return_value=True):
+    with mock.patch("resnet_fast.models.blocks.is_observed", return_value=True):
         step_by_step = model(x)
     torch.testing.assert_close(fused, step_by_step, rtol=1e-4, atol=1e-4)  # twenty layers of fp32 roundings
 

@@ -14,10 +14,9 @@ from resnet_fast import functional
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.training import MODELS, Result, TrainConfig, prepare, run_folder, train
-from resnet_fast.training.network import WHITENING_EPS, make_network, whiten_stem
+from resnet_fast.training.network import WHITENING_EPS, blocks_of, make_network, whiten_stem
 
 N_CLASSES = 10
-BLOCKS = (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck)
 
 
 @pytest.fixture(autouse=True)
@@ -27,22 +26,17 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment_module, "choose_backend", lambda x: "aten")
 
 
-def network(model: str = "resnet18", backend: str = "fused", stem: str = "cifar", **settings) -> nn.Module:
+def network(model: str = "resnet18", backend: str = "fused", stem: str | None = None, **settings) -> nn.Module:
     torch.manual_seed(0)
     config = TrainConfig(device="cpu", model=model, backend=backend, stem=stem, out=Path("unused"), **settings)
     return make_network(config, N_CLASSES)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, BLOCKS)]
 
 
 def positive_images(n_channels: int) -> Tensor:
     return torch.rand(2, n_channels, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "stem"), [(name, stem) for name, model in MODELS.items() for stem in model.stems])
 def test_all_backends_have_the_same_keys_and_shapes(model: str, stem: str):
     with torch.device("meta"):
         shapes = [
@@ -53,17 +47,18 @@ def test_all_backends_have_the_same_keys_and_shapes(model: str, stem: str):
 
 
 @pytest.mark.parametrize("start", [{}, {"zero_gamma": True, "dirac": True}], ids=["plain", "zero gamma and dirac"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
 def test_all_backends_start_with_the_same_weights(model: str, start: dict):
+    start = {switch: on for switch, on in start.items() if switch not in MODELS[model].refused}
     fused, eager = (network(model, backend, **start).state_dict() for backend in ("fused", "eager"))
     assert all(torch.equal(value, eager[name]) for name, value in fused.items())
 
 
 @pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20"])
 def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: str):
     blocks = blocks_of(network(model, backend, zero_gamma=True))
-    assert len(blocks) == {"resnet18": 8, "resnet50": 16}[model]
+    assert len(blocks) == {"resnet18": 8, "resnet50": 16, "resnet20": 9}[model]
     for block in blocks:
         x = positive_images(block.conv1.in_channels)
         shortcut = x if block.downsample is None else block.downsample(x)
@@ -71,7 +66,7 @@ def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: 
 
 
 @pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
 def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: str, backend: str):
     found, plain = network(model, backend, dirac=True), network(model, backend)
     convolutions = {
@@ -80,11 +75,13 @@ def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: 
         for conv in block.modules()
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
     }
-    assert len(convolutions) == 16  # two in each of 8 blocks, or one in each of 16
+    # Two in each of 8 blocks, one in each of 16, or two in each of 9.
+    assert len(convolutions) == (18 if model.endswith("20") else 16)
     for (name, conv), usual in zip(found.named_modules(), plain.modules(), strict=True):
         if id(conv) in convolutions:
             x, n_in = positive_images(conv.in_channels), conv.in_channels
-            assert torch.equal(conv(x)[:, :n_in], x[:, :, :: conv.stride[0], :: conv.stride[1]]), name
+            bias = 0 if conv.bias is None else conv.bias[:n_in, None, None]
+            assert torch.equal(conv(x)[:, :n_in], x[:, :, :: conv.stride[0], :: conv.stride[1]] + bias), name
             assert torch.equal(conv.weight[n_in:], usual.weight[n_in:]), name
         else:
             for own, other in zip(conv.parameters(recurse=False), usual.parameters(recurse=False), strict=True):

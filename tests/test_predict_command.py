@@ -144,9 +144,10 @@ def test_a_log_that_takes_ascii_alone_gets_escapes(trained: Result, tmp_path: Pa
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from stand_in import stand_in
 from trained_run import Tiny
 from resnet_fast.training import MODELS
-MODELS["resnet18"] = lambda *, num_classes, stem: Tiny(num_classes)
+MODELS["resnet18"] = stand_in(lambda *, num_classes, stem: Tiny(num_classes))
 from resnet_fast.cli import app
 app()
 """

@@ -1,12 +1,13 @@
 """Settings are checked when a config is made, before anything is written, and come out resolved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fast.training import RECIPES, TrainConfig
+from resnet_fast.training import MODELS, RECIPES, TrainConfig
 from resnet_fast.training.config import choose_precision
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
@@ -16,6 +17,9 @@ SCHEDULE_NAMES = "one-cycle, triangular, cosine, constant"
 
 WRONG_SETTINGS = [
     ({"model": "resnet19"}, "model must be one of resnet18, .*'resnet19'"),
+    ({"model": "resnt18"}, "model must be one of .*, got 'resnt18'; did you mean resnet18"),
+    ({"model": "vgg"}, r"model must be one of .*, got 'vgg'$"),
+    ({"model": ["resnet18"]}, "model must be one of "),
     ({"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
     ({"backend": "triton"}, "backend must be one of fused, eager, compile, got 'triton'"),
     ({"dataset": "mnist"}, "dataset must be one of cifar10, digits, folder, got 'mnist'"),
@@ -98,7 +102,13 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
         ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images to each part of a batch of 8, got 5"),
         ({"ghost_batch_size": 8, "backend": "eager"}, "ghost_batch_size needs backend fused, got eager"),
         ({"ghost_batch_size": 8, "sync_bn": True}, "ghost_batch_size and sync_bn exclude each other"),
-        ({"whiten": True, "stem": "imagenet"}, "whiten needs the 3x3 stem, stem cifar, got imagenet"),
+        ({"whiten": True, "stem": "imagenet"}, "whiten needs a 3x3 stem, stem cifar, of 54 .*, got imagenet of 64"),
+        ({"whiten": True, "model": "article"}, "whiten needs a 3x3 stem, .*, got imagenet of 64"),
+        ({"stem": "cifar", "model": "article"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
+        ({"zero_gamma": True, "model": "article"}, "zero_gamma is not for article: .* got True"),
+        ({"zero_gamma": True, "model": "plain20"}, "zero_gamma is not for plain20: a block without a skip .* got True"),
+        ({"whiten": True, "model": "resnet20"}, "whiten needs a 3x3 stem, .*, got cifar of 16"),
+        ({"stem": "imagenet", "model": "resnet20"}, "stem must be cifar for resnet20, which has no other"),
         ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
         ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
     ],
@@ -107,6 +117,17 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
 def test_settings_that_do_not_go_together_are_named(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+def test_the_stem_is_the_models():
+    assert TrainConfig().stem == "cifar" and TrainConfig(model="article").stem == "imagenet"
+    assert TrainConfig(model="resnet50", stem="imagenet").stem == "imagenet"
+
+
+def test_whitening_needs_filters_for_every_direction(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(MODELS, "narrow", replace(MODELS["resnet18"], stem_width=53))
+    with pytest.raises(ValueError, match="whiten needs a 3x3 stem, stem cifar, of 54 .*, got cifar of 53"):
+        TrainConfig(model="narrow", whiten=True)
 
 
 def test_parts_of_two_images_are_enough():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_in import stand_in
 from torch import Tensor, nn
 
 from resnet_fast.data import Augmentation, Batch, ImageDataset, TensorSplit, normalize
@@ -98,7 +99,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[Tiny]:
         made.append(Tiny(num_classes))
         return made[-1]
 
-    monkeypatch.setitem(MODELS, "resnet18", make)
+    monkeypatch.setitem(MODELS, "resnet18", stand_in(make))
     monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: make_dataset())
     monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)  # they take longer than an epoch
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
@@ -248,14 +249,14 @@ def test_precision_is_of_the_convolutions_and_never_of_the_weights(
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_epochs_before(
     tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    make = MODELS["resnet18"]
+    make = MODELS["resnet18"].build
 
     def make_bad(**kwargs) -> Tiny:
         model = make(**kwargs)
         model.nan_at = 5 + 3
         return model
 
-    monkeypatch.setitem(MODELS, "resnet18", make_bad)
+    monkeypatch.setitem(MODELS, "resnet18", stand_in(make_bad))
     with pytest.raises(DivergedError, match="loss became nan at epoch 2, step 3; suspects: the learning rate, 0.00"):
         train(config_for(tmp_path / "run", lr=0.01, epochs=3))
     with open(tmp_path / "run" / "metrics.csv") as file:

@@ -129,3 +129,10 @@ def test_making_an_optimizer_moves_no_weight_and_leaves_its_state_at_zero(recipe
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert states and all(not value.any() for value in states)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_steps_drop_where_the_paper_drops():
+    values = rates("steps", 64_000)
+    assert values[:32_000] == [1.0] * 32_000
+    assert values[32_000:48_000] == [0.1] * 16_000
+    assert values[48_000:] == [0.01] * 16_000

@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from stand_in import stand_in
 from torch import Tensor, nn
 
 from resnet_fast.data import ImageDataset, TensorSplit
@@ -58,7 +59,7 @@ class Stop(Reporter):
 
 def use_tiny(set_attribute: Callable[[object, str, object], None]) -> None:
     """Put a small network and few images in place of the real ones, and a list in place of the curves."""
-    set_attribute(network, "MODELS", {"resnet18": lambda *, num_classes, stem: Tiny(num_classes)})
+    set_attribute(network, "MODELS", {"resnet18": stand_in(lambda *, num_classes, stem: Tiny(num_classes))})
     set_attribute(augment, "choose_backend", lambda x: "aten")  # an interpreted kernel takes longer than an epoch
     set_attribute(prepare, "load_dataset", lambda *args, **kwargs: make_dataset())
     # A picture takes longer than an epoch.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_in import stand_in
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from typer.testing import Result as CliResult
@@ -25,7 +26,7 @@ class Tiny(nn.Module):
 
 
 def use_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "resnet18", lambda *, num_classes, stem: Tiny(num_classes))
+    monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
 
 
 def train_tiny(out: Path, **settings) -> Result:

@@ -7,19 +7,19 @@ import torch
 import typer
 
 from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
+from resnet_fast.models.registry import STEMS
 from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
 from resnet_fast.profiling.report import Report
-from resnet_fast.training import MODELS, TrainConfig
-from resnet_fast.training.config import PRECISIONS, STEMS
+from resnet_fast.training import TrainConfig
+from resnet_fast.training.config import PRECISIONS
 from resnet_fast.training.run_folder import check_is_free
 
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Option(metavar=choices(MODELS), help="The network.")] = TrainConfig.model,
-    stem: Annotated[
-        str, typer.Option(metavar=choices(STEMS), help="cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.")
-    ] = TrainConfig.stem,
+    model: Annotated[str, typer.Option(metavar="NAME", help=MODEL_HELP)] = TrainConfig.model,
+    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
     ] = None,

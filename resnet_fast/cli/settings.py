@@ -9,16 +9,23 @@ import typer
 
 from resnet_fast.cli.app import choices
 from resnet_fast.data import DATASETS
+from resnet_fast.models.registry import MODELS, STEMS
 from resnet_fast.training import RECIPES, TrainConfig
 from resnet_fast.training.config import CHOICES
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
+MODEL_HELP = f"The network: {', '.join(MODELS)}."
+STEM_HELP = (
+    "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling. "
+    "[default: cifar, where a network has both; others have one]"
+)
 HELP = {
     "recipe": "What is learned, and how: gives all settings below, each of which may be given beside it. "
     f"[default: {DEFAULT_RECIPES['cifar10']}; for digits and folder those of their names]",
-    "model": "The network.",
-    "stem": "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling.",
-    "backend": "fused: this library; eager: torchvision's network; compile: that under torch.compile.",
+    "model": MODEL_HELP,
+    "stem": STEM_HELP,
+    "backend": "fused: this library; eager: plain PyTorch, torchvision's network where it has one; compile: that under "
+    "torch.compile.",
     "graph": "Run a step as one CUDA graph. [default: on a GPU, with one process]",
     "dataset": "cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
     "data_dir": "Where CIFAR-10 is or goes to, or the folder of images.",
@@ -53,9 +60,9 @@ HELP = {
     "cutout": "Side of the square that is cut out, in pixels; 0: none.",
     "normalize": "By mean and std of the training images, or by 0.5.",
     "ema": "Decay per step of the weights' moving average, which is tested and saved then; 0: none.",
-    "zero_gamma": "Start the last batch norm of a block at 0.",
+    "zero_gamma": "Start the last batch norm of a block at 0, where a shortcut leads past it.",
     "dirac": "Start 3x3 convolutions as the identity.",
-    "whiten": "Start the stem with the whitening of the images' patches.",
+    "whiten": "Start the stem, if it is 3x3 with 54 filters or more, with the whitening of the images' patches.",
     "ghost_batch_size": "Images whose statistics a batch norm takes together; 0: the whole batch.",
 }
 
@@ -101,11 +108,12 @@ def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
         text = f"{text} {_by_recipe(name)}"
     elif default is not MISSING and default is not None and not is_switch and name != "time_budget":
         text = f"{text} [default: {_shown(default)}]"
-    names = DATASETS if name == "dataset" else RECIPES if name == "recipe" else CHOICES.get(name)
+    names = {"dataset": DATASETS, "recipe": RECIPES, "stem": STEMS}.get(name) or CHOICES.get(name)
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_switch else flag,
         help=text,
-        metavar=choices(names) if names else None,
+        # The networks are too many for the left column.
+        metavar="NAME" if name == "model" else choices(names) if names else None,
         show_default=False,
     )
     return inspect.Parameter(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..models.resnet import has_own_hook, is_observed
+from ..models.blocks import has_own_hook, is_observed
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from .report import Outcome, Report
 from .rewrite import fuse

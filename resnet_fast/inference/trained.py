@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
-from resnet_fast.training.config import MODELS
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
 
 NEEDED = ("model", "config", "classes", "mean", "std", "image_size", "epoch")
@@ -91,7 +91,7 @@ def _build(path: Path, state: dict[str, Any]) -> nn.Module:
     name, stem = state["config"]["model"], state["config"]["stem"]
     if name not in MODELS:
         raise CheckpointError(f"{path} is of the network {name!r}, which this version does not have")
-    model = MODELS[name](num_classes=len(state["classes"]), stem=stem)
+    model = MODELS[name].make(len(state["classes"]), stem)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -1,5 +1,43 @@
-"""ResNets on the fused batch norm."""
+"""ResNets on the fused batch norm, and every network by its name."""
 
+from .article import ResidualBlock, ResNetModel, article
+from .cifar import (
+    CifarResNet,
+    plain20,
+    plain32,
+    plain44,
+    plain56,
+    plain110,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from .registry import get_model, list_models
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 
-__all__ = ["ResNet", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50"]
+__all__ = [
+    "CifarResNet",
+    "ResNet",
+    "ResNetModel",
+    "ResidualBlock",
+    "article",
+    "get_model",
+    "list_models",
+    "plain110",
+    "plain20",
+    "plain32",
+    "plain44",
+    "plain56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+]

@@ -1,15 +1,13 @@
 """torchvision's ResNet-18 … 152 with every batch norm, addition and ReLU of a block fused.
 
 The classes are torchvision's own, so constructors, initialization, checkpoint keys and module names are theirs. What
-differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at, or has been
-put in place of, one of the steps in between (hooks, torch.fx, other layers, patched forwards) makes the block run
-torchvision's forward, step by step: the same numbers, without the fusion. What is around the whole sees no step.
+differs is the forward pass, which runs fused blocks with a handle for each consumer in between; blocks.py says when.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor, channels_last, flatten, fx, nn
+from torch import Tensor, channels_last, flatten, nn
 from torchvision.models import (
     ResNet18_Weights,
     ResNet34_Weights,
@@ -21,44 +19,11 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import handle_legacy_interface
 
-from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+from ..nn import FusedBatchNorm2d
+from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused
 from .pretrained import check_fit, verify
 
 Stem = Literal["imagenet", "cifar"]
-
-
-def is_observed(module: nn.Module, x: Tensor) -> bool:
-    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward.
-
-    Those of `module` itself do not count: they see its input and output, which are the same fused or not. Accelerate
-    puts autocast around a network's forward in this way.
-    """
-    if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
-        return True
-    return any(has_own_hook(m) for m in module.modules() if m is not module)
-
-
-def has_own_hook(module: nn.Module) -> bool:
-    """Whether there are hooks at this module, or a patched forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _is_fused(norm: nn.Module) -> bool:
-    return type(norm) in (FusedBatchNorm2d, FusedSyncBatchNorm2d) and not norm.relu
-
-
-def _is_projection(downsample: nn.Module, norm: Any) -> bool:
-    """torchvision's projection shortcut, a convolution and its batch norm, of the statistics of as many as `norm`."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2:
-        return False
-    own: Any = downsample[1]
-    return _is_fused(own) and own.group() is norm.group() and own.ghost_batch_size == norm.ghost_batch_size
 
 
 def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
@@ -66,70 +31,6 @@ def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()  # type: ignore[assignment]
-
-
-class _FusedBlock(nn.Module):
-    """What both blocks share: when to fuse."""
-
-    conv1: nn.Module
-    bn1: FusedBatchNorm2d
-    conv2: nn.Module
-    bn2: FusedBatchNorm2d
-    relu: nn.Module
-    downsample: nn.Module | None
-
-    def can_fuse(self) -> bool:
-        """Whether the block is as it was built. Hooks are looked for separately, once for a whole network."""
-        norms = [module for name, module in self.named_children() if name.startswith("bn")]
-        return (
-            type(self) in (BasicBlock, Bottleneck)
-            and type(self.relu) is nn.ReLU
-            and all(map(_is_fused, norms))
-            and (self.downsample is None or _is_projection(self.downsample, norms[-1]))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.can_fuse() or is_observed(self, x):
-            return super().forward(x)
-        return self.fused_forward(x, x)
-
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        """`x` and `shortcut` are the block's input, once for each consumer; returns y, or two handles to it."""
-        raise NotImplementedError
-
-
-class BasicBlock(_FusedBlock, torchvision_resnet.BasicBlock):
-    """conv3x3 - BN+ReLU - conv3x3 - BN+add+ReLU; the batch norm of a projection shortcut joins the last."""
-
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        out = self.conv1(x)
-        out = self.bn1.fused(out, relu=True)
-        out = self.conv2(out)
-        return _join(self.bn2, out, self.downsample, shortcut, fork)
-
-
-class Bottleneck(_FusedBlock, torchvision_resnet.Bottleneck):
-    """conv1x1 - BN+ReLU - conv3x3 - BN+ReLU - conv1x1 - BN+add+ReLU, with the stride in the 3x3 convolution."""
-
-    conv3: nn.Module
-    bn3: FusedBatchNorm2d
-
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        out = self.conv1(x)
-        out = self.bn1.fused(out, relu=True)
-        out = self.conv2(out)
-        out = self.bn2.fused(out, relu=True)
-        out = self.conv3(out)
-        return _join(self.bn3, out, self.downsample, shortcut, fork)
-
-
-def _join(norm: FusedBatchNorm2d, out: Tensor, downsample: Any, shortcut: Tensor, fork: bool) -> Any:
-    """relu(bn(out) + shortcut), the shortcut as it is or through its convolution and its own batch norm."""
-    residual_norm = None
-    if downsample is not None:
-        conv, residual_norm = downsample
-        shortcut = conv(shortcut)
-    return norm.fused(out, shortcut, residual_norm, relu=True, fork=fork)
 
 
 class ResNet(torchvision_resnet.ResNet):
@@ -184,30 +85,18 @@ class ResNet(torchvision_resnet.ResNet):
 
     def _blocks_to_fuse(self, x: Tensor) -> list[Any]:
         """All blocks in order, or none where the network is not as it was built."""
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        if not _is_fused(self.bn1) or type(self.relu) is not nn.ReLU or is_observed(self, x):
-            return []
-        if any(type(stage) is not nn.Sequential for stage in stages):
-            return []
-        blocks = [block for stage in stages for block in stage]
-        return blocks if all(isinstance(block, _FusedBlock) and block.can_fuse() for block in blocks) else []
+        return blocks_to_fuse(self, (self.layer1, self.layer2, self.layer3, self.layer4), x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         blocks = self._blocks_to_fuse(x)
         if not blocks:
             return super()._forward_impl(x)
-
-        # Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own,
-        # so that the backward of the operation that made it adds the two gradients in registers.
         x = self.conv1(x)
         if type(self.maxpool) is nn.Identity:
             x, shortcut = self.bn1.fused(x, relu=True, fork=True)
         else:
             x = shortcut = self.maxpool(self.bn1.fused(x, relu=True))
-        for block in blocks[:-1]:
-            x, shortcut = block.fused_forward(x, shortcut, fork=True)
-        x = blocks[-1].fused_forward(x, shortcut)
-
+        x = run_fused(blocks, x, shortcut)
         x = self.avgpool(x)
         x = flatten(x, 1)
         return self.fc(x)

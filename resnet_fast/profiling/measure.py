@@ -24,14 +24,15 @@ LEARNING_RATE = 0.01
 
 def profile_config(
     model: str = "resnet18",
-    stem: str = "cifar",
+    stem: str | None = None,
     batch_size: int | None = None,
     precision: str = "auto",
     device: str = "auto",
     image_size: int = 32,
     out: Path | None = None,
 ) -> TrainConfig:
-    """Return the settings of the step, checked and filled in: batch_size 32 on a CPU, 128 on a GPU.
+    """Return the settings of the step, checked and filled in: the stem that training takes; batch_size 32 on a CPU, 128
+    on a GPU.
 
     Raises:
         ValueError: a setting breaks the rule that TrainConfig has for it.
@@ -39,7 +40,7 @@ def profile_config(
     kind = choose_device(device).type
     return TrainConfig(
         model=model,
-        stem=stem,
+        stem=stem,  # type: ignore[arg-type]  (None: the model's)
         batch_size=BATCH_SIZE[kind] if batch_size is None else batch_size,
         precision=precision,
         device=device,

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.models.registry import MODELS
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
-from resnet_fast.training.config import MODELS, TrainConfig
-from resnet_fast.training.network import torchvision_network
+from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.step import make_optimizer, training_step
 
 N_CLASSES = 10
@@ -20,11 +20,11 @@ N_BATCHES = 4  # in rotation: no step finds the images of the step before in a c
 
 
 def eager(config: TrainConfig) -> nn.Module:
-    return torchvision_network(config.model, config.stem, N_CLASSES)
+    return MODELS[config.model].make_plain(N_CLASSES, config.stem)
 
 
 def fused(config: TrainConfig) -> nn.Module:
-    return MODELS[config.model](num_classes=N_CLASSES, stem=config.stem)
+    return MODELS[config.model].make(N_CLASSES, config.stem)
 
 
 # The first is what the other is compared with.

@@ -10,30 +10,21 @@ from typing import Any
 
 import torch
 
-from resnet_fast import resnet18, resnet34, resnet50, resnet101, resnet152
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
+from resnet_fast.models.registry import MODELS, check_name, check_stem
 from resnet_fast.training.processes import world_size
 from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
 from resnet_fast.training.schedule import SCHEDULES
 
-MODELS = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-}
-STEMS = ("cifar", "imagenet")
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKENDS = ("fused", "eager", "compile")
 IMAGES = ("auto", "memory", "stream")
 OPTIMIZERS = ("sgd", "adam")
 NORMALIZATIONS = ("dataset", "half")
 NOT_MIRRORED = ("digits",)  # a mirrored 2 is no 2
+N_WHITENING = 54  # filters: 27 directions of 3x3 pixels of 3 channels, and their negatives
 CHOICES = {
-    "model": MODELS,
-    "stem": STEMS,
     "backend": BACKENDS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -65,9 +56,11 @@ class TrainConfig(Recipe):
     Args:
         recipe: a name in RECIPES; None: see DEFAULT_RECIPES. It gives the settings that `Recipe` lists, each of which
             may be given beside it.
-        model: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
-        stem: "cifar" (3x3, no pooling) or "imagenet" (7x7 stride 2 and max-pooling).
-        backend: "fused", "eager" (torchvision's network) or "compile" (torchvision's under torch.compile).
+        model: a name in MODELS, as resnet_fast.models.list_models() gives them.
+        stem: "cifar" (3x3, no pooling) or "imagenet" (7x7 stride 2 and max-pooling), of those that the model has; None:
+            "cifar" where it has both.
+        backend: "fused", "eager" (the network of plain PyTorch; of torchvision, where it is there) or "compile" (that
+            under torch.compile).
         graph: run the step as a CUDA graph; None: on a GPU, if it is one process.
         dataset: "cifar10", "digits" or "folder".
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
@@ -93,7 +86,7 @@ class TrainConfig(Recipe):
 
     recipe: str = FROM_RECIPE
     model: str = "resnet18"
-    stem: str = "cifar"
+    stem: str = FROM_RECIPE
     backend: str = "fused"
     graph: bool = FROM_RECIPE
     dataset: str = "cifar10"
@@ -113,6 +106,8 @@ class TrainConfig(Recipe):
     out: Path = FROM_RECIPE
 
     def __post_init__(self) -> None:
+        check_name(self.model)
+        self._fill_in("stem", MODELS[self.model].stems[0])
         _check_choice("dataset", self.dataset, DATASETS)
         recipe_name = DEFAULT_RECIPES[self.dataset] if self.recipe is None else self.recipe
         _check_choice("recipe", recipe_name, RECIPES)
@@ -175,8 +170,16 @@ class TrainConfig(Recipe):
             raise ValueError("ghost_batch_size and sync_bn exclude each other: groups of images, or all processes'")
         if self.sync_bn and self.backend != "fused" and torch.device(self.device).type == "cpu":
             raise ValueError(f"sync_bn with backend {self.backend} needs GPUs: torch's SyncBatchNorm has no CPU kernel")
-        if self.whiten and self.stem != "cifar":
-            raise ValueError(f"whiten needs the 3x3 stem, stem cifar, got {self.stem}")
+        check_stem(self.model, self.stem)
+        model = MODELS[self.model]
+        if self.whiten and (self.stem != "cifar" or model.stem_width < N_WHITENING):
+            raise ValueError(
+                f"whiten needs a 3x3 stem, stem cifar, of {N_WHITENING} filters or more, "
+                f"got {self.stem} of {model.stem_width}"
+            )
+        for name, reason in model.refused.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for {self.model}: {reason}, got {getattr(self, name)}")
         if self.graph and torch.device(self.device).type != "cuda":
             raise ValueError(f"graph needs a CUDA device, got {self.device}")
         if self.graph and world_size() > 1:

@@ -52,7 +52,7 @@ def draw_curves(
         _draw_line(axes, epochs, test, n_epochs, TEST, kind)
         _label_end(axes, epochs, test, label, TEST)
         _set_log_scale(axes, [*train, *test])
-        _finish_panel(axes, name, n_epochs)
+        finish_panel(axes, name, n_epochs)
         axes.legend(frameon=False)
     for axes, name, values, label, style in (
         (lower[0], "learning rate, at the end of the epoch", rates, f"{last.lr:.2g}", RATE),
@@ -61,7 +61,7 @@ def draw_curves(
         _draw_line(axes, epochs, values, n_epochs, style)
         # From zero, so that neither a schedule's end nor a change of speed looks larger than it is.
         axes.set_ylim(0, 1.3 * max(values) or 1)
-        _finish_panel(axes, name, n_epochs)
+        finish_panel(axes, name, n_epochs)
         axes.set_title(label, loc="right", color=style["color"], fontweight="bold", fontsize=11)
         axes.set_xlabel("epoch")
     lower[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -99,7 +99,8 @@ def _set_log_scale(axes: Axes, values: list[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _finish_panel(axes: Axes, name: str, n_epochs: int) -> None:
+def finish_panel(axes: Axes, name: str, n_epochs: int) -> None:
+    """Give a panel its name, whole numbers from 1 to `n_epochs` along the bottom, and a pale grid."""
     axes.set_title(name, loc="left", fontsize=12)
     axes.set_xlim(0.5, n_epochs + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

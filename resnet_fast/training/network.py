@@ -5,13 +5,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
-from torchvision.models import resnet as torchvision_resnet
 
 from resnet_fast import FusedBatchNorm2d
 from resnet_fast.data import ImageDataset, normalize
-from resnet_fast.models.resnet import give_cifar_stem
-from resnet_fast.training.config import MODELS, TrainConfig
+from resnet_fast.models.registry import MODELS
+from resnet_fast.training.config import N_WHITENING, TrainConfig
 
 WHITENING_IMAGES = 5000
 WHITENING_EPS = 5e-4  # added to the variances, so that directions of almost none are not blown up (Jordan 2024)
@@ -20,12 +18,12 @@ WHITENING_EPS = 5e-4  # added to the variances, so that directions of almost non
 def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
     """Return the network, its weights drawn from torch's global random state and then as the recipe says."""
     if config.backend != "fused":
-        model = torchvision_network(config.model, config.stem, n_classes)
+        model = MODELS[config.model].make_plain(n_classes, config.stem)
     elif config.ghost_batch_size:
         norm = partial(FusedBatchNorm2d, ghost_batch_size=config.ghost_batch_size)
-        model = MODELS[config.model](num_classes=n_classes, stem=config.stem, norm_layer=norm)
+        model = MODELS[config.model].make(n_classes, config.stem, norm)
     else:
-        model = MODELS[config.model](num_classes=n_classes, stem=config.stem)
+        model = MODELS[config.model].make(n_classes, config.stem)
     if config.zero_gamma:
         zero_gamma(model)
     if config.dirac:
@@ -33,28 +31,22 @@ def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
     return model
 
 
-def torchvision_network(name: str, stem: str, n_classes: int) -> nn.Module:
-    """Return torchvision's network, with the stem changed as its users change it."""
-    model = getattr(torchvision_models, name)(num_classes=n_classes)
-    if stem == "cifar":
-        give_cifar_stem(model)
-    return model
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network: what has a second convolution of its own, as no stem has."""
+    return [module for module in model.modules() if isinstance(getattr(module, "conv2", None), nn.Conv2d)]
 
 
 def zero_gamma(model: nn.Module) -> None:
     """Set the weight of every block's last batch norm to 0, so that each block starts as its shortcut."""
-    for module in model.modules():
-        if isinstance(module, torchvision_resnet.BasicBlock):
-            nn.init.zeros_(module.bn2.weight)  # type: ignore[arg-type]
-        elif isinstance(module, torchvision_resnet.Bottleneck):
-            nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
+    for block in blocks_of(model):
+        *_, last = (norm for name, norm in block.named_children() if name.startswith("bn"))
+        nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def start_as_identity(model: nn.Module) -> None:
     """Let the first C_in outputs of every 3x3 convolution in a block start as its inputs; the stem is left alone."""
-    blocks = (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck)
-    for block in (module for module in model.modules() if isinstance(module, blocks)):
+    for block in blocks_of(model):
         for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
             if conv.kernel_size == (3, 3) and conv.groups == 1:
                 nn.init.dirac_(conv.weight[: conv.in_channels])
@@ -70,8 +62,8 @@ def whiten_stem(conv: nn.Conv2d, dataset: ImageDataset, mean: tuple[float, ...],
     Raises:
         ValueError: the convolution is no 3x3 convolution of 3 channels with 54 filters or more.
     """
-    if conv.weight.shape[1:] != (3, 3, 3) or len(conv.weight) < 54:
-        raise ValueError(f"whitening needs a stem of [54 or more, 3, 3, 3], got {list(conv.weight.shape)}")
+    if conv.weight.shape[1:] != (3, 3, 3) or len(conv.weight) < N_WHITENING:
+        raise ValueError(f"whitening needs a stem of [{N_WHITENING} or more, 3, 3, 3], got {list(conv.weight.shape)}")
     n_images = len(dataset.train)
     spaced = torch.linspace(0, n_images - 1, min(n_images, WHITENING_IMAGES)).round().long()
     covariance = torch.zeros(27, 27, dtype=torch.float64)
@@ -82,4 +74,4 @@ def whiten_stem(conv: nn.Conv2d, dataset: ImageDataset, mean: tuple[float, ...],
         n_patches += len(patches)
     variances, directions = torch.linalg.eigh(covariance / n_patches)
     filters: Tensor = directions.T / (variances[:, None] + WHITENING_EPS).sqrt()
-    conv.weight[:54] = torch.cat([filters, -filters]).view(54, 3, 3, 3).to(conv.weight)
+    conv.weight[:N_WHITENING] = torch.cat([filters, -filters]).view(N_WHITENING, 3, 3, 3).to(conv.weight)

@@ -30,7 +30,7 @@ class Recipe:
         batch_size: images of a step, of all processes together.
         optimizer: "sgd" or "adam".
         lr: the peak of the schedule.
-        schedule: "one-cycle", "triangular", "cosine" or "constant".
+        schedule: "one-cycle", "triangular", "cosine", "steps" or "constant".
         momentum: of SGD.
         nesterov: whether it is Nesterov's; nothing without momentum.
         weight_decay: of every parameter.

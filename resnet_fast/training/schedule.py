@@ -13,6 +13,10 @@ triangular (KellerJordan/cifar10-zoo): with the peak at p = 0.2·N,
 cosine (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts), per step, never 0 at a step that is run:
 
     f(s) = (1 + cos(π·s/N)) / 2
+
+steps (He et al. 2015, arXiv:1512.03385, section 4.2, whose drops are after 32k and 48k of 64k steps):
+
+    f(s) = 1, 0.1, 0.01                   s in [0, N/2), [N/2, 3N/4), [3N/4, N)
 """
 
 import math
@@ -41,6 +45,13 @@ def cosine(step: int, n_steps: int) -> float:
     return _cosine(1.0, 0.0, min(step / n_steps, 1.0))
 
 
+def steps(step: int, n_steps: int) -> float:
+    """Return the fraction of the peak learning rate at `step` of 0 … n_steps - 1."""
+    if step < n_steps / 2:
+        return 1.0
+    return 0.1 if step < 3 * n_steps / 4 else 0.01
+
+
 def constant(step: int, n_steps: int) -> float:
     """Return 1."""
     return 1.0
@@ -54,5 +65,6 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "one-cycle": one_cycle,
     "triangular": triangular,
     "cosine": cosine,
+    "steps": steps,
     "constant": constant,
 }

@@ -1,0 +1,94 @@
+"""`resnet-fast study skip`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.text import clean
+from resnet_fast.data import DataError
+from resnet_fast.study import Trained, format_table, format_verdict, full_study, run_study, small_study
+from resnet_fast.study.folder import NAMES, StudyFolder
+from resnet_fast.training import DivergedError
+from resnet_fast.training.prepare import augmentation_of
+from resnet_fast.training.run_folder import check_is_free
+
+study_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Experiments on what makes networks train.")
+app.add_typer(study_app, name="study")
+
+
+@study_app.callback()
+def study() -> None:
+    """Experiments on what makes networks train."""  # with a callback the one command keeps its name
+
+
+@study_app.command()
+def skip(
+    full: Annotated[
+        bool, typer.Option("--full", help="The paper's: CIFAR-10, 16 channels, 64k iterations. For a GPU.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="Runs of each network, with --seed, --seed + 1, ...")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="[default: 10; --full: 164]", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data_dir: Annotated[Path, typer.Option(help="Where CIFAR-10 is or goes to.")] = Path("data"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, new or empty. [default: runs/skip-<dataset>-<time>]", show_default=False),
+    ] = None,
+) -> None:
+    """Train plain-20, plain-56, ResNet-20 and ResNet-56: what skip connections do.
+
+    Draws training error, test error and the gradient in each layer (skip.png), and says whether depth hurts. Without
+    --full: digits of 16x16 pixels, 8 channels, minutes on a CPU.
+    """
+    make = full_study if full else small_study
+    folder, done, n_runs = None, [], 0
+    try:
+        found = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
+        check_is_free(found.config.out)
+        n_runs = len(found.seeds) * len(found.networks)
+        dataset = found.load()
+        folder = StudyFolder(found, dataset, augmentation_of(found.config, dataset))
+        folder.start()
+        print(f"{clean(folder.title)}\n{len(dataset.train):,} training and {len(dataset.test):,} test images\n")
+        for trained in run_study(found, dataset):
+            done.append(trained)
+            folder.write_tables(done)
+            print(format_run(trained), flush=True)
+        folder.write_picture(done)
+    except (ValueError, FileExistsError) as error:
+        stop(2, f"error: {error}")
+    except KeyboardInterrupt:
+        stop(130, f"interrupted; {_what_is_kept(folder, done, n_runs)}")
+    except (DataError, DivergedError, OSError) as error:
+        stop(1, f"error: {error}" + (f"; {_what_is_kept(folder, done, n_runs)}" if folder else ""))
+    rows = [row for trained in done for row in trained.epochs]
+    print()
+    print("\n".join(format_table(rows, found.networks)))
+    print("(after the last epoch, mean and standard deviation over the seeds)\n")
+    print("\n".join(format_verdict(rows, found.networks)))
+    print(f"\n{', '.join(NAMES)}: {clean(str(folder.out))}")
+
+
+def format_run(trained: Trained) -> str:
+    """Return a line about one network that is trained."""
+    last, seconds = trained.epochs[-1], sum(row.seconds for row in trained.epochs)
+    return (
+        f"{trained.network.name:<10}  seed {trained.seed:<4} training error {100 * last.train_error:6.2f} %  "
+        f"test error {100 * last.test_error:6.2f} %  {seconds:7.1f} s"
+    )
+
+
+def _what_is_kept(folder: StudyFolder | None, done: list[Trained], n_runs: int) -> str:
+    """Say which files of a study that did not reach its end are there."""
+    if folder is None or not (folder.out / "config.json").exists():
+        return "nothing was written"
+    if not done:
+        return f"no network was finished, {folder.out} keeps config.json only"
+    last = done[-1]
+    return (
+        f"{folder.out} keeps skip.csv and gradients.csv up to {last.network.name}, seed {last.seed}: "
+        f"{len(done)} of {n_runs} runs"
+    )

@@ -1,0 +1,60 @@
+"""`resnet-fast summary`."""
+
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
+from resnet_fast.models.registry import MODELS, STEMS, check_name, get_model
+from resnet_fast.models.summary import Summary, summarize
+from resnet_fast.training import TrainConfig
+
+N_CLASSES = 10
+
+
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = TrainConfig.model,
+    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels, in height and width.")] = TrainConfig.image_size,
+    num_classes: Annotated[int, typer.Option(min=1, help="Outputs of the last layer.")] = N_CLASSES,
+) -> None:
+    """Print the layers of a network with output shapes and parameters, and what they add up to."""
+    try:
+        check_name(model)
+        stem = stem or MODELS[model].stems[0]
+        with torch.device("meta"):  # shapes alone, whatever the size
+            network = get_model(model, num_classes=num_classes, stem=stem, norm_layer=nn.BatchNorm2d)
+            found = summarize(network, image_size)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except RuntimeError as error:
+        stop(2, f"error: {model} cannot take images of {image_size}x{image_size} pixels: {error}")
+    family = MODELS[model].family
+    print(f"{model} ({family}), {stem} stem, images of 3x{image_size}x{image_size}, {num_classes} classes\n")
+    print("\n".join(format_summary(found)))
+
+
+def format_summary(found: Summary) -> list[str]:
+    """Return the table and its totals, in 80 columns."""
+    lines = [f"{'layer':<24}  {'output, for each image':<24}  {'parameters':>14}"]
+    for i, row in enumerate(found.rows, 1):
+        shape = " x ".join(map(str, row.shape))
+        lines.append(f"{row.layer + '-' + str(i):<24}  {shape:<24}  {row.parameters:>14,}")
+    lines += ["", f"{found.trainable:>12,}  trainable parameters"]
+    if found.n_repeated:
+        lines += [
+            f"{found.row_total:>12,}  all rows added up: {found.n_repeated} modules run in several places and count",
+            f"{'':>12}  in each, which is {found.row_total - found.trainable:,} more",
+        ]
+    lines += [
+        f"{found.trainable + found.running:>12,}  trainable parameters and the {found.running:,} running statistics, a",
+        f"{'':>12}  mean and a variance for each channel of a batch norm",
+        "",
+        "Rows are the steps of plain PyTorch; fused, batch norm, addition and ReLU that",
+        "follow each other run as one.",
+    ]
+    return lines

@@ -1,0 +1,180 @@
+"""The residual block and the network of an introduction to skip connections, on the fused batch norm.
+
+Beside torchvision's, a block has one batch norm for two places, no ReLU after the addition but after the convolution
+that follows, and biases in its convolutions:
+
+    h = relu(bn(conv1(x)))                      conv1, conv2 3x3, of as many channels as x
+    h = bn(conv2(h)) + shortcut(x)              the same bn; the shortcut is x, or conv3(x), 1x1
+    y = relu(conv4(h))                          1x1 with the stride, to the width of the output
+
+docs/article.md says what the article's listing leaves open and how it is read here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, channels_last, nn
+
+from ..nn import FusedBatchNorm2d
+from .blocks import is_fused, is_observed
+
+STEM_CHANNELS = 64
+# Channels in and out, and whether the shortcut is the identity; each block halves the map.
+BLOCKS = (
+    (64, 64, True),
+    (64, 64, True),
+    (64, 128, False),
+    (128, 128, True),
+    (128, 256, False),
+    (256, 256, True),
+    (256, 512, False),
+    (512, 512, True),
+)
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class ResidualBlock(nn.Module):
+    """conv3x3 - BN+ReLU - conv3x3 - BN+add - conv1x1 - ReLU, both BN being one module.
+
+    Its running statistics are updated, and its batches counted, twice in a forward pass of training: first by the
+    output of conv1, then by that of conv2.
+
+    Args:
+        num_channels: of the input, and of all inside the block.
+        output_channels: of the output. It may differ with either shortcut, because conv4 comes after the addition.
+        is_identity: whether the shortcut is the input itself; False: through conv3, 1x1, which keeps the width.
+        stride: of conv4.
+        norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. With another the block is not fused.
+
+    Input [N, num_channels, H, W] in any layout; output [N, output_channels, ceil(H / stride), ceil(W / stride)].
+
+    Raises:
+        TypeError: a number is no integer.
+        ValueError: a number is below 1.
+
+    He et al. 2015, arXiv:1512.03385, for the two shortcuts.
+    """
+
+    conv3: nn.Conv2d | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        output_channels: int,
+        is_identity: bool = True,
+        stride: int = 1,
+        *,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        sizes = {"num_channels": num_channels, "output_channels": output_channels, "stride": stride}
+        for name, value in sizes.items():
+            _check_size(name, value)
+        super().__init__()
+        self.num_channels, self.output_channels = num_channels, output_channels
+        self.conv1 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
+        self.batch_norm: Any = (norm_layer or FusedBatchNorm2d)(num_channels)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
+        self.conv3 = None if is_identity else nn.Conv2d(num_channels, num_channels, kernel_size=1)
+        self.conv4 = nn.Conv2d(num_channels, output_channels, kernel_size=1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_fuse(self, x):
+            return self._plain_forward(x)
+        out = self.conv1(x)
+        out = self.batch_norm.fused(out, relu=True)
+        out = self.conv2(out)
+        out = self.batch_norm.fused(out, self._shortcut(x), relu=False)
+        out = self.conv4(out)
+        return self.relu(out)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x)
+        out = self.batch_norm(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.batch_norm(out)
+        out = out + self._shortcut(x)
+        out = self.conv4(out)
+        return self.relu(out)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return x if self.conv3 is None else self.conv3(x)
+
+
+class ResNetModel(nn.Module):
+    """conv7x7 stride 2 - BN+ReLU - max-pool stride 2 - blocks - linear; convolution weights in channels_last.
+
+    Args:
+        residual_blocks: ResidualBlocks; the first takes 64 channels, each other as many as the one before gives.
+        nb_classes: of the output.
+        norm_layer: of the stem, as in `ResidualBlock`.
+
+    Input [N, 3, H, W] in any layout; output [N, nb_classes]. The article's blocks take 32x32 images to a map of 1x1;
+    of a larger map the linear layer gets the mean over its pixels.
+
+    Raises:
+        TypeError: a block is no ResidualBlock, or nb_classes no integer.
+        ValueError: there is no block, a block takes another width than it would get, or nb_classes is below 1.
+    """
+
+    def __init__(
+        self,
+        residual_blocks: Sequence[ResidualBlock],
+        nb_classes: int,
+        *,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        _check_size("nb_classes", nb_classes)
+        if not residual_blocks:
+            raise ValueError("residual_blocks must hold a block at least, got none")
+        width, before = STEM_CHANNELS, "the stem"
+        for i, block in enumerate(residual_blocks):
+            if not isinstance(block, ResidualBlock):
+                raise TypeError(f"residual_blocks[{i}] must be a ResidualBlock, got {type(block).__name__}")
+            if block.num_channels != width:
+                raise ValueError(
+                    f"residual_blocks[{i}] must take the {width} channels that {before} gives, got {block.num_channels}"
+                )
+            width, before = block.output_channels, f"residual_blocks[{i}]"
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, STEM_CHANNELS, kernel_size=7, stride=2, padding=1)
+        self.batch_norm: Any = (norm_layer or FusedBatchNorm2d)(STEM_CHANNELS)
+        self.relu = nn.ReLU()
+        self.max_pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.residual_blocks = nn.Sequential(*residual_blocks)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(width, nb_classes)
+        self.to(memory_format=channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.batch_norm.fused(x, relu=True) if _can_fuse(self, x) else self.relu(self.batch_norm(x))
+        x = self.max_pool(x)
+        x = self.residual_blocks(x)
+        x = F.adaptive_avg_pool2d(x, 1)  # no module: the article's table has no row for it
+        x = self.flatten(x)
+        return self.linear(x)
+
+
+def _can_fuse(module: Any, x: Tensor) -> bool:
+    """Whether norm and ReLU are as they were built and nobody looks at what goes on inside."""
+    return is_fused(module.batch_norm) and type(module.relu) is nn.ReLU and not is_observed(module, x)
+
+
+def article(num_classes: int = 10, norm_layer: Callable[..., nn.Module] | None = None) -> ResNetModel:
+    """The network that the article trains on CIFAR-10: eight blocks of stride 2, 8,522,186 parameters.
+
+    Args:
+        num_classes: of the output.
+        norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
+    """
+    blocks = [ResidualBlock(*sizes, stride=2, norm_layer=norm_layer) for sizes in BLOCKS]
+    return ResNetModel(blocks, num_classes, norm_layer=norm_layer)

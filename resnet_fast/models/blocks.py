@@ -1,0 +1,197 @@
+"""The blocks of the networks, fused, and when a block or a network may be: what all models share.
+
+BasicBlock and Bottleneck are torchvision's own, so constructors, initialization, checkpoint keys and module names are
+theirs. What differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at,
+or has been put in place of, one of the steps in between (hooks, torch.fx, other layers, patched forwards) makes the
+block run torchvision's forward, step by step: the same numbers, without the fusion. What is around the whole sees no
+step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torchvision.models import resnet as torchvision_resnet
+
+from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+
+
+def is_observed(module: nn.Module, x: Tensor) -> bool:
+    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward.
+
+    Those of `module` itself do not count: they see its input and output, which are the same fused or not. Accelerate
+    puts autocast around a network's forward in this way.
+    """
+    if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
+        return True
+    return any(has_own_hook(m) for m in module.modules() if m is not module)
+
+
+def has_own_hook(module: nn.Module) -> bool:
+    """Whether there are hooks at this module, or a patched forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_fused(norm: nn.Module) -> bool:
+    return type(norm) in (FusedBatchNorm2d, FusedSyncBatchNorm2d) and not norm.relu
+
+
+def is_projection(downsample: nn.Module, norm: Any) -> bool:
+    """torchvision's projection shortcut, a convolution and its batch norm, of the statistics of as many as `norm`."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2:
+        return False
+    own: Any = downsample[1]
+    return is_fused(own) and own.group() is norm.group() and own.ghost_batch_size == norm.ghost_batch_size
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of the paper's shortcuts where widths change: every `stride`-th pixel, and channels of zeros at the end.
+
+    Args:
+        in_channels, out_channels: before and after; the difference is zeros.
+        stride: that of the block's first convolution, with which sizes agree for images of any size.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.n_zeros, self.stride = out_channels - in_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, in_channels, H, W]; returns [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.n_zeros))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, n_zeros={self.n_zeros}"
+
+
+class FusedBlock(nn.Module):
+    """What the blocks share: when to fuse."""
+
+    conv1: nn.Module
+    bn1: FusedBatchNorm2d
+    conv2: nn.Module
+    bn2: FusedBatchNorm2d
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def can_fuse(self) -> bool:
+        """Whether the block is as it was built. Hooks are looked for separately, once for a whole network."""
+        norms = [module for name, module in self.named_children() if name.startswith("bn")]
+        return (
+            type(self) in (BasicBlock, Bottleneck, PlainBlock)
+            and type(self.relu) is nn.ReLU
+            and all(map(is_fused, norms))
+            and (
+                self.downsample is None
+                or type(self.downsample) is PaddedShortcut
+                or is_projection(self.downsample, norms[-1])
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.can_fuse() or is_observed(self, x):
+            return self.steps(x)
+        return self.fused_forward(x, x)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """The forward without fusion: torchvision's."""
+        return super().forward(x)  # type: ignore[misc]
+
+    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
+        """`x` and `shortcut` are the block's input, once for each consumer; returns y, or two handles to it."""
+        raise NotImplementedError
+
+
+class BasicBlock(FusedBlock, torchvision_resnet.BasicBlock):
+    """conv3x3 - BN+ReLU - conv3x3 - BN+add+ReLU; the batch norm of a projection shortcut joins the last."""
+
+    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
+        out = self.conv1(x)
+        out = self.bn1.fused(out, relu=True)
+        out = self.conv2(out)
+        return join(self.bn2, out, self.downsample, shortcut, fork)
+
+
+class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
+    """conv1x1 - BN+ReLU - conv3x3 - BN+ReLU - conv1x1 - BN+add+ReLU, with the stride in the 3x3 convolution."""
+
+    conv3: nn.Module
+    bn3: FusedBatchNorm2d
+
+    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
+        out = self.conv1(x)
+        out = self.bn1.fused(out, relu=True)
+        out = self.conv2(out)
+        out = self.bn2.fused(out, relu=True)
+        out = self.conv3(out)
+        return join(self.bn3, out, self.downsample, shortcut, fork)
+
+
+class PlainBlock(FusedBlock):
+    """conv3x3 - BN+ReLU - conv3x3 - BN+ReLU: the basic block without its skip connection, under the same names.
+
+    Args:
+        inplanes, planes: channels before and after.
+        stride: of the first convolution.
+        norm_layer: makes a norm from a number of channels.
+    """
+
+    def __init__(self, inplanes: int, planes: int, stride: int, norm_layer: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = torchvision_resnet.conv3x3(inplanes, planes, stride)
+        self.bn1: Any = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = torchvision_resnet.conv3x3(planes, planes)
+        self.bn2: Any = norm_layer(planes)
+        self.downsample = None
+
+    def steps(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
+        """The output has one consumer, so that the second handle, where one is asked for, is the first."""
+        out = self.conv1(x)
+        out = self.bn1.fused(out, relu=True)
+        out = self.conv2(out)
+        out = self.bn2.fused(out, relu=True)
+        return (out, out) if fork else out
+
+
+def join(norm: FusedBatchNorm2d, out: Tensor, downsample: Any, shortcut: Tensor, fork: bool) -> Any:
+    """relu(bn(out) + shortcut), the shortcut as it is, padded, or through its convolution and its own batch norm."""
+    residual_norm = None
+    if type(downsample) is PaddedShortcut:
+        shortcut = downsample(shortcut)
+    elif downsample is not None:
+        conv, residual_norm = downsample
+        shortcut = conv(shortcut)
+    return norm.fused(out, shortcut, residual_norm, relu=True, fork=fork)
+
+
+def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
+    """Return all blocks of the stages in order, or none where the network, with `bn1` and `relu`, is not as built."""
+    if not is_fused(network.bn1) or type(network.relu) is not nn.ReLU or is_observed(network, x):
+        return []
+    if any(type(stage) is not nn.Sequential for stage in stages):
+        return []
+    blocks: list[Any] = [block for stage in stages for block in stage]  # type: ignore[attr-defined]
+    return blocks if all(isinstance(block, FusedBlock) and block.can_fuse() for block in blocks) else []
+
+
+def run_fused(blocks: Sequence[Any], x: Tensor, shortcut: Tensor) -> Tensor:
+    """Run blocks one after the other.
+
+    Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
+    that the backward of the operation that made it adds the two gradients in registers.
+    """
+    for block in blocks[:-1]:
+        x, shortcut = block.fused_forward(x, shortcut, fork=True)
+    return blocks[-1].fused_forward(x, shortcut)

@@ -1,0 +1,108 @@
+"""The folder of a study: config.json, skip.csv, gradients.csv and skip.png, each there as a whole or not at all.
+
+The tables grow by a network at a time; the picture is drawn at the end.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from resnet_fast.data import Augmentation, ImageDataset
+from resnet_fast.files import whole_file
+from resnet_fast.study.picture import draw
+from resnet_fast.study.runs import GRADIENT_IMAGES, EpochRow, GradientRow, Trained
+from resnet_fast.study.settings import SkipStudy
+from resnet_fast.training.recipes import RECIPE_FIELDS
+from resnet_fast.training.run_folder import check_is_free, describe
+
+NAMES = ("skip.png", "skip.csv", "gradients.csv", "config.json")
+# Of what config.json of a training run holds, that which a study has, too.
+DESCRIBED = (
+    *RECIPE_FIELDS,
+    *("dataset", "data_dir", "device", "precision", "graph", "classes", "train_images", "test_images", "mean", "std"),
+    *("versions", "threads", "device_name"),
+)
+
+
+class StudyFolder:
+    """Writes the files of one study.
+
+    Args:
+        study: names the folder.
+        dataset: what is trained on.
+        augmentation: what is done to its images.
+    """
+
+    def __init__(self, study: SkipStudy, dataset: ImageDataset, augmentation: Augmentation) -> None:
+        self.study, self.dataset, self.augmentation = study, dataset, augmentation
+        self.out = study.config.out
+
+    def start(self) -> None:
+        """Make the folder and write config.json; raises FileExistsError if it holds something already."""
+        check_is_free(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n"
+        with whole_file(self.out / "config.json") as file:
+            file.write(text.encode())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        study = self.study
+        found = describe(study.config, self.dataset, self.augmentation)
+        return {
+            "study": "skip",
+            "networks": [network.name for network in study.networks],
+            "width": study.width,
+            "seeds": list(study.seeds),
+            "image_size": self.dataset.train.size[0],
+            "gradient_images": min(GRADIENT_IMAGES, len(self.dataset.train)),
+            **{name: found[name] for name in DESCRIBED},
+        }
+
+    def write_tables(self, done: Sequence[Trained]) -> None:
+        """Replace both tables by those of the networks trained so far."""
+        for name, kind, rows in (
+            ("skip.csv", EpochRow, [row for trained in done for row in trained.epochs]),
+            ("gradients.csv", GradientRow, [row for trained in done for row in trained.gradients]),
+        ):
+            with whole_file(self.out / name) as file:
+                file.write(_table(kind, rows).encode())
+
+    def write_picture(self, done: Sequence[Trained]) -> None:
+        """Draw skip.png of all networks."""
+        epochs = [row for trained in done for row in trained.epochs]
+        gradients = [row for trained in done for row in trained.gradients]
+        figure = draw(epochs, gradients, self.study.networks, self.title)
+        with whole_file(self.out / "skip.png") as file:
+            figure.savefig(file, format="png")
+
+    @property
+    def title(self) -> str:
+        """What was trained on what."""
+        height, width = self.dataset.train.size
+        epochs, seeds = self.study.config.epochs, len(self.study.seeds)
+        return (
+            f"With and without skip connections: {self.dataset.name}, {height}x{width}, {self.study.width} channels, "
+            f"{epochs} epoch{'s' * (epochs > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+        )
+
+
+def _table(kind: type, rows: Sequence[Any]) -> str:
+    text = io.StringIO()
+    names = [field.name for field in fields(kind)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        values = asdict(row).values()
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+    return text.getvalue()
+
+
+def read_table(path: Path, kind: type) -> list[Any]:
+    """Return the rows of a table as they were written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [kind(**{f.name: f.type(row[f.name]) for f in fields(kind)}) for row in csv.DictReader(file)]  # type: ignore[operator]

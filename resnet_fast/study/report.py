@@ -1,0 +1,91 @@
+"""What a study found: a table, and sentences that follow from its numbers."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from resnet_fast.study.runs import EpochRow
+from resnet_fast.study.settings import Network
+from resnet_fast.training.console import format_duration
+from resnet_fast.training.repeat import Spread
+
+WIDTH = 80
+Order = Literal["worse than", "as well as", "better than"]
+
+
+class Comparison(NamedTuple):
+    """Two networks' training errors after the last epoch, in percent.
+
+    Args:
+        order: how the deep one trains: as well as the shallow one unless the mean difference is larger than its
+            standard deviation over the seeds.
+        shallow, deep: over the seeds.
+        difference: deep - shallow, of each seed.
+    """
+
+    order: Order
+    shallow: Spread
+    deep: Spread
+    difference: Spread
+
+
+def last_epochs(rows: Sequence[EpochRow], network: str) -> list[EpochRow]:
+    """Return the row of the last epoch of each seed."""
+    last = max((row.epoch for row in rows), default=0)
+    return [row for row in rows if row.network == network and row.epoch == last]
+
+
+def compare(rows: Sequence[EpochRow], shallow: str, deep: str) -> Comparison:
+    """Compare the training errors of two networks that were trained with the same seeds."""
+    found = [[100 * row.train_error for row in last_epochs(rows, name)] for name in (shallow, deep)]
+    difference = Spread.of([b - a for a, b in zip(*found, strict=True)])
+    order: Order = "as well as"
+    if abs(difference.mean) > difference.std:
+        order = "worse than" if difference.mean > 0 else "better than"
+    return Comparison(order, Spread.of(found[0]), Spread.of(found[1]), difference)
+
+
+def format_table(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
+    """Return a line for each network: errors after the last epoch, mean ± standard deviation over the seeds."""
+    lines = ["network      training error (%)     test error (%)  training"]
+    for network in networks:
+        last = last_epochs(rows, network.name)
+        train, test = (
+            f"{spread.mean:.2f} ± {spread.std:.2f}"
+            for spread in (
+                Spread.of([100 * row.train_error for row in last]),
+                Spread.of([100 * row.test_error for row in last]),
+            )
+        )
+        seconds = sum(row.seconds for row in rows if row.network == network.name) / len(last)
+        lines.append(f"{network.name:<11}  {train:>18}  {test:>17}  {format_duration(seconds):>8}")
+    return lines
+
+
+def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
+    """Return what the numbers say about depth, in lines of 80 columns.
+
+    Args:
+        rows: of all networks.
+        networks: plain and shallow, plain and deep, then the two with skip connections.
+    """
+    plain_shallow, plain_deep, shallow, deep = (network.name for network in networks)
+    lines, orders = [], []
+    for small, large in ((plain_shallow, plain_deep), (shallow, deep)):
+        found = compare(rows, small, large)
+        orders.append(found.order)
+        lines += textwrap.wrap(
+            f"{large} trains {found.order} {small}: {found.deep.mean:.2f} % against {found.shallow.mean:.2f} % "
+            f"training error, a difference of {found.difference.mean:+.2f} ± {found.difference.std:.2f} points.",
+            WIDTH,
+        )
+    without, with_them = (order == "worse than" for order in orders)
+    if without and not with_them:
+        end = "Depth hurts without skip connections, and not with them."
+    elif without:
+        end = "Depth hurts without skip connections, and with them, too."
+    elif with_them:
+        end = "Depth hurts with skip connections alone: the opposite of what the paper found."
+    else:
+        end = "Depth hurts neither without skip connections nor with them."
+    return [*lines, *textwrap.wrap(end, WIDTH)]

@@ -1,0 +1,109 @@
+"""Trains the networks of a study, one after the other, in the loop of `resnet-fast train`.
+
+Training error is the running one of an epoch, over its training images as they are trained on, while the weights
+change: the paper's. Test error is that of the weights after the epoch, by running statistics, as in `train`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from resnet_fast.data import Augmentation, ImageDataset, Loader, normalize
+from resnet_fast.study.gradients import gradient_norms
+from resnet_fast.study.settings import Network, SkipStudy
+from resnet_fast.training.loop import run_epoch
+from resnet_fast.training.prepare import Run, augmentation_of, torch_settings
+from resnet_fast.training.processes import Processes, join
+from resnet_fast.training.random_state import seed_everything
+from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.step import TrainingStep
+
+GRADIENT_IMAGES = 256  # the first ones of the training images, the same for all networks
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """A row of skip.csv: errors in 0 … 1, seconds of training alone."""
+
+    network: str
+    seed: int
+    epoch: int
+    train_error: float
+    test_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """A row of gradients.csv: the norm of the gradient of a convolution, at the "start" or the "end" of training."""
+
+    network: str
+    seed: int
+    moment: str
+    layer: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out of training one network with one seed."""
+
+    network: Network
+    seed: int
+    epochs: tuple[EpochRow, ...]
+    gradients: tuple[GradientRow, ...]
+
+
+def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator[Trained]:
+    """Yield every network, seed by seed, so that a study that is stopped has as many seeds of each, or nearly.
+
+    Args:
+        study: the settings.
+        dataset: its images, if they are loaded already.
+
+    Raises:
+        DataError: the images are not available.
+        DivergedError: a loss became infinite or NaN.
+    """
+    dataset = study.load() if dataset is None else dataset
+    augmentation = augmentation_of(study.config, dataset)
+    with join(study.config.device) as processes, torch_settings(study.config, processes.device):
+        own = dataset.to(processes.device)
+        for seed in study.seeds:
+            for network in study.networks:
+                yield train_one(study, network, seed, own, augmentation, processes)
+
+
+def train_one(
+    study: SkipStudy,
+    network: Network,
+    seed: int,
+    dataset: ImageDataset,
+    augmentation: Augmentation,
+    processes: Processes,
+) -> Trained:
+    """Train one network; `dataset` is on the device. The same seed gives the same bits on a CPU."""
+    config = replace(study.config, seed=seed)
+    seed_everything(seed)
+    model = network.build(len(dataset.classes), study.width)
+    model = model.to(device=processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = Loader(dataset.train, augmentation, config.batch_size, seed)
+    n_steps = config.epochs * len(loader)
+    step = TrainingStep(model, config, augmentation, n_steps, precision=config.precision, graph=config.graph)
+    run = Run(config, dataset, loader, step, model, processes, Reporter())
+    images, labels = next(iter(dataset.train.batches(GRADIENT_IMAGES)))
+    images = normalize(images, augmentation.mean, augmentation.std)
+    gradients, epochs = [], []
+
+    def measure(moment: str) -> None:
+        norms = gradient_norms(model, images, labels)
+        gradients.extend(GradientRow(network.name, seed, moment, i, norm) for i, norm in enumerate(norms, 1))
+
+    measure("start")
+    for epoch in range(1, config.epochs + 1):
+        found = run_epoch(run, epoch)
+        errors = 1 - found.train_accuracy, 1 - found.test_accuracy
+        epochs.append(EpochRow(network.name, seed, epoch, *errors, found.seconds))
+    measure("end")
+    return Trained(network, seed, tuple(epochs), tuple(gradients))

@@ -1,0 +1,487 @@
+"""The article's block and network: its layer table, and the numbers of the same network written in plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import ROUNDINGS, assert_within_budget
+from fused_op import LAYOUTS
+from torch import Tensor, fx, nn
+
+from resnet_fast import FusedBatchNorm2d, convert_sync_batchnorm, functional
+from resnet_fast.models import ResidualBlock, ResNetModel, article
+from resnet_fast.models.summary import Summary, summarize
+
+# The layer, its output for an image of 3x32x32, its parameters. A convolution of k x k has k * k * in * out + out, a
+# batch norm 2 * channels, a linear layer in * out + out; a block counts none of its own.
+TABLE = [
+    ("Conv2d", (64, 14, 14), 9_472),
+    ("BatchNorm2d", (64, 14, 14), 128),
+    ("ReLU", (64, 14, 14), 0),
+    ("MaxPool2d", (64, 7, 7), 0),
+    # 64 -> 64, identity
+    ("Conv2d", (64, 7, 7), 36_928),
+    ("BatchNorm2d", (64, 7, 7), 128),
+    ("ReLU", (64, 7, 7), 0),
+    ("Conv2d", (64, 7, 7), 36_928),
+    ("BatchNorm2d", (64, 7, 7), 128),
+    ("Conv2d", (64, 4, 4), 4_160),
+    ("ReLU", (64, 4, 4), 0),
+    ("ResidualBlock", (64, 4, 4), 0),
+    # 64 -> 64, identity
+    ("Conv2d", (64, 4, 4), 36_928),
+    ("BatchNorm2d", (64, 4, 4), 128),
+    ("ReLU", (64, 4, 4), 0),
+    ("Conv2d", (64, 4, 4), 36_928),
+    ("BatchNorm2d", (64, 4, 4), 128),
+    ("Conv2d", (64, 2, 2), 4_160),
+    ("ReLU", (64, 2, 2), 0),
+    ("ResidualBlock", (64, 2, 2), 0),
+    # 64 -> 128, a convolution as the shortcut
+    ("Conv2d", (64, 2, 2), 36_928),
+    ("BatchNorm2d", (64, 2, 2), 128),
+    ("ReLU", (64, 2, 2), 0),
+    ("Conv2d", (64, 2, 2), 36_928),
+    ("BatchNorm2d", (64, 2, 2), 128),
+    ("Conv2d", (64, 2, 2), 4_160),
+    ("Conv2d", (128, 1, 1), 8_320),
+    ("ReLU", (128, 1, 1), 0),
+    ("ResidualBlock", (128, 1, 1), 0),
+    # 128 -> 128, identity
+    ("Conv2d", (128, 1, 1), 147_584),
+    ("BatchNorm2d", (128, 1, 1), 256),
+    ("ReLU", (128, 1, 1), 0),
+    ("Conv2d", (128, 1, 1), 147_584),
+    ("BatchNorm2d", (128, 1, 1), 256),
+    ("Conv2d", (128, 1, 1), 16_512),
+    ("ReLU", (128, 1, 1), 0),
+    ("ResidualBlock", (128, 1, 1), 0),
+    # 128 -> 256, a convolution as the shortcut
+    ("Conv2d", (128, 1, 1), 147_584),
+    ("BatchNorm2d", (128, 1, 1), 256),
+    ("ReLU", (128, 1, 1), 0),
+    ("Conv2d", (128, 1, 1), 147_584),
+    ("BatchNorm2d", (128, 1, 1), 256),
+    ("Conv2d", (128, 1, 1), 16_512),
+    ("Conv2d", (256, 1, 1), 33_024),
+    ("ReLU", (256, 1, 1), 0),
+    ("ResidualBlock", (256, 1, 1), 0),
+    # 256 -> 256, identity
+    ("Conv2d", (256, 1, 1), 590_080),
+    ("BatchNorm2d", (256, 1, 1), 512),
+    ("ReLU", (256, 1, 1), 0),
+    ("Conv2d", (256, 1, 1), 590_080),
+    ("BatchNorm2d", (256, 1, 1), 512),
+    ("Conv2d", (256, 1, 1), 65_792),
+    ("ReLU", (256, 1, 1), 0),
+    ("ResidualBlock", (256, 1, 1), 0),
+    # 256 -> 512, a convolution as the shortcut
+    ("Conv2d", (256, 1, 1), 590_080),
+    ("BatchNorm2d", (256, 1, 1), 512),
+    ("ReLU", (256, 1, 1), 0),
+    ("Conv2d", (256, 1, 1), 590_080),
+    ("BatchNorm2d", (256, 1, 1), 512),
+    ("Conv2d", (256, 1, 1), 65_792),
+    ("Conv2d", (512, 1, 1), 131_584),
+    ("ReLU", (512, 1, 1), 0),
+    ("ResidualBlock", (512, 1, 1), 0),
+    # 512 -> 512, identity
+    ("Conv2d", (512, 1, 1), 2_359_808),
+    ("BatchNorm2d", (512, 1, 1), 1_024),
+    ("ReLU", (512, 1, 1), 0),
+    ("Conv2d", (512, 1, 1), 2_359_808),
+    ("BatchNorm2d", (512, 1, 1), 1_024),
+    ("Conv2d", (512, 1, 1), 262_656),
+    ("ReLU", (512, 1, 1), 0),
+    ("ResidualBlock", (512, 1, 1), 0),
+    ("Flatten", (512,), 0),
+    ("Linear", (10,), 5_130),
+]
+
+
+# The same in plain PyTorch, from the article's description, without a line of ours.
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, n_in: int, n_out: int, is_identity: bool, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_in, 3, padding=1)
+        self.batch_norm = nn.BatchNorm2d(n_in)
+        self.conv2 = nn.Conv2d(n_in, n_in, 3, padding=1)
+        self.conv3 = nn.Identity() if is_identity else nn.Conv2d(n_in, n_in, 1)
+        self.conv4 = nn.Conv2d(n_in, n_out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.batch_norm(self.conv1(x)))
+        out = self.batch_norm(self.conv2(out)) + self.conv3(x)
+        return F.relu(self.conv4(out))
+
+
+class PlainModel(nn.Module):
+    def __init__(self, blocks: list[tuple[int, int, bool]], n_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=1)
+        self.batch_norm = nn.BatchNorm2d(64)
+        self.residual_blocks = nn.Sequential(*(PlainBlock(*block, stride=2) for block in blocks))
+        self.linear = nn.Linear(blocks[-1][1], n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.batch_norm(self.conv1(x))), 3, stride=2, padding=1)
+        return self.linear(self.residual_blocks(x).mean((2, 3)))
+
+
+ALL_BLOCKS = [(64, 64, True), (64, 64, True), (64, 128, False), (128, 128, True)]
+ALL_BLOCKS += [(128, 256, False), (256, 256, True), (256, 512, False), (512, 512, True)]
+TWO_BLOCKS = [(64, 12, True), (12, 8, False)]
+
+
+def make_pair(blocks: list[tuple[int, int, bool]], layout: str = "channels_last") -> tuple[nn.Module, nn.Module]:
+    """Ours and the plain one, with the same weights, none of them as it starts."""
+    torch.manual_seed(0)
+    ours = ResNetModel([ResidualBlock(*block, stride=2) for block in blocks], 10)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+        for name, buffer in ours.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.8, 1.2)
+    plain = PlainModel(blocks, 10)
+    plain.load_state_dict(ours.state_dict(), strict=True)
+    return tuple(model.to(memory_format=LAYOUTS[layout]) for model in (ours, plain))  # type: ignore[call-overload]
+
+
+def make_batch(image_size: int, layout: str = "channels_last") -> tuple[Tensor, Tensor]:
+    x = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=LAYOUTS[layout]), torch.tensor([3, 1, 4, 1])
+
+
+def one_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    F.cross_entropy(logits, target).backward()
+    found = {"logits": logits.detach(), "dx": x.grad}
+    found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.fixture
+def on_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads add up in another order, and where that crosses ReLU's kink no budget holds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The table.
+
+
+def summary_of_article() -> Summary:
+    with torch.device("meta"):
+        return summarize(article(norm_layer=nn.BatchNorm2d), 32)
+
+
+def test_the_layer_table_has_the_articles_73_rows():
+    rows = summary_of_article().rows
+    assert len(TABLE) == 73
+    assert [tuple(row) for row in rows] == TABLE
+
+
+def test_on_fused_batch_norms_it_is_the_same_table(on_aten):
+    fused = [(layer.removeprefix("Fused"), *rest) for layer, *rest in summarize(article(), 32).rows]
+    assert fused == TABLE
+
+
+def test_the_three_totals():
+    found, model = summary_of_article(), article()
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) == 8_522_186
+    # Each block's batch norm has two rows, and its parameters count in both.
+    twice = sum(2 * block.num_channels for block in model.residual_blocks)
+    assert (twice, found.n_repeated) == (2_944, 8)
+    assert found.row_total == 8_522_186 + twice == 8_525_130
+    # TensorFlow counts a mean and a variance for every channel as parameters that are not trained.
+    norms = [module for module in model.modules() if isinstance(module, FusedBatchNorm2d)]
+    assert found.running == sum(2 * norm.num_features for norm in norms) == 3_072
+    assert found.trainable + found.running == 8_525_258
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("is_identity", [True, False])
+@pytest.mark.parametrize(("stride", "size"), [(1, 256), (2, 128)])
+def test_the_articles_example_of_a_block(stride: int, size: int, is_identity: bool):
+    with torch.device("meta"):
+        block = ResidualBlock(3, 64, is_identity, stride)
+        assert block(torch.empty(32, 3, 256, 256)).shape == (32, 64, size, size)
+
+
+def test_a_block_without_a_shortcut_convolution_has_none():
+    assert "conv3.weight" not in ResidualBlock(4, 4).state_dict()
+    assert ResidualBlock(4, 6, False).state_dict()["conv3.weight"].shape == (4, 4, 1, 1)
+
+
+@pytest.mark.parametrize("image_size", [8, 33, 96])
+def test_images_of_other_sizes_are_pooled(image_size: int):
+    with torch.device("meta"):
+        assert article(7).eval()(torch.empty(2, 3, image_size, image_size)).shape == (2, 7)
+
+
+def test_of_a_larger_map_the_mean_is_taken(on_aten):
+    ours, plain = (model.eval() for model in make_pair(TWO_BLOCKS))
+    x, _ = make_batch(48)
+    assert ours.residual_blocks(ours.max_pool(ours.conv1(x))).shape[2:] == (3, 3)
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_convolution_weights_are_in_channels_last():
+    for module in article().modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# Numbers.
+
+
+def test_the_plain_network_starts_with_the_same_weights():
+    models = []
+    for norm_layer in (None, nn.BatchNorm2d):
+        torch.manual_seed(0)
+        models.append(article(norm_layer=norm_layer).state_dict())
+    assert list(models[0]) == list(models[1])
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_aten_it_is_the_plain_network_to_the_bit(layout: str, training: bool, on_aten):
+    ours, plain = (model.train(training) for model in make_pair(ALL_BLOCKS, layout))
+    x, target = make_batch(32, layout)
+    found, expected = one_step(ours, x, target), one_step(plain, x, target)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def bias_terms(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """For the gradient of every convolution's bias, the sum of its terms' magnitudes.
+
+    Before a batch norm the terms cancel to 0, and what is left, ours and eager's, is roundings of them.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str):
+        def hook(module: nn.Module, dx: tuple, dy: tuple[Tensor]) -> None:
+            found[f"d {name}.bias"] = ROUNDINGS * dy[0].abs().sum((0, 2, 3))
+
+        return hook
+
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_full_backward_hook(note(name))
+    one_step(model, x, target)
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_through_the_kernels_it_is_within_the_budget(layout: str, training: bool, device, monkeypatch):
+    original = functional.choose_backend
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: original(x, requested or "triton"))
+    ours, plain = (model.to(device).train(training) for model in make_pair(TWO_BLOCKS, layout))
+    x, target = (tensor.to(device) for tensor in make_batch(24, layout))
+    exact_model = copy.deepcopy(plain).double()
+    terms = bias_terms(exact_model, x.double(), target)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        found, exact = one_step(ours, x, target), one_step(exact_model, x.double(), target)
+        expected = [
+            one_step(copy.deepcopy(plain).to(memory_format=any_layout), x.contiguous(memory_format=any_layout), target)
+            for any_layout in LAYOUTS.values()
+        ]
+    for name in found:
+        if name.endswith("num_batches_tracked"):
+            assert found[name] == exact[name]
+        else:
+            assert_within_budget(name, found[name], [e[name] for e in expected], exact[name], terms.get(name))
+
+
+@pytest.mark.parametrize("is_identity", [True, False])
+def test_gradients_are_those_of_finite_differences(is_identity: bool, either_backend):
+    torch.manual_seed(0)
+    block = ResidualBlock(2, 3, is_identity, stride=2).double()
+    assert isinstance(block.batch_norm, FusedBatchNorm2d)
+    block.batch_norm.momentum = 0.0  # the same function at every call
+    names = [name for name, _ in block.named_parameters()]
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
+
+    parameters = [parameter.detach().requires_grad_() for parameter in block.parameters()]
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+
+
+# One batch norm in two places.
+
+
+def test_running_statistics_take_two_batches_in_a_pass(either_backend):
+    torch.manual_seed(0)
+    block, x = ResidualBlock(3, 4), torch.randn(2, 3, 4, 4)
+    block.batch_norm.momentum = 0.25
+    outputs = []
+    with torch.no_grad():
+        outputs.append(block.conv1(x))
+        outputs.append(block.conv2(F.relu(F.batch_norm(outputs[0], None, None, training=True))))
+        block(x)
+    mean, var = torch.zeros(3), torch.ones(3)
+    for output in outputs:  # in this order: the second weighs more
+        mean = 0.75 * mean + 0.25 * output.mean((0, 2, 3))
+        var = 0.75 * var + 0.25 * output.var((0, 2, 3))
+    torch.testing.assert_close(block.batch_norm.running_mean, mean)
+    torch.testing.assert_close(block.batch_norm.running_var, var)
+    assert block.batch_norm.num_batches_tracked == 2
+    block.eval()(x)
+    assert block.batch_norm.num_batches_tracked == 2
+
+
+# What is fused, and what is not.
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Of every fused batch norm: whether a residual was added, whether ReLU was applied."""
+    seen, original = [], FusedBatchNorm2d.fused
+
+    def fused(self, x, residual=None, *args, relu: bool, **kwargs):
+        seen.append((residual is not None, relu))
+        return original(self, x, residual, *args, relu=relu, **kwargs)
+
+    monkeypatch.setattr(FusedBatchNorm2d, "fused", fused)
+    return seen
+
+
+BOTH = [(False, True), (True, False)]  # BN+ReLU, BN+add
+STEPS = [(False, False)] * 2
+
+
+def test_a_block_runs_two_fused_operations(calls: list, on_aten):
+    ResidualBlock(3, 4)(torch.randn(2, 3, 4, 4))
+    assert calls == BOTH
+
+
+def hook_relu(block: nn.Module) -> None:
+    block.relu.register_forward_hook(lambda *args: None)
+
+
+def other_activation(block: nn.Module) -> None:
+    block.relu = nn.LeakyReLU(0.0)
+
+
+def patch_a_convolution(block: nn.Module) -> None:
+    block.conv2.forward = block.conv2.forward
+
+
+@pytest.mark.parametrize("change", [hook_relu, other_activation, patch_a_convolution])
+def test_what_looks_inside_makes_it_run_step_by_step(change, calls: list, on_aten):
+    torch.manual_seed(0)
+    block, x = ResidualBlock(3, 4, False), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(block)(x)
+    change(block)
+    calls.clear()
+    assert torch.equal(block(x), expected)
+    assert calls == STEPS
+
+
+def test_a_hook_on_one_block_leaves_the_others_fused(calls: list, on_aten):
+    model = article().eval()
+    hook_relu(model.residual_blocks[0])
+    model(torch.randn(1, 3, 32, 32))
+    assert calls == [(False, False), *STEPS, *(7 * BOTH)]  # the stem belongs to what the network sees inside
+
+
+def test_torch_fx_sees_every_step(on_aten):
+    model = article().eval()
+    traced = fx.symbolic_trace(model)
+    assert sum(node.op == "call_module" for node in traced.graph.nodes) == 73 - 8  # a block is no step of its own
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_another_norm_runs_in_its_place(on_aten):
+    block = ResidualBlock(4, 4, norm_layer=lambda n_channels: nn.GroupNorm(2, n_channels))
+    assert isinstance(block.batch_norm, nn.GroupNorm)
+    assert block(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+
+
+def test_it_is_one_graph_to_torch_compile(on_aten):
+    torch.manual_seed(0)
+    block, x = ResidualBlock(3, 4, False), torch.randn(2, 3, 4, 4)
+    plain, target = copy.deepcopy(block), torch.rand(2, 4, 4, 4)
+    for run in (plain, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        F.mse_loss(run(x), target).backward()
+    for (name, parameter), other in zip(plain.named_parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+    assert torch.equal(block.batch_norm.running_var, plain.batch_norm.running_var)
+    assert block.batch_norm.num_batches_tracked == 2
+
+
+def test_synchronized_it_has_one_norm_still(on_aten):
+    block = convert_sync_batchnorm(ResidualBlock(3, 4))
+    assert [name for name in block.state_dict() if name.endswith("num_batches_tracked")] == [
+        "batch_norm.num_batches_tracked"
+    ]
+    block(torch.randn(2, 3, 4, 4))
+    assert block.batch_norm.num_batches_tracked == 2
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((0, 4), ValueError, "num_channels must be at least 1, got 0"),
+        ((4, -1), ValueError, "output_channels must be at least 1, got -1"),
+        ((4, 4, True, 0), ValueError, "stride must be at least 1, got 0"),
+        ((4.0, 4), TypeError, "num_channels must be an integer, got 4.0"),
+        ((True, 4), TypeError, "num_channels must be an integer, got True"),
+    ],
+)
+def test_a_block_of_no_size_is_refused(args: tuple, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        ResidualBlock(*args)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "nb_classes", "error", "message"),
+    [
+        ([(32, 64)], 10, ValueError, r"residual_blocks\[0\] must take the 64 channels that the stem gives, got 32"),
+        (
+            [(64, 128), (64, 64)],
+            10,
+            ValueError,
+            r"residual_blocks\[1\] must take the 128 channels that residual_blocks\[0\] gives, got 64",
+        ),
+        ([], 10, ValueError, "residual_blocks must hold a block at least, got none"),
+        ([(64, 64)], 0, ValueError, "nb_classes must be at least 1, got 0"),
+        ([(64, 64)], "10", TypeError, "nb_classes must be an integer, got '10'"),
+    ],
+)
+def test_blocks_that_do_not_chain_are_refused(blocks: list, nb_classes, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        ResNetModel([ResidualBlock(*block) for block in blocks], nb_classes)
+
+
+def test_what_is_no_block_is_refused():
+    with pytest.raises(TypeError, match=r"residual_blocks\[0\] must be a ResidualBlock, got Conv2d"):
+        ResNetModel([nn.Conv2d(64, 64, 1)], 10)

@@ -1,0 +1,113 @@
+"""The commands take a network of every family: it trains, is loaded again, tested, exported and profiled.
+
+Those of torchvision's family have tests of their own, command by command.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trained_run import invoke, make_image_folder
+
+from resnet_fast import functional
+from resnet_fast.inference import load_trained
+from resnet_fast.models.registry import MODELS
+from resnet_fast.ops import augment
+from resnet_fast.profiling import profile_config
+from resnet_fast.profiling.providers import checked_steps
+from resnet_fast.training import prepare, run_folder
+
+ONE_OF_EACH = list({m.family: name for name, m in reversed(MODELS.items()) if m.family != "torchvision"}.values())
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATen's operators: interpreted kernels take these networks minutes; and no pictures."""
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+    monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return make_image_folder(tmp_path / "images", n_train=2)
+
+
+def train(images: Path, out: Path, *args: object):
+    settings = {"dataset": "folder", "data-dir": images, "image-size": 16, "batch-size": 3, "epochs": 1}
+    settings |= {"device": "cpu", "precision": "fp32", "workers": 0, "out": out, "recipe": "article"}
+    return invoke("train", *(part for name, value in settings.items() for part in (f"--{name}", value)), *args)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_it_is_trained_tested_and_exported(name: str, images: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    result = train(images, out, "--model", name)
+    assert result.exit_code == 0, result.output
+    stem = MODELS[name].stems[0]
+    assert result.stdout.startswith(f"{name} ({stem} stem) on folder: 6 + 9 images")
+    assert json.loads((out / "config.json").read_text())["stem"] == stem
+    loaded = load_trained(out)
+    assert type(loaded.model) is type(MODELS[name].make(3, stem))
+    assert loaded.description == f"{name} ({stem} stem) on folder, epoch 1"
+    tested = invoke("eval", out, "--device", "cpu")
+    assert tested.exit_code == 0, tested.output
+    predicted = invoke("predict", out, images / "test" / "ape" / "0.png")
+    assert predicted.exit_code == 0, predicted.output
+    exported = invoke("export", out)
+    assert exported.exit_code == 0, exported.output
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_it_is_trained_on_ghost_batches_and_averaged(name: str, images: Path, tmp_path: Path):
+    options = ["--batch-size", 4, "--ghost-batch-size", 2, "--ema", 0.5]
+    result = train(images, tmp_path / "run", "--model", name, *options)
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    counts = {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")}
+    # Six images are three groups; the article's blocks have one norm for two places.
+    assert counts == ({3, 6} if name == "article" else {3})
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_eager_trains_the_numbers_of_fused(name: str, images: Path, tmp_path: Path):
+    states = []
+    for backend in ("fused", "eager"):
+        result = train(images, tmp_path / backend, "--model", name, "--backend", backend, "--dirac")
+        assert result.exit_code == 0, result.output
+        states.append(torch.load(tmp_path / backend / "checkpoint.pt", weights_only=True)["model"])
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_profile_checks_it_against_the_plain_network(name: str):
+    config = profile_config(model=name, batch_size=4, precision="fp32", device="cpu", image_size=16)
+    assert config.stem == MODELS[name].stems[0]
+    steps = checked_steps(config)
+    assert type(steps["fused"].model) is type(MODELS[name].make(3, config.stem))
+    loss, logits = steps["fused"]()
+    assert loss.isfinite() and logits.shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "resnt18"], "got 'resnt18'; did you mean resnet18"),
+        (["--model", "article", "--stem", "cifar"], "stem must be imagenet for article"),
+        (["--model", "article", "--whiten"], "whiten needs a 3x3 stem"),
+        (["--model", "article", "--zero-gamma"], "zero_gamma is not for article: a block's one batch norm"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_means_nothing_is_refused_before_data_are_loaded(args: list, message: str, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: pytest.fail("data were loaded"))
+    result = train(tmp_path / "absent", tmp_path / "run", *args)
+    assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_profile_takes_the_same_names():
+    result = invoke("profile", "--model", "artcle", "--device", "cpu")
+    assert result.exit_code == 2 and "did you mean article?" in result.stderr

@@ -1,0 +1,85 @@
+"""Every network is found by its name, with the stems that it has, and so is the plain one to compare it with."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet as torchvision_resnet
+
+import resnet_fast
+from resnet_fast import FusedBatchNorm2d, models
+from resnet_fast.models import get_model, list_models
+from resnet_fast.models.registry import MODELS, STEMS
+
+PAIRS = [(name, stem) for name, model in MODELS.items() for stem in model.stems]
+
+
+def batch_norms(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def test_every_name_is_a_function_of_resnet_fast_models():
+    assert list_models() == list(MODELS)
+    for name, model in MODELS.items():
+        assert model.build is getattr(models, name)
+    assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "article"} <= set(list_models())
+
+
+def test_a_name_gives_what_its_function_gives():
+    torch.manual_seed(0)
+    by_name = get_model("resnet18", num_classes=10, zero_init_residual=True).state_dict()
+    torch.manual_seed(0)
+    by_function = resnet_fast.resnet18(num_classes=10, zero_init_residual=True).state_dict()
+    assert by_name["conv1.weight"].shape[2:] == (7, 7)  # that of the function, not of training
+    assert all(torch.equal(value, by_function[name]) for name, value in by_name.items())
+
+
+@pytest.mark.parametrize(("name", "stem"), PAIRS)
+def test_a_stem_that_it_has_may_be_named(name: str, stem: str):
+    with torch.device("meta"):
+        weight = get_model(name, num_classes=3, stem=stem).conv1.weight
+    assert weight.shape[0] == MODELS[name].stem_width
+    assert weight.shape[2:] == {"cifar": (3, 3), "imagenet": (7, 7)}[stem]
+
+
+@pytest.mark.parametrize(("name", "stem"), PAIRS)
+def test_fused_and_plain_differ_in_their_batch_norms_alone(name: str, stem: str):
+    with torch.device("meta"):
+        fused, plain = MODELS[name].make(3, stem), MODELS[name].make_plain(3, stem)
+    assert batch_norms(fused) == {FusedBatchNorm2d} and batch_norms(plain) == {nn.BatchNorm2d}
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (fused, plain)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_batch_norms_may_be_chosen(name: str):
+    with torch.device("meta"):
+        model = MODELS[name].make(3, MODELS[name].stems[0], partial(FusedBatchNorm2d, ghost_batch_size=4))
+    assert {m.ghost_batch_size for m in model.modules() if isinstance(m, FusedBatchNorm2d)} == {4}
+
+
+def test_the_plain_resnet18_is_torchvisions():
+    with torch.device("meta"):
+        assert type(MODELS["resnet18"].make_plain(3, "cifar")) is torchvision_resnet.ResNet
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_an_entry_names_stems_that_there_are(model):
+    assert model.stems and set(model.stems) <= set(STEMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("resnt18", {}, r"model must be one of resnet18, .*, got 'resnt18'; did you mean resnet18\b"),
+        ("artcle", {}, r", got 'artcle'; did you mean article\?$"),
+        ("vgg", {}, r", article\b.*, got 'vgg'$"),
+        (18, {}, "model must be one of .*, got 18"),
+        ("resnet18", {"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
+        ("article", {"stem": "cifar"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(name, kwargs: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        get_model(name, **kwargs)
