@@ -157,6 +157,12 @@ def test_the_verdict_follows_the_numbers(plain_deep, deep, words, end):
     assert f"{100 * mean:.2f} % against 1.00 % training error, a difference of {100 * mean - 1:+.2f} ± " in text
 
 
+@pytest.mark.parametrize(("deep", "word"), [([0.0149] * 3, "as well as"), ([0.0151] * 3, "worse than")])
+def test_a_difference_counts_from_half_a_point_on(deep, word):
+    found = format_verdict(rows(plain=LOW, plain_deep=deep, shallow=LOW, deep=LOW), command.small_study().networks)
+    assert f"plain-14 trains {word} plain-8: " in found[0]
+
+
 def test_the_table_holds_mean_and_deviation_of_the_last_epoch():
     table = format_table(rows(a=HIGH, b=LOW, c=NOISY, d=LOW), command.small_study().networks)
     assert re.fullmatch(r"plain-8 +62\.00 ± 2\.00 +25\.00 ± 0\.00 +2\.0 s", table[1])
