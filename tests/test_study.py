@@ -76,7 +76,7 @@ def test_a_study_from_end_to_end(tmp_path: Path):
     assert {path.name for path in out.iterdir()} == {"skip.png", "skip.csv", "gradients.csv", "config.json"}
     assert (out / "skip.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())
-    expected = {"networks": NAMES, "seeds": [5, 6], "epochs": 2, "width": 2, "schedule": "steps", "crop": 0}
+    expected = {"networks": NAMES, "seeds": [5, 6], "epochs": 2, "width": 2, "schedule": "one-cycle", "crop": 0}
     expected |= {"train_images": 40, "image_size": 8, "gradient_images": 40, "dataset": "digits"}
     assert {name: config[name] for name in expected} == expected
     epochs, gradients = tables(out)
