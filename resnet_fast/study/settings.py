@@ -18,7 +18,7 @@ from resnet_fast.training import TrainConfig
 from resnet_fast.training.config import free_folder
 from resnet_fast.training.processes import world_size
 
-# What both have in common with the paper.
+# The paper's, from which the small study differs where it must.
 PAPER: dict[str, Any] = {
     "recipe": "baseline",
     "batch_size": 128,
