@@ -12,6 +12,7 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
+	@echo "make depth     train with skip connections and without, write docs/skip.* [minutes]"
 	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
 
 train: .venv/train
@@ -31,6 +32,9 @@ bench: .venv/dev
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
 
+depth: .venv/dev
+	PYTHONPATH=.:tests $(BIN)/python tests/depth_page.py $(ARGS)
+
 kernels: .venv/dev
 	PYTHONPATH=. TRITON_INTERPRET=0 $(BIN)/python tests/kernels_page.py
 
@@ -40,4 +44,4 @@ kernels: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test lint bench numerics kernels
+.PHONY: help train test lint bench numerics depth kernels

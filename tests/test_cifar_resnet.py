@@ -235,8 +235,13 @@ def test_state_dict_round_trip(shortcut, tmp_path, aten):
     assert torch.equal(other(images()), model(images()))
 
 
-def test_plain_has_the_keys_of_option_a():
-    assert list(tiny(None).state_dict()) == list(tiny("A").state_dict())
+def test_plain_has_the_keys_of_option_a_and_from_one_seed_its_weights():
+    states = []
+    for shortcut in ("A", None):
+        torch.manual_seed(0)
+        states.append(CifarResNet(14, shortcut=shortcut).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_weights_start_as_in_the_paper():

@@ -76,7 +76,7 @@ def test_a_study_from_end_to_end(tmp_path: Path):
     assert {path.name for path in out.iterdir()} == {"skip.png", "skip.csv", "gradients.csv", "config.json"}
     assert (out / "skip.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())
-    expected = {"networks": NAMES, "seeds": [5, 6], "epochs": 2, "width": 2, "schedule": "steps", "crop": 0}
+    expected = {"networks": NAMES, "seeds": [5, 6], "epochs": 2, "width": 2, "schedule": "one-cycle", "crop": 0}
     expected |= {"train_images": 40, "image_size": 8, "gradient_images": 40, "dataset": "digits"}
     assert {name: config[name] for name in expected} == expected
     epochs, gradients = tables(out)
@@ -155,6 +155,12 @@ def test_the_verdict_follows_the_numbers(plain_deep, deep, words, end):
     assert end in text and max(map(len, found)) <= 80
     mean = sum(plain_deep) / 3
     assert f"{100 * mean:.2f} % against 1.00 % training error, a difference of {100 * mean - 1:+.2f} ± " in text
+
+
+@pytest.mark.parametrize(("deep", "word"), [([0.0149] * 3, "as well as"), ([0.0151] * 3, "worse than")])
+def test_a_difference_counts_from_half_a_point_on(deep, word):
+    found = format_verdict(rows(plain=LOW, plain_deep=deep, shallow=LOW, deep=LOW), command.small_study().networks)
+    assert f"plain-14 trains {word} plain-8: " in found[0]
 
 
 def test_the_table_holds_mean_and_deviation_of_the_last_epoch():

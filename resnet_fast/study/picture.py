@@ -51,10 +51,10 @@ def draw(
         finish_panel(axes, name, n_epochs)
         axes.set_xlabel("epoch")
     norms.set_yscale("log")
-    finish_panel(norms, "gradient of each convolution's weight, L2 norm", max(row.layer for row in gradients))
+    finish_panel(norms, "L2 norm of each layer's gradient", max(row.layer for row in gradients))
     norms.set_xlabel("convolution, from the input on")
     kinds = [Line2D([], [], color="#4b5563", linestyle=dashes) for dashes in MOMENTS.values()]
-    norms.legend(kinds, [f"{moment} of training" for moment in MOMENTS], frameon=False, loc="lower right")
+    norms.legend(kinds, [f"{moment} of training" for moment in MOMENTS], frameon=False, loc="upper right")
     handles = [Line2D([], [], **style) for style in STYLES]
     figure.legend(handles, [network.name for network in networks], frameon=False, ncols=4, loc="outside lower center")
     return figure
