@@ -12,7 +12,7 @@ from resnet_fast.training.config import choose_precision
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
 NAN, INF = float("nan"), float("inf")
-SCHEDULE_NAMES = "one-cycle, triangular, cosine, constant, steps"
+SCHEDULE_NAMES = "one-cycle, triangular, cosine, steps, constant"
 
 
 WRONG_SETTINGS = [
