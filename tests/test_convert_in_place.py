@@ -115,6 +115,12 @@ def test_copies_are_converted_and_independent(name, how):
     assert torch.equal(copied(x), expected) and not isinstance(copied, Converted)
 
 
+def test_a_copy_of_a_patched_model_runs_what_is_patched():
+    model = convert(KuangliuResNet()).eval()
+    model.layer1.forward = lambda x: x * 2
+    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+
+
 def test_state_dicts_load_both_ways():
     converted, plain = convert(perturbed(KuangliuResNet())), KuangliuResNet()
     plain.load_state_dict(converted.state_dict(), strict=True)

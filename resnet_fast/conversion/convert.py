@@ -133,14 +133,13 @@ def make_fused(norm: nn.Module) -> None:
         vars(norm).update(relu=False, _was_plain=True)
 
 
-def _is_fused(norm: nn.Module) -> bool:
-    return type(norm) in (FusedBatchNorm2d, FusedSyncBatchNorm2d)
-
-
 def _make_forward_again(module: Converted) -> None:
-    """For a copy, whose modules are others."""
-    norms = {inner for inner in module.modules() if _is_fused(inner) and "_was_plain" in vars(inner)}
-    graph = trace(module, module._opaque, traced_method="plain_forward")
+    """For a copy, whose modules are others; where its forward cannot be seen any more, its own runs."""
+    norms = {inner for inner in module.modules() if "_was_plain" in vars(inner)}
+    try:
+        graph = trace(module, module._opaque, traced_method="plain_forward")
+    except UntraceableError:
+        return
     module.__dict__["_fused"] = _fused_forward(module, graph, find_sites(graph, module, norms), module._opaque)
 
 
@@ -251,7 +250,7 @@ def _most_calls(graphs: dict[nn.Module, fx.Graph]) -> Counter[nn.Module]:
 
 def _reason_to_leave(norm: nn.Module, n_calls: int) -> str:
     """Why a batch norm cannot be a fused one; "" where it can."""
-    if _is_fused(norm):
+    if isinstance(norm, FusedBatchNorm2d):
         return "is a fused one"
     if type(norm) is nn.SyncBatchNorm:
         return "is synchronized: convert first, then resnet_fast.convert_sync_batchnorm"
