@@ -143,9 +143,8 @@ class BlockLevel(Level):
         n_in, n_out, width = setting.shape
         width_out = width if n_in == n_out else width // 2
         n_elements = setting.batch_size * n_out * width_out**2
-        item_size = 2 if setting.precision == "bf16" else 4
-        moved = operation_bytes("none", False, "both", n_elements, item_size)
-        moved += operation_bytes("add" if n_in == n_out else "bn", False, "both", n_elements, item_size)
+        moved = operation_bytes("none", False, "both", n_elements, setting.item_size)
+        moved += operation_bytes("add" if n_in == n_out else "bn", False, "both", n_elements, setting.item_size)
         return Work(moved, setting.batch_size * flops_per_image(*setting.shape))
 
 

@@ -7,10 +7,9 @@ cuDNN's convolutions round their inputs to TF32, torch's default, for every prov
 """
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
-from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.harness import Problem, Provider, Setting
 from benchmarks.networks import (
-    PRECISIONS,
+    Batch,
+    Data,
+    NetworkLevel,
+    NetworkRun,
     compiled,
-    cudnn_benchmark,
     eager_resnet18,
     fused_resnet18,
+    loaded,
     on_cuda,
 )
 from benchmarks.replay import CLOCK
@@ -32,11 +34,8 @@ from benchmarks.work import Work, flops, network_bytes
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.measure import LEARNING_RATE
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
-from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.step import training_step
 
-BATCH_SIZES = {"cpu": (32,), "cuda": (128, 512, 1024)}
-CASE = "ResNet-18, 3x3 stem"
 # Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.
 N_ROUNDINGS = 36
 
@@ -44,24 +43,14 @@ N_ROUNDINGS = 36
 # from layer to layer, and a mistake stands out: a shortcut without its gradient is 3 times what is allowed, not 1.1.
 BRANCH_WEIGHT = 0.2
 
-Batch = tuple[Tensor, Tensor]
 
-
-class Data(NamedTuple):
-    """The initial weights, on the CPU, and the batches, of which the first is checked."""
-
-    weights: dict[str, Tensor]
-    batches: list[Batch]
-
-
-class StepRun(Run):
-    """A model, its optimizer and its batches.
+class StepRun(NetworkRun):
+    """A model in training, its optimizer and its batches.
 
     Args:
         make_model: the network.
-        tuned: channels_last, the setting's precision, cudnn.benchmark, the fused optimizer; else what a user has who
-            sets nothing: NCHW, fp32, and torch's defaults.
-        compile_model: wraps the model for its forward.
+        setting, tuned, compile_model: as in NetworkRun; tuned has the fused optimizer, too.
+        data: weights and batches of images and labels.
         graph: replay the step as a CUDA graph.
     """
 
@@ -74,40 +63,22 @@ class StepRun(Run):
         compile_model: Callable[[nn.Module], Any] = lambda model: model,
         graph: bool = False,
     ) -> None:
-        self.tuned, self.precision = tuned, setting.precision if tuned else "fp32"
-        self.model = make_model().train()
-        self.model.load_state_dict(data.weights, strict=True)
-        layout = torch.channels_last if tuned else torch.contiguous_format
-        self.model.to(device=data.batches[0][0].device, memory_format=layout)  # type: ignore[call-overload]
-        batches = [(images.contiguous(memory_format=layout), labels) for images, labels in data.batches]
-        self.batches = itertools.cycle(batches)
+        super().__init__(loaded(make_model, data.weights).train(), setting, data.batches, tuned, compile_model)
         self.optimizer = make_optimizer(self.model, fused=True if tuned else None)
-        self.forward = compile_model(self.model)
-        self.graph: CudaGraph[Tensor] | None = None
         if graph:
-            self._record(*batches[0])
+            self.record()
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
+    def record(self) -> None:
         """Record the step, and undo what the steps before did to weights, running statistics and momentum."""
-        self.images, self.labels = images.clone(), labels.clone()
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        with cudnn_benchmark(True):
-            self.graph = CudaGraph(lambda: self._step(self.images, self.labels))
+        super().record()
         self.model.load_state_dict(before, strict=True)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()  # which the first step multiplies and adds its gradient to
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def run(self, images: Tensor, *others: Tensor) -> Tensor:
+        (labels,) = others
         return training_step(self.forward, self.optimizer, images, labels, self.precision)[0]
-
-    def __call__(self) -> Tensor:
-        images, labels = next(self.batches)
-        if self.graph is not None:
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            return self.graph()
-        with cudnn_benchmark(self.tuned):
-            return self._step(images, labels)
 
     def observe(self) -> dict[str, Tensor]:
         before = copy.deepcopy(list(self.model.parameters()))
@@ -145,12 +116,12 @@ def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return observe(model, loss.detach(), before)
 
 
-class StepLevel(Level):
+class StepLevel(NetworkLevel):
     name = "training_step"
-    hide_launches = False
+    direction = "step"
+    batch_sizes = {"cpu": (32,), "cuda": (128, 512, 1024)}
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
-    image_size = 32
     providers = {
         "eager, tuned": Provider(partial(StepRun, eager_resnet18)),
         "eager": Provider(partial(StepRun, eager_resnet18, tuned=False)),
@@ -166,22 +137,12 @@ class StepLevel(Level):
         "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda, has_peak=False),
     }
 
-    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
-        batch_sizes = BATCH_SIZES[device.type]
-        if quick and device.type == "cuda":
-            batch_sizes = batch_sizes[:2]
-        for precision in PRECISIONS[:1] if quick else PRECISIONS:
-            for batch_size in batch_sizes:
-                yield Setting(CASE, "step", precision, "channels_last", batch_size)
-
     def problem(self, setting: Setting, device: torch.device) -> Problem:
         generator = torch.Generator().manual_seed(torch.seed())  # fresh data in every run
-        shape = (setting.batch_size, 3, self.image_size, self.image_size)
 
         def batch() -> Batch:
-            # Never zeros, on which a processor draws less power and clocks higher.
-            images = torch.randn(shape, generator=generator)
-            return images.to(device), torch.randint(N_CLASSES, shape[:1], generator=generator).to(device)
+            images = self.random_images(setting, generator)
+            return images.to(device), torch.randint(N_CLASSES, images.shape[:1], generator=generator).to(device)
 
         model, batches = eager_resnet18(), [batch() for _ in range(N_BATCHES)]
         for name, parameter in model.named_parameters():
@@ -197,8 +158,7 @@ class StepLevel(Level):
         return Problem(Data(model.state_dict(), batches), exact, tolerance)
 
     def work(self, setting: Setting) -> Work:
-        item_size = 2 if setting.precision == "bf16" else 4
-        return Work(network_bytes(setting.batch_size, item_size), setting.batch_size * flops_per_image())
+        return Work(network_bytes(setting.batch_size, setting.item_size), setting.batch_size * flops_per_image())
 
 
 @cache

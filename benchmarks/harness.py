@@ -1,6 +1,6 @@
 """How a level of benchmarks runs: its providers are built, checked, timed in turn, and become rows of a CSV file.
 
-A level (op, block, training step, loader) says which settings there are, which providers, and what is right.
+A level (op, block, training step, inference, loader) says which settings there are, which providers, and what is right.
 """
 
 import gc
@@ -46,6 +46,11 @@ class Setting:
     layout: str
     batch_size: int
     shape: tuple = field(default=(), repr=False)
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of an element of an activation."""
+        return 4 if self.precision == "fp32" else 2
 
     def __str__(self) -> str:
         return f"{self.case}, {self.direction}, {self.precision}, {self.layout}, batch {self.batch_size}"

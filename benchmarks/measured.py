@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import bench_block, bench_loader, bench_op, bench_step
+from benchmarks import bench_block, bench_inference, bench_loader, bench_op, bench_step
 from benchmarks.harness import COLUMNS, KEY, Level
 
 LEVELS: dict[str, Level] = {
-    module.LEVEL.name: module.LEVEL for module in (bench_step, bench_block, bench_op, bench_loader)
+    module.LEVEL.name: module.LEVEL for module in (bench_step, bench_inference, bench_block, bench_op, bench_loader)
 }
 LIMITS, PROFILE = "limits", "profile"
 MACHINE = ("device", "driver", "cpu_threads", "torch", "triton", "resnet_fast", "commit", "date_utc")

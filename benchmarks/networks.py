@@ -1,17 +1,22 @@
-"""The networks of the training step, and how blocks and steps are compiled, tuned and recorded as CUDA graphs."""
+"""What the training step and inference share: ResNet-18, its settings, and how it is tuned, compiled and recorded."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Setting
+from benchmarks.harness import Level, Run, Setting
 from resnet_fast.profiling import providers
 from resnet_fast.training import TrainConfig
+from resnet_fast.training.graph import CudaGraph
 
 PRECISIONS = ["bf16", "fp32"]
 RESNET18 = TrainConfig(model="resnet18", stem="cifar", device="cpu")
+CASE = "ResNet-18, 3x3 stem"
 
 
 def eager_resnet18() -> nn.Module:
@@ -20,6 +25,12 @@ def eager_resnet18() -> nn.Module:
 
 def fused_resnet18() -> nn.Module:
     return providers.fused(RESNET18)
+
+
+def loaded(make_model: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
+    model = make_model()
+    model.load_state_dict(weights, strict=True)
+    return model
 
 
 def on_cuda(setting: Setting, device: torch.device) -> str | None:
@@ -39,3 +50,81 @@ def cudnn_benchmark(enabled: bool) -> Iterator[None]:
 
 def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
     return lambda model: torch.compile(model, mode=mode, dynamic=False)
+
+
+Batch = tuple[Tensor, ...]
+
+
+class Data(NamedTuple):
+    """The initial weights, on the CPU, and the batches, images first; the first batch is checked."""
+
+    weights: dict[str, Tensor]
+    batches: list[Batch]
+
+
+class NetworkRun(Run):
+    """A network and its batches, which take turns.
+
+    Args:
+        model: with its weights, in the mode in which it runs; it is moved to where the batches are.
+        setting: for the precision.
+        batches: images, [N, 3, H, W], and whatever else a run takes.
+        tuned: channels_last, the setting's precision, cudnn.benchmark; else what a user has who sets nothing: NCHW,
+            fp32, and torch's defaults.
+        compile_model: wraps the model for its forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        setting: Setting,
+        batches: list[Batch],
+        tuned: bool = True,
+        compile_model: Callable[[nn.Module], Any] = lambda model: model,
+    ) -> None:
+        self.tuned, self.precision = tuned, setting.precision if tuned else "fp32"
+        layout = torch.channels_last if tuned else torch.contiguous_format
+        self.model = model.to(device=batches[0][0].device, memory_format=layout)  # type: ignore[call-overload]
+        batches = [(images.contiguous(memory_format=layout), *others) for images, *others in batches]
+        self.batches = itertools.cycle(batches)
+        self.forward = compile_model(self.model)
+        self.recorded = batches[-1]  # not the first, which is checked: a replay has to read what it is given
+        self.graph: CudaGraph[Tensor] | None = None
+
+    def record(self) -> None:
+        """Have the runs from now on replayed as a CUDA graph."""
+        self.recorded = tuple(tensor.clone() for tensor in self.recorded)
+        with cudnn_benchmark(self.tuned):
+            self.graph = CudaGraph(lambda: self.run(*self.recorded))
+
+    @abstractmethod
+    def run(self, images: Tensor, *others: Tensor) -> Tensor:
+        """Run on a batch."""
+
+    def __call__(self) -> Tensor:
+        batch = next(self.batches)
+        if self.graph is not None:
+            for recorded, tensor in zip(self.recorded, batch, strict=True):
+                recorded.copy_(tensor)
+            return self.graph()
+        with cudnn_benchmark(self.tuned):
+            return self.run(*batch)
+
+
+class NetworkLevel(Level):
+    """ResNet-18 on 32x32 images, each run timed with its launches."""
+
+    direction: str
+    batch_sizes: Mapping[str, tuple[int, ...]]  # by device type
+    hide_launches = False
+    image_size = 32
+
+    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
+        batch_sizes = self.batch_sizes[device.type]
+        for precision in PRECISIONS[:1] if quick else PRECISIONS:
+            for batch_size in batch_sizes[:2] if quick else batch_sizes:
+                yield Setting(CASE, self.direction, precision, "channels_last", batch_size)
+
+    def random_images(self, setting: Setting, generator: torch.Generator) -> Tensor:
+        """Never zeros, on which a processor draws less power and clocks higher; [N, 3, H, W], on the CPU."""
+        return torch.randn((setting.batch_size, 3, self.image_size, self.image_size), generator=generator)

@@ -18,7 +18,7 @@ from resnet_fast.profiling.picture import COLORS, REST
 # By name: the CSV files from which it is drawn.
 SOURCES = {
     "speedups": tuple(LEVELS),
-    "roofline": ("training_step", "block", "op", "limits"),
+    "roofline": ("training_step", "inference", "block", "op", "limits"),
     "step_time": ("training_step",),
     "categories": ("profile",),
 }

@@ -1,4 +1,4 @@
-"""roofline.png: steps and blocks under the measured roofs, the operation under the copy bandwidth, by precision."""
+"""roofline.png: networks and blocks under the measured roofs, the operation under the copy bandwidth, by precision."""
 
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -12,8 +12,8 @@ from benchmarks.measured import Folder, MeasuredLimits, Measurement
 from benchmarks.style import DARK, color_of, new_figure, plain_ticks, round_numbers, save, tidy
 from benchmarks.tables import DIRECTIONS, significant
 
-MARKERS = {"training_step": "s", "block": "o"}
-NAMES = {"training_step": "training step", "block": "block"}
+MARKERS = {"training_step": "s", "inference": "D", "block": "o"}
+NAMES = {"training_step": "training step", "inference": "inference", "block": "block"}
 
 
 def under_roofs(folder: Folder) -> dict[str, list[tuple[str, Measurement]]]:
@@ -66,7 +66,7 @@ def _draw_roofs(axes: Axes, precision: str, rows: Sequence[tuple[str, Measuremen
     axes.plot(x, np.minimum(copy * x, matrix), color=DARK, linewidth=1.8)
     axes.plot(x, 1 / (1 / (copy * x) + 1 / matrix), color=DARK, linewidth=1, linestyle="--")
     for level, row, x_of, y_of in points:
-        size = 7 if level == "training_step" else 5.5
+        size = 7 if level == "training_step" else 5.5  # the others have more points
         axes.plot(x_of, y_of, MARKERS[level], color=color_of(row.provider), markersize=size, mec="white", mew=0.6)
     bottom, top = min([y for *_, y in points] + [matrix / 4]) / 1.6, matrix * 1.9
     axes.set_xscale("log")
@@ -81,7 +81,7 @@ def _draw_roofs(axes: Axes, precision: str, rows: Sequence[tuple[str, Measuremen
     axes.annotate(f"copy {significant(limits.copy)} GB/s", (0.02, 0.95), xycoords="axes fraction", va="top")
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"Steps and blocks, {precision}", fontsize=11, loc="left")
+    axes.set_title(f"Networks and blocks, {precision}", fontsize=11, loc="left")
     tidy(axes, "both")
 
 

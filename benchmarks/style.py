@@ -18,6 +18,8 @@ COLORS = {
     "fused": "#c2410c",
     "fused, graph": "#e69f00",
     "fused, apart": "#a8a200",
+    "folded": "#117733",
+    "folded, graph": "#7fbc41",
     "attorch": "#009e73",
     "apex": "#cc79a7",
     "timm": "#8b5a2b",

@@ -12,14 +12,16 @@ from benchmarks.measured import LEVELS, Folder, Measurement, Origin
 
 TITLES = {
     "training_step": "Training step",
+    "inference": "Inference",
     "block": "Block",
     "op": "Fused operation",
     "loader": "Loader, one epoch",
 }
+NETWORKS = {"training_step": "step", "inference": "pass"}  # what a run of them is called
 DIRECTIONS = {"both": "forward and backward"}
 PICTURES = {
     "speedups": "Speed-up over the baseline, by level",
-    "roofline": "Roofline of steps and blocks, and bandwidth of the operation",
+    "roofline": "Roofline of networks and blocks, and bandwidth of the operation",
     "step_time": "Time of the training step against batch size",
     "categories": "Time of the training step by category",
 }
@@ -30,8 +32,8 @@ What the columns mean:
 - **ms**: time of a run, the median over the rounds (20th – 80th percentile).
 - **speed-up**: the baseline's time / this provider's in the same round, median (20th – 80th percentile): paired
   round by round, so it is not the ratio of the two medians. Above 1 is faster than the baseline that is named.
-- **GB/s**: bytes / median time. The bytes are those of the fused two-pass design, for every provider alike: one that
-  moves more shows a lower bandwidth.
+- **GB/s**: bytes / median time. The bytes are those of the fused two-pass design, in inference those of every layer's
+  input, weights and output, for every provider alike: one that moves more shows a lower bandwidth.
 - **% of floor**: the time of those bytes at the copy bandwidth plus that of the operations at the matrix rate, both
   measured in the same run, / median time. More than 100 %: bytes stayed in a cache, or convolutions multiply faster
   than the plain product of square matrices that was measured.
@@ -48,7 +50,7 @@ def report(folder: Folder, pictures: Iterable[str]) -> str:
             lines += ["", f"![{PICTURES[picture]}]({picture}.png)"]
     for name, rows in folder.rows.items():
         lines += ["", f"## {TITLES[name]}", "", f"The baseline is `{LEVELS[name].baseline}`."]
-        if name == "training_step" and any(row.provider == "eager" for row in rows):
+        if name in NETWORKS and any(row.provider == "eager" for row in rows):
             lines[-1] += f" {UNTUNED}."
         facets = list(dict.fromkeys((row.direction, row.precision, row.layout) for row in rows))
         for facet in facets:
@@ -103,7 +105,7 @@ def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]
         "% of floor": lambda row: percent(row.of_floor) if row.of_floor else "",
         "peak MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:,.1f}",
     }
-    if level in ("training_step", "loader"):
+    if level in NETWORKS or level == "loader":
         columns["images/s"] = lambda row: f"{row.images_per_s:,.0f}"
     table, last = [], None
     for row in rows:
@@ -147,21 +149,22 @@ def readme_tables(folder: Folder, readme: Path) -> str:
     Raises:
         ValueError: the folder has no rows that the README shows.
     """
-    steps = folder.rows.get("training_step", [])
+    networks = {level: folder.rows[level] for level in NETWORKS if level in folder.rows}
     operations = [
         row
         for row in folder.rows.get("op", [])
         if (row.direction, row.precision, row.layout) == ("both", "bf16", "channels_last")
     ]
-    if not (steps or operations):
+    if not (networks or operations):
         raise ValueError(
-            f"the README shows {folder.path.name}, but its CSV files have neither a training step nor an operation "
-            "forward and backward in bf16, channels_last"
+            f"the README shows {folder.path.name}, but its CSV files have neither a training step, nor inference, nor "
+            "an operation forward and backward in bf16, channels_last"
         )
-    origins = [origin for origin in folder.origins if any(row.origin == origin for row in (*steps, *operations))]
+    shown = list(itertools.chain(*networks.values(), operations))
+    origins = [origin for origin in folder.origins if any(row.origin == origin for row in shown)]
     lines: list[str] = []
-    if steps:
-        lines += [*_readme_steps(origins, steps), ""]
+    for level, rows in networks.items():
+        lines += [*_readme_networks(origins, level, rows), ""]
     if operations:
         lines += [*_readme_operations(origins, operations), ""]
     if len(origins) > 1:
@@ -172,7 +175,7 @@ def readme_tables(folder: Folder, readme: Path) -> str:
     return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{link}]({link})."])
 
 
-def _readme_steps(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:
     """A line for each precision and provider, a column for each batch size."""
     found = {(row.precision, row.provider, row.batch_size): row for row in rows}
     batch_sizes = sorted({row.batch_size for row in rows})
@@ -180,21 +183,25 @@ def _readme_steps(origins: Sequence[Origin], rows: Sequence[Measurement]) -> lis
     def cell(row: Measurement | None) -> str:
         if row is None:
             return "–"
-        floor = f", {percent(row.of_floor)}" if row.of_floor else ""
-        time = f"{significant(row.ms.p50)} ms, {speedup('training_step', row)}"
-        return f"{time}{floor}{marks(origins, [row])}"
+        figures = [f"{significant(row.ms.p50)} ms", speedup(level, row)]
+        if level == "inference":
+            figures.append(f"{row.images_per_s:,.0f} images/s")
+        if row.of_floor:
+            figures.append(percent(row.of_floor))
+        return f"{', '.join(figures)}{marks(origins, [row])}"
 
     table = []
     for precision in dict.fromkeys(row.precision for row in rows):
         of_precision = [row for row in rows if row.precision == precision]
-        for i, name in enumerate(providers_of("training_step", of_precision)):
+        for i, name in enumerate(providers_of(level, of_precision)):
             cells = [cell(found.get((precision, name, size))) for size in batch_sizes]
             table.append(["" if i else precision, name, *cells])
-    baseline = LEVELS["training_step"].baseline
-    note = f"Median time of a step, speed-up over `{baseline}` (20th – 80th percentile of paired rounds), % of floor."
+    baseline, speed = LEVELS[level].baseline, ", images/s" if level == "inference" else ""
+    note = f"Median time of a {NETWORKS[level]}, speed-up over `{baseline}` "
+    note += f"(20th – 80th percentile of paired rounds){speed}, % of floor."
     if any(row.provider == "eager" for row in rows):
         note += f"\n{UNTUNED}."
-    header = ["training step", "provider", *(f"batch {size}" for size in batch_sizes)]
+    header = [TITLES[level].lower(), "provider", *(f"batch {size}" for size in batch_sizes)]
     return [*markdown(header, table), "", note]
 
 

@@ -1,7 +1,9 @@
 """What a run has to move and to multiply: the bytes and operations from which floors and bandwidths are computed.
 
-Bytes are those of the fused two-pass design, kernels/README.md "Bytes moved per element", for every provider alike: a
-provider that moves more shows a lower bandwidth. They leave out partial sums and vectors (1 % at batch 512).
+In training, bytes are those of the fused two-pass design, kernels/README.md "Bytes moved per element", for every
+provider alike: a provider that moves more shows a lower bandwidth. They leave out the convolutions' own traffic, and
+partial sums and vectors (1 % at batch 512). In inference norms need no pass of their own, and bytes are the layers':
+see `inference_work`.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Work(NamedTuple):
-    """Bytes that batch norm + add + ReLU move, and floating-point operations of convolutions and the linear layer."""
+    """Bytes that are moved, and floating-point operations of convolutions and the linear layer."""
 
     bytes: float
     flops: float = 0.0
@@ -79,3 +81,30 @@ def flops(make_model: Callable[[], nn.Module], input_shape: tuple[int, ...], inp
         y: Tensor = model(x)
         y.sum().backward()
     return float(counter.get_total_flops())
+
+
+def inference_work(make_model: Callable[[], nn.Module], n_images: int, item_size: int) -> Work:
+    """Bytes and operations of ResNet-18's forward pass, 3x3 stem, 32x32 images, in evaluation mode, layer by layer:
+
+        bytes = item_size · (W + N · (Σ_layers (inputs + outputs) + Σ_joins outputs))
+
+    over convolutions, pooling and the linear layer, with W elements of weights. Each layer reads its input and its
+    weights once and writes its output once; norm, addition and ReLU happen before that output is written, for which a
+    block reads its shortcut (the joins). Norms' vectors are left out.
+    """
+    weights, activations = 0, 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal weights, activations
+        weights += layer.weight.numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0
+        activations += inputs[0].numel() + output.numel()
+
+    with torch.device("meta"):
+        model, x = make_model().eval(), torch.empty(1, 3, STAGES[0][1], STAGES[0][1])
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.AdaptiveAvgPool2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    activations += sum(n_channels * width * width for role, n_channels, width in NETWORK if role.join != "none")
+    return Work(item_size * (weights + n_images * activations), n_images * counter.get_total_flops())

@@ -5,6 +5,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import bench_block, bench_loader, bench_op, bench_step, correctness, harness
+from benchmarks import bench_block, bench_inference, bench_loader, bench_op, bench_step, correctness, harness, networks
+from benchmarks.bench_inference import InferenceRun
 from benchmarks.bench_op import OpRun
 from benchmarks.bench_step import StepRun
 from benchmarks.correctness import WrongProviderError
@@ -22,7 +24,7 @@ from benchmarks.limits import Limits
 from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
 from benchmarks.timing import alternate, percentiles
-from benchmarks.work import Work
+from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,7 @@ CPU = torch.device("cpu")
 OP = Setting("BN+add+ReLU 8x5x5", "both", "bf16", "channels_last", 6, shape=(8, 5, 5))
 BLOCK = Setting("BasicBlock", "both", "bf16", "channels_last", 4, shape=(8, 16, 6))
 STEP = Setting("ResNet-18", "step", "bf16", "channels_last", 4)
+INFERENCE = Setting("ResNet-18", "forward", "bf16", "channels_last", 4)
 LOADER = Setting("64 images 3x32x32", "epoch", "fp32", "channels_last", 32)
 
 
@@ -37,7 +40,7 @@ LOADER = Setting("64 images 3x32x32", "epoch", "fp32", "channels_last", 32)
 def small_and_of_eager_alone(monkeypatch):
     """Small data; and no interpreted kernel among the providers here, so that nothing has to be refused for one."""
     monkeypatch.setattr(harness, "refuse_interpreter", lambda: None)
-    monkeypatch.setattr(bench_step.StepLevel, "image_size", 16)
+    monkeypatch.setattr(networks.NetworkLevel, "image_size", 16)
     monkeypatch.setitem(bench_loader.N_IMAGES, "cpu", 64)
     monkeypatch.setattr(bench_loader, "N_WORKERS", 0)
 
@@ -92,6 +95,28 @@ def without_running_statistics() -> nn.Module:
     return model
 
 
+def in_training_mode() -> nn.Module:
+    model = eager_resnet18()
+    model.eval = lambda: model.train()
+    return model
+
+
+def without_relu_of_a_block() -> nn.Module:
+    model = eager_resnet18()
+    model.layer3[1].relu = nn.Identity()
+    return model
+
+
+def without_a_mean(model: nn.Module) -> nn.Module:
+    model.get_submodule("layer3.1.bn2").running_mean.zero_()
+    return model
+
+
+class OfOtherImages(InferenceRun):
+    def run(self, images):
+        return super().run(images.roll(1, 0))
+
+
 def frozen() -> nn.Module:
     model = eager_resnet18()
     model.fc.bias.requires_grad_(False)
@@ -128,6 +153,14 @@ CASES = {
     "step, detached shortcut": (bench_step.LEVEL, STEP, partial(StepRun, detached_shortcut)),
     "step, running statistics": (bench_step.LEVEL, STEP, partial(StepRun, without_running_statistics)),
     "step, frozen bias": (bench_step.LEVEL, STEP, partial(StepRun, frozen)),
+    "inference, training mode": (bench_inference.LEVEL, INFERENCE, partial(InferenceRun, in_training_mode)),
+    "inference, no ReLU": (bench_inference.LEVEL, INFERENCE, partial(InferenceRun, without_relu_of_a_block)),
+    "inference, mean": (
+        bench_inference.LEVEL,
+        replace(INFERENCE, precision="fp32"),  # in bf16 a single mean may pass for roundings
+        partial(InferenceRun, eager_resnet18, prepare=without_a_mean),
+    ),
+    "inference, other images": (bench_inference.LEVEL, INFERENCE, partial(OfOtherImages, eager_resnet18)),
     "loader, scale": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (1.01 * images, labels))),
     "loader, upside down": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images.flip(2), labels))),
     "step, no optimizer": (bench_step.LEVEL, STEP, partial(WithoutOptimizer, eager_resnet18)),
@@ -221,19 +254,41 @@ def test_every_block_of_ours_passes_its_check(n_out):
     assert measured.times.keys() == {"eager", "fused"}, measured.refused
 
 
+@pytest.mark.parametrize("precision", ("bf16", "fp32"))
+def test_every_inference_of_ours_passes_its_check(precision, monkeypatch):
+    monkeypatch.setattr(networks.NetworkLevel, "image_size", 8)  # a network of interpreted kernels takes its time
+    monkeypatch.setattr(bench_inference.InferenceLevel, "warm_up", {"cpu": 0})
+    setting = Setting("ResNet-18", "forward", precision, "channels_last", 1)
+    measured = harness.measure(bench_inference.LEVEL, setting, CPU, ["eager", "fused", "folded"], rounds=1)
+    assert measured.times.keys() == {"eager, tuned", "eager", "fused", "folded"}, measured.refused
+
+
+class Graph:
+    """A stand-in for the CUDA graph where there is no CUDA, which runs what is recorded instead of replaying it."""
+
+    def __init__(self, call):
+        for _ in range(4):
+            self.result = call()
+        self.call = call
+
+    def __call__(self):
+        return self.call()
+
+
+class DeafGraph(Graph):
+    def __call__(self):
+        return self.result
+
+
+def test_a_recorded_pass_reads_the_images_that_it_is_given(monkeypatch):
+    level = with_wrong(bench_inference.LEVEL, partial(InferenceRun, eager_resnet18, graph=True))
+    for graph, times in ((Graph, {"eager, tuned", "wrong"}), (DeafGraph, {"eager, tuned"})):
+        monkeypatch.setattr(networks, "CudaGraph", graph)
+        assert harness.measure(level, INFERENCE, CPU, ["wrong"], rounds=1).times.keys() == times
+
+
 def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch):
-    """Where there is no CUDA, with a stand-in for the graph, which runs the step instead of replaying it."""
-
-    class Graph:
-        def __init__(self, call):
-            for _ in range(4):
-                call()
-            self.call = call
-
-        def __call__(self):
-            return self.call()
-
-    monkeypatch.setattr(bench_step, "CudaGraph", Graph)
+    monkeypatch.setattr(networks, "CudaGraph", Graph)
     graphed = Provider(partial(StepRun, eager_resnet18, graph=True))
     level = with_wrong(bench_step.LEVEL, partial(StepRun, frozen, graph=True), graphed)
     measured = harness.measure(level, STEP, CPU, ["wrong", "right"], rounds=1)
@@ -263,6 +318,19 @@ def test_rows_hold_times_ratios_and_floors():
     assert fused["speedup_p50"] == "2.0000"  # the median of 2, 1 and 3, not the ratio of the medians
     assert (fused["mbytes"], fused["gflop"], fused["gb_per_s"]) == ("1.000", "0.500", "0.50")
     assert (fused["floor_ms"], fused["of_floor"]) == ("1.5000", "0.7500")
+
+
+def test_the_floor_of_inference_counts_every_layer_once():
+    one, nine = (inference_work(eager_resnet18, n_images, item_size=2) for n_images in (1, 9))
+    assert (one.flops, nine.flops) == (2 * 555_422_720, 9 * 2 * 555_422_720)
+    outputs = [n_channels * width**2 for _, n_channels, width in NETWORK]
+    joins = [size for (role, *_), size in zip(NETWORK, outputs, strict=True) if role.join != "none"]
+    # What the next convolution reads, and what the projections read and write; then pooling and the linear layer.
+    activations = 3 * 32**2 + 2 * sum(outputs) + 65_536 + 32_768 + 16_384 + 32_768 + 16_384 + 8_192
+    activations += sum(joins) + 512 + 512 + 10
+    weights = sum(p.numel() for p in eager_resnet18().parameters() if p.dim() > 1)
+    assert one.bytes == 2 * (weights + activations)
+    assert nine.bytes == 2 * (weights + 9 * activations)
 
 
 def test_pytest_benchmarks_writes_what_it_measured(tmp_path):

@@ -35,6 +35,13 @@ TABLE = """
 Median time of a step, speed-up over `eager, tuned` (20th – 80th percentile of paired rounds), % of floor.
 `eager` is PyTorch with nothing set, fp32 in NCHW, whatever the precision beside it.
 
+| inference | provider | batch 1 | batch 512 |
+| --- | --- | ---: | ---: |
+| bf16 | eager, tuned | 0.820 ms, 1×, 1,220 images/s, 25 % | 8.00 ms, 1×, 64,000 images/s, 25 % |
+|  | folded | 0.410 ms, 2.00× (1.90 – 2.11), 2,439 images/s, 25 % | – |
+
+Median time of a pass, speed-up over `eager, tuned` (20th – 80th percentile of paired rounds), images/s, % of floor.
+
 | operation, forward and backward, bf16, channels_last | eager | fused | timm |
 | --- | ---: | ---: | ---: |
 | BN+ReLU, batch 128 | 1×, 25 % | 1.60× (1.20 – 3.00), 25 % | 0.75×, 25 %, 1 of 3 shapes |
@@ -68,6 +75,10 @@ def step(provider: str, ms: float, speedup: float = 1, precision: str = "bf16", 
     return {name: str(value) for name, value in (values | MACHINE | others).items()}
 
 
+def inference(provider: str, ms: float, speedup: float = 1, batch_size: int = 1) -> Row:
+    return step(provider, ms, speedup, batch_size=batch_size, direction="forward")
+
+
 def operation(provider: str, shape: str, speedup: float = 1) -> Row:
     row = step(provider, 0.5 / speedup, speedup, case=f"BN+ReLU {shape}", direction="both")
     return row | {"gflop": "0.000"}
@@ -79,6 +90,11 @@ STEPS = [
     step("fused", 6.17, 2),
     step("eager, tuned", 1236.7, batch_size=512),
     step("eager, tuned", 31, precision="fp32"),
+]
+INFERENCE = [
+    inference("eager, tuned", 0.82),
+    inference("folded", 0.41, 2),
+    inference("eager, tuned", 8, batch_size=512),
 ]
 SHAPES = {"64x32x32": 1.2, "128x16x16": 3, "256x8x8": 1.6}
 OPERATIONS = [operation("eager", shape) for shape in SHAPES]
@@ -96,7 +112,8 @@ PROFILE = [
 def place(tmp_path: Path) -> Path:
     """A README with a place for the device's tables, and its results, all of them."""
     (tmp_path / "README.md").write_text(f"before\n\n<!-- benchmarks: {DEVICE} -->\n<!-- /benchmarks -->\n\nafter\n")
-    for name, rows in (("training_step", STEPS), ("op", OPERATIONS), ("limits", [LIMITS]), ("profile", PROFILE)):
+    files = {"training_step": STEPS, "inference": INFERENCE, "op": OPERATIONS, "limits": [LIMITS], "profile": PROFILE}
+    for name, rows in files.items():
         write_rows(tmp_path / "results" / DEVICE / f"{name}.csv", rows)
     (tmp_path / "results" / "no-device").mkdir()
     return tmp_path
@@ -151,6 +168,8 @@ def test_the_report_holds_every_row(place: Path):
     for cells in (
         "| ResNet-18, 3x3 stem | 128 | eager, tuned | 12.3 (11.1 – 13.6) | 1× | 8.10 | 25 % | 33.3 | 10,373 |",
         "|  |  | fused | 6.17 (5.55 – 6.79) | 2.00× (1.90 – 2.11) | 16.21 | 25 % | 33.3 | 20,746 |",
+        "| ResNet-18, 3x3 stem | 1 | eager, tuned | 0.820 (0.738 – 0.902) | 1× | 121.95 | 25 % | 33.3 | 1,220 |",
+        "|  |  | folded | 0.410 (0.369 – 0.451) | 2.00× (1.90 – 2.11) | 243.90 | 25 % | 33.3 | 2,439 |",
         "| BN+ReLU 256x8x8 | 128 | eager | 0.500 (0.450 – 0.550) | 1× | 200.00 | 25 % | 33.3 |",
         "|  |  | timm | 0.667 (0.600 – 0.733) | 0.75× (0.71 – 0.79) | 150.00 | 25 % | 33.3 |",
         "| optimizer | 2.25 | 2.25 |",
@@ -159,8 +178,10 @@ def test_the_report_holds_every_row(place: Path):
         assert f"\n{cells}\n" in text
     assert "copy 2900 GB/s" in text and "720 TFLOP/s in bf16" in text
     assert "<sup>" not in text
-    n_settings = text.count("| 128 |") + text.count("| 512 |")
-    assert n_settings == len({(row["case"], row["precision"], row["batch_size"]) for row in STEPS + OPERATIONS})
+    n_settings = sum(text.count(f"| {batch_size} |") for batch_size in (1, 128, 512))
+    rows = [*STEPS, *INFERENCE, *OPERATIONS]
+    keys = ("case", "direction", "precision", "batch_size")
+    assert n_settings == len({tuple(row[name] for name in keys) for row in rows})
 
 
 def test_rows_of_another_day_are_marked(place: Path):
@@ -177,18 +198,19 @@ def test_rows_of_another_day_are_marked(place: Path):
     assert "1,237 ms, 1×, 25 %<sup>1</sup>" in readme
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "speedups.png"])
+@pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "inference.csv", "speedups.png"])
 def test_check_names_what_is_stale_and_writes_nothing(place: Path, name: str):
     run(place)
     path = place / name if name == "README.md" else place / "results" / DEVICE / name
     if name == "speedups.png":
         path.unlink()
     else:
-        path.write_text(path.read_text().replace("6.17", "6.16"))
+        path.write_text(path.read_text().replace("6.17", "6.16").replace("0.41", "0.42"))
     before = contents(place)
     found = run(place, "--check", code=1)
     stale = {
         "training_step.csv": ["README.md", "report.md", "speedups.png", "roofline.png", "step_time.png"],
+        "inference.csv": ["README.md", "report.md", "speedups.png", "roofline.png"],
     }.get(name, [name])
     for other in ("README.md", "report.md", "speedups.png", "roofline.png", "step_time.png", "categories.png"):
         assert (other in found) == (other in stale)
@@ -201,7 +223,7 @@ def test_pictures_are_those_of_the_data(place: Path):
     folder = place / "results" / DEVICE
     run(place)
     assert {path.stem for path in folder.glob("*.png")} == set(report.SOURCES)
-    for name in ("limits", "profile", "op"):
+    for name in ("limits", "profile", "op", "inference"):
         (folder / f"{name}.csv").unlink()
     write_rows(folder / "training_step.csv", STEPS[:1])  # the baseline alone has no speed-up
     assert "categories.png" in run(place, "--check", code=1)
