@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -191,7 +193,7 @@ def test_hooks_of_the_model_itself_leave_it_fused(monkeypatch):
     assert called == [1] and calls == FUSED
 
 
-def _swap_relu(model):
+def _swap_norm(model):
     model.layer1[0].bn1 = nn.Identity()
 
 
@@ -211,7 +213,7 @@ def _patch_forward(model):
     model.layer1[0].conv1.forward = lambda x: x * 2
 
 
-@pytest.mark.parametrize("change", (_swap_relu, _swap_block, _drop_block, _add_shortcut, _patch_forward))
+@pytest.mark.parametrize("change", (_swap_norm, _swap_block, _drop_block, _add_shortcut, _patch_forward))
 def test_a_model_that_is_changed_later_computes_what_it_is_then(change):
     theirs, ours = perturbed(KuangliuResNet()), perturbed(KuangliuResNet())
     ours.load_state_dict(theirs.state_dict())
@@ -225,24 +227,38 @@ def test_a_model_that_is_changed_later_computes_what_it_is_then(change):
 
 
 class Switched(nn.Module):
-    """Its forward depends on an attribute, and takes more than it needs."""
+    """Its forward depends on attributes and globals, and takes more than it needs."""
+
+    shift = 0
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.activation, self.double = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), torch.relu, False
+        self.conv, self.bn, self.activation, self._scale = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), torch.relu, 1.0
 
     def forward(self, x, scale=1):
-        y = self.activation(self.bn(self.conv(x)))
-        return scale * (2 * y if self.double else y)
+        return scale * self._scale * self.activation(self.bn(self.conv(x))) + self.shift + SHIFT
 
 
-@pytest.mark.parametrize("setting", ({"double": True}, {"activation": torch.tanh}), ids=lambda setting: str(*setting))
-def test_attributes_that_are_changed_later_count(setting):
-    model = convert(Switched().eval())
-    y = model(images())
-    vars(model).update(setting)
-    expected = torch.tanh(model.bn(model.conv(images()))) if "activation" in setting else 2 * y
-    assert torch.equal(model(images()), expected)
+SHIFT = 0
+CHANGES = {
+    "number": lambda model, monkeypatch: setattr(model, "_scale", 2.0),
+    "to a tensor": lambda model, monkeypatch: setattr(model, "_scale", torch.full((4, 1, 1), 2.0)),
+    "function": lambda model, monkeypatch: setattr(model, "activation", torch.tanh),
+    "class attribute": lambda model, monkeypatch: setattr(model, "shift", 3),
+    "on the class": lambda model, monkeypatch: monkeypatch.setattr(Switched, "shift", 3),
+    "global": lambda model, monkeypatch: monkeypatch.setitem(globals(), "SHIFT", 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_are_changed_later_count(change, monkeypatch):
+    theirs, ours = perturbed(Switched().eval()), convert(perturbed(Switched().eval()))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.__dict__["_fused"].holds((images(),)) and torch.equal(ours(images()), theirs(images()))
+    before = theirs(images())
+    for model in (theirs, ours):
+        CHANGES[change](model, monkeypatch)
+    assert torch.equal(ours(images()), theirs(images())) and not torch.equal(ours(images()), before)
 
 
 def test_arguments_that_were_not_foreseen_count():
@@ -250,6 +266,79 @@ def test_arguments_that_were_not_foreseen_count():
     y = model(images())
     assert torch.equal(model(images(), 3), 3 * y)
     assert torch.equal(model(x=images()), y) and torch.equal(model(images(), scale=3), 3 * y)
+
+
+def test_a_forward_that_the_class_gets_later_runs_step_by_step(monkeypatch):
+    model = convert(Switched().eval())
+    monkeypatch.setattr(Switched, "forward", lambda self, x: self.bn(self.conv(x)))
+    model.bn.register_forward_hook(lambda *_: None)
+    assert torch.equal(model(images()), model.bn(model.conv(images())))
+
+
+class HoldsALock(KuangliuResNet):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+
+def test_what_a_class_leaves_out_of_copies_stays_out():
+    model = convert(HoldsALock()).eval()
+    copied = copy.deepcopy(model)
+    assert not hasattr(copied, "lock") and torch.equal(copied(images()), model(images()))
+
+
+class Registered(nn.Module):
+    """Keeps a list of its subclasses, as plugins do."""
+
+    known: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, name: str):
+        assert name not in cls.known
+        cls.known.append(name)
+
+
+class Plugin(Registered, name="plugin"):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.gamma = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Parameter(torch.full((), 2.0))
+
+    def forward(self, x):
+        y = torch.relu(self.bn(self.conv(x)))
+        return y if self.gamma is None else y * self.gamma
+
+
+def test_a_class_that_is_told_of_subclasses_hears_nothing():
+    model = convert(Plugin().eval())
+    assert Registered.known == ["plugin"] and model.__dict__["_fused"].holds((images(),))
+
+
+def test_a_parameter_that_is_none_by_now_counts():
+    model = convert(Plugin().eval())
+    y = model(images())
+    model.gamma = None
+    assert torch.equal(model(images()), y / 2)
+
+
+def test_a_report_computes_no_weights():
+    """Those of a spectral norm are another each time; a lazy one has none yet."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 1)), nn.LazyConv2d(4, 1))
+    before = model[0].parametrizations.weight[0]._u.clone()
+    convert(model, report=True)
+    assert torch.equal(model[0].parametrizations.weight[0]._u, before)
+
+
+def test_a_module_of_another_class_by_now_is_not_restored():
+    model = convert(KuangliuResNet())
+    nn.utils.parametrize.register_parametrization(model.bn1, "weight", nn.Identity())
+    for function in (restore, convert):
+        with pytest.raises(ValueError, match="bn1 must be as convert made it, got a ParametrizedFusedBatchNorm2d"):
+            function(model)
+    assert isinstance(model, Converted)
+    nn.utils.parametrize.remove_parametrizations(model.bn1, "weight")
+    assert type(restore(model).bn1) is nn.BatchNorm2d
 
 
 def test_torch_fx_traces_the_steps():

@@ -9,9 +9,8 @@ model was converted, other arguments than tensors).
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, overload
 
 import torch
@@ -23,11 +22,7 @@ from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from .report import Outcome, Report
 from .rewrite import fuse
 from .sites import Site, find_sites
-from .trace import UntraceableError, is_container, trace
-
-# What decides in a forward, beside the modules, and may be changed later.
-SETTING_TYPES = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
-_MISSING = object()
+from .trace import CLOSED, Setting, Traced, UntraceableError, is_container, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +34,16 @@ class _Fused:
         n_inputs: how many tensors these are.
         within: the modules in the module.
         children: of each container, the module itself among them, the modules directly in it.
-        settings: (module, attribute, value): what else the forward may have looked at.
+        weights: of each container, the names of its own parameters and buffers that are not None.
+        settings: what else the forward has read.
     """
 
     forward: Callable[..., Any]
     n_inputs: int
     within: tuple[nn.Module, ...]
     children: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]
-    settings: tuple[tuple[nn.Module, str, Any], ...]
+    weights: tuple[tuple[nn.Module, tuple[str, ...]], ...]
+    settings: tuple[Setting, ...]
 
     def holds(self, inputs: tuple[Any, ...]) -> bool:
         """Whether the fused forward is what the module's own would compute; with the fewest looks, at every step."""
@@ -56,7 +53,14 @@ class _Fused:
             return False
         if any(tuple(owner._modules.values()) != children for owner, children in self.children):
             return False
-        return all(getattr(owner, name, _MISSING) == value for owner, name, value in self.settings)
+        if any(_own_weights(owner) != names for owner, names in self.weights):
+            return False
+        return all(setting.holds() for setting in self.settings)
+
+
+def _own_weights(module: nn.Module) -> tuple[str, ...]:
+    own = (*module._parameters.items(), *module._buffers.items())
+    return tuple(name for name, value in own if value is not None)
 
 
 class Converted(nn.Module):
@@ -65,9 +69,14 @@ class Converted(nn.Module):
     plain_class: type[nn.Module]
     _opaque: tuple[nn.Module, ...]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the plain class's, which may keep a list of its subclasses or ask for arguments."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one's is that of the plain class. The forward is made anew.
-        state = {name: value for name, value in self.__dict__.items() if name != "_fused"}
+        state: Any = self.__getstate__()
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "_fused"}
         return _new_converted, (self.plain_class,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,40 +94,38 @@ _CLASSES: dict[type[nn.Module], type[Converted]] = {}
 
 def _converted_class(plain_class: type[nn.Module]) -> Any:
     if plain_class not in _CLASSES:
-        plain_forward = plain_class.forward
 
-        @functools.wraps(plain_forward)  # those who look at its signature, as torch.fx does, see the plain one's
+        @functools.wraps(plain_class.forward)  # those who look at its signature, as torch.fx does, see the plain one's
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             fused = self.__dict__.get("_fused")
             if fused is None or kwargs or not fused.holds(args):
-                return plain_forward(self, *args, **kwargs)
+                return plain_class.forward(self, *args, **kwargs)
             return fused.forward(self, *args)
 
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(plain_class, name) for name in names}
-        body |= {"plain_class": plain_class, "plain_forward": plain_forward, "forward": forward}
+        body |= {"plain_class": plain_class, "plain_forward": plain_class.forward, "forward": forward}
         _CLASSES[plain_class] = type(plain_class.__name__, (Converted, plain_class), body)
     return _CLASSES[plain_class]
 
 
-def _fused_forward(module: nn.Module, graph: fx.Graph, sites: list[Site], opaque: Collection[nn.Module]) -> _Fused:
-    fuse(graph, module, [site for site in sites if site.is_joint])
+def _fused_forward(module: nn.Module, traced: Traced, sites: list[Site]) -> _Fused:
+    fuse(traced.graph, module, [site for site in sites if site.is_joint])
     return _Fused(
-        forward=type(fx.GraphModule(module, graph)).forward,
-        n_inputs=sum(node.op == "placeholder" for node in graph.nodes),
+        forward=type(fx.GraphModule(module, traced.graph)).forward,
+        n_inputs=sum(node.op == "placeholder" for node in traced.graph.nodes),
         within=tuple(inner for inner in module.modules() if inner is not module),
         children=tuple(
             (inner, tuple(inner._modules.values()))
             for inner in module.modules()
             if inner._modules or is_container(inner)
         ),
-        settings=tuple(
-            (inner, name, value)
+        weights=tuple(
+            (inner, _own_weights(inner))
             for inner in module.modules()
-            if is_container(inner) and inner not in opaque
-            for name, value in vars(inner).items()
-            if name != "training" and not name.startswith("_") and isinstance(value, SETTING_TYPES)
+            if is_container(inner) and (inner._parameters or inner._buffers)
         ),
+        settings=traced.settings,
     )
 
 
@@ -137,10 +144,10 @@ def _make_forward_again(module: Converted) -> None:
     """For a copy, whose modules are others; where its forward cannot be seen any more, its own runs."""
     norms = {inner for inner in module.modules() if "_was_plain" in vars(inner)}
     try:
-        graph = trace(module, module._opaque, traced_method="plain_forward")
+        traced = trace(module, module._opaque, traced_method="plain_forward")
     except UntraceableError:
         return
-    module.__dict__["_fused"] = _fused_forward(module, graph, find_sites(graph, module, norms), module._opaque)
+    module.__dict__["_fused"] = _fused_forward(module, traced, find_sites(traced.graph, module, norms))
 
 
 @overload
@@ -169,18 +176,18 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
         ValueError: it is, or holds, a module compiled by torch.compile or TorchScript. Nothing is changed then.
     """
     check_is_module(model)
-    _check_is_not_compiled(model)
+    check_is_not_compiled(model)
     restore(model)  # so that a model which has changed since is looked at as it is
-    graphs, opaque = _trace_all(model)
+    traced, opaque = trace_all(model)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    most_calls = _most_calls(graphs)
+    most_calls = _most_calls(traced)
     left = {norm: reason for norm in norms if (reason := _reason_to_leave(norm, most_calls[norm]))}
     to_convert = {norm for norm in norms if norm not in left}
-    sites = {module: find_sites(graph, module, to_convert) for module, graph in graphs.items()}
+    sites = {module: find_sites(found.graph, module, to_convert) for module, found in traced.items()}
     outcomes = _outcomes(model, left, sites, opaque)
     joint = {module: found for module, found in sites.items() if any(site.is_joint for site in found)}
     classes = {module: _converted_class(type(module)) for module in joint}
-    fused = {module: _fused_forward(module, graphs[module], found, opaque) for module, found in joint.items()}
+    fused = {module: _fused_forward(module, traced[module], found) for module, found in joint.items()}
 
     for norm in to_convert:
         make_fused(norm)
@@ -199,8 +206,14 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no nn.Module.
+        ValueError: the class of a converted module is another by now, as a parametrization makes it; nothing is
+            restored.
     """
     check_is_module(model)
+    for name, module in model.named_modules():
+        if not _is_as_made(module):
+            got = type(module).__name__
+            raise ValueError(f"{name or 'model'} must be as convert made it, got a {got}: undo what made it first")
     for module in list(model.modules()):
         attributes = vars(module)
         if isinstance(module, Converted):
@@ -214,12 +227,18 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_as_made(module: nn.Module) -> bool:
+    if isinstance(module, Converted):
+        return type(module) is _CLASSES[module.plain_class]
+    return "_was_plain" not in vars(module) or type(module) in (FusedBatchNorm2d, FusedSyncBatchNorm2d)
+
+
 def check_is_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def _check_is_not_compiled(model: nn.Module) -> None:
+def check_is_not_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = name or "model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -228,23 +247,26 @@ def _check_is_not_compiled(model: nn.Module) -> None:
             raise ValueError(f"{where} must be converted before torch.compile, got a compiled module")
 
 
-def _trace_all(model: nn.Module) -> tuple[dict[nn.Module, fx.Graph], dict[nn.Module, str]]:
+def trace_all(
+    model: nn.Module, *, frozen: bool = False, closed: tuple[str, ...] = CLOSED
+) -> tuple[dict[nn.Module, Traced], dict[nn.Module, str]]:
     """The graph of every module that has one, and why others have none; from the inside out."""
-    graphs, opaque = {}, {}
+    traced, opaque = {}, {}
     for module in reversed(list(model.modules())):
-        if is_container(module):
+        if is_container(module, closed):
             try:
-                graphs[module] = trace(module, opaque)
+                traced[module] = trace(module, opaque, frozen=frozen, closed=closed)
             except UntraceableError as error:
                 opaque[module] = str(error)
-    return graphs, opaque
+    return traced, opaque
 
 
-def _most_calls(graphs: dict[nn.Module, fx.Graph]) -> Counter[nn.Module]:
+def _most_calls(traced: dict[nn.Module, Traced]) -> Counter[nn.Module]:
     """How often one forward calls each module."""
     most: Counter[nn.Module] = Counter()
-    for module, graph in graphs.items():
-        most |= Counter(module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module")
+    for module, found in traced.items():
+        calls = [str(node.target) for node in found.graph.nodes if node.op == "call_module"]
+        most |= Counter(map(module.get_submodule, calls))
     return most
 
 
@@ -297,8 +319,10 @@ def _why_unseen(model: nn.Module, name: str, opaque: dict[nn.Module, str]) -> st
 
 def _notes(model: nn.Module) -> tuple[str, ...]:
     notes = []
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels):
+    # Not `m.weight`: a parametrization would compute it, and some change something then.
+    kernels = [m._parameters.get("weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
+    known = [weight for weight in kernels if weight is not None and not nn.parameter.is_lazy(weight)]
+    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in known):
         notes.append("channels_last is the fast layout: model.to(memory_format=torch.channels_last)")
     n_observed = sum(is_observed(module, torch.empty(0)) for module in model.modules() if isinstance(module, Converted))
     if n_observed:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import functional
-from ..nn import FusedBatchNorm2d
-from .convert import check_is_module, make_fused, restore
-from .rewrite import READERS, fuse, put_in_place
-from .sites import Site, find_sites
-from .trace import FOREIGN, UntraceableError, is_container, trace
+from ..models.blocks import has_own_hook
+from .convert import check_is_module, check_is_not_compiled, make_fused, restore, trace_all
+from .rewrite import add, changes_nothing, fuse, put_in_place
+from .sites import BATCH_NORMS, Site, find_sites
+from .trace import FOREIGN
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -29,16 +29,17 @@ class FoldedConv2d(nn.Conv2d):
     Args:
         conv, norm: what is folded; neither is changed. Weights are computed in fp64 and rounded once.
         relu: whether to end in ReLU.
+        in_place: which of two that have different shapes or types an addition changes, as `Site.in_place`.
     """
 
     bias: nn.Parameter
     zeros: Tensor
     ones: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: Any, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: Any, relu: bool, in_place: str = "") -> None:
         shape: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         super().__init__(conv.in_channels, conv.out_channels, *shape, padding_mode=conv.padding_mode, device="meta")
-        self.relu = relu
+        self.relu, self.in_place = relu, in_place
         weight, bias = _folded(conv, norm)
         self.weight = nn.Parameter(weight, conv.weight.requires_grad)
         self.bias = nn.Parameter(bias, conv.weight.requires_grad)
@@ -47,20 +48,22 @@ class FoldedConv2d(nn.Conv2d):
         self.register_buffer("ones", torch.ones_like(bias), persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Both [N, C, H, W]; a residual of another shape or type is broadcast or promoted as eager does."""
+        """Both [N, C, H, W], of the weight's type or under autocast; a residual that has another shape or type than the
+        convolution's output is added as eager does.
+        """
+        # Where ATen computes, its convolution adds the bias; a kernel would take a pass of its own for it.
         in_one_pass = functional.choose_backend(input) == "triton"
         y = self._conv_forward(input, self.weight, None if in_one_pass else self.bias)
         fits = residual is None or (residual.shape == y.shape and residual.dtype == y.dtype)
         if in_one_pass:
-            joined = residual if fits else None
-            relu = self.relu and fits
+            norm = (self.zeros, self.ones, None, self.bias)
             y = functional.batch_norm_add_relu(
-                y, self.zeros, self.ones, None, self.bias, eps=0.0, residual=joined, relu=relu
+                y, *norm, eps=0.0, residual=residual if fits else None, relu=self.relu and fits
             )
             if fits:
                 return y
         if residual is not None:
-            y = y.add_(residual) if fits else y + residual  # a convolution's output is nobody else's
+            y = add(y, residual, "norm" if fits else self.in_place)  # a convolution's output is nobody else's
         return F.relu(y, inplace=True) if self.relu else y
 
     def extra_repr(self) -> str:
@@ -84,80 +87,58 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
     """Return a copy of a model for inference, each batch norm behind a convolution folded into its weights, and the
     addition and the ReLU that follow them run in the convolution's module.
 
-    Every batch norm whose convolution, by torch.fx, nothing else reads is folded; the others are fused with what
-    follows them. The copy is in evaluation mode and stays what it is there (dropout and the like are gone); its keys
-    are others, and its statistics frozen.
+    Every batch norm whose convolution, by torch.fx, nothing else reads is folded; of the others, those that are called
+    once are fused with what follows them. A module whose forward torch.fx cannot follow is called as it is. The copy is
+    in evaluation mode, has other keys, and is not for training.
 
     Numerics: weights are computed in fp64 and rounded once, to the type of the convolution's.
 
     Args:
         model: any model, ours, converted or plain, in any mode; it is left as it is.
 
-    Returns:
-        The copy: a torch.fx.GraphModule, or where torch.fx cannot follow the model's own forward, the model with such
-        in the place of the modules that it can follow.
-
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: nothing can be folded; the message says why.
+        ValueError: torch.fx cannot follow the model's own forward; there are hooks or patched forwards, which would be
+            lost; it is compiled; or nothing can be folded. The message says which.
     """
     check_is_module(model)
-    copied = restore(copy.deepcopy(model)).eval()
-    reasons: dict[str, str] = {}
-    folded = _fold_within(copied, "model", _graphs(copied), reasons)
-    if not any(isinstance(module, FoldedConv2d) for module in folded.modules()):
-        seen = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"model has no batch norm that can be folded into a convolution{f' ({seen})' if seen else ''}")
-    return folded
+    check_is_not_compiled(model)
+    for name, module in model.named_modules():
+        if has_own_hook(module):
+            raise ValueError(f"{name or 'model'} must have no hooks and no patched forward, which folding would lose")
+    try:
+        copied = restore(copy.deepcopy(model)).eval()
+    except RuntimeError as error:
+        raise ValueError(f"model cannot be copied, and so not be folded: {error}") from error
+    traced, opaque = trace_all(copied, frozen=True, closed=FOREIGN)
+    if copied not in traced:
+        raise ValueError(f"model cannot be folded: {opaque.get(copied, 'it holds no modules')}")
+    graph = traced[copied].graph
+    if not _fold_graph(copied, graph):
+        raise ValueError("model cannot be folded: it has no batch norm with statistics behind a convolution of its own")
+    return fx.GraphModule(copied, graph).eval()
 
 
-def _graphs(model: nn.Module) -> dict[nn.Module, fx.Graph | str]:
-    """The graph of every container in evaluation mode, or why there is none; from the inside out."""
-    graphs: dict[nn.Module, fx.Graph | str] = {}
-    for module in reversed(list(model.modules())):
-        if is_container(module, FOREIGN):
-            opaque = [inner for inner, graph in graphs.items() if isinstance(graph, str)]
-            try:
-                graphs[module] = trace(module, opaque, modes=(False,), closed=FOREIGN)
-            except UntraceableError as error:
-                graphs[module] = str(error)
-    return graphs
-
-
-def _fold_within(
-    module: nn.Module, name: str, graphs: dict[nn.Module, fx.Graph | str], reasons: dict[str, str]
-) -> nn.Module:
-    """Fold the outermost modules that have a graph; the others' own forwards stay."""
-    graph = graphs.get(module)
-    if isinstance(graph, fx.Graph):
-        return _fold_graph(module, graph)
-    if isinstance(graph, str):
-        reasons[name] = graph
-    for child_name, child in module.named_children():
-        setattr(module, child_name, _fold_within(child, f"{name}.{child_name}", graphs, reasons))
-    return module
-
-
-def _fold_graph(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    modules = dict(module.named_modules(remove_duplicate=False))
+def _fold_graph(root: nn.Module, graph: fx.Graph) -> int:
+    """Fold what can be folded, fuse what cannot, and return how many sites were folded."""
+    modules = dict(root.named_modules(remove_duplicate=False))
     calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
-    norms = {norm for norm in calls if type(norm) in (nn.BatchNorm2d, FusedBatchNorm2d)}
-    foldable = {norm for norm in norms if calls[norm] == 1 and norm.running_mean is not None}
-    others = []
-    for site in find_sites(graph, module, foldable):
-        if all(_is_foldable_into(call.args[0], modules, calls) for call in site.norms):
-            _fold_site(graph, module, site)
-        elif site.is_joint:
-            others.append(site)
+    norms = {norm for norm in calls if type(norm) in BATCH_NORMS and getattr(norm, "running_mean", None) is not None}
+    sites = find_sites(graph, root, norms)
+    folded = [site for site in sites if all(_is_foldable_into(call.args[0], modules, calls) for call in site.norms)]
+    for site in folded:
+        _fold_site(graph, root, site, modules)
+    others = [site for site in sites if site not in folded and site.is_joint]
+    others = [site for site in others if all(calls[modules[str(call.target)]] == 1 for call in site.norms)]
     for site in others:
         for call in site.norms:
-            make_fused(module.get_submodule(str(call.target)))
-    fuse(graph, module, others)
-    return fx.GraphModule(module, graph).eval()
+            make_fused(modules[str(call.target)])
+    fuse(graph, root, others)
+    return len(folded)
 
 
 def _is_foldable_into(conv: Any, modules: dict[str, nn.Module], calls: Counter[nn.Module]) -> bool:
@@ -168,20 +149,22 @@ def _is_foldable_into(conv: Any, modules: dict[str, nn.Module], calls: Counter[n
     return type(module) is nn.Conv2d and calls[module] == 1 and len(conv.args) == 1
 
 
-def _fold_site(graph: fx.Graph, root: nn.Module, site: Site) -> None:
+def _fold_site(graph: fx.Graph, root: nn.Module, site: Site, modules: dict[str, nn.Module]) -> None:
     conv: Any = site.norm.args[0]
-    if getattr(root.get_submodule(str(site.norm.target)), "relu", False):  # a FusedBatchNorm2d that ends in ReLU itself
+    if getattr(modules[str(site.norm.target)], "relu", False):  # a FusedBatchNorm2d that ends in ReLU itself
         site = Site(site.norm, relu=site.norm)
-    elif site.add is not None and not _may_move(conv, site.add, root):
+    elif site.add is not None and not _may_move(conv, site, modules):
         for call in site.norms:
-            _fold_site(graph, root, Site(call))
+            _fold_site(graph, root, Site(call), modules)
         return
     for call in site.norms:
         source: Any = call.args[0]
+        is_last = call is site.norm
         folded = FoldedConv2d(
-            cast(nn.Conv2d, root.get_submodule(source.target)),
-            cast(nn.BatchNorm2d, root.get_submodule(str(call.target))),
-            relu=site.relu is not None and call is site.norm,
+            cast(nn.Conv2d, modules[source.target]),
+            cast(nn.BatchNorm2d, modules[str(call.target)]),
+            relu=is_last and site.relu is not None,
+            in_place=site.in_place if is_last else "",
         )
         root.set_submodule(source.target, folded)
     with graph.inserting_before(site.add or site.norm):
@@ -191,10 +174,11 @@ def _fold_site(graph: fx.Graph, root: nn.Module, site: Site) -> None:
     graph.erase_node(conv)
 
 
-def _may_move(conv: fx.Node, addition: fx.Node, root: nn.Module) -> bool:
-    """Whether a convolution reads the same where the addition is: whether all who read its input leave it alone."""
-    source: Any = conv.args[0]
-    others = [reader for reader in source.users if reader is not addition]
-    return all(
-        reader.op == "call_module" and isinstance(root.get_submodule(str(reader.target)), READERS) for reader in others
-    )
+def _may_move(conv: fx.Node, site: Site, modules: dict[str, nn.Module]) -> bool:
+    """Whether a convolution reads the same where the addition is: whether nothing in between may change a tensor."""
+    node, own = conv.next, {*site.norms, *site.between}
+    while node is not site.add:
+        if node not in own and not changes_nothing(node, modules):
+            return False
+        node = node.next
+    return True

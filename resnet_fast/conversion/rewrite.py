@@ -7,30 +7,55 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import FusedBatchNorm2d
-from .sites import Site
+from .sites import FRESH, Site
 
-# Modules that leave their input alone, so that a second handle to it stays what it is.
-READERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+# Modules that leave their input alone.
+READERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, nn.BatchNorm2d, FusedBatchNorm2d)
 
 
 def fused_steps(
-    norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any, *, relu: bool, fork: bool = False
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_norm: Any,
+    *,
+    relu: bool,
+    in_place: str = "",
+    fork: bool = False,
 ) -> Any:
     """relu(norm(x) + residual_norm(residual)), as one operation where all fits, else step by step.
 
-    What a graph cannot know is looked at here: a residual of another shape or type is broadcast or promoted as eager
-    does, and a norm that was put in place of the fused one is called.
+    What a graph cannot know is looked at here: a residual of another shape or type is added as eager does, and a norm
+    that was put in place of the fused one is called.
+
+    Args:
+        norm, residual_norm: modules; the latter None where the residual is added as it is.
+        x, residual: [N, C, H, W], the latter of any shape, or None.
+        relu: whether to end in ReLU.
+        in_place: as `Site.in_place`.
+        fork: whether to return y twice, for two readers.
+
+    Returns:
+        y: [N, C, H, W], or (y, y) with `fork`.
     """
     if isinstance(x, fx.Proxy):  # one step to torch.fx, too, which traces a GraphModule anew to unpickle it
         arguments = (norm, x, residual, residual_norm)
-        return x.tracer.create_proxy("call_function", fused_steps, arguments, {"relu": relu, "fork": fork})
+        settings = {"relu": relu, "in_place": in_place, "fork": fork}
+        return x.tracer.create_proxy("call_function", fused_steps, arguments, settings)
     if _fits(norm, x, residual, residual_norm):
         return norm.fused(x, residual, residual_norm, relu=relu, fork=fork)
     y = norm(x)
     if residual is not None:
-        y = y + (residual if residual_norm is None else residual_norm(residual))
+        y = add(y, residual if residual_norm is None else residual_norm(residual), in_place)
     y = F.relu(y) if relu else y
     return (y, y) if fork else y
+
+
+def add(y: Tensor, residual: Tensor, in_place: str) -> Tensor:
+    """y + residual, of the type and shape that they have there, or that either has where it is changed in place."""
+    if in_place == "norm":
+        return y.add_(residual)
+    return residual.add_(y) if in_place == "residual" else y + residual
 
 
 def _fits(norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any) -> bool:
@@ -62,7 +87,8 @@ def _replace(graph: fx.Graph, site: Site) -> fx.Node:
     with graph.inserting_before(site.add or site.norm):
         norm, *residual_norm = [graph.get_attr(str(call.target)) for call in site.norms]
         arguments = (norm, site.norm.args[0], site.residual, residual_norm[0] if residual_norm else None)
-        node = graph.call_function(fused_steps, arguments, {"relu": site.relu is not None})
+        settings = {"relu": site.relu is not None, "in_place": site.in_place}
+        node = graph.call_function(fused_steps, arguments, settings)
     put_in_place(graph, site, node)
     return node
 
@@ -75,13 +101,22 @@ def put_in_place(graph: fx.Graph, site: Site, node: fx.Node) -> None:
         graph.erase_node(step)
 
 
+def changes_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a step is known to leave all tensors that there are before it alone."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) in READERS or (type(module) is nn.ReLU and not module.inplace)
+    return node.op == "get_attr" or (node.op == "call_function" and node.target in FRESH)
+
+
 def _only_reads(reader: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node reads a value once and changes nothing in it."""
     if sum(argument is value for argument in reader.args) != 1:
         return False
     if reader.op == "call_module":
-        return type(modules[str(reader.target)]) in READERS
-    return reader.op == "call_function" and reader.target is fused_steps and value in reader.args[1:3]
+        # nn.Identity would hand it on to others.
+        return type(modules[str(reader.target)]) is not nn.Identity and changes_nothing(reader, modules)
+    return reader.target is fused_steps and value in reader.args[1:3]
 
 
 def _fork(graph: fx.Graph, node: fx.Node, readers: list[fx.Node]) -> None:

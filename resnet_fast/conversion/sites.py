@@ -62,6 +62,13 @@ class Site:
         return None if self.add is None else self.add.args[1 - self.side]
 
     @property
+    def in_place(self) -> str:
+        """Whether the addition changes the norm's output ("norm"), the other one ("residual"), or neither ("")."""
+        if self.add is None or self.add.target not in ADDITIONS_IN_PLACE:
+            return ""
+        return ("norm", "residual")[self.side]
+
+    @property
     def last(self) -> fx.Node:
         return self.relu or self.add or self.norm
 
@@ -78,7 +85,8 @@ class Site:
 def find_sites(graph: fx.Graph, root: nn.Module, norms: Collection[nn.Module]) -> list[Site]:
     """Return the sites of a graph, in order; each call of one of `norms` is in exactly one of them."""
     modules = dict(root.named_modules(remove_duplicate=False))
-    finder = _Finder(modules, norms)
+    read = {modules[str(node.target).rpartition(".")[0]] for node in graph.nodes if node.op == "get_attr"}
+    finder = _Finder(modules, norms, read)
     sites, taken = [], set()
     calls = [node for node in graph.nodes if finder.is_norm(node)]
     for node in calls:
@@ -93,6 +101,7 @@ def find_sites(graph: fx.Graph, root: nn.Module, norms: Collection[nn.Module]) -
 class _Finder:
     modules: dict[str, nn.Module]
     norms: Collection[nn.Module]
+    read: Collection[nn.Module]  # whose parameters or buffers another step reads
 
     def is_norm(self, node: object) -> bool:
         return (
@@ -105,6 +114,8 @@ class _Finder:
 
     def site(self, norm: fx.Node) -> Site:
         user, between = self.only_reader(norm)
+        if self.modules[str(norm.target)] in self.read:
+            return Site(norm, why="another step reads its statistics or weights")
         if user is None:
             return Site(norm, why="more than one step reads its output")
         if self.is_relu(user):
@@ -133,7 +144,8 @@ class _Finder:
         while self.is_identity(value) and len(value.users) == 1:
             between.append(value)
             value = value.args[0]
-        if self.is_norm(value) and len(value.users) == 1 and self.reads_convolution(value):
+        is_read = self.is_norm(value) and self.modules[str(value.target)] in self.read
+        if self.is_norm(value) and not is_read and len(value.users) == 1 and self.reads_convolution(value):
             return value, between
         return None, []
 
