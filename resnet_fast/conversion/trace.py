@@ -12,67 +12,22 @@ else the forward does or depends on. So it is watched meanwhile, and a graph is 
 Reed et al. 2022, torch.fx, arXiv:2112.08429.
 """
 
-import builtins
-import dis
 import inspect
-import operator
-import random
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial, partialmethod
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.fx.proxy import Attribute
 
-# Who may look at the type of a stand-in: torch.fx itself, and what sets a module's attribute, which is noticed.
-TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.modules.module", "torch.nn.parameter")
-# Whose code is not looked at, but for what it does to stand-ins.
-LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "resnet_fast"}
+from .stand_ins import STAND_INS, Input, UntraceableError, Value
+from .watch import Setting, Watch, is_plain, left_as_it_was
+
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 # Whose modules are called as they are. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
 CLOSED = (*FOREIGN, "resnet_fast.")
-
-# Plain values, and what is called but hardly ever changed.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
-CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, nn.Module)
-# Every module's own attributes, of which a forward may read all but the mode.
-OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
-# Names in the code of a forward, and what it does with them.
-QUESTIONS = {
-    **dict.fromkeys(("type", "__class__", "hasattr", "vars"), "asks for the types or attributes of values"),
-    **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), "asks how it is run"),
-    **dict.fromkeys(("is_fx_tracing", "is_fx_symbolic_tracing", "is_tracing", "is_compiling"), "asks how it is run"),
-    **dict.fromkeys(("is_in_onnx_export", "is_initialized", "is_available", "backends"), "asks how it is run"),
-    **dict.fromkeys(("environ", "getenv", "get_default_dtype", "time", "perf_counter"), "asks how it is run"),
-    **dict.fromkeys(("print", "open", "input"), "prints or reads"),
-    **dict.fromkeys(("exec", "globals", "locals", "functional_call", "apply"), "runs what a graph does not show"),
-}
-# Of a tensor's attributes, besides its methods, what a graph can hold. None of them may be None.
-ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "data", "T", "mT", "H", "mH", "requires_grad", "is_cuda")
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-
-
-class Setting(NamedTuple):
-    """What a forward has read: an attribute of a module, or a global variable of a namespace."""
-
-    owner: Any
-    name: str
-    value: Any
-
-    def holds(self) -> bool:
-        """Whether it is still the same."""
-        if isinstance(self.owner, dict):
-            now = self.owner.get(self.name, Setting)
-        else:
-            now = getattr(self.owner, self.name, Setting)
-        return now is self.value or (type(now) is type(self.value) and now == self.value)
 
 
 class Traced(NamedTuple):
@@ -82,105 +37,18 @@ class Traced(NamedTuple):
     settings: tuple[Setting, ...]
 
 
-class UntraceableError(Exception):
-    """The message says why the graph of a forward would not be what the forward does."""
-
-
-class _Proxy(fx.Proxy):
-    """torch.fx's stand-in, which would write `x += y` down as `x + y`, and have and take any attribute."""
-
-    def in_place(self, function: Callable[..., Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __getattr__(self, k: str) -> Any:
-        if not callable(getattr(Tensor, k, None)) and k not in ATTRIBUTES:
-            raise UntraceableError(f"its forward asks a value for {k!r}, which not every tensor has")
-        return _Attribute(self, k)  # type: ignore[call-arg, arg-type]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not _is_trusted(sys._getframe(1)):
-            raise UntraceableError(f"its forward sets {name} of a value")
-        super().__setattr__(name, value)
-
-    def __hash__(self) -> int:
-        return self._unless_asked("looks for a value in a set or dict", id(self))
-
-    def __repr__(self) -> str:
-        return self._unless_asked("makes text of a value", "a stand-in")
-
-    __str__ = __repr__
-
-    def __format__(self, form: str) -> str:
-        return self._unless_asked("makes text of a value", "a stand-in")
-
-    @staticmethod
-    def _unless_asked(does: str, answer: Any) -> Any:
-        if not _is_trusted(sys._getframe(2)):
-            raise UntraceableError(f"its forward {does}")
-        return answer
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy.in_place, getattr(operator, _name)))
-
-
-class _Value(_Proxy):
-    """What the forward computes; whether it is a tensor is not known."""
-
-    @property
-    def __class__(self) -> type:  # what isinstance looks at, after type()
-        frame = sys._getframe(1)
-        if not _is_trusted(frame) and _asks_for_types(frame.f_code):
-            raise UntraceableError("its forward asks for the type of an intermediate value")
-        return _Value
-
-
-class _Attribute(_Value, Attribute):
-    """An attribute of a stand-in, or a method of it that is about to be called."""
-
-
-class _Input(_Proxy):
-    """An input of the forward: a tensor, which is checked again whenever the graph is used."""
-
-    @property
-    def __class__(self) -> type:
-        # Not to torch's own functions, some of which would hand it over to C as a tensor.
-        return _Input if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.") else Tensor
-
-
-STAND_INS = (_Value, _Attribute, _Input)
-
-
-def _is_trusted(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").startswith((*TRUSTED, __name__))
-
-
-def _asks_for_types(code: CodeType) -> bool:
-    """Whether a function may have asked itself, and not a function of torch that is written in C."""
-    return "isinstance" in code.co_names or any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))
-
-
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer, which calls modules without children, those of torch.nn, and the opaque ones, as they are.
-
-    `frozen`: what is read will not change, so that mode and settings are what they are now.
-    """
+    """torch.fx's tracer, which calls modules without children, those of torch.nn, and the opaque ones, as they are."""
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self,
-        opaque: Collection[nn.Module] = (),
-        traced_method: str = "forward",
-        closed: tuple[str, ...] = CLOSED,
-        frozen: bool = False,
+        self, opaque: Collection[nn.Module] = (), traced_method: str = "forward", closed: tuple[str, ...] = CLOSED
     ) -> None:  # defaults: torch.fx makes one when it unpickles a GraphModule
         super().__init__()
-        self.opaque, self.closed, self.frozen = opaque, closed, frozen
+        self.opaque, self.closed = opaque, closed
         self.traced_func_name = traced_method
         self.context = _context()
-        self.settings: dict[tuple[int, str], Setting] = {}
-        self.screened: set[CodeType] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_container(m, self.closed) or m in self.opaque
@@ -207,95 +75,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Input(node, self) if node.op == "placeholder" else _Value(node, self)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """See every attribute of a module that is read, and every function before it runs."""
-        tracer, before = self, sys.getprofile()
-
-        def read(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if name not in OWN and not name.startswith("__"):
-                tracer.note_attribute(module, name, value)
-            return value
-
-        def called(frame: FrameType, event: str, argument: Any) -> None:
-            if event == "call" and frame.f_code not in tracer.screened:
-                tracer.screened.add(frame.f_code)
-                tracer.screen(frame)
-
-        def write(module: nn.Module, name: str, value: Any = None) -> None:
-            raise UntraceableError(f"its forward writes attributes of modules ({name})")
-
-        originals = {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
-        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
-        nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign]
-        sys.setprofile(called)
-        try:
-            yield
-        finally:
-            sys.setprofile(before)
-            del nn.Module.__getattribute__
-            for name, original in originals.items():
-                setattr(nn.Module, name, original)
-
-    def note_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            raise UntraceableError(f"its forward reads {name}, a tensor that is neither parameter nor buffer")
-        if isinstance(value, GENERATORS):
-            raise UntraceableError(f"its forward draws random numbers from {name}")
-        if self.frozen:
-            return
-        if name == "training":
-            raise UntraceableError("its forward depends on the mode")
-        self.note(module, name, value)
-
-    def note(self, owner: Any, name: str, value: Any) -> None:
-        if not _is_plain(value) and not isinstance(value, CALLABLE):
-            raise UntraceableError(f"its forward reads {name}, which may change unseen ({type(value).__name__})")
-        if not isinstance(value, MethodType):  # of the module's class, made anew each time
-            self.settings[id(owner), name] = Setting(owner, name, value)
-
-    def screen(self, frame: FrameType) -> None:
-        """Refuse a function of the forward whose code does what a graph would not show."""
-        code, namespace = frame.f_code, frame.f_globals
-        library, _, _ = namespace.get("__name__", "").partition(".")
-        if library in LIBRARIES:
-            return
-        opcodes = [instruction.opname for instruction in dis.get_instructions(code)]
-        if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
-            raise UntraceableError("its forward catches exceptions")
-        if "STORE_GLOBAL" in opcodes or "DELETE_GLOBAL" in opcodes:
-            raise UntraceableError("its forward writes global variables")
-        if _compares_a_variable_with_none(code):
-            raise UntraceableError("its forward asks whether a value is None")
-        for name in code.co_names:
-            if name in QUESTIONS:
-                raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
-        for name in code.co_freevars:
-            if name != "__class__" and not isinstance(frame.f_locals.get(name), CALLABLE):
-                raise UntraceableError(f"its forward reads {name}, a variable of the function around it")
-        if not self.frozen:
-            for instruction in dis.get_instructions(code):
-                name = instruction.argval
-                if instruction.opname == "LOAD_GLOBAL" and (name in namespace or not hasattr(builtins, name)):
-                    self.note(namespace, name, namespace.get(name))
-
-
-def _compares_a_variable_with_none(code: CodeType) -> bool:
-    """Whether that is so of a local variable: a stand-in is never None, what an opaque module returns may be."""
-    instructions = list(dis.get_instructions(code))
-    for i, instruction in enumerate(instructions):
-        if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
-            operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            if any(operand.opname.startswith("LOAD_FAST") for operand in operands):
-                return True
-    return False
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+        return Input(node, self) if node.op == "placeholder" else Value(node, self)
 
 
 def is_container(module: nn.Module, closed: tuple[str, ...] = CLOSED) -> bool:
@@ -331,18 +111,18 @@ def trace(
         raise UntraceableError("it is a GraphModule; the model that it was made of can be converted")
     found = []
     for with_gradients in (True, False):
-        with _left_as_it_was(module), torch.set_grad_enabled(with_gradients), _autocast(not with_gradients):
-            tracer = _Tracer(opaque, traced_method, closed, frozen)
+        with left_as_it_was(module), torch.set_grad_enabled(with_gradients), _autocast(not with_gradients):
+            watch = Watch(frozen)
             try:
-                with tracer.watching():
-                    graph = tracer.trace(module)
+                with watch.watching():
+                    graph = _Tracer(opaque, traced_method, closed).trace(module)
                 _check_constants(graph)
             except UntraceableError:
                 raise
             except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
                 reason = " ".join(str(error).split())[:80]
                 raise UntraceableError(f"torch.fx cannot follow its forward ({reason})") from error
-            found.append(Traced(graph, tuple(tracer.settings.values())))
+            found.append(Traced(graph, tuple(watch.settings.values())))
     if str(found[0].graph) != str(found[1].graph):
         raise UntraceableError("its forward depends on gradients or autocast")
     return found[0]
@@ -359,7 +139,7 @@ def _required_parameters(function: Any) -> list[str]:
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UntraceableError(f"its forward takes any arguments (*{parameter.name})")
-        if parameter.default is not parameter.empty and not _is_plain(parameter.default):
+        if parameter.default is not parameter.empty and not is_plain(parameter.default):
             raise UntraceableError(f"its forward has a default of {parameter.name} that may change")
         if parameter.default is parameter.empty:
             if parameter.kind is parameter.KEYWORD_ONLY:
@@ -390,62 +170,3 @@ def _autocast(enabled: bool) -> Iterator[None]:
     finally:
         for device_type, was_enabled in zip(DEVICE_TYPES, before, strict=True):
             torch.set_autocast_enabled(device_type, was_enabled)
-
-
-@contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undo what the forward does to attributes and random states, and refuse it.
-
-    Raises:
-        UntraceableError: attributes of modules changed, or random numbers were drawn.
-    """
-    attributes = {inner: _shallow_copy(vars(inner)) for inner in module.modules()}
-    random_states = _random_states()
-    wrote = False
-    try:
-        yield
-    finally:
-        for inner, before in attributes.items():
-            wrote |= _restore(vars(inner), before)
-        drew = _random_states() != random_states
-        if drew:
-            python_state, numpy_state, torch_state = random_states
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch.tensor(torch_state, dtype=torch.uint8))
-    if wrote:
-        raise UntraceableError("its forward writes attributes of modules")
-    if drew:
-        raise UntraceableError("its forward draws random numbers in Python")
-
-
-def _random_states() -> tuple[Any, Any, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), (kind, tuple(keys), *rest), torch.get_rng_state().tolist()
-
-
-def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Each attribute; beside the dicts that hold a module's parameters, buffers, modules and hooks, what is in them."""
-    return {
-        name: (value, value.copy() if name in OWN and isinstance(value, dict) else None)
-        for name, value in attributes.items()
-    }
-
-
-def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Set all back, and return whether anything had changed."""
-    changed = list(attributes) != list(before)
-    for name, (value, contents) in before.items():
-        changed |= attributes.get(name) is not value
-        if contents is not None and not _same(value, contents):
-            changed = True
-            value.clear()
-            value.update(contents)
-    if changed:
-        attributes.clear()
-        attributes.update({name: value for name, (value, _) in before.items()})
-    return changed
-
-
-def _same(now: dict, then: dict) -> bool:
-    return list(now) == list(then) and all(now[name] is then[name] for name in then)

@@ -1,0 +1,212 @@
+"""What a forward does besides computing, seen while torch.fx traces it: what it reads, writes, asks and draws."""
+
+import builtins
+import dis
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .stand_ins import UntraceableError
+
+# Whose code is not looked at, but for what it does to stand-ins.
+LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "resnet_fast"}
+# Plain values, and what is called but hardly ever changed.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
+CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, nn.Module)
+# Every module's own attributes, of which a forward may read all but the mode.
+OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
+# Names in the code of a forward, and what it does with them.
+QUESTIONS = {
+    **dict.fromkeys(("type", "__class__", "hasattr", "vars"), "asks for the types or attributes of values"),
+    **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), "asks how it is run"),
+    **dict.fromkeys(("is_fx_tracing", "is_fx_symbolic_tracing", "is_tracing", "is_compiling"), "asks how it is run"),
+    **dict.fromkeys(("is_in_onnx_export", "is_initialized", "is_available", "backends"), "asks how it is run"),
+    **dict.fromkeys(("environ", "getenv", "get_default_dtype", "time", "perf_counter"), "asks how it is run"),
+    **dict.fromkeys(("print", "open", "input"), "prints or reads"),
+    **dict.fromkeys(("exec", "globals", "locals", "functional_call", "apply"), "runs what a graph does not show"),
+}
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+class Setting(NamedTuple):
+    """What a forward has read: an attribute of a module, or a global variable of a namespace."""
+
+    owner: Any
+    name: str
+    value: Any
+
+    def holds(self) -> bool:
+        """Whether it is still the same."""
+        if isinstance(self.owner, dict):
+            now = self.owner.get(self.name, Setting)
+        else:
+            now = getattr(self.owner, self.name, Setting)
+        return now is self.value or (type(now) is type(self.value) and now == self.value)
+
+
+class Watch:
+    """Looks on while a forward is traced, and raises UntraceableError at what a graph would not show.
+
+    Args:
+        frozen: what is read will not change, so that mode and settings are what they are now.
+    """
+
+    def __init__(self, frozen: bool) -> None:
+        self.frozen = frozen
+        self.settings: dict[tuple[int, str], Setting] = {}
+        self.screened: set[CodeType] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See every attribute of a module that is read, and every function before it runs."""
+        watch, before = self, sys.getprofile()
+
+        def read(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if name not in OWN and not name.startswith("__"):
+                watch.note_attribute(module, name, value)
+            return value
+
+        def called(frame: FrameType, event: str, argument: Any) -> None:
+            if event == "call" and frame.f_code not in watch.screened:
+                watch.screened.add(frame.f_code)
+                watch.screen(frame)
+
+        def write(module: nn.Module, name: str, value: Any = None) -> None:
+            raise UntraceableError(f"its forward writes attributes of modules ({name})")
+
+        originals = {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+        nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign]
+        sys.setprofile(called)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+            del nn.Module.__getattribute__
+            for name, original in originals.items():
+                setattr(nn.Module, name, original)
+
+    def note_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            raise UntraceableError(f"its forward reads {name}, a tensor that is neither parameter nor buffer")
+        if isinstance(value, GENERATORS):
+            raise UntraceableError(f"its forward draws random numbers from {name}")
+        if self.frozen:
+            return
+        if name == "training":
+            raise UntraceableError("its forward depends on the mode")
+        self.note(module, name, value)
+
+    def note(self, owner: Any, name: str, value: Any) -> None:
+        if not is_plain(value) and not isinstance(value, CALLABLE):
+            raise UntraceableError(f"its forward reads {name}, which may change unseen ({type(value).__name__})")
+        if not isinstance(value, MethodType):  # of the module's class, made anew each time
+            self.settings[id(owner), name] = Setting(owner, name, value)
+
+    def screen(self, frame: FrameType) -> None:
+        """Refuse a function of the forward whose code does what a graph would not show."""
+        code, namespace = frame.f_code, frame.f_globals
+        library, _, _ = namespace.get("__name__", "").partition(".")
+        if library in LIBRARIES:
+            return
+        opcodes = [instruction.opname for instruction in dis.get_instructions(code)]
+        if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
+            raise UntraceableError("its forward catches exceptions")
+        if "STORE_GLOBAL" in opcodes or "DELETE_GLOBAL" in opcodes:
+            raise UntraceableError("its forward writes global variables")
+        if _compares_a_variable_with_none(code):
+            raise UntraceableError("its forward asks whether a value is None")
+        for name in code.co_names:
+            if name in QUESTIONS:
+                raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
+        for name in code.co_freevars:
+            if name != "__class__" and not isinstance(frame.f_locals.get(name), CALLABLE):
+                raise UntraceableError(f"its forward reads {name}, a variable of the function around it")
+        if not self.frozen:
+            for instruction in dis.get_instructions(code):
+                name = instruction.argval
+                if instruction.opname == "LOAD_GLOBAL" and (name in namespace or not hasattr(builtins, name)):
+                    self.note(namespace, name, namespace.get(name))
+
+
+def _compares_a_variable_with_none(code: CodeType) -> bool:
+    """Whether that is so of a local variable: a stand-in is never None, what an opaque module returns may be."""
+    instructions = list(dis.get_instructions(code))
+    for i, instruction in enumerate(instructions):
+        if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+            operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
+            if any(operand.opname.startswith("LOAD_FAST") for operand in operands):
+                return True
+    return False
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Undo what the forward does to attributes and random states, and refuse it.
+
+    Raises:
+        UntraceableError: attributes of modules changed, or random numbers were drawn.
+    """
+    attributes = {inner: _shallow_copy(vars(inner)) for inner in module.modules()}
+    random_states = _random_states()
+    wrote = False
+    try:
+        yield
+    finally:
+        for inner, before in attributes.items():
+            wrote |= _restore(vars(inner), before)
+        drew = _random_states() != random_states
+        if drew:
+            python_state, numpy_state, torch_state = random_states
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch.tensor(torch_state, dtype=torch.uint8))
+    if wrote:
+        raise UntraceableError("its forward writes attributes of modules")
+    if drew:
+        raise UntraceableError("its forward draws random numbers in Python")
+
+
+def _random_states() -> tuple[Any, Any, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), (kind, tuple(keys), *rest), torch.get_rng_state().tolist()
+
+
+def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Each attribute; beside the dicts that hold a module's parameters, buffers, modules and hooks, what is in them."""
+    return {
+        name: (value, value.copy() if name in OWN and isinstance(value, dict) else None)
+        for name, value in attributes.items()
+    }
+
+
+def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Set all back, and return whether anything had changed."""
+    changed = list(attributes) != list(before)
+    for name, (value, contents) in before.items():
+        changed |= attributes.get(name) is not value
+        if contents is not None and not _same(value, contents):
+            changed = True
+            value.clear()
+            value.update(contents)
+    if changed:
+        attributes.clear()
+        attributes.update({name: value for name, (value, _) in before.items()})
+    return changed
+
+
+def _same(now: dict, then: dict) -> bool:
+    return list(now) == list(then) and all(now[name] is then[name] for name in then)
