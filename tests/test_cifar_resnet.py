@@ -297,3 +297,8 @@ def test_other_values_are_refused(kwargs, message):
     with pytest.raises(ValueError) as raised:
         resnet_fast.resnet20(**kwargs)
     assert str(raised.value) == message
+
+
+def test_a_padded_shortcut_drops_no_channels():
+    with pytest.raises(ValueError, match="^out_channels must be at least in_channels, got 4 for 8$"):
+        PaddedShortcut(8, 4, 1)
