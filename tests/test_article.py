@@ -13,6 +13,8 @@ from resnet_fast import FusedBatchNorm2d, convert_sync_batchnorm, functional
 from resnet_fast.models import ResidualBlock, ResNetModel, article
 from resnet_fast.models.summary import Summary, summarize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The layer, its output for an image of 3x32x32, its parameters. A convolution of k x k has k * k * in * out + out, a
 # batch norm 2 * channels, a linear layer in * out + out; a block counts none of its own.
 TABLE = [
@@ -166,20 +168,6 @@ def one_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     found = {"logits": logits.detach(), "dx": x.grad}
     found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-@pytest.fixture
-def on_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads add up in another order, and where that crosses ReLU's kink no budget holds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # The table.
