@@ -1,6 +1,7 @@
 """Where the tests run: on the GPU with compiled kernels if there is one, else on the CPU with interpreted kernels."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,12 +30,29 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def on_aten(monkeypatch) -> None:
+    """Modules, which name no backend, run ATen's operators: interpreted kernels take a whole network minutes."""
+    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+
+
 @pytest.fixture(params=("triton", "aten"))
-def either_backend(request, monkeypatch) -> str:
+def either_backend(request) -> str:
     """Runs a test of modules, which name no backend, on both."""
     if request.param == "aten":
-        monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+        request.getfixturevalue("on_aten")
     return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A convolution's roundings depend on the number of threads, and with them on which side of ReLU's kink a value
+    lies; and where tensors are tiny, threads wait for each other longer than they compute.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -43,8 +44,12 @@ def n_parameters(model: CifarResNet) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def result() -> str:
-    """What docs/skip.csv and docs/skip_config.json hold: a table, the verdict, and how it was measured."""
+def result(is_short: bool = False) -> str:
+    """What docs/skip.csv and docs/skip_config.json hold: a table, the verdict, and how it was measured.
+
+    Args:
+        is_short: of the verdict its last sentence, and of the settings what a reader of the README needs.
+    """
     rows, config = read_table(DOCS / "skip.csv", EpochRow), json.loads((DOCS / "skip_config.json").read_text())
     networks = [Network(int(name.split("-")[1]), name.startswith("plain")) for name in config["networks"]]
     lines = ["| network | parameters | training error (%) | test error (%) |", "| --- | ---: | ---: | ---: |"]
@@ -54,16 +59,24 @@ def result() -> str:
         errors = [Spread.of([100 * getattr(row, f"{kind}_error") for row in last]) for kind in ("train", "test")]
         lines.append(f"| {network.name} | {n:,} | " + " | ".join(f"{e.mean:.2f} ± {e.std:.2f}" for e in errors) + " |")
     size, seeds = config["image_size"], len(config["seeds"])
+    data = f"Digits of {size}x{size} pixels, {config['width']} channels, {config['epochs']} epochs"
+    spread = f"after the last epoch, mean ± standard deviation of {seeds} seeds"
     setting = (
-        f"Digits of {size}x{size} pixels, {config['width']} channels, {config['epochs']} epochs, SGD in batches of "
-        f"{config['batch_size']}, learning rate {config['lr']:g}, schedule {config['schedule']}; after the last epoch, "
-        f"mean ± standard deviation of {seeds} seeds; training error is the running one of the epoch."
+        f"{data}, SGD in batches of {config['batch_size']}, learning rate {config['lr']:g}, schedule "
+        f"{config['schedule']}; {spread}; training error is the running one of the epoch."
     )
     where = (
         f"{config['device_name']}, {config['threads']} thread{'s' * (config['threads'] > 1)}, "
         f"torch {config['versions']['torch']}, commit {config['commit']}, {config['date']}; `make depth`"
     )
-    return "\n".join([*lines, "", *format_verdict(rows, networks), "", setting, "", where])
+    verdict = format_verdict(rows, networks)
+    if is_short:
+        return "\n".join([*lines, "", verdict[-2], "", *wrapped(f"{data}; {spread}; {where}")])
+    return "\n".join([*lines, "", *verdict, "", *wrapped(setting), "", *wrapped(where)])
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_on_hyphens=False)
 
 
 def main() -> None:
@@ -81,7 +94,7 @@ def main() -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (DOCS / "skip_config.json").write_text(text, encoding="utf-8")
     write_tables(DOCS / "depth.md", f"{counts()}\n\n## What the skip connections do\n\n{result()}")
-    write_tables(README, result())
+    write_tables(README, result(is_short=True))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,15 @@
-"""Thin networks as others write them, for their names: kuangliu/pytorch-cifar's and akamaster/pytorch_resnet_cifar10's.
+"""Networks of foreign_models.py with the shapes that `load_checkpoint` is tried on.
 
 `thin_resnet.thin_resnet` has the layers of `KuangliuNet`, under torchvision's names.
 """
 
 import torch
-from foreign_models import KuangliuBlock
+from foreign_models import KuangliuBlock, KuangliuResNet
 from torch import Tensor, nn
 
 
-class KuangliuNet(nn.Module):
-    """Of `thin_resnet`'s shape."""
-
-    def __init__(self, n_classes: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.layer1 = nn.Sequential(KuangliuBlock(8, 8, 1), KuangliuBlock(8, 8, 1))
-        self.layer2 = nn.Sequential(KuangliuBlock(8, 16, 2))
-        self.linear = nn.Linear(16, n_classes)
+class KuangliuNet(KuangliuResNet):
+    """Of `thin_resnet`'s forward, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu()

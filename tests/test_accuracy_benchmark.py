@@ -1,16 +1,13 @@
 """`python -m benchmarks.accuracy` trains what it says, keeps each row as it comes, and tells what the rows hold."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from tiny_run import use_tiny
 
 from benchmarks import accuracy
-from resnet_fast.ops import augment
 from resnet_fast.training import TrainConfig
 
 BASE = {"dataset": "digits", "epochs": 2, "batch_size": 8, "device": "cpu", "precision": "fp32"}
@@ -18,13 +15,8 @@ VARIANTS = {"fused": {}, "no average": {"ema": 0.5}}
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     use_tiny(monkeypatch.setattr)
-    monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

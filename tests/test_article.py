@@ -13,6 +13,8 @@ from resnet_fast import FusedBatchNorm2d, convert_sync_batchnorm, functional
 from resnet_fast.models import ResidualBlock, ResNetModel, article
 from resnet_fast.models.summary import Summary, summarize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The layer, its output for an image of 3x32x32, its parameters. A convolution of k x k has k * k * in * out + out, a
 # batch norm 2 * channels, a linear layer in * out + out; a block counts none of its own.
 TABLE = [
@@ -166,20 +168,6 @@ def one_step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     found = {"logits": logits.detach(), "dx": x.grad}
     found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-@pytest.fixture
-def on_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads add up in another order, and where that crosses ReLU's kink no budget holds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # The table.
@@ -448,37 +436,36 @@ def test_synchronized_it_has_one_norm_still(on_aten):
 
 
 @pytest.mark.parametrize(
-    ("args", "error", "message"),
+    ("args", "message"),
     [
-        ((0, 4), ValueError, "num_channels must be at least 1, got 0"),
-        ((4, -1), ValueError, "output_channels must be at least 1, got -1"),
-        ((4, 4, True, 0), ValueError, "stride must be at least 1, got 0"),
-        ((4.0, 4), TypeError, "num_channels must be an integer, got 4.0"),
-        ((True, 4), TypeError, "num_channels must be an integer, got True"),
+        ((0, 4), "num_channels must be an integer of at least 1, got 0"),
+        ((4, -1), "output_channels must be an integer of at least 1, got -1"),
+        ((4, 4, True, 0), "stride must be an integer of at least 1, got 0"),
+        ((4.0, 4), "num_channels must be an integer of at least 1, got 4.0"),
+        ((True, 4), "num_channels must be an integer of at least 1, got True"),
     ],
 )
-def test_a_block_of_no_size_is_refused(args: tuple, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
+def test_a_block_of_no_size_is_refused(args: tuple, message: str):
+    with pytest.raises(ValueError, match=message):
         ResidualBlock(*args)
 
 
 @pytest.mark.parametrize(
-    ("blocks", "nb_classes", "error", "message"),
+    ("blocks", "nb_classes", "message"),
     [
-        ([(32, 64)], 10, ValueError, r"residual_blocks\[0\] must take the 64 channels that the stem gives, got 32"),
+        ([(32, 64)], 10, r"residual_blocks\[0\] must take the 64 channels that the stem gives, got 32"),
         (
             [(64, 128), (64, 64)],
             10,
-            ValueError,
             r"residual_blocks\[1\] must take the 128 channels that residual_blocks\[0\] gives, got 64",
         ),
-        ([], 10, ValueError, "residual_blocks must hold a block at least, got none"),
-        ([(64, 64)], 0, ValueError, "nb_classes must be at least 1, got 0"),
-        ([(64, 64)], "10", TypeError, "nb_classes must be an integer, got '10'"),
+        ([], 10, "residual_blocks must hold a block at least, got none"),
+        ([(64, 64)], 0, "nb_classes must be an integer of at least 1, got 0"),
+        ([(64, 64)], "10", "nb_classes must be an integer of at least 1, got '10'"),
     ],
 )
-def test_blocks_that_do_not_chain_are_refused(blocks: list, nb_classes, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
+def test_blocks_that_do_not_chain_are_refused(blocks: list, nb_classes, message: str):
+    with pytest.raises(ValueError, match=message):
         ResNetModel([ResidualBlock(*block) for block in blocks], nb_classes)
 
 

@@ -2,29 +2,23 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import DOCS, run_example
 from trained_run import invoke
 
-from resnet_fast import functional
 from resnet_fast.models import article
 from resnet_fast.training import TrainConfig
 
-PAGE = (Path(__file__).parents[1] / "docs/article.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("on_aten")
 
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATen's operators: interpreted kernels take this network a minute."""
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+PAGE = (DOCS / "article.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_and_prints_what_the_page_says(capsys):
-    [example] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(example, "docs/article.md", "exec"), {})
+    run_example(DOCS / "article.md")
     [said] = re.findall(r"^prints (.*) and (.*)\.$", PAGE, re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == [*said[0].rsplit(", ", 1), said[1]]
 

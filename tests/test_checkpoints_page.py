@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import DOCS, run_example
 
 from resnet_fast import CheckpointMismatch, load_checkpoint, resnet18
 
-PAGE = (Path(__file__).parents[1] / "docs/checkpoints.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "checkpoints.md").read_text(encoding="utf-8")
 
 
 def indented(after: str) -> str:
@@ -21,9 +22,7 @@ def indented(after: str) -> str:
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict = {}
-    exec(example, names)
+    names = run_example(DOCS / "checkpoints.md")
     assert capsys.readouterr().out == indented("print(load_checkpoint")
     for name, value in names["theirs"].module.state_dict().items():
         assert torch.equal(names["model"].state_dict()[name], value), name

@@ -14,6 +14,8 @@ from resnet_fast import FusedBatchNorm2d, functional
 from resnet_fast.models import CifarResNet, blocks
 from resnet_fast.models.blocks import PaddedShortcut
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEPTHS = (20, 32, 44, 56, 110)
 COUNTS = dict(zip(DEPTHS, (269_722, 464_154, 658_586, 853_018, 1_727_962), strict=True))
 SHORTCUTS = ("A", "B", None)
@@ -82,20 +84,6 @@ def images(device="cpu", size: tuple[int, int] = (8, 8), n: int = 4) -> Tensor:
     return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture
-def aten(monkeypatch) -> None:
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A convolution's roundings depend on the number of threads, and what they do at ReLU's kink with them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def n_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -124,7 +112,7 @@ def test_counts_of_projections(width):
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_on_aten_it_is_plain_pytorchs_to_the_bit(shortcut, training, aten):
+def test_on_aten_it_is_plain_pytorchs_to_the_bit(shortcut, training, on_aten):
     model = tiny(shortcut, depth=20).train(training)
     x = images(size=(9, 7))
     expected, found = plain_step(model, x), one_step(model, model, x)
@@ -153,7 +141,7 @@ def test_on_triton_within_the_budget(shortcut, training, device):
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_a_hook_makes_it_run_step_by_step_with_the_same_numbers(shortcut, aten):
+def test_a_hook_makes_it_run_step_by_step_with_the_same_numbers(shortcut, on_aten):
     model, seen = tiny(shortcut), []
     fused, x = copy.deepcopy(model), images()
     model.layer2[0].relu.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
@@ -164,7 +152,7 @@ def test_a_hook_makes_it_run_step_by_step_with_the_same_numbers(shortcut, aten):
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_torch_fx_sees_every_step(shortcut, aten):
+def test_torch_fx_sees_every_step(shortcut, on_aten):
     model = tiny(shortcut).eval()
     traced = fx.symbolic_trace(model)
     names = {node.target for node in traced.graph.nodes}
@@ -172,7 +160,7 @@ def test_torch_fx_sees_every_step(shortcut, aten):
     assert torch.equal(traced(images()), model(images()))
 
 
-def test_a_patched_shortcut_is_seen(aten):
+def test_a_patched_shortcut_is_seen(on_aten):
     model = tiny("A")
     shortcut = model.layer2[0].downsample
     shortcut.forward = lambda x: 0 * PaddedShortcut.forward(shortcut, x)
@@ -181,7 +169,7 @@ def test_a_patched_shortcut_is_seen(aten):
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_another_norm_is_not_fused(shortcut, aten):
+def test_another_norm_is_not_fused(shortcut, on_aten):
     model, fused = tiny(shortcut, norm_layer=nn.BatchNorm2d), tiny(shortcut)
     assert not model._blocks_to_fuse(images()) and fused._blocks_to_fuse(images())
     assert not any(isinstance(module, FusedBatchNorm2d) for module in model.modules())
@@ -189,7 +177,7 @@ def test_another_norm_is_not_fused(shortcut, aten):
     CifarResNet(8, shortcut=shortcut, norm_layer=lambda channels: nn.GroupNorm(4, channels))(images())
 
 
-def test_every_join_is_one_operation(monkeypatch, aten):
+def test_every_join_is_one_operation(monkeypatch, on_aten):
     """With option B: a stem, then two operations to a block, the projection's batch norm within the second."""
     calls, run = [], functional.run
     monkeypatch.setattr("resnet_fast.nn.run", lambda *args, **kwargs: calls.append(args) or run(*args, **kwargs))
@@ -220,7 +208,7 @@ def test_option_a_against_its_definition(size, stride):
 
 @pytest.mark.parametrize("size", ((32, 32), (16, 24), (5, 9)))
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_other_sizes_and_layouts(shortcut, size, aten):
+def test_other_sizes_and_layouts(shortcut, size, on_aten):
     model = tiny(shortcut, depth=8).eval()
     x = images(size=size)
     torch.testing.assert_close(model(x), model(x.contiguous()), rtol=1e-4, atol=1e-4)  # eight layers of fp32 roundings
@@ -228,7 +216,7 @@ def test_other_sizes_and_layouts(shortcut, size, aten):
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_state_dict_round_trip(shortcut, tmp_path, aten):
+def test_state_dict_round_trip(shortcut, tmp_path, on_aten):
     model, other = tiny(shortcut).eval(), CifarResNet(14, 10, shortcut=shortcut, width=8).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)
@@ -256,7 +244,7 @@ def test_weights_start_as_in_the_paper():
     assert (model.fc.bias == 0).all()
 
 
-def test_it_trains_under_autocast_and_keeps_the_blocks_fused(monkeypatch, aten):
+def test_it_trains_under_autocast_and_keeps_the_blocks_fused(monkeypatch, on_aten):
     seen, find = [], blocks.blocks_to_fuse
     monkeypatch.setattr("resnet_fast.models.cifar.blocks_to_fuse", lambda *args: seen.append(find(*args)) or seen[-1])
     model = tiny("A")
@@ -297,3 +285,8 @@ def test_other_values_are_refused(kwargs, message):
     with pytest.raises(ValueError) as raised:
         resnet_fast.resnet20(**kwargs)
     assert str(raised.value) == message
+
+
+def test_a_padded_shortcut_drops_no_channels():
+    with pytest.raises(ValueError, match="^out_channels must be at least in_channels, got 4 for 8$"):
+        PaddedShortcut(8, 4, 1)

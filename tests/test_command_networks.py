@@ -10,7 +10,6 @@ import pytest
 import torch
 from trained_run import invoke, make_image_folder
 
-from resnet_fast import functional
 from resnet_fast.inference import load_trained
 from resnet_fast.models.registry import MODELS
 from resnet_fast.ops import augment
@@ -22,9 +21,8 @@ ONE_OF_EACH = list({m.family: name for name, m in reversed(MODELS.items()) if m.
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATen's operators: interpreted kernels take these networks minutes; and no pictures."""
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+def plain(monkeypatch: pytest.MonkeyPatch, on_aten: None) -> None:
+    """No interpreted kernels, and no pictures."""
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)

@@ -1,10 +1,13 @@
 """`resnet-fast convert` shows what becomes of a model, and that its results stay; or says what is wrong, in a line."""
 
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
-from resnet_fast import functional
 from resnet_fast.cli import app, convert
+
+pytestmark = pytest.mark.usefixtures("on_aten")
 
 FILE = """
 from torch import nn
@@ -24,12 +27,63 @@ def fails():
 
 def makes_a_number():
     return 3
+
+
+def leaves():
+    raise SystemExit("enough")
+
+
+class Outputs(nn.Module):
+    def __init__(self, of):
+        super().__init__()
+        self.of = of
+
+    def forward(self, x):
+        return self.of(x)
+
+
+def of_no_parameters():
+    return nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU())
+
+
+def frozen():
+    return thin().requires_grad_(False)
+
+
+def asserts():
+    def square(x):
+        assert x.shape[2] == 7, "images of 7 pixels"
+        return x
+
+    return thin(head=(Outputs(square),))
+
+
+def asserts_without_a_word():
+    def refuse(x):
+        assert False
+
+    return thin(head=(Outputs(refuse),))
+
+
+def exits():
+    return thin(head=(Outputs(exit),))
+
+
+def gives_an_object():
+    return thin(head=(Outputs(lambda x: object()),))
+
+
+def gives_lists_in_a_dict():
+    return thin(head=(Outputs(lambda x: {"y": x, "all": [x]}),))
+
+
+def gives_nothing():
+    return thin(head=(Outputs(lambda x: ()),))
+
+
+def gives_one_of_two():
+    return thin(head=(Outputs(lambda x: (x, None)),))
 """
-
-
-@pytest.fixture(autouse=True)
-def on_aten(monkeypatch):
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
 
 
 @pytest.fixture
@@ -49,8 +103,8 @@ def test_a_model_of_a_file(run):
     assert result.stdout == (
         "1  BN+ReLU\n"
         "converted 1 (1 BN+ReLU), left 0\n"
-        "training: outputs, gradients and statistics differ by 0.0e+00 of their size (fp64)\n"
-        "evaluation: outputs, gradients and statistics differ by 0.0e+00 of their size (fp64)\n"
+        "training: outputs, gradients, statistics differ by 0.0e+00 of their size, fp64\n"
+        "evaluation: outputs, gradients, statistics differ by 0.0e+00 of their size, fp64\n"
     )
 
 
@@ -59,7 +113,7 @@ def test_models_of_libraries(target, run):
     result = run(*target, "--arg", "num_classes=3")
     assert result.exit_code == 0
     assert "converted 20 (9 BN+ReLU, 5 BN+add+ReLU, 6 BN+BN+add+ReLU), left 0\n" in result.stdout
-    assert all(len(line) <= 88 for line in result.stdout.splitlines())
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
 
 
 def test_a_difference_is_an_error(run, monkeypatch):
@@ -74,13 +128,13 @@ WRONG = {
         2,
         "the model must be MODULE:FUNCTION, such as torchvision.models:resnet50, got 'mine.py'",
     ),
-    "misspelt": (("mine.py:thim",), 2, "mine.py has no 'thim'; near: thin"),
+    "misspelt": (("mine.py:thim",), 2, "mine.py has no 'thim'; did you mean thin?"),
     "no file": (("yours.py:thin",), 2, "yours.py is no file"),
     "no module": (("nothing.here:thin",), 2, "nothing.here cannot be imported: ModuleNotFoundError"),
     "fails": (("mine.py:fails",), 2, "mine.py:fails fails: KeyError: 'no\\nsuch thing'"),
     "no model": (("mine.py:makes_a_number",), 2, "mine.py:makes_a_number must make an nn.Module, got int"),
     "unknown argument": (("mine.py:thin", "--arg", "depth=3"), 2, "mine.py:thin fails: TypeError"),
-    "other images": (("torchvision.models:resnet18", "--image-size", "1", "--batch-size", "1"), 2, "batch-size"),
+    "leaves": (("mine.py:leaves",), 2, "mine.py:leaves fails: SystemExit: enough"),
 }
 
 
@@ -92,7 +146,51 @@ def test_what_is_wrong_is_said_in_a_line(name, run):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("name", ("of_no_parameters", "frozen", "gives_one_of_two"))
+def test_models_of_any_kind(name, run):
+    result = run(f"mine.py:{name}", "--image-size", "5")
+    assert result.exit_code == 0 and not result.stderr
+
+
+OUTPUTS = "ValueError: outputs must be tensors, or a tuple, list or dict of them, got"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("asserts", "AssertionError: images of 7 pixels"),
+        ("asserts_without_a_word", "AssertionError"),
+        ("exits", "SystemExit: "),
+        ("gives_an_object", f"{OUTPUTS} object"),
+        ("gives_lists_in_a_dict", f"{OUTPUTS} dict of list"),
+        ("gives_nothing", f"{OUTPUTS} tuple of none"),
+    ],
+)
+def test_models_that_cannot_be_tried_say_why_in_a_line(name, reason, run):
+    result = run(f"mine.py:{name}")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"resnet-fast: error: mine.py:{name} cannot be tried on images of [4, 3, 32, 32] (--image-size): {reason}"
+    )
+
+
+@pytest.mark.parametrize("line", ("raise ValueError('no')", "raise SystemExit(0)", "exit(3)"))
+def test_a_file_that_cannot_be_imported_is_named_and_leaves_no_module(line, run, tmp_path):
+    (tmp_path / "broken.py").write_text(line)
+    before = set(sys.modules)
+    result = run("broken.py:thin")
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("resnet-fast: error: broken.py cannot be imported: ")
+    assert set(sys.modules) == before
+
+
+def test_a_file_takes_the_name_of_no_module(run, tmp_path):
+    (tmp_path / "mine.py").rename(tmp_path / "json.py")
+    before = sys.modules["json"]
+    assert run("json.py:thin").exit_code == 0 and sys.modules["json"] is before
+
+
 def test_images_that_do_not_fit_name_the_option(run):
     result = run("mine.py:flat")
-    assert result.exit_code == 1 and "mine.py:flat fails on images of [4, 3, 32, 32]" in result.stderr
+    assert result.exit_code == 1 and "cannot be tried on images of [4, 3, 32, 32] (--image-size): " in result.stderr
     assert run("mine.py:flat", "--image-size", "2").exit_code == 0

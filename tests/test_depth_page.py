@@ -1,9 +1,7 @@
 """docs/depth.md and the README show what docs/skip.csv holds, and the page's example runs."""
 
-import re
-
 import depth_page
-from pages import DOCS, shown_tables
+from pages import DOCS, run_example, shown_tables
 
 from resnet_fast.ops import batch_norm
 
@@ -16,13 +14,12 @@ def test_the_page_shows_the_counts_and_the_csv():
 
 
 def test_the_readme_shows_the_csv():
-    assert shown_tables(depth_page.README) == depth_page.result()
+    assert shown_tables(depth_page.README) == depth_page.result(is_short=True)
 
 
 def test_the_example_runs(capsys, monkeypatch):
     monkeypatch.setattr(batch_norm, "_INTERPRETED", False)  # of 56 layers it would take minutes
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    exec(compile(example, str(PAGE), "exec"), {})
+    run_example(PAGE)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1] == "56 layers, 853,018 parameters, output [4, 10]"
     assert lines[2].startswith("26 layers, ") and lines[2].endswith("output [4, 100]")

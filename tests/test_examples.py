@@ -39,13 +39,9 @@ def tiny_digits() -> data.ImageDataset:
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    """No interpreted kernels, and one thread: more of them wait for each other longer than they compute."""
+def fast(monkeypatch, one_thread):
+    """No interpreted kernels."""
     monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from trained_run import Tiny, assert_is_plain, invoke, make_image_folder, train_tiny, use_tiny
 
-from resnet_fast import functional, resnet18
+from resnet_fast import resnet18
 from resnet_fast.cli import export as command
 from resnet_fast.data import load_dataset
 from resnet_fast.inference import ExportError, Trained, export, export_onnx, export_program, load_trained
@@ -69,9 +69,7 @@ def test_both_files_compute_what_the_network_does_on_any_number_of_images(traine
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # Eagerly on ATen, as on any CPU: interpreted kernels take long.
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Path, on_aten: None):
     torch.manual_seed(0)
     loaded = make_trained(resnet18(num_classes=10, stem="cifar"))
     for module in loaded.model.modules():  # statistics that are not those of a network that has seen nothing

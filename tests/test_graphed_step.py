@@ -13,12 +13,14 @@ from recorded_graph import RecordedGraph
 from tiny_run import equal
 from torch import Tensor, nn
 
-from resnet_fast import functional, resnet18
+from resnet_fast import resnet18
 from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.step import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_IMAGES, BATCH, N_CLASSES = 20, 8, 3  # two batches of 8 and one of 4
 PLAIN = replace(RECIPES["fast94"], batch_size=BATCH, crop=2, cutout=3, ghost_batch_size=0)
@@ -30,14 +32,6 @@ N_EPOCHS = 2
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that augments is launched around the dispatcher, where the stand-in cannot see it."""
     monkeypatch.setattr(augment_module, "choose_backend", lambda x: "aten")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 class Small(nn.Module):
@@ -176,9 +170,8 @@ def test_a_step_trains_after_an_evaluation():
     assert step.model.training
 
 
-def test_the_network_itself(monkeypatch: pytest.MonkeyPatch):
+def test_the_network_itself(on_aten: None):
     """Of ATen's operators: of Triton's kernels only those of an operator would be seen, and slowly."""
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
     recipe = replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2)
     make = lambda: resnet18(num_classes=N_CLASSES, stem="cifar")  # noqa: E731
     plain, graphed = (make_step(recipe, graph, make) for graph in (False, True))

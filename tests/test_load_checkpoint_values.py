@@ -34,6 +34,33 @@ def test_other_types_are_cast(dtype: torch.dtype, state, tmp_path: Path):
     assert f"{str(dtype)[6:]} cast to float32" in str(done)
 
 
+class Indexed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.zeros(2, dtype=torch.int64))
+
+
+def test_whole_numbers_become_integers(tmp_path: Path):
+    model = Indexed()
+    done = load(model, {"index": torch.tensor([1.0, -3.0])}, tmp_path)
+    assert model.index.tolist() == [1, -3] and done.cast == ((torch.float32, torch.int64),)
+
+
+@pytest.mark.parametrize("values", [[1.7, 2.9], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1e30]], ids=str)
+def test_no_value_is_rounded_to_an_integer(values: list[float], tmp_path: Path):
+    model = Indexed()
+    with pytest.raises(resnet_fast.CheckpointMismatch, match="float32 with values that torch.int64 does not have"):
+        load(model, {"index": torch.tensor(values)}, tmp_path)
+    assert model.index.tolist() == [0, 0]
+
+
+def test_no_integer_is_wrapped(tmp_path: Path):
+    model = Indexed()
+    model.index = model.index.to(torch.uint8)
+    with pytest.raises(resnet_fast.CheckpointMismatch, match="index: torch.int64 with values that torch.uint8"):
+        load(model, {"index": torch.tensor([1, 300])}, tmp_path)
+
+
 def test_parameters_are_the_same_objects_in_the_same_memory(device, state, tmp_path: Path):
     model = thin_resnet(resnet).to(device)
     before = {name: (value.data_ptr(), value.stride(), value.device) for name, value in model.state_dict().items()}

@@ -10,7 +10,6 @@ from tiny_run import list_curves
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from resnet_fast import functional
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.training import MODELS, Result, TrainConfig, prepare, run_folder, train
@@ -20,9 +19,7 @@ N_CLASSES = 10
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATen's operators: interpreted kernels take these networks minutes."""
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+def plain(monkeypatch: pytest.MonkeyPatch, on_aten: None) -> None:
     monkeypatch.setattr(augment_module, "choose_backend", lambda x: "aten")
 
 

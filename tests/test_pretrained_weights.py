@@ -63,8 +63,8 @@ def test_the_number_of_classes_may_be_said(downloaded):
 
 REFUSED = {
     "no such name": ({"weights": "IMAGENET"}, "weights must be one of ['IMAGENET1K_V1', 'DEFAULT'] or None"),
-    "nearest": ({"weights": "imagenet1k_v1"}, "got 'imagenet1k_v1', nearest 'IMAGENET1K_V1'"),
-    "a later version": ({"weights": "IMAGENET1K_V2"}, "got 'IMAGENET1K_V2', nearest 'IMAGENET1K_V1'"),
+    "nearest": ({"weights": "imagenet1k_v1"}, "got 'imagenet1k_v1'; did you mean IMAGENET1K_V1?"),
+    "a later version": ({"weights": "IMAGENET1K_V2"}, "got 'IMAGENET1K_V2'; did you mean IMAGENET1K_V1?"),
     "other classes": (
         {"weights": "DEFAULT", "num_classes": 10},
         "weights are for num_classes=1000, got num_classes=10: leave num_classes out; "

@@ -13,6 +13,10 @@ from torchvision import models as torchvision_models
 import resnet_fast
 from resnet_fast import functional
 
+# Where an element lies within a convolution's roundings of ReLU's kink, its gradient jumps, which no budget covers.
+# With one thread none of these cases has such an element.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGE_SIZE = {"cifar": 16, "imagenet": 64}  # 2x2 in the last stage: 16 values per channel
 
 
@@ -51,17 +55,6 @@ def one_step(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[st
     found = {"logits": logits.detach(), "loss": loss.detach()[None], "dx": x.grad}
     found |= {f"d {name}": parameter.grad for name, parameter in model.named_parameters()}
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A convolution's roundings depend on the number of threads, and where an element lies within them of ReLU's kink,
-    its gradient jumps, which no budget covers. With one thread none of these cases has such an element.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

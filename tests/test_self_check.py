@@ -14,11 +14,6 @@ from resnet_fast.cli import app
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def on_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
-
-
 def invoke(*arguments: str):
     return CliRunner().invoke(app, ["doctor", *arguments])
 

@@ -7,7 +7,7 @@ import torch
 from thin_resnet import images, pair
 from torch import nn
 
-from resnet_fast import FusedBatchNorm2d, functional, resnet18
+from resnet_fast import FusedBatchNorm2d, resnet18
 from resnet_fast.functional import batch_norm_add_relu
 
 
@@ -65,9 +65,8 @@ def test_network(training, device):
 
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-def test_whole_resnet18(training, device, monkeypatch):
+def test_whole_resnet18(training, device, on_aten):
     """Eagerly on ATen, too: interpreted kernels take long, and have been compared above."""
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
     model = resnet18(num_classes=3, stem="cifar").to(device, torch.float64).train(training)
     assert_program_agrees(model, images(device, torch.float64), strict=False)
 

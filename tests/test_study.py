@@ -44,8 +44,8 @@ def tiny_digits() -> ImageDataset:
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shallow and thin networks, few images, no interpreted kernels, one thread."""
+def tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Shallow and thin networks, few images, no interpreted kernels."""
 
     def small(*, n_seeds: int = 1, **settings) -> SkipStudy:
         study = small_study(n_seeds=n_seeds, **{"device": "cpu", **settings})
@@ -55,10 +55,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "small_study", small)
     monkeypatch.setattr(SkipStudy, "load", lambda self: tiny_digits())
     monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def run(*args: object) -> CliResult:

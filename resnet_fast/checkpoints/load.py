@@ -65,7 +65,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
     of kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10, of Lightning; checkpoints of `resnet-fast train`.
     The names in the file are matched with the model's: prefixes of DataParallel, torch.compile and Lightning, and the
     words shortcut and linear for downsample and fc, may stand on either side. All names and shapes are compared before
-    anything is copied. Values are cast to the model's types; its device and memory format stay.
+    anything is copied. Values are cast to the model's types, to integers only where that changes none of them; the
+    model's device and memory format stay.
 
     Args:
         model: any ResNet, ours or not, also wrapped or compiled.
@@ -78,7 +79,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         What was done.
 
     Raises:
-        CheckpointMismatch (a ValueError): names or shapes differ; nothing was loaded.
+        CheckpointMismatch (a ValueError): names or shapes differ, or types that no cast mends; nothing was loaded.
         ValueError: the file is a folder, empty, damaged, would run code, or holds no weights; or the model's parameters
             are on the meta device.
         FileNotFoundError, OSError: the file is not there, or cannot be read.
@@ -113,7 +114,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
 
     stripped, added, translated = matching.differences()
     used = set(matching.pairs.values())
-    casts = [(found[name].dtype, own[name].dtype) for name in found if own[name].is_floating_point()]
+    casts = [(found[name].dtype, own[name].dtype) for name in found]
     loaded = Loaded(
         path=path,
         n_tensors=len(found),
@@ -140,7 +141,14 @@ def _unlike(name: str, value: Tensor, own: Tensor) -> tuple[str, str, str] | Non
     # PyTorch before 0.4 had no scalars, but vectors of one element; load_state_dict takes them, too.
     if value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):
         return name, str(list(value.shape)), str(list(own.shape))
+    # Of rounded or wrapped integers nothing would tell; floating-point values may lose digits.
+    if not own.is_floating_point() and not own.is_complex() and not _casts_exactly(value, own.dtype):
+        return name, f"{value.dtype} with values that {own.dtype} does not have", str(own.dtype)
     return None
+
+
+def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
+    return value.dtype == dtype or torch.equal(value.to(dtype).to(value.dtype), value)
 
 
 def _aliases(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -155,7 +163,9 @@ def _aliases(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
 def _check_aliases(path: Path, values: Mapping[str, Tensor], aliases: Mapping[str, list[str]]) -> None:
     for name, value in values.items():
         for other in aliases[name]:
-            if other in values and not torch.allclose(values[other], value, rtol=0, atol=0, equal_nan=True):
+            if other == name or other not in values:
+                continue
+            if not torch.allclose(values[other], value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(f"{path} has other values for {other} than for {name}, one tensor in the model")
 
 

@@ -36,6 +36,7 @@ class CheckpointMismatch(ValueError):
         lines += [f"  {hint}" for hint in hints]
         with_nearest = [_with_nearest(name, unexpected) for name in missing[:N_SHOWN]]
         lines += _listed("missing in the file", with_nearest, missing)
+        # Without their nearest: those pairs stand above, seen from the other side.
         lines += _listed("not in the model", unexpected[:N_SHOWN], unexpected)
         shown = [f"{name}: {file} in the file, {model} in the model" for name, file, model in unlike[:N_SHOWN]]
         lines += _listed("of another shape or type", shown, unlike)

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import difflib
 import importlib
 import importlib.util
 import os
@@ -14,9 +13,13 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
+from resnet_fast.checks import did_you_mean
 from resnet_fast.cli.app import app, stop
 from resnet_fast.conversion import convert as convert_model
 from resnet_fast.conversion.check import MAX_DIFFERENCE, difference
+
+# What anybody's code may raise: a module that ends the process, sys.exit(), would end this command without a word.
+ANYTHING = (Exception, SystemExit)
 
 
 @app.command()
@@ -41,18 +44,20 @@ def convert(
     """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay."""
     try:
         made = _make(model, arg or [])
-        converted, report = convert_model(copy.deepcopy(made), report=True)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         stop(2, f"error: {error}")
+    try:
+        converted, report = convert_model(copy.deepcopy(made), report=True)
+    except ANYTHING as error:
+        stop(2, f"error: {model} cannot be converted: {_reason(error)}")
     print(report)
     shape = (batch_size, 3, image_size, image_size)
     for mode in ("training", "evaluation"):
         try:
             apart = difference(made, converted, shape, mode == "training")
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            stop(1, f"error: {model} fails on images of {list(shape)} ({reason}); --image-size gives it others")
-        print(f"{mode}: outputs, gradients and statistics differ by {apart:.1e} of their size (fp64)")
+        except ANYTHING as error:
+            stop(1, f"error: {model} cannot be tried on images of {list(shape)} (--image-size): {_reason(error)}")
+        print(f"{mode}: outputs, gradients, statistics differ by {apart:.1e} of their size, fp64")
         if not apart <= MAX_DIFFERENCE:
             stop(1, f"error: they must differ by at most {MAX_DIFFERENCE:g}; please report this model")
 
@@ -68,13 +73,12 @@ def _make(target: str, arguments: list[str]) -> nn.Module:
         raise ValueError(f"the model must be MODULE:FUNCTION, such as torchvision.models:resnet50, got {target!r}")
     module = _import(module_name)
     if not hasattr(module, name):
-        near = ", ".join(difflib.get_close_matches(name, dir(module), n=3))
-        raise ValueError(f"{module_name} has no {name!r}{f'; near: {near}' if near else ''}")
+        raise ValueError(f"{module_name} has no {name!r}{did_you_mean(name, dir(module))}")
     positional, keywords = _parse(arguments)
     try:
         made = getattr(module, name)(*positional, **keywords)
-    except Exception as error:  # anybody's code
-        raise ValueError(f"{target} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    except ANYTHING as error:
+        raise ValueError(f"{target} fails: {_reason(error)}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{target} must make an nn.Module, got {type(made).__name__}")
     return made
@@ -82,22 +86,31 @@ def _make(target: str, arguments: list[str]) -> nn.Module:
 
 def _import(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
+    path = Path(name).expanduser()
+    if path.suffix == ".py" and not path.is_file():
+        raise ValueError(f"{path} is no file")
     try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ValueError(f"{path} is no file")
-        sys.path.insert(0, str(path.parent))  # what stands beside it
-        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        return _run(path) if path.suffix == ".py" else importlib.import_module(name)
+    except ANYTHING as error:
+        raise ValueError(f"{name} cannot be imported: {_reason(error)}") from error
+
+
+def _run(path: Path) -> ModuleType:
+    sys.path.insert(0, str(path.parent))  # what stands beside it
+    name = f"_resnet_fast_convert_{path.stem}"  # that of no other module: a file may be called torch.py
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    try:
         spec.loader.exec_module(module)
-        return module
-    except ValueError:
+    except BaseException:
+        del sys.modules[name]
         raise
-    except Exception as error:  # anybody's code
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {reason}") from error
+    return module
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error and its message, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _parse(arguments: list[str]) -> tuple[list[Any], dict[str, Any]]:

@@ -12,7 +12,6 @@ from resnet_fast.study import Trained, format_table, format_verdict, full_study,
 from resnet_fast.study.folder import NAMES, StudyFolder
 from resnet_fast.training import DivergedError
 from resnet_fast.training.prepare import augmentation_of
-from resnet_fast.training.run_folder import check_is_free
 
 study_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Experiments on what makes networks train.")
 app.add_typer(study_app, name="study")
@@ -47,7 +46,6 @@ def skip(
     folder, done, n_runs = None, [], 0
     try:
         found = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
-        check_is_free(found.config.out)
         n_runs = len(found.seeds) * len(found.networks)
         dataset = found.load()
         folder = StudyFolder(found, dataset, augmentation_of(found.config, dataset))

@@ -17,25 +17,36 @@ def difference(model: nn.Module, converted: nn.Module, shape: tuple[int, ...], t
         model, converted: neither is changed.
         shape: of the random images, [N, C, H, W].
         training: the mode.
+
+    Raises:
+        ValueError: the model's outputs are no tensors.
+        Exception: whatever the model itself raises.
     """
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     expected, found = (_results(copy.deepcopy(each).double().train(training), images) for each in (model, converted))
     apart = sum((a - b).square().sum() for a, b in zip(found, expected, strict=True))
+    if apart == 0:  # also of results that are all zero
+        return 0.0
     return float(apart / sum(value.square().sum() for value in expected)) ** 0.5
 
 
 def _results(model: nn.Module, images: Tensor) -> list[Tensor]:
     torch.manual_seed(0)  # of dropout
     outputs = _tensors(model(images))
-    sum(output.square().sum() for output in outputs).backward()  # type: ignore[union-attr]
+    learning = [output for output in outputs if output.requires_grad]
+    if learning:  # not of a frozen model
+        torch.stack([output.square().sum() for output in learning]).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return [value.detach().double() for value in (*outputs, *gradients, *model.buffers())]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
     """Of a tensor, or of a tuple, list or dict of them, as torchvision's models with auxiliary outputs give."""
-    values = (
-        outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, list | tuple) else [outputs]
-    )
-    return [value for value in values if isinstance(value, Tensor)]
+    several = isinstance(outputs, dict | list | tuple)
+    values = list(outputs.values() if isinstance(outputs, dict) else outputs if several else [outputs])
+    kinds = dict.fromkeys(type(value).__name__ for value in values if not isinstance(value, Tensor | None))
+    if kinds or not any(isinstance(value, Tensor) for value in values):
+        got = f"{type(outputs).__name__} of {' and '.join(kinds) or 'none'}" if several else " ".join(kinds) or "None"
+        raise ValueError(f"outputs must be tensors, or a tuple, list or dict of them, got {got}")
+    return [value for value in values if isinstance(value, Tensor)]  # None stands for an output that is left out

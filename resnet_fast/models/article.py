@@ -16,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, channels_last, nn
 
+from ..checks import check_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import is_fused, is_observed
 
@@ -31,13 +32,6 @@ BLOCKS = (
     (256, 512, False),
     (512, 512, True),
 )
-
-
-def _check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class ResidualBlock(nn.Module):
@@ -56,8 +50,7 @@ class ResidualBlock(nn.Module):
     Input [N, num_channels, H, W] in any layout; output [N, output_channels, ceil(H / stride), ceil(W / stride)].
 
     Raises:
-        TypeError: a number is no integer.
-        ValueError: a number is below 1.
+        ValueError: a number is not an integer of at least 1.
 
     He et al. 2015, arXiv:1512.03385, for the two shortcuts.
     """
@@ -75,7 +68,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         sizes = {"num_channels": num_channels, "output_channels": output_channels, "stride": stride}
         for name, value in sizes.items():
-            _check_size(name, value)
+            check_integer(name, value)
         super().__init__()
         self.num_channels, self.output_channels = num_channels, output_channels
         self.conv1 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
@@ -121,8 +114,9 @@ class ResNetModel(nn.Module):
     of a larger map the linear layer gets the mean over its pixels.
 
     Raises:
-        TypeError: a block is no ResidualBlock, or nb_classes no integer.
-        ValueError: there is no block, a block takes another width than it would get, or nb_classes is below 1.
+        TypeError: a block is no ResidualBlock.
+        ValueError: there is no block, a block takes another width than it would get, or nb_classes is not an integer
+            of at least 1.
     """
 
     def __init__(
@@ -132,7 +126,7 @@ class ResNetModel(nn.Module):
         *,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        _check_size("nb_classes", nb_classes)
+        check_integer("nb_classes", nb_classes)
         if not residual_blocks:
             raise ValueError("residual_blocks must hold a block at least, got none")
         width, before = STEM_CHANNELS, "the stem"

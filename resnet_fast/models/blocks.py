@@ -57,10 +57,15 @@ class PaddedShortcut(nn.Module):
     Args:
         in_channels, out_channels: before and after; the difference is zeros.
         stride: that of the block's first convolution, with which sizes agree for images of any size.
+
+    Raises:
+        ValueError: out_channels is below in_channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
+        if out_channels < in_channels:
+            raise ValueError(f"out_channels must be at least in_channels, got {out_channels} for {in_channels}")
         self.n_zeros, self.stride = out_channels - in_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:

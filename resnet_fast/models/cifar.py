@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, channels_last, flatten, nn
 from torchvision.models.resnet import conv1x1
 
+from ..checks import check_integer, is_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import BasicBlock, PaddedShortcut, PlainBlock, blocks_to_fuse, run_fused
 
@@ -61,8 +62,7 @@ class CifarResNet(nn.Module):
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be 'A', 'B' or None, got {shortcut!r}")
         for name, value in (("width", width), ("num_classes", num_classes)):
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_integer(name, value)
         self.depth, self.shortcut, self.width = depth, shortcut, width
         self._norm_layer = norm_layer or FusedBatchNorm2d
         n_blocks = (depth - 2) // 6
@@ -115,15 +115,11 @@ class CifarResNet(nn.Module):
         return self.fc(x)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def check_depth(depth: int) -> None:
     """Raise ValueError, with the nearest depths, unless there is a network of so many layers."""
-    if _is_integer(depth) and depth >= 8 and depth % 6 == 2:
+    if is_integer(depth) and depth >= 8 and depth % 6 == 2:
         return
-    if not _is_integer(depth):
+    if not is_integer(depth):
         raise ValueError(f"depth must be 6n+2 for an integer n of at least 1, such as 20, got {depth!r}")
     below = (depth - 2) // 6 * 6 + 2
     nearest = f"the nearest are {below} and {below + 6}" if below >= 8 else "the least is 8"

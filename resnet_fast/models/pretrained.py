@@ -1,23 +1,32 @@
 """The argument `weights` of torchvision's ResNets: which there are, and what they go together with."""
 
-import difflib
 from typing import Any
 
 from torchvision.models._api import WeightsEnum
 
+from ..checks import did_you_mean
+
 
 def verify(known: type[WeightsEnum], weights: Any) -> WeightsEnum | None:
-    """Return the member of `known` that `weights` is or names, "IMAGENET1K_V1" or "ResNet18_Weights.IMAGENET1K_V1"."""
+    """Return the member of `known` that `weights` is or names, "IMAGENET1K_V1" or "ResNet18_Weights.IMAGENET1K_V1".
+
+    Raises:
+        ValueError: it has no weights of that name; the message has the nearest.
+        TypeError: the weights are of another network, or neither weights, a name, nor None.
+    """
     names = list(known.__members__)
     if isinstance(weights, str) and (name := weights.removeprefix(f"{known.__name__}.")) not in names:
-        nearest = difflib.get_close_matches(name.upper(), names, n=1)
-        meant = f", nearest {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"weights must be one of {names} or None, got {weights!r}{meant}")
+        hint = did_you_mean(name.upper(), names)
+        raise ValueError(f"weights must be one of {names} or None, got {weights!r}{hint}")
     return known.verify(weights)
 
 
 def check_fit(weights: WeightsEnum, n_features: int, kwargs: dict[str, Any]) -> None:
-    """Raise where a network with these arguments could not take the weights; its last layer has `n_features` inputs."""
+    """Check that a network with these arguments, whose last layer has `n_features` inputs, can take the weights.
+
+    Raises:
+        ValueError: `stem` is given and not "imagenet", or `num_classes` is given and not that of the weights.
+    """
     stem, n_classes = kwargs.get("stem", "imagenet"), len(weights.meta["categories"])
     if stem != "imagenet":
         raise ValueError(

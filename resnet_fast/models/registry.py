@@ -6,7 +6,6 @@ get_model("resnet18", num_classes=10, stem="cifar")
 A network is added by an entry of MODELS; the commands, training, profiles and checkpoints find it there.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
+from ..checks import did_you_mean
 from . import cifar, resnet
 from .article import STEM_CHANNELS, article
 
@@ -130,9 +130,7 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
 def check_name(name: object) -> None:
     """Raise ValueError unless a network is called `name`; the message has the nearest names and all."""
     if not isinstance(name, str) or name not in MODELS:
-        nearest = difflib.get_close_matches(str(name), MODELS)
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{hint}")
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{did_you_mean(str(name), MODELS)}")
 
 
 def check_stem(name: str, stem: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from resnet_fast.checks import check_integer
 from resnet_fast.profiling.check import refuse_interpreter
 from resnet_fast.profiling.providers import PROVIDERS, checked_steps
 from resnet_fast.profiling.recording import StepProfile, parts_of, record, synchronize
@@ -66,14 +67,13 @@ def profile_steps(
         A profile by provider, in their order.
 
     Raises:
-        ValueError: n_steps is below 1.
+        ValueError: n_steps is not an integer of at least 1.
         ProfileError: a provider does not compute the step, the kernels are interpreted, or the profiler saw nothing.
     """
     device = torch.device(config.device)
     if n_steps is None:
         n_steps = N_STEPS
-    if n_steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {n_steps}")
+    check_integer("steps", n_steps)
     refuse_interpreter()
     steps = checked_steps(config, providers)
     for step in steps.values():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from resnet_fast.checks import check_integer
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
 from resnet_fast.models.registry import MODELS, check_name, check_stem
@@ -140,7 +141,7 @@ class TrainConfig(Recipe):
             _check_choice(name, getattr(self, name), choices)
         for name, least in LEAST_INTEGERS.items():
             if name != "crop" or self.crop is not None:
-                _check_integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), least)
         for name in ("lr", "bn_bias_lr"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
@@ -235,11 +236,6 @@ def free_folder(name: str) -> Path:
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
