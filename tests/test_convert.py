@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision.models import resnet as torchvision_resnet
 
-from resnet_fast import FusedBatchNorm2d, convert, fold_batch_norm, functional
+from resnet_fast import FusedBatchNorm2d, convert, fold_batch_norm
 from resnet_fast.conversion import rewrite
 
 ALL = "BN+ReLU BN+add+ReLU BN+BN+add+ReLU".split()
@@ -33,11 +33,6 @@ THIN = {
     "pre-activation": (lambda: PreActivationBlock(3), ["BN+ReLU"]),
     "Sequential": (conv_norm_relu, ["BN+ReLU"]),
 }
-
-
-@pytest.fixture
-def on_aten(monkeypatch):
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
 
 
 def make_pair(make, device="cpu") -> tuple[nn.Module, nn.Module]:
@@ -54,15 +49,6 @@ def size_for(name: str) -> int:
 
 def images(device, size: int = 8) -> torch.Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-
-
-@pytest.fixture
-def one_thread():
-    """See test_resnet_parity.py."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))

@@ -14,7 +14,7 @@ from thin_resnet import thin_resnet
 from torch import fx, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from resnet_fast import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert, convert_sync_batchnorm, functional, restore
+from resnet_fast import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert, convert_sync_batchnorm, restore
 from resnet_fast.conversion.convert import Converted
 
 MODELS = {
@@ -25,9 +25,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_aten(monkeypatch):
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+pytestmark = pytest.mark.usefixtures("on_aten")
 
 
 def images(size: int = 8) -> torch.Tensor:

@@ -14,7 +14,7 @@ from foreign_models import perturbed, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fast import FusedBatchNorm2d, convert, functional
+from resnet_fast import FusedBatchNorm2d, convert
 
 
 class Block(nn.Module):
@@ -395,9 +395,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_aten(monkeypatch):
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+pytestmark = pytest.mark.usefixtures("on_aten")
 
 
 def state(model: nn.Module) -> dict:

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision.models import resnet as torchvision_resnet
 
-from resnet_fast import FusedBatchNorm2d, convert, fold_batch_norm, functional
+from resnet_fast import FusedBatchNorm2d, convert, fold_batch_norm
 from resnet_fast.conversion import FoldedConv2d
 from resnet_fast.models import resnet
 from resnet_fast.models.article import article
@@ -197,8 +197,7 @@ def test_a_residual_of_another_shape_is_broadcast(device, either_backend):
 
 
 @pytest.mark.parametrize("name", ("resnet18", "densenet121", "googlenet", "mobilenet_v2"))
-def test_torchvisions_networks(name, monkeypatch):
-    monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+def test_torchvisions_networks(name, on_aten):
     torch.manual_seed(0)
     kwargs = {"init_weights": False} if name == "googlenet" else {}
     model = perturbed(getattr(torchvision_models, name)(**kwargs)).eval()
