@@ -16,7 +16,7 @@ from torch.fx.proxy import Attribute
 # Who may look at the type of a stand-in: torch.fx itself, and what sets a module's attribute, which is noticed.
 TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.modules.module", "torch.nn.parameter")
 # Of a tensor's attributes, besides its methods, what a graph can hold. None of them may be None.
-ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "data", "T", "mT", "H", "mH", "requires_grad", "is_cuda")
+ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "data", "T", "mT", "H", "mH", "requires_grad")
 
 
 class UntraceableError(Exception):
