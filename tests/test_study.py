@@ -171,6 +171,25 @@ def test_the_table_holds_mean_and_deviation_of_the_last_epoch():
 
 
 @pytest.mark.parametrize("shortcut", ("A", "B", None))
+def test_one_seed_has_no_deviation_and_no_verdict():
+    networks = command.small_study().networks
+    one = rows(plain=[0.0], plain_deep=[0.643], shallow=[0.02], deep=[0.01])
+    table, found = format_table(one, networks), format_verdict(one, networks)
+    assert re.fullmatch(r"plain-14 +64\.30 +25\.00 +2\.0 s", table[2]) and len({len(line) for line in table}) == 1
+    assert found == [
+        "plain-14 has 64.30 % training error, plain-8 0.00 %: +64.30 points.",
+        "ResNet-14 has 1.00 % training error, ResNet-8 2.00 %: -1.00 points.",
+        "One seed tells nothing about the spread: whether depth hurts takes several.",
+    ]
+
+
+def test_a_study_of_one_seed_says_so(tmp_path: Path):
+    result = run("--epochs", 1, "--seeds", 1, "--out", tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    assert "(after the last epoch, one seed)\n" in result.stdout and "One seed tells nothing" in result.stdout
+    assert not any(words in result.stdout for words in ("±", "deviation", "Depth hurts", "A difference counts"))
+
+
 def test_gradient_norms_are_those_of_autograd(shortcut):
     torch.manual_seed(0)
     model = resnet20(shortcut=shortcut, width=4).eval()

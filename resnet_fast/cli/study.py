@@ -67,7 +67,8 @@ def skip(
     rows = [row for trained in done for row in trained.epochs]
     print()
     print("\n".join(format_table(rows, found.networks)))
-    print("(after the last epoch, mean and standard deviation over the seeds)\n")
+    over = "mean and standard deviation over the seeds" if seeds > 1 else "one seed"
+    print(f"(after the last epoch, {over})\n")
     print("\n".join(format_verdict(rows, found.networks)))
     print(f"\n{', '.join(NAMES)}: {clean(str(folder.out))}")
 
