@@ -14,7 +14,7 @@ def check_integer(name: str, value: object, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], at_most: int = 3) -> str:
     """Return the end of a message about a name that is not known: the nearest that are, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known))
+    nearest = difflib.get_close_matches(name, list(known), at_most)
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""

@@ -96,7 +96,7 @@ def test_a_profile_checks_it_against_the_plain_network(name: str):
         (["--model", "resnt18"], "got 'resnt18'; did you mean resnet18"),
         (["--model", "article", "--stem", "cifar"], "stem must be imagenet for article"),
         (["--model", "article", "--whiten"], "whiten needs a 3x3 stem"),
-        (["--model", "article", "--zero-gamma"], "zero_gamma is not for article: a block's one batch norm"),
+        (["--model", "article", "--zero-gamma"], "zero_gamma must be False for article, got True: a block's one"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

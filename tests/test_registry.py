@@ -77,3 +77,34 @@ def test_the_plain_resnet18_is_torchvisions():
 def test_what_is_not_there_is_refused_with_what_is(name, kwargs: dict, message: str):
     with pytest.raises(ValueError, match=message):
         get_model(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "message"),
+    [
+        ("resnet18", "num_clases", r"keywords of resnet18 must be among weights, .*; did you mean num_classes\?$"),
+        ("resnet20", "num_clases", r"resnet20 must be .*, stem, got 'num_clases'; did you mean num_classes\?$"),
+        ("resnet20", "norm_layr", r", got 'norm_layr'; did you mean norm_layer\?$"),
+        ("resnet20", "stm", r", got 'stm'; did you mean stem\?$"),
+        ("resnet20", "depth", "num_classes, shortcut, width, norm_layer, stem, got 'depth'"),
+        ("resnet20", "filters", ", got 'filters'$"),
+        ("plain20", "shortcut", "of plain20 must be among num_classes, width, norm_layer, stem, got 'shortcut'$"),
+        ("article", "nb_classes", r"among num_classes, norm_layer, stem, got 'nb_classes'; did you mean num_classes"),
+    ],
+)
+def test_an_unknown_keyword_is_named_with_the_nearest(name: str, keyword: str, message: str):
+    with pytest.raises(TypeError, match=message):
+        get_model(name, num_classes=3, **{keyword: 1})
+
+
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated", "ignore:Arguments other than a weight")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_keyword_that_is_known_is_taken(name: str):
+    values = {"num_classes": 3, "width": 4, "norm_layer": nn.BatchNorm2d, "shortcut": "B", "stem": "cifar"}
+    values |= {"weights": None, "pretrained": False, "progress": False, "zero_init_residual": True, "groups": 1}
+    values |= {"width_per_group": 64, "replace_stride_with_dilation": None}
+    keywords = MODELS[name].keywords
+    assert keywords is not None and "num_classes" in keywords
+    for keyword in keywords:
+        with torch.device("meta"):
+            assert isinstance(get_model(name, **{keyword: values[keyword]}), nn.Module)

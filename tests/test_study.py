@@ -15,7 +15,7 @@ from typer.testing import Result as CliResult
 from resnet_fast import resnet20
 from resnet_fast.cli import app
 from resnet_fast.cli import study as command
-from resnet_fast.data import ImageDataset, load_digits
+from resnet_fast.data import ImageDataset, cifar10, load_digits
 from resnet_fast.ops import batch_norm
 from resnet_fast.study import (
     EpochRow,
@@ -34,6 +34,7 @@ from resnet_fast.study.settings import halve
 from resnet_fast.training import DivergedError
 from resnet_fast.training.step import SCHEDULES
 
+SKIP_STUDY_LOAD = SkipStudy.load
 NAMES = ["plain-8", "plain-14", "ResNet-8", "ResNet-14"]
 
 
@@ -166,6 +167,25 @@ def test_the_table_holds_mean_and_deviation_of_the_last_epoch():
     assert len({len(line) for line in table}) == 1
 
 
+def test_one_seed_has_no_deviation_and_no_verdict():
+    networks = command.small_study().networks
+    one = rows(plain=[0.0], plain_deep=[0.643], shallow=[0.02], deep=[0.01])
+    table, found = format_table(one, networks), format_verdict(one, networks)
+    assert re.fullmatch(r"plain-14 +64\.30 +25\.00 +2\.0 s", table[2]) and len({len(line) for line in table}) == 1
+    assert found == [
+        "plain-14 has 64.30 % training error, plain-8 0.00 %: +64.30 points.",
+        "ResNet-14 has 1.00 % training error, ResNet-8 2.00 %: -1.00 points.",
+        "One seed tells nothing about the spread: whether depth hurts takes several.",
+    ]
+
+
+def test_a_study_of_one_seed_says_so(tmp_path: Path):
+    result = run("--epochs", 1, "--seeds", 1, "--out", tmp_path / "s")
+    assert result.exit_code == 0, result.output
+    assert "(after the last epoch, one seed)\n" in result.stdout and "One seed tells nothing" in result.stdout
+    assert not any(words in result.stdout for words in ("±", "deviation", "Depth hurts", "A difference counts"))
+
+
 @pytest.mark.parametrize("shortcut", ("A", "B", None))
 def test_gradient_norms_are_those_of_autograd(shortcut):
     torch.manual_seed(0)
@@ -227,6 +247,18 @@ def test_full_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(command, "full_study", stop)
     assert run("--full", "--device", "cpu", "--out", tmp_path / "s").exit_code == 130
+
+
+def test_full_without_network_advises_what_this_command_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(cifar10, "CIFAR10", type("NoNetwork", (cifar10.CIFAR10,), {"download": refuse}))
+    monkeypatch.setattr(SkipStudy, "load", SKIP_STUDY_LOAD)
+    result = run("--full", "--device", "cpu", "--data-dir", tmp_path / "data", "--out", tmp_path / "s")
+    assert result.exit_code == 1 and list(tmp_path.iterdir()) == []
+    assert result.stderr.endswith(" with --data-dir. Without --full no network is needed.\n")
+    assert "--dataset" not in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

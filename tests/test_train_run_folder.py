@@ -208,7 +208,7 @@ def test_the_curves_are_a_picture(history: list[EpochMetrics], config: TrainConf
 def test_the_curves_have_four_panels_that_show_every_epoch(monkeypatch: pytest.MonkeyPatch):
     figures = []
     monkeypatch.setattr(curves.Figure, "savefig", lambda figure, file, format: figures.append(figure))
-    curves.draw_curves(io.BytesIO(), make_history(3), "network on data", 5, n_test=100)
+    curves.draw_curves(io.BytesIO(), make_history(3), "network on data", 5, 100, "test", True)
     panels = {axes.get_title("left"): axes for axes in figures[0].axes}
     assert list(panels) == [
         "cross-entropy loss",
@@ -222,6 +222,26 @@ def test_the_curves_have_four_panels_that_show_every_epoch(monkeypatch: pytest.M
     assert values["learning rate, at the end of the epoch"] == [[0.1, 0.05, 0.1 / 3]]
     assert values["training images/s"] == [[100] * 3]
     assert all(axes.get_xlim() == (0.5, 5.5) for axes in panels.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({}, "training"),
+        ({"crop": 1}, "training, augmented images"),
+        ({"flip": "random"}, "training, augmented images"),
+        ({"cutout": 2}, "training, augmented images"),
+    ],
+    ids=["nothing", "crop", "flip", "cutout"],
+)
+def test_the_curves_say_whether_images_are_augmented(change: dict, label: str, config: TrainConfig, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves.Figure, "savefig", lambda figure, file, format: figures.append(figure))
+    folder = RunFolder(config, make_dataset(), replace(AUGMENTATION, **{"crop": 0, **change}))
+    folder.start()
+    folder.write_epoch(make_history(1), make_state())
+    for axes in figures[0].axes[:2]:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [label, "test"]
 
 
 @pytest.fixture

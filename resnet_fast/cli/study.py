@@ -8,6 +8,7 @@ import typer
 from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.text import clean
 from resnet_fast.data import DataError
+from resnet_fast.data.cifar10 import WITHOUT_NETWORK
 from resnet_fast.study import Trained, format_table, format_verdict, full_study, run_study, small_study
 from resnet_fast.study.folder import NAMES, StudyFolder
 from resnet_fast.training import DivergedError
@@ -61,11 +62,13 @@ def skip(
     except KeyboardInterrupt:
         stop(130, f"interrupted; {_what_is_kept(folder, done, n_runs)}")
     except (DataError, DivergedError, OSError) as error:
-        stop(1, f"error: {error}" + (f"; {_what_is_kept(folder, done, n_runs)}" if folder else ""))
+        message = str(error).replace(WITHOUT_NETWORK, "Without --full no network is needed.")
+        stop(1, f"error: {message}" + (f"; {_what_is_kept(folder, done, n_runs)}" if folder else ""))
     rows = [row for trained in done for row in trained.epochs]
     print()
     print("\n".join(format_table(rows, found.networks)))
-    print("(after the last epoch, mean and standard deviation over the seeds)\n")
+    over = "mean and standard deviation over the seeds" if seeds > 1 else "one seed"
+    print(f"(after the last epoch, {over})\n")
     print("\n".join(format_verdict(rows, found.networks)))
     print(f"\n{', '.join(NAMES)}: {clean(str(folder.out))}")
 

@@ -52,6 +52,11 @@ class Augmentation:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std must be three values, std above 0, got {self.mean} and {self.std}")
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether a network is trained on the images as they are, normalized like those that it is tested on."""
+        return self.crop == 0 and self.flip == "none" and self.cutout == 0
+
 
 def seeded(*numbers: int) -> torch.Generator:
     """Return a generator for these numbers; torch's own seed would drop all but 32 bits."""

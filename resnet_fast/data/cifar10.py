@@ -18,6 +18,8 @@ from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit
 # Of the training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+# Of the commands that have --dataset; another puts its own in its place.
+WITHOUT_NETWORK = "--dataset digits needs no network."
 
 
 def load_cifar10(data_dir: Path) -> ImageDataset:
@@ -79,7 +81,7 @@ def _fetch(data_dir: Path) -> None:
         what = "could not be unpacked" if archive.exists() else f"is not in {data_dir} and could not be downloaded"
         raise DataError(
             f"CIFAR-10 {what} ({reason}). Put {CIFAR10.filename} ({CIFAR10.url}) into {data_dir}, "
-            "or name the folder that holds it with --data-dir. --dataset digits needs no network."
+            f"or name the folder that holds it with --data-dir. {WITHOUT_NETWORK}"
         ) from error
     finally:
         for folder in missing:  # created above: those that stayed empty go again

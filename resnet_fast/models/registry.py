@@ -6,6 +6,7 @@ get_model("resnet18", num_classes=10, stem="cifar")
 A network is added by an entry of MODELS; the commands, training, profiles and checkpoints find it there.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Model:
         build_plain: makes the network of plain PyTorch with the same keys: `build_plain(num_classes=…, stem=…)`; None:
             `build` with nn.BatchNorm2d.
         refused: switches of training that would do harm here, each with the reason.
+        keywords: names of what `build` takes; None: get_model leaves it to `build` to refuse others.
     """
 
     build: Callable[..., nn.Module]
@@ -40,6 +42,7 @@ class Model:
     stem_width: int
     build_plain: Callable[..., nn.Module] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    keywords: tuple[str, ...] | None = None
 
     def make(self, num_classes: int, stem: str, norm_layer: Callable[..., nn.Module] | None = None) -> nn.Module:
         """Return the network on fused batch norms, or on those that `norm_layer` makes."""
@@ -55,6 +58,16 @@ class Model:
         return self.build_plain(num_classes=num_classes, stem=stem)
 
 
+def _keywords(
+    build: Callable[..., nn.Module], makes: type[nn.Module] | None = None, sets: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return what `build` takes by its signature and, as **kwargs, that of the class it makes but for what it sets."""
+    parameters = inspect.signature(build).parameters.values()
+    own = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    passed_on = inspect.signature(makes).parameters if makes else ()
+    return tuple(name for name in dict.fromkeys([*own, *passed_on]) if name not in sets)
+
+
 def _of_torchvision(build: Callable[..., nn.Module]) -> Model:
     def build_plain(num_classes: int, stem: str) -> nn.Module:
         """torchvision's network, with the stem changed as its users change it."""
@@ -63,16 +76,19 @@ def _of_torchvision(build: Callable[..., nn.Module]) -> Model:
             resnet.give_cifar_stem(model)
         return model
 
-    return Model(build, "torchvision", STEMS, 64, build_plain)
+    # torchvision's decorator takes the old name of `weights`, which no signature shows.
+    keywords = (*_keywords(build, resnet.ResNet, ("block", "layers")), "pretrained")
+    return Model(build, "torchvision", STEMS, 64, build_plain, keywords=keywords)
 
 
 def _of_cifar(build: Callable[..., nn.Module]) -> Model:
-    return Model(build, "He et al.", ("cifar",), 16)
+    return Model(build, "He et al.", ("cifar",), 16, keywords=_keywords(build, cifar.CifarResNet, ("depth",)))
 
 
 def _without_skips(build: Callable[..., nn.Module]) -> Model:
     reason = "a block without a skip connection would let nothing pass"
-    return Model(build, "He et al., plain", ("cifar",), 16, refused={"zero_gamma": reason})
+    keywords = _keywords(build, cifar.CifarResNet, ("depth", "shortcut"))
+    return Model(build, "He et al., plain", ("cifar",), 16, refused={"zero_gamma": reason}, keywords=keywords)
 
 
 MODELS: dict[str, Model] = {
@@ -99,6 +115,7 @@ MODELS: dict[str, Model] = {
         refused={
             "zero_gamma": "a block's one batch norm stands before its ReLU, too, and would let nothing pass there"
         },
+        keywords=_keywords(article),
     ),
 }
 
@@ -118,8 +135,10 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: there is no such network, or it has no such stem; the message names those that there are.
+        TypeError: it takes no such keyword; the message names those that it takes, and the nearest.
     """
     check_name(name)
+    _check_keywords(name, kwargs)
     if "stem" in kwargs:
         check_stem(name, kwargs["stem"])
         if len(MODELS[name].stems) == 1:
@@ -131,6 +150,17 @@ def check_name(name: object) -> None:
     """Raise ValueError unless a network is called `name`; the message has the nearest names and all."""
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{did_you_mean(str(name), MODELS)}")
+
+
+def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
+    keywords = MODELS[name].keywords
+    if keywords is None:
+        return
+    known = tuple(dict.fromkeys([*keywords, "stem"]))
+    for keyword in kwargs:
+        if keyword not in known:
+            hint = did_you_mean(keyword, known, at_most=1)
+            raise TypeError(f"keywords of {name} must be among {', '.join(known)}, got {keyword!r}{hint}")
 
 
 def check_stem(name: str, stem: object) -> None:

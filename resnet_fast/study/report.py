@@ -48,32 +48,36 @@ def compare(rows: Sequence[EpochRow], shallow: str, deep: str) -> Comparison:
 
 
 def format_table(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
-    """Return a line for each network: errors after the last epoch, mean ± standard deviation over the seeds."""
+    """Return a line for each network: errors after the last epoch, mean ± standard deviation over several seeds."""
     lines = ["network      training error (%)     test error (%)  training"]
     for network in networks:
         last = last_epochs(rows, network.name)
         train, test = (
-            f"{spread.mean:.2f} ± {spread.std:.2f}"
-            for spread in (
-                Spread.of([100 * row.train_error for row in last]),
-                Spread.of([100 * row.test_error for row in last]),
-            )
+            _format_percent([100 * getattr(row, name) for row in last]) for name in ("train_error", "test_error")
         )
         seconds = sum(row.seconds for row in rows if row.network == network.name) / len(last)
         lines.append(f"{network.name:<11}  {train:>18}  {test:>17}  {format_duration(seconds):>8}")
     return lines
 
 
+def _format_percent(values: Sequence[float]) -> str:
+    spread = Spread.of(values)
+    return f"{spread.mean:.2f} ± {spread.std:.2f}" if len(values) > 1 else f"{spread.mean:.2f}"
+
+
 def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
-    """Return what the numbers say about depth, in lines of 80 columns.
+    """Return what the numbers say about depth, in lines of 80 columns; of one seed the numbers alone.
 
     Args:
         rows: of all networks.
         networks: plain and shallow, plain and deep, then the two with skip connections.
     """
     plain_shallow, plain_deep, shallow, deep = (network.name for network in networks)
+    pairs = ((plain_shallow, plain_deep), (shallow, deep))
+    if len(last_epochs(rows, deep)) == 1:
+        return _format_one_seed(rows, pairs)
     lines, orders = [], []
-    for small, large in ((plain_shallow, plain_deep), (shallow, deep)):
+    for small, large in pairs:
         found = compare(rows, small, large)
         orders.append(found.order)
         lines += textwrap.wrap(
@@ -92,3 +96,14 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
         end = "Depth hurts neither without skip connections nor with them."
     rule = f"(A difference counts from {LEAST_DIFFERENCE} points on, if it is above its standard deviation.)"
     return [*lines, *textwrap.wrap(end, WIDTH), rule]
+
+
+def _format_one_seed(rows: Sequence[EpochRow], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    lines = []
+    for small, large in pairs:
+        found = compare(rows, small, large)
+        lines.append(
+            f"{large} has {found.deep.mean:.2f} % training error, {small} {found.shallow.mean:.2f} %: "
+            f"{found.difference.mean:+.2f} points."
+        )
+    return [*lines, "One seed tells nothing about the spread: whether depth hurts takes several."]

@@ -180,7 +180,7 @@ class TrainConfig(Recipe):
             )
         for name, reason in model.refused.items():
             if getattr(self, name):
-                raise ValueError(f"{name} is not for {self.model}: {reason}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be False for {self.model}, got True: {reason}")
         if self.graph and torch.device(self.device).type != "cuda":
             raise ValueError(f"graph needs a CUDA device, got {self.device}")
         if self.graph and world_size() > 1:

@@ -18,7 +18,13 @@ SPEED: dict[str, Any] = {"color": "#3f8f6b", "linestyle": "-", "linewidth": 2.2}
 
 
 def draw_curves(
-    file: BinaryIO, history: Sequence[EpochMetrics], title: str, n_epochs: int, n_test: int, kind: str = "test"
+    file: BinaryIO,
+    history: Sequence[EpochMetrics],
+    title: str,
+    n_epochs: int,
+    n_test: int,
+    kind: str,
+    augmented: bool,
 ) -> None:
     """Write a PNG of four panels. Loss and error are on a logarithmic scale, as most of a run happens near zero.
 
@@ -29,6 +35,7 @@ def draw_curves(
         n_epochs: of the whole run, for the width of the axes.
         n_test: test images. No error is drawn below half an image, so that an error of 0 has a place.
         kind: what those images are called: "test" or "validation".
+        augmented: whether training loss and error are of augmented images.
     """
     epochs = [metrics.epoch for metrics in history]
     losses = [m.train_loss for m in history], [m.test_loss for m in history]
@@ -48,7 +55,7 @@ def draw_curves(
         (upper[0], "cross-entropy loss", losses, f"{last.test_loss:.3g}"),
         (upper[1], "error (%)", errors, f"{100 * (1 - last.test_accuracy):.2f} %"),
     ):
-        _draw_line(axes, epochs, train, n_epochs, TRAIN, "training, augmented images")
+        _draw_line(axes, epochs, train, n_epochs, TRAIN, "training, augmented images" if augmented else "training")
         _draw_line(axes, epochs, test, n_epochs, TEST, kind)
         _label_end(axes, epochs, test, label, TEST)
         _set_log_scale(axes, [*train, *test])

@@ -123,7 +123,8 @@ class RunFolder:
         self.drawn = time.monotonic()
         kind = "validation" if self.config.holdout else "test"
         with whole_file(self.config.out / "curves.png") as file:
-            draw_curves(file, history, self.title, self.config.epochs, len(self.dataset.test), kind)
+            n_test, augmented = len(self.dataset.test), not self.augmentation.changes_nothing
+            draw_curves(file, history, self.title, self.config.epochs, n_test, kind, augmented)
 
     def write_end(self, found: Predictions) -> None:
         """Write confusion.png and mistakes.png, of what the network says about the test images after the last epoch."""
