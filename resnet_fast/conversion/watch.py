@@ -116,7 +116,7 @@ class Watch:
         """Refuse a function of the forward whose code does what a graph would not show."""
         code, namespace = frame.f_code, frame.f_globals
         library, _, _ = namespace.get("__name__", "").partition(".")
-        if library in LIBRARIES:
+        if library in LIBRARIES or library.startswith("namedtuple_"):  # the latter: what collections.namedtuple wrote
             return
         opcodes = [instruction.opname for instruction in dis.get_instructions(code)]
         if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
