@@ -92,7 +92,10 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(FILE)
 
     def run(*arguments: str):
-        return CliRunner().invoke(app, ["convert", *arguments])
+        before = list(sys.path)
+        result = CliRunner().invoke(app, ["convert", *arguments])
+        assert sys.path == before
+        return result
 
     return run
 

@@ -42,8 +42,16 @@ def convert(
     batch_size: Annotated[int, typer.Option(min=2, help="How many of them.")] = 4,
 ) -> None:
     """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay."""
+    before = list(sys.path)
     try:
-        made = _make(model, arg or [])
+        _show(model, arg or [], (batch_size, 3, image_size, image_size))
+    finally:
+        sys.path[:] = before  # as tests want it, which run the command in their own process
+
+
+def _show(model: str, arguments: list[str], shape: tuple[int, ...]) -> None:
+    try:
+        made = _make(model, arguments)
     except ValueError as error:
         stop(2, f"error: {error}")
     try:
@@ -51,7 +59,6 @@ def convert(
     except ANYTHING as error:
         stop(2, f"error: {model} cannot be converted: {_reason(error)}")
     print(report)
-    shape = (batch_size, 3, image_size, image_size)
     for mode in ("training", "evaluation"):
         try:
             apart = difference(made, converted, shape, mode == "training")
