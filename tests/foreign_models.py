@@ -59,27 +59,17 @@ class LambdaLayer(nn.Module):
         return self.lambd(x)
 
 
-class AkamasterBlock(nn.Module):
-    """BasicBlock of akamaster/pytorch_resnet_cifar10: shortcuts of option A in a module that holds a function."""
+class AkamasterBlock(KuangliuBlock):
+    """BasicBlock of akamaster/pytorch_resnet_cifar10: that one with shortcuts of option A, in a module that holds a
+    function.
+    """
 
     def __init__(self, in_planes: int, planes: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = nn.Sequential()
+        super().__init__(in_planes, planes, stride)
         if stride != 1 or in_planes != planes:
             self.shortcut = LambdaLayer(
                 lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0)
             )
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        out = F.relu(out)
-        return out
 
 
 class AkamasterResNet(nn.Module):

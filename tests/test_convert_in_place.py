@@ -273,6 +273,14 @@ def test_a_forward_that_the_class_gets_later_runs_step_by_step(monkeypatch):
     assert torch.equal(model(images()), model.bn(model.conv(images())))
 
 
+def test_a_copy_is_of_the_forward_that_the_class_has_then(monkeypatch):
+    model = convert(Switched().eval())
+    monkeypatch.setattr(Switched, "forward", lambda self, x: torch.relu(self.bn(self.conv(x))) * 5)
+    copied = copy.deepcopy(model)
+    assert copied.__dict__["_fused"].holds((images(),))
+    assert torch.equal(copied(images()), torch.relu(model.bn(model.conv(images()))) * 5)
+
+
 class HoldsALock(KuangliuResNet):
     def __init__(self):
         super().__init__()

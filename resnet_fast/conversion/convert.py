@@ -104,7 +104,7 @@ def _converted_class(plain_class: type[nn.Module]) -> Any:
 
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(plain_class, name) for name in names}
-        body |= {"plain_class": plain_class, "plain_forward": plain_class.forward, "forward": forward}
+        body |= {"plain_class": plain_class, "forward": forward}
         _CLASSES[plain_class] = type(plain_class.__name__, (Converted, plain_class), body)
     return _CLASSES[plain_class]
 
@@ -143,10 +143,14 @@ def make_fused(norm: nn.Module) -> None:
 def _make_forward_again(module: Converted) -> None:
     """For a copy, whose modules are others; where its forward cannot be seen any more, its own runs."""
     norms = {inner for inner in module.modules() if "_was_plain" in vars(inner)}
+    converted_class = type(module)
+    _set_class(module, module.plain_class)
     try:
-        traced = trace(module, module._opaque, traced_method="plain_forward")
+        traced = trace(module, module._opaque)
     except UntraceableError:
         return
+    finally:
+        _set_class(module, converted_class)
     module.__dict__["_fused"] = _fused_forward(module, traced, find_sites(traced.graph, module, norms))
 
 

@@ -42,12 +42,10 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(
-        self, opaque: Collection[nn.Module] = (), traced_method: str = "forward", closed: tuple[str, ...] = CLOSED
-    ) -> None:  # defaults: torch.fx makes one when it unpickles a GraphModule
+    # Defaults: torch.fx makes one when it unpickles a GraphModule.
+    def __init__(self, opaque: Collection[nn.Module] = (), closed: tuple[str, ...] = CLOSED) -> None:
         super().__init__()
         self.opaque, self.closed = opaque, closed
-        self.traced_func_name = traced_method
         self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -89,7 +87,6 @@ def trace(
     module: nn.Module,
     opaque: Collection[nn.Module],
     *,
-    traced_method: str = "forward",
     frozen: bool = False,
     closed: tuple[str, ...] = CLOSED,
 ) -> Traced:
@@ -98,7 +95,6 @@ def trace(
     Args:
         module: a container; nothing in it is changed.
         opaque: modules within that are called as a whole.
-        traced_method: name of the method of its class to look at.
         frozen: of evaluation alone, with mode and settings as they are now.
         closed: beginnings of the names of Python modules whose classes are called as they are.
 
@@ -115,7 +111,7 @@ def trace(
             watch = Watch(frozen)
             try:
                 with watch.watching():
-                    graph = _Tracer(opaque, traced_method, closed).trace(module)
+                    graph = _Tracer(opaque, closed).trace(module)
                 _check_constants(graph)
             except UntraceableError:
                 raise

@@ -45,10 +45,8 @@ class Setting(NamedTuple):
 
     def holds(self) -> bool:
         """Whether it is still the same."""
-        if isinstance(self.owner, dict):
-            now = self.owner.get(self.name, Setting)
-        else:
-            now = getattr(self.owner, self.name, Setting)
+        # None where it is gone, and where it was not there yet.
+        now = self.owner.get(self.name) if isinstance(self.owner, dict) else getattr(self.owner, self.name, None)
         return now is self.value or (type(now) is type(self.value) and now == self.value)
 
 
