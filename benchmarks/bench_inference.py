@@ -21,10 +21,10 @@ from benchmarks.networks import (
     Data,
     NetworkLevel,
     NetworkRun,
-    compiled,
     eager_resnet18,
     fused_resnet18,
     loaded,
+    network_providers,
     on_cuda,
 )
 from benchmarks.replay import CLOCK
@@ -102,18 +102,7 @@ class InferenceLevel(NetworkLevel):
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
     providers = {
-        "eager, tuned": Provider(partial(InferenceRun, eager_resnet18)),
-        "eager": Provider(partial(InferenceRun, eager_resnet18, tuned=False)),
-        "eager, tuned, graph": Provider(partial(InferenceRun, eager_resnet18, graph=True), on_cuda, has_peak=False),
-        "compile": Provider(partial(InferenceRun, eager_resnet18, compile_model=compiled("default")), slow_on=("cpu",)),
-        "compile, max-autotune": Provider(
-            partial(InferenceRun, eager_resnet18, compile_model=compiled("max-autotune")),
-            on_cuda,
-            slow_on=("cuda",),
-            has_peak=False,
-        ),
-        "fused": Provider(partial(InferenceRun, fused_resnet18)),
-        "fused, graph": Provider(partial(InferenceRun, fused_resnet18, graph=True), on_cuda, has_peak=False),
+        **network_providers(InferenceRun),
         "folded": Provider(partial(InferenceRun, fused_resnet18, prepare=fold_batch_norm)),
         "folded, graph": Provider(
             partial(InferenceRun, fused_resnet18, prepare=fold_batch_norm, graph=True), on_cuda, has_peak=False

@@ -8,7 +8,7 @@ cuDNN's convolutions round their inputs to TF32, torch's default, for every prov
 
 import copy
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,17 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
-from benchmarks.harness import Problem, Provider, Setting
+from benchmarks.harness import Problem, Setting
 from benchmarks.networks import (
     Batch,
     Data,
     NetworkLevel,
     NetworkRun,
-    compiled,
     eager_resnet18,
-    fused_resnet18,
     loaded,
-    on_cuda,
+    network_providers,
 )
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
@@ -122,20 +120,7 @@ class StepLevel(NetworkLevel):
     batch_sizes = {"cpu": (32,), "cuda": (128, 512, 1024)}
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
-    providers = {
-        "eager, tuned": Provider(partial(StepRun, eager_resnet18)),
-        "eager": Provider(partial(StepRun, eager_resnet18, tuned=False)),
-        "eager, tuned, graph": Provider(partial(StepRun, eager_resnet18, graph=True), on_cuda, has_peak=False),
-        "compile": Provider(partial(StepRun, eager_resnet18, compile_model=compiled("default")), slow_on=("cpu",)),
-        "compile, max-autotune": Provider(
-            partial(StepRun, eager_resnet18, compile_model=compiled("max-autotune")),
-            on_cuda,
-            slow_on=("cuda",),
-            has_peak=False,
-        ),
-        "fused": Provider(partial(StepRun, fused_resnet18)),
-        "fused, graph": Provider(partial(StepRun, fused_resnet18, graph=True), on_cuda, has_peak=False),
-    }
+    providers = network_providers(StepRun)
 
     def problem(self, setting: Setting, device: torch.device) -> Problem:
         generator = torch.Generator().manual_seed(torch.seed())  # fresh data in every run

@@ -4,12 +4,13 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Level, Run, Setting
+from benchmarks.harness import Level, Provider, Run, Setting
 from resnet_fast.profiling import providers
 from resnet_fast.training import TrainConfig
 from resnet_fast.training.graph import CudaGraph
@@ -50,6 +51,22 @@ def cudnn_benchmark(enabled: bool) -> Iterator[None]:
 
 def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
     return lambda model: torch.compile(model, mode=mode, dynamic=False)
+
+
+def network_providers(run: Callable[..., Run]) -> dict[str, Provider]:
+    """Of training and of inference alike: `run` takes a network's maker, and tuned, compile_model and graph by name."""
+    on_eager, on_fused = partial(run, eager_resnet18), partial(run, fused_resnet18)
+    return {
+        "eager, tuned": Provider(on_eager),
+        "eager": Provider(partial(on_eager, tuned=False)),
+        "eager, tuned, graph": Provider(partial(on_eager, graph=True), on_cuda, has_peak=False),
+        "compile": Provider(partial(on_eager, compile_model=compiled("default")), slow_on=("cpu",)),
+        "compile, max-autotune": Provider(
+            partial(on_eager, compile_model=compiled("max-autotune")), on_cuda, slow_on=("cuda",), has_peak=False
+        ),
+        "fused": Provider(on_fused),
+        "fused, graph": Provider(partial(on_fused, graph=True), on_cuda, has_peak=False),
+    }
 
 
 Batch = tuple[Tensor, ...]
