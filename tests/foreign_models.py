@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fast import FusedBatchNorm2d
+
 
 class KuangliuBlock(nn.Module):
     """BasicBlock of kuangliu/pytorch-cifar: the functional ReLU, addition in place, an empty shortcut."""
@@ -115,6 +117,21 @@ def conv_norm_relu() -> nn.Sequential:
     )
 
 
+class Block(nn.Module):
+    """relu(bn(conv(x))), and whatever a subclass does beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+
+    def steps(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+    def forward(self, x):
+        return self.steps(x)
+
+
 def thin_timm_resnet(**kwargs) -> nn.Module:
     """timm's own ResNet, of few channels."""
     from timm.models.resnet import BasicBlock, ResNet
@@ -147,3 +164,18 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     found = {"y": y.detach(), "dx": x.grad}
     found |= {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def fused_calls(model: nn.Module, monkeypatch) -> list[str]:
+    calls, fused = [], FusedBatchNorm2d.fused
+
+    def counted(self, x, residual=None, residual_norm=None, **kwargs):
+        calls.append("add" if residual is not None else "relu" if kwargs["relu"] else "alone")
+        return fused(self, x, residual, residual_norm, **kwargs)
+
+    monkeypatch.setattr(FusedBatchNorm2d, "fused", counted)
+    return calls
+
+
+# Of KuangliuResNet.
+FUSED = ["relu", "relu", "add", "relu", "add", "relu", "add"]
