@@ -1,0 +1,20 @@
+"""Block sizes of the 3x3 convolutions: what can be chosen, and the candidates among which `resnet-fast tune` measures."""
+
+from typing import NamedTuple
+
+
+class ConvTiles(NamedTuple):
+    """How a convolution is cut.
+
+    Of the convolution and its data gradient: BLOCK_M pixels by BLOCK_N output channels, BLOCK_K input channels at a
+    time, `per_program` such tiles one after the other. Of the weight gradient: BLOCK_M output channels by BLOCK_N input
+    channels of one tap, BLOCK_K pixels at a time, `per_program` such steps to a part of the sum.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    per_program: int
+    channels_as_rows: bool  # operand order: the matrix unit's rows are output channels, or pixels
+    num_warps: int
+    num_stages: int

@@ -1,0 +1,72 @@
+"""Which implementation runs where there are several: one table per GPU, by operation, type and shape.
+
+Without an entry convolutions are cuDNN's and a batch norm takes two passes over its input (kernels/README.md). Entries
+are measured, by `resnet-fast tune`; none is guessed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+
+from resnet_fast.kernels.conv_tiles import ConvTiles
+
+Operation = Literal["convolution", "data gradient", "weight gradient", "batch norm", "batch norm backward"]
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # others have no choice
+
+
+class Problem(NamedTuple):
+    """What is chosen for. Convolutions are 3x3, stride 1, padding 1; maps are square; the layout is channels_last.
+
+    `join` and `fork` are those of a batch norm; of a data gradient, those of the batch norm whose sums it computes.
+    """
+
+    operation: Operation
+    dtype: str
+    n_images: int
+    in_channels: int
+    out_channels: int
+    width: int
+    join: str = "none"
+    fork: bool = False
+
+
+class Choice(NamedTuple):
+    """An implementation by name: "cudnn" or "fused" of convolutions; "two passes", "two passes, reversed" or "single
+    read" of batch norms. `tiles` are those of the fused convolution.
+    """
+
+    implementation: str
+    tiles: ConvTiles | None = None
+
+
+DEFAULTS: dict[Operation, Choice] = {
+    "convolution": Choice("cudnn"),
+    "data gradient": Choice("cudnn"),
+    "weight gradient": Choice("cudnn"),
+    "batch norm": Choice("two passes"),
+    "batch norm backward": Choice("two passes"),
+}
+
+_replaced: list[Mapping[Problem, Choice]] = []
+
+
+def choose(problem: Problem, device: torch.device) -> Choice:
+    """The implementation that was measured to be the fastest, or the default."""
+    return table(device).get(problem, DEFAULTS[problem.operation])
+
+
+def table(device: torch.device) -> Mapping[Problem, Choice]:
+    """All entries that count for tensors on `device`."""
+    return _replaced[-1] if _replaced else {}
+
+
+@contextmanager
+def using(entries: Mapping[Problem, Choice]) -> Iterator[None]:
+    """Have these entries, and no others, count inside the context: what measures and tests choose by."""
+    _replaced.append(entries)
+    try:
+        yield
+    finally:
+        _replaced.pop()
