@@ -14,6 +14,7 @@ from .tile_access import (
     load_channel,
     locate,
     normalize,
+    program_index,
     tile_offsets,
     unpack_bits,
 )
@@ -230,6 +231,7 @@ def input_gradients_kernel(
     RELU: tl.constexpr,
     TRAINING: tl.constexpr,
     RESIDUAL_TRAINING: tl.constexpr,
+    REVERSED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -237,17 +239,19 @@ def input_gradients_kernel(
 ):
     """dx and, for the bn join, dresidual. RELU: `dz_ptr` is dy, and ReLU's sign is recomputed from x."""
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    LAST_USE: tl.constexpr = "evict_first" if REVERSED else ""
     n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
-    group, first_row, end = locate(tl.program_id(0) // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
-    offs_c = (tl.program_id(0) % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    index = program_index(REVERSED)
+    group, first_row, end = locate(index // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
+    offs_c = (index % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     of_group = group * n_channels + offs_c
     mask_c = offs_c < n_channels
     mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
     offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
 
-    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(acc_type)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
     mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
     rstd = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
@@ -263,7 +267,7 @@ def input_gradients_kernel(
     tl.store(dx_ptr + offsets, dx, mask=mask)
 
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
         mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
         rstd = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type)
         weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)

@@ -16,6 +16,7 @@ from .tile_access import (
     locate,
     normalize,
     pack_bits,
+    program_index,
     tile_offsets,
 )
 
@@ -219,7 +220,7 @@ def combine_statistics_kernel(
 
     The running statistics take one group after the other, in the accumulation type, as if each were a batch (S4).
     `group_splits` are those of a whole group. `var_ptr` receives the biased variance of the partials; in fp64 that of
-    huge values fits.
+    huge values fits. Without `x_ptr` the partial means are those of x itself, about no pivot (conv3x3.py).
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -241,7 +242,10 @@ def combine_statistics_kernel(
                 group_rows = end - start
                 own_splits = tl.cdiv(group_rows, rows_per_split).to(tl.int32)
             first_partial = (tl.full([], 0, tl.int64) + group) * group_splits * n_channels
-            pivot = load_pivot(x_ptr, start, end, offs_c, n_channels, n_spatial, CHANNELS_LAST, 1, acc_type)
+            if x_ptr is None:
+                pivot = tl.zeros([BLOCK_C], acc_type)
+            else:
+                pivot = load_pivot(x_ptr, start, end, offs_c, n_channels, n_spatial, CHANNELS_LAST, 1, acc_type)
             todo = mask_c.to(tl.int32)
             rescue = tl.full([], 0, tl.int32)
             while tl.max(todo, axis=0) > 0:
@@ -302,6 +306,7 @@ def normalize_kernel(
     n_spatial,
     rows_per_group,
     RELU: tl.constexpr,
+    REVERSED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNEL_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -313,19 +318,21 @@ def normalize_kernel(
     them from x, for less traffic than a mask.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
+    LAST_USE: tl.constexpr = "evict_first" if REVERSED else ""
     n_channels = known_multiple(n_channels, CHANNEL_GROUP)
     n_channel_tiles = tl.cdiv(n_channels, BLOCK_C)
-    group, first_row, end = locate(tl.program_id(0) // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
-    first_channel = (tl.program_id(0) % n_channel_tiles) * BLOCK_C
+    index = program_index(REVERSED)
+    group, first_row, end = locate(index // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
+    first_channel = (index % n_channel_tiles) * BLOCK_C
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     of_group = group * n_channels + offs_c
     mask_c = offs_c < n_channels
     mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
     offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
 
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_type)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
     mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
     scale = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type) * load_channel(
         weight_ptr, offs_c, mask_c, 1.0, acc_type

@@ -1,4 +1,4 @@
-"""Block sizes of the 3x3 convolutions: what can be chosen, and the candidates among which `resnet-fast tune` measures."""
+"""Block sizes of the 3x3 convolutions, and the candidates among which `resnet-fast tune` measures."""
 
 from typing import NamedTuple
 

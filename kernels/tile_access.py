@@ -10,6 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
+def program_index(REVERSED: tl.constexpr):
+    """The program's number, or counted from the last: a second pass meets first what the first left in the L2 cache."""
+    index = tl.program_id(0)
+    if REVERSED:
+        index = tl.num_programs(0) - 1 - index
+    return index
+
+
+@triton.jit
 def group_of_rows(group, n_rows, rows_per_group):
     """First row of a group of rows, and the row behind its last."""
     if rows_per_group is None:

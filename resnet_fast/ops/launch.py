@@ -141,16 +141,19 @@ def forward(
     residual_norm: BatchNormArgs | None,
     relu: bool,
     ghost_batch_size: int = 0,
+    reverse: bool = False,
 ) -> Outputs:
     """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
 
-    `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all.
+    `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all. `reverse`: whether the second
+    pass walks from the last tile to the first.
     """
     mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size)
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
         residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)
-    return normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu, ghost_batch_size)
+    of_residual = (residual, residual_norm, residual_mean, residual_rstd)
+    return normalize(x, norm, mean, rstd, *of_residual, relu, ghost_batch_size, reverse)
 
 
 def normalize(
@@ -164,6 +167,7 @@ def normalize(
     residual_rstd: Tensor | None,
     relu: bool,
     ghost_batch_size: int = 0,
+    reverse: bool = False,
 ) -> Outputs:
     """`forward` behind the statistics."""
     shape = Shape.of(x, ghost_batch_size)
@@ -189,6 +193,7 @@ def normalize(
         relu_mask_ptr=relu_mask,
         **shape.sizes,
         RELU=relu,
+        REVERSED=reverse,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=cut.block_m,
@@ -206,12 +211,15 @@ def backward(
     training: bool,
     residual_training: bool,
     ghost_batch_size: int = 0,
+    reverse: bool = False,
 ) -> Gradients:
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
     dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = gradient_sums(
         dy, dy_alias, saved, join, relu, ghost_batch_size
     )
-    dx, dresidual = input_gradients(dy, dz, sums, saved, join, relu, training, residual_training, ghost_batch_size)
+    dx, dresidual = input_gradients(
+        dy, dz, sums, saved, join, relu, training, residual_training, ghost_batch_size, reverse
+    )
     return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
 
 
@@ -292,6 +300,7 @@ def input_gradients(
     training: bool,
     residual_training: bool,
     ghost_batch_size: int = 0,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """dx and dresidual from the `sums` of every group."""
     shape = Shape.of(saved.x, ghost_batch_size)
@@ -321,6 +330,7 @@ def input_gradients(
         RELU=relu and dz is None,
         TRAINING=training,
         RESIDUAL_TRAINING=residual_training,
+        REVERSED=reverse,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=cut.block_m,
