@@ -2,6 +2,12 @@
 
 from typing import NamedTuple
 
+# Maps whose lines a tile is made of; wider ones are for cuDNN.
+WIDTHS = (4, 8, 16, 32)
+
+# Elements of the weight's gradient to a program that adds its parts up: 16 bytes of each part to a thread of 4 warps.
+COMBINE_BLOCK = 512
+
 
 class ConvTiles(NamedTuple):
     """How a convolution is cut.
@@ -18,3 +24,8 @@ class ConvTiles(NamedTuple):
     channels_as_rows: bool  # operand order: the matrix unit's rows are output channels, or pixels
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As the compiler takes them."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}

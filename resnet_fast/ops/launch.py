@@ -65,9 +65,11 @@ class Shape(NamedTuple):
         return self.n_channels, (self.n_groups - 1) * -(-self.rows_per_group // 8) - (-last_rows // 8)
 
 
-def run(kernel, grid: tuple, **arguments) -> None:
-    """The one place where a kernel is launched."""
-    kernel[grid](**arguments, **compiler_options(arguments, is_nvidia=torch.version.cuda is not None))
+def run(kernel, grid: tuple, options: dict[str, Any] | None = None, **arguments) -> None:
+    """The one place where a kernel is launched; `options` of its compiler instead of `compiler_options`."""
+    if options is None:
+        options = compiler_options(arguments, is_nvidia=torch.version.cuda is not None)
+    kernel[grid](**arguments, **options)
 
 
 def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
