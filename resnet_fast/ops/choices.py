@@ -62,6 +62,11 @@ def table(device: torch.device) -> Mapping[Problem, Choice]:
     return _replaced[-1] if _replaced else {}
 
 
+def is_empty(device: torch.device) -> bool:
+    """Whether every choice is the default."""
+    return not table(device)
+
+
 @contextmanager
 def using(entries: Mapping[Problem, Choice]) -> Iterator[None]:
     """Have these entries, and no others, count inside the context: what measures and tests choose by."""

@@ -54,7 +54,7 @@ def cut(x: Tensor, rows_per_block: int, blocks_per_part: int) -> tuple[int, int,
     """Rows of x, rows of a part, and how many parts there are."""
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     rows_per_part = rows_per_block * blocks_per_part
-    return n_rows, rows_per_part, triton.cdiv(n_rows, rows_per_part)
+    return n_rows, rows_per_part, -(-n_rows // rows_per_part)
 
 
 def forward(x: Tensor, weight: Tensor, of: ConvTiles) -> tuple[Tensor, PartialStatistics]:
@@ -106,12 +106,12 @@ def data_gradient(
     shape = (n_images, n_out_channels, height, width)
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     is_bn_join = saved is not None and saved.residual is not None
-    partials = [None] * 3
+    partials: list[Tensor | None] = [None] * 3
     sums = None
     if saved is not None:
-        n_sums = 3 if is_bn_join else 2
-        partials[:n_sums] = saved.mean.new_empty(n_sums, n_parts, n_out_channels).unbind()
-        sums = saved.mean.new_empty(n_sums, 1, n_out_channels)
+        of_norm = saved.mean.new_empty(3 if is_bn_join else 2, n_parts, n_out_channels)
+        sums = of_norm.new_empty(len(of_norm), 1, n_out_channels)
+        partials = [*of_norm.unbind(), None][:3]
     run(
         conv3x3.conv3x3_data_gradient_kernel,
         (n_parts * triton.cdiv(n_out_channels, of.block_n),),
