@@ -1,0 +1,110 @@
+"""What the 3x3 convolutions compile to, as JSON rows: which kernel, of which tiles, for which GPU. No TRITON_INTERPRET."""
+
+import json
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from compile_kernels import TARGETS, Launch, compile_for
+from torch import Tensor
+from triton.compiler import ASTSource
+
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.ops import conv3x3, launch
+from resnet_fast.ops.arguments import BatchNormArgs, Saved
+
+BATCH = 128
+SHAPES = {(64, 32): "64x32x32", (128, 16): "128x16x16", (16, 32): "16x32x32"}  # channels, width
+ANYWHERE = (128, 64)  # block_m, block_n that need no stack on any GPU
+
+
+def image(n_channels: int, width: int) -> Tensor:
+    x = torch.empty(BATCH, n_channels, width, width, dtype=torch.bfloat16, device="meta")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Callable[[], object]]]:
+    """Name, tiles, and what launches the kernel first."""
+    x, n_rows = image(n_channels, width), BATCH * width**2
+    weight = torch.empty(n_channels, n_channels, 3, 3, dtype=torch.bfloat16, device="meta")
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    vector = torch.empty(n_channels, device="meta")
+    bits = torch.empty(n_rows, n_channels // 8, dtype=torch.uint8, device="meta")
+    of_x, of_join = (vector,) * 4, (x, *(vector,) * 4)
+    norms = {
+        "BN+ReLU": (Saved(x, None, *of_x, *(None,) * 5), None),
+        "BN+ReLU, forked": (Saved(x, None, *of_x, *(None,) * 5), x),
+        "BN+add+ReLU, forked": (Saved(x, bits, *of_x, *(None,) * 5), x),
+        "BN+BN+add+ReLU, forked": (Saved(x, bits, *of_x, *of_join), x),
+    }
+    for tiles in conv_candidates(n_channels, n_channels):
+        yield "convolution", tiles, lambda tiles=tiles: conv3x3.forward(x, weight, tiles)
+        for name, (saved, alias) in norms.items():
+            yield (
+                f"data gradient, {name}",
+                tiles,
+                lambda tiles=tiles, saved=saved, alias=alias: conv3x3.data_gradient(
+                    x, weight, tiles, saved, True, alias
+                ),
+            )
+    for tiles in weight_gradient_candidates(n_channels, n_channels, n_rows):
+        yield "weight gradient", tiles, lambda tiles=tiles: conv3x3.weight_gradient(x, x, tiles, torch.float32)
+
+
+def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
+    recorded = []
+
+    def run(kernel, grid, options=None, /, **arguments):
+        recorded.append((Launch(kernel, arguments), options or launch.compiler_options(arguments, is_nvidia=True)))
+
+    with mock.patch.object(conv3x3, "run", run), mock.patch.object(launch, "run", run):
+        launching()
+    return recorded
+
+
+def compile_first(launching: Callable[[], object], target: str, index: int = 0) -> dict:
+    recorded, options = record(launching)[index]
+    types, constants, attributes = recorded.signature(TARGETS[target])
+    source = ASTSource(fn=recorded.kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled, code = compile_for(source, TARGETS[target], options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "target": target,
+        "stack": code.stack,
+        "registers": code.registers,
+        "matrix": code.matrix,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "loads": sum(code.loads.values()),
+    }
+
+
+def reversed_passes() -> Iterator[tuple[str, dict]]:
+    x, vector = image(128, 16), torch.empty(128, device="meta")
+    norm = BatchNormArgs(vector, vector, vector, vector, training=True)
+    saved = Saved(x, None, *(vector,) * 4, *(None,) * 5)
+    yield "normalize", compile_first(lambda: launch.forward(x, norm, None, None, True, reverse=True), "sm_90", 2)
+    yield (
+        "input gradients",
+        compile_first(lambda: launch.backward(x, None, saved, "none", True, True, False, reverse=True), "sm_90", 2),
+    )
+
+
+if __name__ == "__main__":
+    found = []
+    for (n_channels, width), shape in SHAPES.items():
+        for name, tiles, launching in launches(n_channels, width):
+            if tiles.per_program == 8 and "gradient" not in name:
+                continue  # the same code
+            targets = ["sm_90"]
+            if (tiles.block_m, tiles.block_n) == ANYWHERE and tiles.num_stages == 3 and n_channels == 64:
+                targets += ["sm_80", "sm_100"]
+            found += [
+                {"kernel": name, "shape": shape, "tiles": tiles._asdict()} | compile_first(launching, target)
+                for target in targets
+            ]
+    found += [
+        {"kernel": f"{name}, reversed", "shape": "128x16x16", "tiles": None} | row for name, row in reversed_passes()
+    ]
+    print(json.dumps(found))

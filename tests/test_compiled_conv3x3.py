@@ -1,0 +1,61 @@
+"""The 3x3 convolutions compile to tensor-memory copies and matrix instructions, without a stack, for GPUs not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """A process of its own, where nothing is interpreted."""
+    script = Path(__file__).with_name("compile_conv3x3.py")
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def convolutions(rows: list[dict], target: str) -> list[dict]:
+    found = [row for row in rows if row["target"] == target and "reversed" not in row["kernel"]]
+    assert {row["kernel"] for row in found} == {
+        "convolution",
+        "data gradient, BN+ReLU",
+        "data gradient, BN+ReLU, forked",
+        "data gradient, BN+add+ReLU, forked",
+        "data gradient, BN+BN+add+ReLU, forked",
+        *(["weight gradient"] if target == "sm_90" else []),
+    }
+    return found
+
+
+def test_no_stack(rows):
+    assert [row for row in rows if row["stack"]] == []
+
+
+def test_hopper_multiplies_by_warpgroups(rows):
+    for row in convolutions(rows, "sm_90"):
+        assert row["wgmma"] > 0 and row["matrix"] > 0, row
+
+
+def test_hopper_loads_its_operands_by_tensor_memory_copies(rows):
+    """A convolution's only ordinary loads are none, a weight gradient's, too: no address is computed."""
+    for row in convolutions(rows, "sm_90"):
+        assert row["tma_loads"] > 0, row
+        if not row["kernel"].startswith("data gradient"):
+            assert row["loads"] == 0, row
+
+
+def test_older_and_newer_gpus_have_matrix_instructions_too(rows):
+    assert all(row["matrix"] > 0 for row in convolutions(rows, "sm_80"))
+    assert all(row["tcgen05"] > 0 and row["tma_loads"] > 0 for row in convolutions(rows, "sm_100"))
+
+
+def test_the_passes_in_reverse_compile_as_well(rows):
+    assert [row["kernel"] for row in rows if "reversed" in row["kernel"]] == [
+        "normalize, reversed",
+        "input gradients, reversed",
+    ]

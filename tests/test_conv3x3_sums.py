@@ -1,0 +1,130 @@
+"""What the convolutions compute for the batch norms around them is what those compute themselves."""
+
+import pytest
+import torch
+from budget import assert_within_budget
+from test_conv3x3 import CASES, TYPED, Case, channels_last, cuts, operands
+from torch import Tensor
+
+from resnet_fast.ops import BatchNormArgs, conv3x3, launch, reference
+from resnet_fast.ops.arguments import PartialStatistics, Saved
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def fresh_norm(n_channels: int, device: torch.device) -> BatchNormArgs:
+    running = [torch.zeros(n_channels, device=device), torch.ones(n_channels, device=device)]
+    return BatchNormArgs(*running, training=True, momentum=0.3)
+
+
+def statistics(y: Tensor, known: PartialStatistics | None) -> dict[str, Tensor]:
+    norm, var = fresh_norm(y.shape[1], y.device), y.new_empty(1, y.shape[1], dtype=torch.float64)
+    mean, rstd = launch.statistics(y, norm, var, known=known)
+    found = {"mean": mean[0], "rstd": rstd[0], "var": var[0].float()}
+    return found | {"running_mean": norm.running_mean, "running_var": norm.running_var}
+
+
+@TYPED
+def test_statistics(case, dtype, device):
+    """Those of the rounded output, as its own pass computes them, which has the benefit of a pivot."""
+    x, weight, _ = operands(case, dtype, device)
+    for tiles in cuts(case.in_channels, case.out_channels):
+        y, known = conv3x3.forward(x, weight, tiles)
+        found, own = statistics(y, known), statistics(y, None)
+        exact_mean, exact_var = reference.statistics(y.double())
+        n_rows = y.numel() // y.shape[1]
+        exact = {"mean": exact_mean, "rstd": (exact_var + 1e-5).rsqrt(), "var": exact_var}
+        exact |= {"running_mean": 0.3 * exact_mean, "running_var": 0.7 + 0.3 * exact_var * n_rows / (n_rows - 1)}
+        # The terms of a mean are the values, those of a variance their squared deviations.
+        added = {"mean": y.double().abs().mean((0, 2, 3)), "running_mean": 0.3 * y.double().abs().mean((0, 2, 3))}
+        added |= {name: 4 * exact[name].abs() for name in ("var", "rstd", "running_var")}
+        for name in found:
+            assert_within_budget(name, found[name], own[name], exact[name], added[name])
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1e18, 1e25, 3e36))
+def test_statistics_of_tiny_and_huge_values(scale, device):
+    """Whose squares vanish or overflow: the rescue in units of 2^100, across tiles of which some need none."""
+    x, weight, _ = operands(Case("huge", 3, 16, 16, 8), torch.bfloat16, device)
+    x[1:] *= scale
+    weight[8:] = 0  # channels that are not touched by it
+    for tiles in cuts(16, 16):
+        y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
+        found, own = statistics(y, known), statistics(y, None)
+        for name in ("mean", "rstd", "var"):
+            torch.testing.assert_close(found[name], own[name], rtol=1e-5, atol=0)
+
+
+def test_a_channel_with_inf_or_nan_is_as_pytorchs(device):
+    x, weight, _ = operands(Case("not finite", 3, 16, 16, 8), torch.bfloat16, device)
+    weight.zero_()
+    weight[0, 0, 1, 1] = weight[1, 1, 1, 1] = weight[2, 2, 1, 1] = weight[3, 3, 1, 1] = 1
+    x[0, 0, 0, 0], x[1, 1, 0, 0] = float("inf"), float("nan")
+    x[0, 2, 0, 0], x[2, 2, 0, 0] = float("inf"), -float("inf")
+    for tiles in cuts(16, 16):
+        y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
+        found = statistics(y, known)
+        mean, var = reference.statistics(y.float())
+        torch.testing.assert_close(found["mean"], mean, equal_nan=True)
+        torch.testing.assert_close(found["var"], var, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def saved_of(case: Case, join: str, relu: bool, dtype: torch.dtype, device: torch.device) -> Saved:
+    """What a batch norm whose output the convolution reads has saved, [N, C_in, H, W], with ReLU bits where it has."""
+    generator = torch.Generator().manual_seed(7)
+
+    def image() -> Tensor:
+        return channels_last(torch.randn(operands_shape, generator=generator).to(device, dtype))
+
+    def vector() -> Tensor:
+        return torch.rand(case.in_channels, generator=generator).to(device) + 0.5
+
+    operands_shape = (case.n_images, case.in_channels, case.width, case.width)
+    x, residual, norms = image(), None if join == "none" else image(), []
+    for _ in range(2):
+        norms.append(BatchNormArgs(None, None, vector(), vector() - 1, training=True))
+    residual_norm = norms[1] if join == "bn" else None
+    outputs = launch.forward(x, norms[0], residual, residual_norm, relu)
+    of_x = (x, outputs.relu_mask, outputs.mean, outputs.rstd, norms[0].weight, norms[0].bias)
+    if join != "bn":
+        return Saved(*of_x, *(None,) * 5)
+    return Saved(*of_x, residual, outputs.residual_mean, outputs.residual_rstd, norms[1].weight, norms[1].bias)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("fork", (False, True), ids=("one consumer", "two consumers"))
+@pytest.mark.parametrize(("join", "relu"), (("none", True), ("none", False), ("add", True), ("bn", True)))
+def test_sums(join, relu, fork, dtype, device):
+    """dz to the bit as the batch norm's own pass has it from the same gradient, and its sums within the budget."""
+    for case in (CASES[4], CASES[6]):
+        _, weight, dy = operands(case, dtype, device)
+        saved = saved_of(case, join, relu, dtype, device)
+        dx_alias = channels_last(torch.randn_like(saved.x)) if fork else None
+        for tiles in cuts(case.out_channels, case.in_channels):
+            dx, _ = conv3x3.data_gradient(dy, weight, tiles)
+            dz, sums = conv3x3.data_gradient(dy, weight, tiles, saved, relu, dx_alias)
+            expected, own, _ = launch.gradient_sums(dx, dx_alias, saved, join, relu)
+            if expected is None:  # where that pass writes none: without bits and without a fork
+                y = launch.normalize(
+                    saved.x,
+                    BatchNormArgs(None, None, saved.weight, saved.bias),
+                    saved.mean,
+                    saved.rstd,
+                    *[None] * 4,
+                    relu,
+                ).y
+                expected = dx.masked_fill(y <= 0, 0) if relu else dx
+            assert torch.equal(dz, expected)
+            assert sums is not None and sums.shape == own.shape
+            terms = [torch.ones_like(dz.double()), xhat(saved.x, saved.mean, saved.rstd)]
+            if join == "bn":
+                terms.append(xhat(saved.residual, saved.residual_mean, saved.residual_rstd))
+            for name, found, of_pass, term in zip(("dz", "dz·x̂", "dz·r̂"), sums, own, terms, strict=False):
+                product = dz.double() * term
+                exact, added = (t.sum((0, 2, 3))[None] for t in (product, product.abs()))
+                # A term is rounded three times: x - mean, times rstd, times dz.
+                assert_within_budget(f"sum of {name}", found, of_pass, exact, 3 * added)
+
+
+def xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return reference.normalize(x.double(), mean[0].double(), rstd[0].double(), None, None)
