@@ -15,10 +15,35 @@ PACKAGE = ROOT / "resnet_fast"
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network, on
 # the kernel that augments.
 LAYERS = (
-    *("checks", "files", "signature", "machine", "kernels", "ops", "functional", "nn", "checkpoints", "models"),
-    *("conversion", "data", "evaluation", "training", "study", "inference", "profiling", "parity", "doctor", "cli"),
+    *(
+        "checks",
+        "files",
+        "signature",
+        "machine",
+        "timing",
+        "kernels",
+        "ops",
+        "functional",
+        "nn",
+        "checkpoints",
+        "models",
+    ),
+    *(
+        "conversion",
+        "data",
+        "evaluation",
+        "training",
+        "study",
+        "inference",
+        "profiling",
+        "tuning",
+        "parity",
+        "doctor",
+        "cli",
+    ),
 )
 DATA_MAY_IMPORT = {"data", "ops"}
+MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
 
 
@@ -96,6 +121,7 @@ def wheel(tmp_path_factory) -> list[str]:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    (copy / MADE_UP_TABLE).write_text("{}")
     command = [
         sys.executable,
         "-m",
@@ -116,6 +142,10 @@ def wheel(tmp_path_factory) -> list[str]:
 def test_the_wheel_holds_every_module(wheel):
     expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in sources()} | {"resnet_fast/py.typed"}
     assert expected <= set(wheel)
+
+
+def test_the_wheel_holds_the_tables_of_choices(wheel):
+    assert MADE_UP_TABLE in wheel
 
 
 def test_the_wheel_has_no_top_level_kernels(wheel):
