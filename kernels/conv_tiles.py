@@ -1,6 +1,22 @@
-"""Block sizes of the 3x3 convolutions, and the candidates among which `resnet-fast tune` measures."""
+"""Block sizes of the 3x3 convolutions: the candidates among which `resnet-fast tune` measures, each with its reason.
+
+Compiled for sm_90 none of them needs a stack (tests/test_compiled_conv3x3.py), which decided much: with output channels
+as the matrix unit's rows a thread holds few channels of the epilogue's vectors, and fewer registers. Of those for 64
+channels and more, 128 by 64 need none for sm_80 and sm_100 either. Left out: warp specialization, at which Triton 3.7
+fails for sm_90 (in its pass "nvgpu-warp-specialization").
+"""
 
 from typing import NamedTuple
+
+# Maps whose lines a tile is made of; wider ones are for cuDNN.
+WIDTHS = (4, 8, 16, 32)
+
+# Elements of the weight's gradient to a program that adds its parts up: 16 bytes of each part to a thread of 4 warps.
+COMBINE_BLOCK = 512
+
+# Programs that a weight gradient is divided among: two or four to each of 132 multiprocessors. More parts of the sum
+# are more traffic: every part is written and read in fp32.
+PROGRAMS = (264, 528)
 
 
 class ConvTiles(NamedTuple):
@@ -18,3 +34,47 @@ class ConvTiles(NamedTuple):
     channels_as_rows: bool  # operand order: the matrix unit's rows are output channels, or pixels
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As the compiler takes them."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def conv_candidates(in_channels: int, out_channels: int) -> list[ConvTiles]:
+    """Of the convolution from `in_channels` to `out_channels`, or of a data gradient that sums over `in_channels`."""
+    block_k = block_of(in_channels)
+    if out_channels < 64:  # fewer than the rows of sm_90's matrix instruction: pixels are the rows
+        block_n = block_of(out_channels)
+        return [ConvTiles(128, block_n, block_k, per_program, False, 4, 3) for per_program in (1, 8)]
+    # Shared memory feeds the matrix unit: 256 pixels to 64 channels read the fewest bytes per product, 64 to 64 leave
+    # room for the most programs. One tile per program balances best; eight write an eighth of the partial sums.
+    shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)]
+    if out_channels % 128 == 0:
+        shapes.append((128, 128, 8, 3))
+    return [
+        ConvTiles(block_m, block_n, block_k, per_program, True, num_warps, num_stages)
+        for block_m, block_n, num_warps, num_stages in shapes
+        for per_program in (1, 8)
+    ]
+
+
+def weight_gradient_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[ConvTiles]:
+    """Of the weight gradient, a sum over `n_rows` = N·H·W pixels, in as many parts as give each of PROGRAMS."""
+    block_n = block_of(in_channels)
+    shapes = [(64, block_n, 64, 4), (64, block_n, 128, 4)]
+    if out_channels % 128 == 0:
+        shapes += [(128, block_n, 64, 4), (128, 2 * block_n, 64, 8)] if in_channels % 128 == 0 else []
+    found = []
+    for block_m, block_n, block_k, num_warps in shapes:
+        n_tiles = 9 * -(-out_channels // block_m) * -(-in_channels // block_n)
+        n_steps = -(-n_rows // block_k)
+        for n_programs in PROGRAMS:
+            n_parts = max(1, n_programs // n_tiles)
+            found.append(ConvTiles(block_m, block_n, block_k, -(-n_steps // n_parts), True, num_warps, 3))
+    return list(dict.fromkeys(found))
+
+
+def block_of(n_channels: int) -> int:
+    """Channels of a block: 64, a 128-byte line in 16-bit types, or all where there are fewer, as a power of two."""
+    return min(64, 1 << (n_channels - 1).bit_length())

@@ -8,8 +8,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
-from .ops.arguments import Join, Outputs, Saved
-from .ops.batch_norm import as_image, backward_op, dense, forward_op, recompute_y
+from .ops.arguments import Join, Outputs, PartialStatistics, Saved
+from .ops.batch_norm import (
+    as_image,
+    backward_of_sums,
+    backward_op,
+    dense,
+    forward_of_statistics,
+    forward_op,
+    recompute_y,
+)
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
@@ -97,8 +105,14 @@ def run(
     backend: Backend | None = None,
     group: ProcessGroup | None = None,
     ghost_batch_size: int | None = None,
+    known: PartialStatistics | None = None,
+    link: bool = False,
 ) -> Any:
-    """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes."""
+    """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes.
+
+    For convolutions around it (convolution.py): `known` are the statistics of x, in parts; with `link` returns y, the
+    token whose gradient are the backward's sums, and what computes them.
+    """
     residual = None if residual is None else residual.to(x.dtype)
     uses_batch_statistics = norm.training or (residual_norm is not None and residual_norm.training)
     group_images = (ghost_batch_size or 0) if uses_batch_statistics else 0
@@ -112,12 +126,19 @@ def run(
         join = "add" if residual_norm is None else "bn"
     norms = (norm, residual_norm or BatchNormArgs(None, None))
     dense_norms = _dense_vectors(*norms)
-    settings = (join, relu, fork, group, group_images)
+    settings = (join, relu, fork, group, group_images, known, link)
     y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], *settings)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
+    if link:
+        y, token, relu_mask, *of_pass = y
+        affine, residual_affine = ((norm.weight, norm.bias) for norm in dense_norms)
+        of_join: tuple = (None,) * 5
+        if residual is not None and join == "bn":
+            of_join = (residual.detach(), *of_pass[2:], *residual_affine)
+        return y, token, Saved._make((x.detach(), relu_mask, *of_pass[:2], *affine, *of_join))
     if x.dim() == 4:
         return y
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
@@ -243,9 +264,11 @@ class _BatchNormAddReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork, ctx.group, ctx.ghost_batch_size = arguments[2 * n :]
+        join, relu, fork, ctx.group, ctx.ghost_batch_size, known, ctx.link = arguments[2 * n :]
         is_bn_join = join == "bn"
-        if ctx.group is None:
+        if known is not None:
+            outputs = forward_of_statistics(x, norm, residual, residual_norm if is_bn_join else None, relu, known)
+        elif ctx.group is None:
             outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ctx.ghost_batch_size))
             if not relu or join == "none":
                 outputs = outputs._replace(relu_mask=None)
@@ -270,19 +293,27 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.settings = (join, relu, norm.training, residual_norm.training)
         ctx.eps = (norm.eps, residual_norm.eps)
         ctx.set_materialize_grads(False)
+        if ctx.link:
+            of_pass = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
+            ctx.mark_non_differentiable(*(tensor for tensor in of_pass if tensor is not None))
+            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *of_pass
         return (y, y.view_as(y)) if fork else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, second: Tensor | None = None, *_):  # type: ignore[override]
         n = len(BatchNormArgs._fields)
+        dy_alias, sums = (None, second) if ctx.link else (second, None)
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
             if ctx.group is None:
-                return (None,) * (2 + 2 * n + 5)
+                return (None,) * (2 + 2 * n + 7)
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
         join, relu, *_ = ctx.settings
-        if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
+        if sums is not None:  # dy is dz then
+            saved = Saved._make(ctx.saved_tensors)
+            gradients = backward_of_sums(dy, sums, saved, join, residual_training=ctx.settings[-1])
+        elif torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
             gradients = _differentiable_backward(ctx, dy, dy_alias)
         elif ctx.group is None:
             gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings, ctx.ghost_batch_size)
@@ -290,11 +321,11 @@ class _BatchNormAddReLU(torch.autograd.Function):
             saved = Saved._make(ctx.saved_tensors)
             gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *ctx.settings)
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
-        if join == "add" and not relu and dy_alias is None:
+        if join == "add" and not relu and dy_alias is None and sums is None:
             dresidual = dy  # nothing stands between y and the residual
         of_norm = (None, None, dweight, dbias, None, None, None)
         of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *of_norm, *of_residual_norm, None, None, None, None, None)
+        returned = (dx, dresidual, *of_norm, *of_residual_norm, *(None,) * 7)
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 

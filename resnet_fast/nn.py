@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from .convolution import Activation, Convolved, choose_data_gradient
 from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run
 
 
@@ -61,23 +62,29 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def fused(
         self,
-        x: Tensor,
+        x: Tensor | Convolved,
         residual: Tensor | None = None,
         residual_norm: "FusedBatchNorm2d | None" = None,
         *,
         relu: bool,
         fork: bool = False,
+        consumer: nn.Module | None = None,
     ) -> Any:
         """`forward` with every join, for blocks that fuse over their submodules.
 
         Args:
-            x, residual: [N, C, H, W].
+            x, residual: [N, C, H, W]; x may come with its statistics from `convolve`.
             residual_norm: the batch norm of the residual, [C].
             relu, fork: as in `batch_norm_add_relu`; the module's own `relu` does not count here.
+            consumer: the convolution that alone (with `fork`, beside a shortcut) is to get y, through `convolve`.
 
         Returns:
-            y: [N, C, H, W], or (y, alias of y) with `fork`.
+            y: [N, C, H, W], or (y, alias of y) with `fork`. Where the consumer's backward is to compute this batch
+            norm's sums, y is an `Activation`, and its alias None: the consumer makes one.
         """
+        known = None
+        if isinstance(x, Convolved):
+            x, known = x
         self._check_input_dim(x)
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
         group = self.group()
@@ -91,7 +98,16 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             counter = module.counter()
             if counter is not None:
                 counter.add_(count_groups(x, ghost_batch_size))
-        return run(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
+        is_plain = group is None and ghost_batch_size is None and all(module.training for module in modules)
+        if not is_plain or known is None and consumer is None:
+            return run(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
+        join = "none" if residual is None else "add" if residual_norm is None else "bn"
+        choice = choose_data_gradient(consumer, x, join, fork)
+        if choice.tiles is None:
+            return run(x, norm, residual, residual_args, relu, fork, known=known)
+        y, token, saved = run(x, norm, residual, residual_args, relu, False, known=known, link=True)
+        linked = Activation(y, token, saved, relu, fork, choice)
+        return (linked, None) if fork else linked
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""

@@ -19,6 +19,7 @@ import triton.language as tl
 from machine_code import MachineCode, read_amdgcn, read_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.ops import BatchNormArgs, launch
 from resnet_fast.ops.arguments import Saved
@@ -76,7 +77,10 @@ class Launch(NamedTuple):
                 constants[(position,)] = value
                 continue
             specialization = ""
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, TensorDescriptor):
+                element = POINTERS[value.base.dtype].removeprefix("*")
+                types[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
+            elif isinstance(value, torch.Tensor):
                 types[parameter.name] = POINTERS[value.dtype]
                 specialization = backend.get_tensor_specialization(value, align=True)
             elif parameter.annotation_type:

@@ -19,6 +19,7 @@ def mend() -> None:
     """All of the below, before a kernel runs."""
     _round_bfloat16_to_nearest()
     _sum_in_pairs()
+    _multiply_bfloat16()
     # Lanes that a mask or tl.where discards may hold anything, on a GPU in silence.
     np.seterr(over="ignore", divide="ignore", invalid="ignore")
 
@@ -57,6 +58,20 @@ def _sum_in_pairs() -> None:
         return self.to_tensor(data if keep else np.squeeze(data, axis), input.dtype)
 
     interpreter.ReduceOps.sum = tree_sum
+
+
+def _multiply_bfloat16() -> None:
+    """tl.dot of bf16: the interpreter multiplies its bits, as integers."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def in_fp32(x):
+        data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, *(in_fp32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @contextmanager

@@ -5,25 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.ops import choice_files, choices
 from resnet_fast.ops.choice_format import Entries, Environment, Measured
-from resnet_fast.ops.choices import Choice, Problem
+from resnet_fast.ops.choices import Choice, Problem, tiles_of
 
 GPU = torch.device("cuda:0")
 ENVIRONMENT = Environment("NVIDIA Made-Up 80GB", "2.13.0+cu130", "3.7.1", 91002, "0.1.0", "0123456789abcdef")
-TILES = ConvTiles(128, 64, 32, 4, True, 4, 3)
-FUSED = Choice("fused", TILES)
+
+
+def fused(problem: Problem) -> Choice:
+    """The first of the block sizes that there are."""
+    return Choice("fused", tiles_of(problem)[0])
 
 
 def entries(n_images: int = 128) -> Entries:
     """One of every operation: convolutions fused, batch norms as by default."""
-    of_conv = Measured(FUSED, {Choice("cudnn"): 2.0, FUSED: 1.0})
+    convolutions = (
+        Problem("convolution", "bf16", n_images, 64, 128, 32),
+        Problem("data gradient", "fp16", n_images, 64, 64, 16, "bn", True),
+        Problem("weight gradient", "bf16", n_images, 64, 64, 8),
+    )
     of_norm = Measured(Choice("two passes"), {Choice("two passes"): 0.5, Choice("single read"): 0.75})
     return {
-        Problem("convolution", "bf16", n_images, 64, 128, 32): of_conv,
-        Problem("data gradient", "fp16", n_images, 64, 64, 16, "bn", True): of_conv,
-        Problem("weight gradient", "bf16", n_images, 64, 64, 8): of_conv,
+        **{problem: Measured(fused(problem), {Choice("cudnn"): 2.0, fused(problem): 1.0}) for problem in convolutions},
         Problem("batch norm", "bf16", n_images, 64, 64, 4, "add"): of_norm,
         Problem("batch norm backward", "bf16", n_images, 64, 64, 4, "add", True): of_norm,
     }

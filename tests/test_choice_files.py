@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_gpu import ENVIRONMENT, FUSED, GPU, entries, make_up_gpu
+from made_up_gpu import ENVIRONMENT, GPU, entries, fused, make_up_gpu
 
 from resnet_fast.ops import choice_files, choice_format, choices
 from resnet_fast.ops.choice_files import add, check_can_add, find_tables, read_file
@@ -18,6 +18,7 @@ from resnet_fast.ops.choices import Choice, Problem, choose
 
 ROOT = Path(__file__).parents[1]
 CONVOLUTION = next(iter(entries()))
+FUSED = fused(CONVOLUTION)
 
 
 @pytest.fixture
@@ -195,14 +196,14 @@ WRONG_TABLES = {
     "implementation of convolution must be one of cudnn; fused": {"entries__0__choice__implementation": "single read"},
     "tiles must have the fields": {"entries__0__choice__tiles": None},
     "tiles are those of the fused convolution": {"entries__0__choice__implementation": "cudnn"},
-    "block_m must be a power of two, got 96": {"entries__0__choice__tiles__block_m": 96},
-    "block_n must be an integer from 16 to 256, got 1024": {"entries__0__choice__tiles__block_n": 1024},
-    "block_k must be an integer from 16": {"entries__0__choice__tiles__block_k": -32},
-    "per_program must be an integer": {"entries__0__choice__tiles__per_program": "4"},
-    "channels_as_rows must be true": {"entries__0__choice__tiles__channels_as_rows": 0},
-    "num_warps must be a power of two": {"entries__0__choice__tiles__num_warps": 3},
-    "num_stages must be an integer from 1 to 8": {"entries__0__choice__tiles__num_stages": 99},
-    "fused was not": {"entries__0__choice__tiles__block_k": 64},
+    "tiles must be among those of kernels/conv_tiles.py": {"entries__0__choice__tiles__block_m": 96},
+    "tiles must be among those of kernels/conv_tiles.py for": {"entries__0__choice__tiles__block_n": 2**40},
+    "tiles must be among those of kernels/conv_tiles.py for the": {"entries__0__choice__tiles__block_k": -64},
+    "tiles must be among those of kernels/conv_tiles.py for the problem": {"entries__0__choice__tiles__num_warps": "4"},
+    "tiles must be among those of kernels/conv_tiles.py for the problem, got": {
+        "entries__0__choice__tiles__num_stages": []
+    },
+    "fused was not": {"entries__0__measured": table()["entries"][0]["measured"][:1]},
     "cudnn was not": {"entries__0__measured": [table()["entries"][0]["measured"][1]]},
     "measured must be a list": {"entries__0__measured": 1},
     "milliseconds must be a positive number, got 0": {"entries__0__measured__0__milliseconds": 0},

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_gpu import ENVIRONMENT, FUSED, entries, make_up_gpu
+from made_up_gpu import ENVIRONMENT, entries, fused, make_up_gpu
 from typer.testing import CliRunner
 
 from resnet_fast.cli import app
 from resnet_fast.cli import tune as command
 from resnet_fast.ops import choice_files
 from resnet_fast.ops.choice_files import add, read_file
-from resnet_fast.ops.choices import DEFAULTS, IMPLEMENTATIONS, Choice, Problem
+from resnet_fast.ops.choices import DEFAULTS, IMPLEMENTATIONS, Choice, Problem, tiles_of
 from resnet_fast.tuning import Candidate, Outcome, Prepared, find_problems, inputs, measure, why_not
 from resnet_fast.tuning.candidates import candidates
 from resnet_fast.tuning.measurement import choose_fastest
@@ -46,7 +46,7 @@ def made_up(problem: Problem, device: torch.device) -> Prepared:
     """Of a batch norm all implementations, of a convolution one fused; all right, in bf16."""
     right = candidate(EXACT.bfloat16())
     default = DEFAULTS[problem.operation]
-    others = (REVERSED, SINGLE_READ) if problem.operation.startswith("batch norm") else (FUSED,)
+    others = (REVERSED, SINGLE_READ) if problem.operation.startswith("batch norm") else (fused(problem),)
     return Prepared({"y": EXACT}, {choice: right for choice in (default, *others)})
 
 
@@ -92,13 +92,13 @@ def test_everything_is_measured_chosen_written_and_shown(own: Path):
     assert list(found) == sorted(find_problems("resnet18", "cifar", [128, 512, 1024], 32, "bf16"))
     for problem, measured in found.items():
         is_norm = problem.operation.startswith("batch norm")
-        assert measured.choice == (SINGLE_READ if is_norm else FUSED)
+        assert measured.choice == (SINGLE_READ if is_norm else fused(problem))
         of_norm = {TWO_PASSES: 1.0, REVERSED: 1.0, SINGLE_READ: 0.9}
-        assert measured.milliseconds == (of_norm if is_norm else {Choice("cudnn"): 1.0, FUSED: 0.5})
+        assert measured.milliseconds == (of_norm if is_norm else {Choice("cudnn"): 1.0, fused(problem): 0.5})
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if str(own) not in line) <= 80
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
-    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  fused 128x64x32" in lines
+    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  fused 64x64x64" in lines
     assert "  128 16x16 bn fork                1 ms    0.9 ms   1.11x  single read" in lines
     assert lines.count("batch norm backward, bf16, batch 512") == 1
     n = len(found)
@@ -371,10 +371,11 @@ def test_strides_odd_widths_and_few_channels_are_for_cudnn():
         *[(operation, *case) for operation in ("data gradient", "batch norm", "batch norm backward") for case in JOINS],
     ],
 )
-def test_defaults_are_right_and_so_is_the_reversed_second_pass(operation, join: str, fork: bool, monkeypatch):
+def test_candidates_are_right(operation, join: str, fork: bool, monkeypatch):
     monkeypatch.setattr(inputs, "rotation", lambda size, device: 2)
     is_norm = operation.startswith("batch norm")
     problem = Problem(operation, "bf16", 2, 16, 16 if is_norm else 32, 4, join, fork)
     outcome = measure(problem, candidates, CPU, 2, clock())
     assert outcome.measured is not None and not outcome.wrong
-    assert set(outcome.measured.milliseconds) >= ({TWO_PASSES, REVERSED} if is_norm else {Choice("cudnn")})
+    expected = {Choice("fused", tiles) for tiles in tiles_of(problem)} | {Choice("cudnn")}
+    assert set(outcome.measured.milliseconds) >= ({TWO_PASSES, REVERSED} if is_norm else expected)

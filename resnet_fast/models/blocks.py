@@ -7,6 +7,7 @@ block run torchvision's forward, step by step: the same numbers, without the fus
 step.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models import resnet as torchvision_resnet
 
+from ..convolution import convolve
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 
 
@@ -109,19 +111,22 @@ class FusedBlock(nn.Module):
         """The forward without fusion: torchvision's."""
         return super().forward(x)  # type: ignore[misc]
 
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        """`x` and `shortcut` are the block's input, once for each consumer; returns y, or two handles to it."""
+    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+        """`x` and `shortcut` are the block's input, once for each consumer; returns y.
+
+        With `consumer`, the first convolution of the block behind this one, the same two handles to y.
+        """
         raise NotImplementedError
 
 
 class BasicBlock(FusedBlock, torchvision_resnet.BasicBlock):
     """conv3x3 - BN+ReLU - conv3x3 - BN+add+ReLU; the batch norm of a projection shortcut joins the last."""
 
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        out = self.conv1(x)
-        out = self.bn1.fused(out, relu=True)
-        out = self.conv2(out)
-        return join(self.bn2, out, self.downsample, shortcut, fork)
+    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+        out, shortcut = convolve(self.conv1, x, shortcut)
+        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
+        out, _ = convolve(self.conv2, out)
+        return join(self.bn2, out, self.downsample, shortcut, consumer)
 
 
 class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
@@ -130,13 +135,13 @@ class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
     conv3: nn.Module
     bn3: FusedBatchNorm2d
 
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        out = self.conv1(x)
-        out = self.bn1.fused(out, relu=True)
-        out = self.conv2(out)
+    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+        out, shortcut = convolve(self.conv1, x, shortcut)
+        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
+        out, _ = convolve(self.conv2, out)
         out = self.bn2.fused(out, relu=True)
         out = self.conv3(out)
-        return join(self.bn3, out, self.downsample, shortcut, fork)
+        return join(self.bn3, out, self.downsample, shortcut, consumer)
 
 
 class PlainBlock(FusedBlock):
@@ -161,16 +166,16 @@ class PlainBlock(FusedBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 
-    def fused_forward(self, x: Tensor, shortcut: Tensor, fork: bool = False) -> Any:
-        """The output has one consumer, so that the second handle, where one is asked for, is the first."""
-        out = self.conv1(x)
-        out = self.bn1.fused(out, relu=True)
-        out = self.conv2(out)
-        out = self.bn2.fused(out, relu=True)
-        return (out, out) if fork else out
+    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+        """The output has one consumer; what is returned for a shortcut no plain block takes."""
+        out, _ = convolve(self.conv1, x)
+        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
+        out, _ = convolve(self.conv2, out)
+        out = self.bn2.fused(out, relu=True, consumer=consumer)
+        return out if consumer is None else (out, None)
 
 
-def join(norm: FusedBatchNorm2d, out: Tensor, downsample: Any, shortcut: Tensor, fork: bool) -> Any:
+def join(norm: FusedBatchNorm2d, out: Any, downsample: Any, shortcut: Any, consumer: nn.Module | None) -> Any:
     """relu(bn(out) + shortcut), the shortcut as it is, padded, or through its convolution and its own batch norm."""
     residual_norm = None
     if type(downsample) is PaddedShortcut:
@@ -178,7 +183,7 @@ def join(norm: FusedBatchNorm2d, out: Tensor, downsample: Any, shortcut: Tensor,
     elif downsample is not None:
         conv, residual_norm = downsample
         shortcut = conv(shortcut)
-    return norm.fused(out, shortcut, residual_norm, relu=True, fork=fork)
+    return norm.fused(out, shortcut, residual_norm, relu=True, fork=consumer is not None, consumer=consumer)
 
 
 def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
@@ -191,12 +196,12 @@ def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list
     return blocks if all(isinstance(block, FusedBlock) and block.can_fuse() for block in blocks) else []
 
 
-def run_fused(blocks: Sequence[Any], x: Tensor, shortcut: Tensor) -> Tensor:
+def run_fused(blocks: Sequence[Any], x: Any, shortcut: Any) -> Tensor:
     """Run blocks one after the other.
 
     Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
-    that the backward of the operation that made it adds the two gradients in registers.
+    that the backward of the operation that made it, or of that convolution, adds the two gradients in registers.
     """
-    for block in blocks[:-1]:
-        x, shortcut = block.fused_forward(x, shortcut, fork=True)
+    for block, following in itertools.pairwise(blocks):
+        x, shortcut = block.fused_forward(x, shortcut, following.conv1)
     return blocks[-1].fused_forward(x, shortcut)

@@ -105,10 +105,10 @@ class CifarResNet(nn.Module):
             x = self.relu(self.bn1(x))
             x = self.layer3(self.layer2(self.layer1(x)))
         elif self.shortcut is None:  # one consumer, one handle
-            x = self.bn1.fused(x, relu=True)
-            x = run_fused(blocks, x, x)
+            x = self.bn1.fused(x, relu=True, consumer=blocks[0].conv1)
+            x = run_fused(blocks, x, None)
         else:
-            x, handle = self.bn1.fused(x, relu=True, fork=True)
+            x, handle = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
             x = run_fused(blocks, x, handle)
         x = self.avgpool(x)
         x = flatten(x, 1)

@@ -93,7 +93,7 @@ class ResNet(torchvision_resnet.ResNet):
             return super()._forward_impl(x)
         x = self.conv1(x)
         if type(self.maxpool) is nn.Identity:
-            x, shortcut = self.bn1.fused(x, relu=True, fork=True)
+            x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
         else:
             x = shortcut = self.maxpool(self.bn1.fused(x, relu=True))
         x = run_fused(blocks, x, shortcut)

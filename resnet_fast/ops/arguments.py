@@ -24,6 +24,13 @@ class BatchNormArgs(NamedTuple):
     eps: float = 1e-5
 
 
+class PartialStatistics(NamedTuple):
+    """Mean and centered M2 of x over its parts of `rows_per_part` rows, [2, n_parts, C], from what has computed x."""
+
+    partials: Tensor
+    rows_per_part: int
+
+
 class Outputs(NamedTuple):
     """What the forward returns. `mean` and `rstd` of the pass, [n_groups, C] ([C] of several processes), are in the
     accumulation type.

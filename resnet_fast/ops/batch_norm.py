@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .arguments import BatchNormArgs, Gradients, Outputs, Saved, accumulation_type
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
@@ -193,6 +193,38 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
     with device_guard(x):
         gradients = launch.backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
         return _present(gradients, like=x)
+
+
+def forward_of_statistics(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    known: PartialStatistics,
+) -> Outputs:
+    """The forward operator where what has computed x has computed its statistics, too."""
+    with device_guard(x):
+        return launch.forward(x, norm, residual, residual_norm, relu, known=known)
+
+
+def backward_of_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:
+    """The backward operator where what has computed dz has computed the sums, [2 or 3, 1, C], too."""
+    with device_guard(dz):
+        dx, dresidual = launch.input_gradients(dz, dz, sums, saved, join, False, True, residual_training)
+    dbias, dweight, dresidual_weight = sums[0, 0], sums[1, 0], sums[-1, 0]
+
+    def like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+        return None if parameter is None else gradient.to(parameter.dtype, copy=True)
+
+    return Gradients(
+        dx,
+        like(saved.weight, dweight),
+        like(saved.bias, dbias),
+        dresidual,
+        like(saved.residual_weight, dresidual_weight),
+        like(saved.residual_bias, dbias),
+    )
 
 
 def recompute_y(saved: Saved, ghost_batch_size: int) -> Tensor:

@@ -16,13 +16,10 @@ from typing import Any, NamedTuple, get_args
 from resnet_fast.kernels.conv_tiles import ConvTiles
 
 from .arguments import Join
-from .choices import CONVOLUTIONS, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem
+from .choices import CONVOLUTIONS, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
 
 FORMAT = 1
-# Bounds that whatever is measured stays far within.
-MAX_SIZE = 2**31 - 1
-MAX_BLOCK, MAX_WARPS, MAX_STAGES = 256, 32, 8
-MIN_BLOCK = 16  # of tl.dot
+MAX_SIZE = 2**31 - 1  # which all that is measured stays far below
 SHAPE = ("n_images", "in_channels", "out_channels", "width")
 
 
@@ -134,8 +131,10 @@ def _read_problem(value: Any) -> Problem:
     _check_name("dtype", value["dtype"], DTYPES.values())
     _check_name("join", value["join"], get_args(Join))
     for name in SHAPE:
-        _check_integer(name, value[name], 1, MAX_SIZE)
-    _check_flag("fork", value["fork"])
+        if type(value[name]) is not int or not 1 <= value[name] <= MAX_SIZE:
+            raise ValueError(f"{name} must be an integer from 1 to {MAX_SIZE}, got {_shown(value[name])}")
+    if not isinstance(value["fork"], bool):
+        raise ValueError(f"fork must be true or false, got {_shown(value['fork'])}")
     return Problem(**value)
 
 
@@ -147,13 +146,12 @@ def _read_choice(problem: Problem, value: dict[str, Any]) -> Choice:
             raise ValueError(f"tiles are those of the fused convolution, {implementation} has none")
         return Choice(implementation)
     _check_fields("tiles", tiles, ConvTiles._fields)
-    for name in ("block_m", "block_n", "block_k"):
-        _check_power_of_two(name, tiles[name], MIN_BLOCK, MAX_BLOCK)
-    _check_integer("per_program", tiles["per_program"], 1, MAX_SIZE)
-    _check_flag("channels_as_rows", tiles["channels_as_rows"])
-    _check_power_of_two("num_warps", tiles["num_warps"], 1, MAX_WARPS)
-    _check_integer("num_stages", tiles["num_stages"], 1, MAX_STAGES)
-    return Choice(implementation, ConvTiles(**tiles))
+    for known in tiles_of(problem):
+        if tiles == known._asdict():
+            return Choice(implementation, known)
+    raise ValueError(
+        f"tiles must be among those of kernels/conv_tiles.py for the problem, got {_shown(str(list(tiles.values())))}"
+    )
 
 
 def _check_fields(name: str, value: Any, fields: tuple[str, ...]) -> None:
@@ -165,22 +163,6 @@ def _check_fields(name: str, value: Any, fields: tuple[str, ...]) -> None:
 def _check_name(name: str, value: Any, known: Any) -> None:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {'; '.join(known)}, got {_shown(value)}")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {_shown(value)}")
-
-
-def _check_integer(name: str, value: Any, at_least: int, at_most: int) -> None:
-    if type(value) is not int or not at_least <= value <= at_most:
-        raise ValueError(f"{name} must be an integer from {at_least} to {at_most}, got {_shown(value)}")
-
-
-def _check_power_of_two(name: str, value: Any, at_least: int, at_most: int) -> None:
-    _check_integer(name, value, at_least, at_most)
-    if value & (value - 1):
-        raise ValueError(f"{name} must be a power of two, got {value}")
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from resnet_fast.kernels.conv_tiles import ConvTiles
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
 
 Operation = Literal["convolution", "data gradient", "weight gradient", "batch norm", "batch norm backward"]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # others have no choice
@@ -56,6 +56,14 @@ _tables: dict[torch.device, Mapping[Problem, Choice]] = {}  # of this process, e
 _replaced: list[Mapping[Problem, Choice]] = []
 
 
+def tiles_of(problem: Problem) -> list[ConvTiles]:
+    """The block sizes of the fused convolution that there are for a problem."""
+    n_in, n_out = problem.in_channels, problem.out_channels
+    if problem.operation == "weight gradient":
+        return weight_gradient_candidates(n_in, n_out, problem.n_images * problem.width**2)
+    return conv_candidates(n_out, n_in) if problem.operation == "data gradient" else conv_candidates(n_in, n_out)
+
+
 def choose(problem: Problem, device: torch.device) -> Choice:
     """The implementation that was measured to be the fastest, or the default."""
     return table(device).get(problem, DEFAULTS[problem.operation])
@@ -75,6 +83,11 @@ def _read(device: torch.device) -> None:
         from . import choice_files  # which is built on this module
 
         _tables[device] = choice_files.read_table(device)
+
+
+def is_empty(device: torch.device) -> bool:
+    """Whether every choice is the default."""
+    return not table(device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fast.kernels import augment as augment_kernels
 from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
 
 # Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_offsets).
 MAX_NCHW_PIXELS = 2**31 - tiles.TILE_ELEMENTS
@@ -65,9 +65,11 @@ class Shape(NamedTuple):
         return self.n_channels, (self.n_groups - 1) * -(-self.rows_per_group // 8) - (-last_rows // 8)
 
 
-def run(kernel, grid: tuple, **arguments) -> None:
-    """The one place where a kernel is launched."""
-    kernel[grid](**arguments, **compiler_options(arguments, is_nvidia=torch.version.cuda is not None))
+def run(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **arguments) -> None:
+    """The one place where a kernel is launched; `options` of its compiler instead of `compiler_options`."""
+    if options is None:
+        options = compiler_options(arguments, is_nvidia=torch.version.cuda is not None)
+    kernel[grid](**arguments, **options)
 
 
 def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
@@ -83,18 +85,26 @@ def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, in
 
 
 def statistics(
-    x: Tensor, norm: BatchNormArgs, var: Tensor | None = None, ghost_batch_size: int = 0
+    x: Tensor,
+    norm: BatchNormArgs,
+    var: Tensor | None = None,
+    ghost_batch_size: int = 0,
+    known: PartialStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd [n_groups, C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
 
-    `var`: [n_groups, C] in fp64, receives the batch's biased variance.
+    `var`: [n_groups, C] in fp64, receives the batch's biased variance. `known`: the batch's, one group's, in parts.
     """
     shape = Shape.of(x, ghost_batch_size)
     cut = tiles.choose_tiles(*shape)
     mean = torch.empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     rstd = torch.empty_like(mean)
     partial_mean = partial_m2 = None
-    if norm.training:
+    rows_per_split, group_splits = cut.rows_per_split, cut.group_splits
+    if known is not None:
+        partial_mean, partial_m2 = known.partials.unbind()
+        rows_per_split, group_splits = known.rows_per_part, len(partial_mean)
+    elif norm.training:
         partial_mean, partial_m2 = mean.new_empty(2, cut.n_splits, shape.n_channels).unbind()
         run(
             batch_norm_forward.statistics_kernel,
@@ -112,7 +122,7 @@ def statistics(
     run(
         batch_norm_forward.combine_statistics_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
-        x_ptr=x,
+        x_ptr=x if known is None else None,  # for the pivot, which is theirs alone
         partial_mean_ptr=partial_mean,
         partial_m2_ptr=partial_m2,
         running_mean_ptr=norm.running_mean,
@@ -121,9 +131,9 @@ def statistics(
         rstd_ptr=rstd,
         var_ptr=var,
         **shape.sizes,
-        rows_per_split=cut.rows_per_split,
+        rows_per_split=rows_per_split,
         n_groups=shape.n_groups,
-        group_splits=cut.group_splits,
+        group_splits=group_splits,
         momentum=norm.momentum,
         eps=norm.eps,
         TRAINING=norm.training,
@@ -142,13 +152,14 @@ def forward(
     relu: bool,
     ghost_batch_size: int = 0,
     reverse: bool = False,
+    known: PartialStatistics | None = None,
 ) -> Outputs:
     """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
 
     `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all. `reverse`: whether the second
-    pass walks from the last tile to the first.
+    pass walks from the last tile to the first. `known`: the statistics of x, in parts, where they need no pass.
     """
-    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size)
+    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size, known=known)
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
         residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)

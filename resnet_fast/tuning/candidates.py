@@ -5,7 +5,7 @@ the data gradient with the addition behind a fork and the pass for the sums of t
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.ops import BatchNormArgs
 from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved
-from resnet_fast.ops.choices import BATCH_NORMS, CONVOLUTIONS, Choice, Operation, Problem
+from resnet_fast.ops.choices import BATCH_NORMS, CONVOLUTIONS, Choice, Problem, tiles_of
 from resnet_fast.tuning.inputs import (
     EPS,
     MOMENTUM,
@@ -33,8 +33,6 @@ from resnet_fast.tuning.measurement import Candidate, Prepared
 
 TWO_PASSES, REVERSED, SINGLE_READ = BATCH_NORMS
 CUDNN, FUSED = CONVOLUTIONS
-# Of each convolution. None yet: then cuDNN alone is measured.
-TILES: Mapping[Operation, tuple[ConvTiles, ...]] = {"convolution": (), "data gradient": (), "weight gradient": ()}
 
 
 class Implementation(NamedTuple):
@@ -148,7 +146,7 @@ def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
     def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Tensor]]:
         def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
             y, partials = _conv3x3().forward(inputs.x, inputs.weight, tiles)
-            return y, launch.statistics(y, statistics_of, partials=partials)[0]
+            return y, launch.statistics(y, statistics_of, known=partials)[0]
 
         return run
 
@@ -184,18 +182,20 @@ def _data_gradients(problem: Problem, y: Tensor) -> dict[Choice, Implementation]
 
 
 def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
+    """In fp32, as the weights are that the optimizer has; cuDNN's are in the type of x before that."""
+
     def cudnn(inputs: Inputs, saved: Saved | None) -> Tensor:
-        return _gradient(inputs, of_input=False)
+        return _gradient(inputs, of_input=False).float()
 
     def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Tensor]:
-        return lambda inputs, saved: _conv3x3().weight_gradient(inputs.x, inputs.dy, tiles, inputs.x.dtype)
+        return lambda inputs, saved: _conv3x3().weight_gradient(inputs.x, inputs.dy, tiles, torch.float32)
 
     return _of_tiles(problem, cudnn, fused, lambda dweight, inputs: {"dweight": dweight})
 
 
 def _of_tiles(problem: Problem, cudnn: Callable, fused: Callable, named: Callable) -> dict[Choice, Implementation]:
     found = {Choice(CUDNN): Implementation(cudnn, named)}
-    return found | {Choice(FUSED, tiles): Implementation(fused(tiles), named) for tiles in TILES[problem.operation]}
+    return found | {Choice(FUSED, tiles): Implementation(fused(tiles), named) for tiles in tiles_of(problem)}
 
 
 def _gradient(inputs: Inputs, of_input: bool) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from resnet_fast.kernels.conv_tiles import WIDTHS
 from resnet_fast.models.registry import MODELS, check_name, get_model
 from resnet_fast.nn import FusedBatchNorm2d
 from resnet_fast.ops.choices import IMPLEMENTATIONS, Operation, Problem
 
-WIDTHS = (4, 8, 16, 32)  # of the maps that the fused convolution takes
-CHANNEL_MULTIPLE = 16
+CHANNEL_MULTIPLE = 16  # as in ops/conv3x3.py, which cannot be imported without triton
 
 
 class _Norm(NamedTuple):

@@ -1,0 +1,316 @@
+"""3x3 convolution, stride 1, padding 1, with a batch norm's sums in its epilogue. Equations: README.md in this folder.
+
+Images are [N, H, W, C] in memory (channels_last), maps are square, their width a power of two: a tile of consecutive
+pixels is a box of whole lines, of one image or of several whole ones. A tensor descriptor loads that box shifted by a
+tap; what lies outside of the image arrives as zeros, which is the padding. weight is [C_out, 9, C_in] in memory.
+Products accumulate in fp32, and the sum is rounded once.
+"""
+
+import triton
+import triton.language as tl
+
+from .batch_norm_backward import recompute_drop
+from .batch_norm_forward import UNIT, is_finite
+from .tile_access import bit_offsets, known_multiple, load_channel, tile_offsets, unpack_bits
+
+
+@triton.jit
+def box_of(first_row, WIDTH: tl.constexpr):
+    """Image and line of a row, the first of a box."""
+    return first_row // (WIDTH * WIDTH), first_row // WIDTH % WIDTH
+
+
+@triton.jit
+def convolve(
+    x_desc,
+    weight_desc,
+    first_row,
+    first_channel,
+    n_in_channels,
+    BACKWARD: tl.constexpr,
+    CHANNELS_AS_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
+
+    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns.
+    """
+    image, line = box_of(first_row, WIDTH)
+    n_blocks = tl.cdiv(n_in_channels, BLOCK_K)
+    if CHANNELS_AS_ROWS:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, 9 * n_blocks):
+        tap = step // n_blocks
+        channel = step % n_blocks * BLOCK_K
+        x = x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, channel])
+        x = tl.reshape(x, [BLOCK_M, BLOCK_K])
+        if BACKWARD:
+            weight = tl.reshape(weight_desc.load([channel, 8 - tap, first_channel]), [BLOCK_K, BLOCK_N])
+        else:
+            weight = tl.trans(tl.reshape(weight_desc.load([first_channel, tap, channel]), [BLOCK_N, BLOCK_K]))
+        if CHANNELS_AS_ROWS:
+            total = tl.dot(tl.trans(weight), tl.trans(x), total, input_precision="ieee")
+        else:
+            total = tl.dot(x, weight, total, input_precision="ieee")
+    return tl.trans(total) if CHANNELS_AS_ROWS else total
+
+
+@triton.jit
+def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Mean and M2, [BLOCK_N], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_N] in fp32 (S2, S3).
+
+    A negative M2 stands for its magnitude in units of 1/UNIT², as in `statistics_kernel`.
+    """
+    valid = (first_row + tl.arange(0, BLOCK_M) < end)[:, None]
+    count = (first_row - start).to(tl.float32)
+    n_own = tl.minimum(end - first_row, BLOCK_M).to(tl.float32)
+    share = n_own / (count + n_own)
+    todo = tl.full([BLOCK_N], 1, tl.int32)
+    rescue = tl.full([], 0, tl.int32)  # 1 where a square has overflowed, or y holds Inf or NaN
+    while tl.max(todo, axis=0) > 0:
+        unit = tl.where(rescue > 0, UNIT, 1.0)
+        x = tl.where(valid, y * unit, 0.0)
+        tile_mean = tl.sum(x, axis=0) / n_own
+        deviation = tl.where(valid, x - tile_mean[None, :], 0.0)
+        delta = tile_mean - mean * unit
+        merged_m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
+        merged_m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
+        done = todo & (is_finite(merged_m2).to(tl.int32) | rescue)
+        merged_mean = mean + tl.where(is_finite(mean), delta * share, tile_mean) / unit
+        mean = tl.where(done > 0, merged_mean, mean)
+        m2 = tl.where(done > 0, tl.where(rescue > 0, -merged_m2, merged_m2), m2)
+        todo -= done
+        rescue = 1
+    return mean, m2
+
+
+@triton.jit
+def conv3x3_kernel(
+    x_desc,
+    weight_desc,
+    y_desc,
+    partial_mean_ptr,
+    partial_m2_ptr,
+    n_rows,
+    n_in_channels,
+    n_out_channels,
+    rows_per_program,
+    CHANNELS_AS_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y, and the mean and centered M2 of its rounded values over the rows of each program, the means about no pivot."""
+    n_out_channels = known_multiple(n_out_channels, 8)
+    n_channel_tiles = tl.cdiv(n_out_channels, BLOCK_N)
+    part = tl.program_id(0) // n_channel_tiles
+    first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
+    start = part * rows_per_program
+    end = tl.minimum(start + rows_per_program, n_rows)
+    mean = tl.zeros([BLOCK_N], tl.float32)
+    m2 = tl.zeros([BLOCK_N], tl.float32)
+
+    for first_row in range(start, end, BLOCK_M):
+        y = convolve(
+            x_desc,
+            weight_desc,
+            first_row,
+            first_channel,
+            n_in_channels,
+            False,
+            CHANNELS_AS_ROWS,
+            WIDTH,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        ).to(y_desc.dtype)
+        y_desc.store([first_row, first_channel], y)
+
+        mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, BLOCK_M, BLOCK_N)
+
+    offs_c = first_channel + tl.arange(0, BLOCK_N)
+    partial = part.to(tl.int64) * n_out_channels + offs_c
+    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < n_out_channels)
+    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < n_out_channels)
+
+
+@triton.jit
+def conv3x3_data_gradient_kernel(
+    dy_desc,
+    weight_desc,
+    dx_alias_ptr,
+    relu_mask_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_mean_ptr,
+    residual_rstd_ptr,
+    dx_desc,
+    partial_dz_ptr,
+    partial_dz_xhat_ptr,
+    partial_dz_rhat_ptr,
+    n_rows,
+    n_in_channels,
+    n_out_channels,
+    rows_per_program,
+    RELU: tl.constexpr,
+    CHANNELS_AS_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradient of the convolution's input, plus that of the input's other consumer (`dx_alias_ptr`, the fork).
+
+    With `x_ptr`, where the input is relu(bn(x) + residual), it is taken through ReLU at once, and becomes that batch
+    norm's dz, whose sums over the rows of each program are `reduce_kernel`'s (B1, B2).
+
+    The convolution's output channels are summed over here, so they are `n_in_channels`, and its input channels
+    `n_out_channels`.
+    """
+    n_out_channels = known_multiple(n_out_channels, 8)
+    n_channel_tiles = tl.cdiv(n_out_channels, BLOCK_N)
+    part = tl.program_id(0) // n_channel_tiles
+    first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
+    start = part * rows_per_program
+    end = tl.minimum(start + rows_per_program, n_rows)
+    offs_c = first_channel + tl.arange(0, BLOCK_N)
+    mask_c = offs_c < n_out_channels
+    sum_dz = tl.zeros([BLOCK_N], tl.float32)
+    sum_dz_xhat = tl.zeros([BLOCK_N], tl.float32)
+    sum_dz_rhat = tl.zeros([BLOCK_N], tl.float32)
+
+    for first_row in range(start, end, BLOCK_M):
+        dx = convolve(
+            dy_desc,
+            weight_desc,
+            first_row,
+            first_channel,
+            n_in_channels,
+            True,
+            CHANNELS_AS_ROWS,
+            WIDTH,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        ).to(dx_desc.dtype)
+        mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
+        wide_row = tl.full([], 0, tl.int64) + first_row
+        offsets = tile_offsets(wide_row, offs_c, n_out_channels, WIDTH * WIDTH, True, BLOCK_M)
+        if dx_alias_ptr is not None:
+            # Rounded to the data type, as autograd rounds the sum of two gradients.
+            dx_alias = tl.load(dx_alias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dx = (dx.to(tl.float32) + dx_alias).to(dx_desc.dtype)
+        if x_ptr is not None:
+            # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
+            mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
+            rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
+            dz = dx.to(tl.float32)
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            if RELU:
+                if relu_mask_ptr is None:
+                    scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
+                    bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
+                    drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
+                else:
+                    bytes_at, valid = bit_offsets(
+                        wide_row,
+                        first_channel,
+                        0,
+                        n_rows,
+                        n_out_channels,
+                        None,
+                        True,
+                        BLOCK_M,
+                        BLOCK_N,
+                    )
+                    packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
+                    drop = unpack_bits(packed, True, BLOCK_M, BLOCK_N)
+                dz = tl.where(drop, 0.0, dz)
+            sum_dz += tl.sum(dz, axis=0)
+            sum_dz_xhat += tl.sum(dz * ((x - mean[None, :]) * rstd[None, :]), axis=0)
+            if residual_ptr is not None:
+                mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
+                rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
+                residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                sum_dz_rhat += tl.sum(dz * ((residual - mean[None, :]) * rstd[None, :]), axis=0)
+            dx = dz.to(dx_desc.dtype)
+        dx_desc.store([first_row, first_channel], dx)
+
+    if x_ptr is not None:
+        partial = part.to(tl.int64) * n_out_channels + offs_c
+        tl.store(partial_dz_ptr + partial, sum_dz, mask=mask_c)
+        tl.store(partial_dz_xhat_ptr + partial, sum_dz_xhat, mask=mask_c)
+        if residual_ptr is not None:
+            tl.store(partial_dz_rhat_ptr + partial, sum_dz_rhat, mask=mask_c)
+
+
+@triton.jit
+def conv3x3_weight_gradient_kernel(
+    dy_desc,
+    x_desc,
+    partial_ptr,
+    n_rows,
+    n_in_channels,
+    n_out_channels,
+    rows_per_part,
+    CHANNELS_AS_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One part of the sum over pixels, for one tap, [BLOCK_M out, BLOCK_N in] channels (C3); [n_parts, C_out, 9, C_in].
+
+    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, else input channels.
+    """
+    n_in_channels = known_multiple(n_in_channels, 8)
+    n_in_tiles = tl.cdiv(n_in_channels, BLOCK_N)
+    n_out_tiles = tl.cdiv(n_out_channels, BLOCK_M)
+    tile = tl.program_id(0) // 9
+    tap = tl.program_id(0) % 9  # neighbors in the grid read the same pixels
+    part = tile // (n_in_tiles * n_out_tiles)
+    first_out = tile // n_in_tiles % n_out_tiles * BLOCK_M
+    first_in = tile % n_in_tiles * BLOCK_N
+    start = part * rows_per_part
+    end = tl.minimum(start + rows_per_part, n_rows)
+    if CHANNELS_AS_ROWS:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for first_row in range(start, end, BLOCK_K):
+        image, line = box_of(first_row, WIDTH)
+        dy = dy_desc.load([first_row, first_out])
+        x = tl.reshape(x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, first_in]), [BLOCK_K, BLOCK_N])
+        if CHANNELS_AS_ROWS:
+            total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
+        else:
+            total = tl.dot(tl.trans(x), dy, total, input_precision="ieee")
+    if not CHANNELS_AS_ROWS:
+        total = tl.trans(total)
+    offs_out = first_out + tl.arange(0, BLOCK_M)
+    offs_in = first_in + tl.arange(0, BLOCK_N)
+    rows = (part.to(tl.int64) * n_out_channels + offs_out) * 9 + tap
+    mask = (offs_out < n_out_channels)[:, None] & (offs_in < n_in_channels)[None, :]
+    tl.store(partial_ptr + rows[:, None] * n_in_channels + offs_in[None, :], total, mask=mask)
+
+
+@triton.jit
+def combine_weight_gradient_kernel(partial_ptr, dweight_ptr, n_elements, n_parts, BLOCK: tl.constexpr):
+    """[n_parts, n_elements] -> [n_elements], always in the same order."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n_elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, n_parts):
+        of_part = (tl.full([], 0, tl.int64) + part) * n_elements
+        total += tl.load(partial_ptr + of_part + offsets, mask=mask, other=0.0)
+    tl.store(dweight_ptr + offsets, total, mask=mask)

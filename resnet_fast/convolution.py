@@ -1,0 +1,170 @@
+"""3x3 convolutions that compute sums for the batch norms around them: statistics forward, Σ dz and Σ dz·x̂ backward.
+
+    out, shortcut = convolve(conv1, x, shortcut)
+    out = norm1.fused(out, relu=True, consumer=conv2)
+    out, _ = convolve(conv2, out)
+
+A batch norm that is told its consumer may return an `Activation` in place of a tensor: then the convolution's backward
+adds the shortcut's gradient where the input has two consumers, takes it through that batch norm's ReLU, and adds it up.
+All of it only where the table of choices says so (ops/choices.py); without entries these are `conv(x)`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import choose_backend
+from .ops.arguments import PartialStatistics, Saved
+from .ops.batch_norm import dense, device_guard
+from .ops.choices import DTYPES, Choice, Problem, choose, is_empty
+
+
+class Convolved(NamedTuple):
+    """A convolution's output, [N, C, H, W], and its statistics in parts."""
+
+    y: Tensor
+    statistics: PartialStatistics
+
+
+class Activation(NamedTuple):
+    """relu(bn(x) + residual) on its way to one convolution, and with `fork` to a shortcut.
+
+    `token`, [2 or 3, 1, C], stands for the sums of the batch norm's backward, which come back as its gradient; `norm`
+    and `relu` say how they are computed.
+    """
+
+    y: Tensor
+    token: Tensor
+    norm: Saved
+    relu: bool
+    fork: bool
+    choice: Choice  # of the convolution's data gradient
+
+
+class Plan(NamedTuple):
+    """What computes the convolution and its gradients."""
+
+    forward: Choice
+    data_gradient: Choice
+    weight_gradient: Choice
+
+
+def convolve(conv: Any, x: Tensor | Activation, shortcut: Tensor | None = None) -> tuple[Any, Tensor | None]:
+    """`conv(x)`, as a tensor or `Convolved`, and the shortcut's handle to x: `shortcut`, or x's own second one."""
+    linked = isinstance(x, Activation)
+    tensor: Tensor = x.y if linked else x  # type: ignore[assignment]
+    data_gradient = x.choice if linked else Choice("cudnn")
+    plan = Plan(_choose("convolution", conv, tensor), data_gradient, _choose("weight gradient", conv, tensor))
+    if all(choice.implementation == "cudnn" for choice in plan):
+        return conv(tensor), shortcut
+    of_norm = (x.token, x.norm, x.relu, x.fork) if linked else (None, None, False, False)  # type: ignore[union-attr]
+    y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *of_norm, plan)
+    out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part))
+    return out, shortcut if x_alias is None else x_alias
+
+
+def choose_data_gradient(conv: nn.Module | None, y: Tensor, join: str, fork: bool) -> Choice:
+    """What computes the gradient of y, the output of a batch norm with this join, which `conv` is to consume."""
+    if conv is None:
+        return Choice("cudnn")
+    return _choose("data gradient", conv, y, join, fork)
+
+
+def _choose(operation: Any, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> Choice:
+    if is_empty(x.device) or not _can_choose(conv, x):
+        return Choice("cudnn")
+    n_images, n_in_channels, _, width = x.shape
+    return choose(
+        Problem(operation, DTYPES[x.dtype], n_images, n_in_channels, conv.weight.shape[0], width, join, fork), x.device
+    )
+
+
+def _can_choose(conv: Any, x: Tensor) -> bool:
+    """Whether conv(x) in training is a convolution that the kernels have. torch.compile keeps its own."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and conv.training):
+        return False
+    is_3x3 = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        1,
+    )
+    if not is_3x3 or conv.bias is not None or conv.padding_mode != "zeros" or x.dim() != 4 or x.dtype not in DTYPES:
+        return False
+    device_type = x.device.type
+    autocasts = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocasts else conv.weight.dtype
+    if dtype != x.dtype or x.shape[1] != conv.weight.shape[1] or choose_backend(x) != "triton":
+        return False
+    from .ops import conv3x3  # with triton, which is there
+
+    return conv3x3.is_supported(x, conv.weight.shape[0])
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        token: Tensor | None,
+        norm: Saved | None,
+        relu: bool,
+        fork: bool,
+        plan: Plan,
+    ):
+        from .ops import conv3x3
+
+        weight_of_x = weight.to(x.dtype, memory_format=torch.channels_last)
+        partials, rows_per_part = None, 0
+        if plan.forward.tiles is None:
+            y = F.conv2d(x, weight_of_x, padding=1)
+        else:
+            with device_guard(x):
+                y, (partials, rows_per_part) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
+            ctx.mark_non_differentiable(partials)
+        ctx.save_for_backward(x, weight, weight_of_x, *(norm or ()))
+        ctx.relu, ctx.plan, ctx.is_linked = relu, plan, norm is not None
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x) if fork else None, partials, rows_per_part
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dx_alias: Tensor | None, *_):  # type: ignore[override]
+        x, weight, weight_of_x, *norm = ctx.saved_tensors
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        if dy is None:
+            return dx_alias, *(None,) * 6
+        if torch.is_grad_enabled():  # double backward: differentiable steps, without the sums
+            dx, dweight = _library_gradients(dy, x, weight.to(x.dtype), of_x, of_weight)
+            if dx is not None and dx_alias is not None:
+                dx = dx + dx_alias
+            return dx, None if dweight is None else dweight.to(weight.dtype), *(None,) * 5
+        from .ops import conv3x3
+
+        dy = dense(dy, like=x)
+        data_tiles, weight_tiles = ctx.plan.data_gradient.tiles, ctx.plan.weight_gradient.tiles
+        by_library = (of_x and data_tiles is None, of_weight and weight_tiles is None)
+        dx = dweight = dtoken = None
+        if any(by_library):
+            dx, dweight = _library_gradients(dy, x, weight_of_x, *by_library)
+            dweight = None if dweight is None else dweight.to(weight.dtype)
+        with device_guard(x):
+            if of_x and data_tiles is not None:
+                dx_alias = None if dx_alias is None else dense(dx_alias, like=x)
+                saved = Saved._make(norm) if ctx.is_linked else None
+                dx, dtoken = conv3x3.data_gradient(dy, weight_of_x, data_tiles, saved, ctx.relu, dx_alias)
+            if of_weight and weight_tiles is not None:
+                dweight = conv3x3.weight_gradient(x, dy, weight_tiles, weight.dtype)
+        return dx, dweight, dtoken, *(None,) * 4
+
+
+def _library_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight by cuDNN, or what else ATen calls; differentiable."""
+    pair, mask = [1, 1], [of_x, of_weight, False]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, mask)
+    return dx, dweight
