@@ -17,12 +17,12 @@ from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark, on_cuda
 from benchmarks.replay import CLOCK
-from benchmarks.timing import rotation
 from benchmarks.work import STAGES, Work, flops, operation_bytes
 from resnet_fast import FusedBatchNorm2d
 from resnet_fast.evaluation import autocast
 from resnet_fast.models.resnet import BasicBlock
 from resnet_fast.profiling.check import rounding_of
+from resnet_fast.timing import rotation
 
 # isort: split
 from torchvision.models import resnet as torchvision_resnet

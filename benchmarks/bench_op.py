@@ -20,10 +20,10 @@ from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
-from benchmarks.timing import rotation
 from benchmarks.work import STAGES, Work, operation_bytes
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.profiling.check import rounding_of
+from resnet_fast.timing import rotation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}

@@ -16,8 +16,8 @@ from torch._functorch import config as functorch_config
 
 from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
-from benchmarks.timing import alternate, percentiles
 from benchmarks.work import Work
+from resnet_fast.timing import alternate, percentiles
 
 SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
 KEY = ("provider", *SETTING)

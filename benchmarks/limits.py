@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import alternate, percentiles
 from benchmarks.work import Work
+from resnet_fast.timing import alternate, percentiles
 
 # Far beyond the caches, and no more than a small machine has.
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.files import whole_file
-from resnet_fast.machine import device_name, triton_version
+from resnet_fast.machine import device_name, slug, triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -24,12 +23,6 @@ def device_slug(device: torch.device) -> str:
     """Return a folder name: nvidia-h100-80gb-hbm3, or amd-epyc-2-threads, since threads are part of what a CPU is."""
     name = slug(device_name(device))
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
-
-
-def slug(name: str) -> str:
-    """Return `name` in lower-case letters, digits and single hyphens, without trade marks and clock rate."""
-    name = re.sub(r"\((r|tm|c)\)|@.*", " ", name.lower())
-    return "-".join(re.findall(r"[a-z0-9]+", name)) or "unknown"
 
 
 def machine_columns(device: torch.device) -> dict[str, str]:

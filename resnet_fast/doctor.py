@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 from . import _torchvision, parity
-from .ops import batch_norm
+from .ops import batch_norm, choice_files
 from .training.config import choose_device, choose_precision
+from .tuning import why_not
 
 # As in setup.py; the library works without the optional ones.
 TORCH, TRITON = "2.11", "3.6"
@@ -38,6 +39,7 @@ OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernel
 NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 INSTALL_TORCH = "choose the build at https://pytorch.org/get-started/locally and run the command shown there"
 WIDTH, NAME_WIDTH = 80, 14
+DEFAULTS_RUN = "convolutions are cuDNN's, batch norms take two passes"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def _probes(device: torch.device) -> dict[str, Callable[[], list[Finding]]]:
         "compiler": partial(find_compiler, device),
         "backend": partial(find_backend, device),
         "precision": partial(find_precision, device),
+        "tuning": partial(find_tuning, device),
         "parity": partial(check_parity, device),
     }
 
@@ -251,6 +254,39 @@ def find_precision(device: torch.device) -> list[Finding]:
         "fp32": "this processor has no bf16 instructions, so bf16 would be emulated and slower",
     }[precision]
     return [Finding("precision", f"{precision} for train: {reason}")]
+
+
+def find_tuning(device: torch.device) -> list[Finding]:
+    """By which table implementations are chosen, and the tables that are there and do not count."""
+    if (reason := why_not(device)) is not None:
+        return [Finding("tuning", reason)]
+    if choice_files.is_off():
+        return [Finding("tuning", f"off: {DEFAULTS_RUN}", advice=f"{choice_files.SWITCH}=0 is set: unset it")]
+    tables = choice_files.find_tables(choice_files.environment_of(device))
+    findings = []
+    for path, problem, advice in (
+        (tables.own, tables.problem, choice_files.AGAIN),
+        (tables.built_in, tables.built_in_problem, "`resnet-fast tune` makes one of your own"),
+    ):
+        if problem:
+            findings.append(Finding("tuning", f"{path} is not used: {problem}", advice=advice))
+    used = [
+        f"{choice_files.count_changed(entries)} of {len(entries)} entries differ from the default, from {origin}{path}"
+        for origin, path, entries in (
+            ("", tables.own, tables.entries),
+            ("the built-in ", tables.built_in and tables.built_in.name, tables.built_in_entries),
+        )
+        if entries
+    ]
+    if used:
+        findings.append(Finding("tuning", f"tuned: {'; and '.join(used)}"))
+    elif not findings:
+        findings = [Finding("tuning", f"not tuned: {DEFAULTS_RUN}", advice="run `resnet-fast tune`")]
+    if tables.others:
+        names = ", ".join(path.name for path in tables.others)
+        value = f"tables of other versions, not used: {names} in {tables.others[0].parent}"
+        findings.append(Finding("tuning", value, advice="delete those whose versions are no longer installed"))
+    return findings
 
 
 def check_parity(device: torch.device) -> list[Finding]:

@@ -19,6 +19,12 @@ def device_name(device: torch.device) -> str:
     return (found[1] if found else platform.processor() or platform.machine() or "unknown CPU").strip()
 
 
+def slug(name: str) -> str:
+    """Return `name` in lower-case letters, digits and single hyphens, without trade marks and clock rate."""
+    name = re.sub(r"\((r|tm|c)\)|@.*", " ", name.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", name)) or "unknown"
+
+
 def triton_version() -> str:
     """Return triton's version, or nothing where there is none."""
     try:

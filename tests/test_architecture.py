@@ -20,6 +20,7 @@ LAYERS = (
         "files",
         "signature",
         "machine",
+        "timing",
         "kernels",
         "ops",
         "convolution",
@@ -28,9 +29,22 @@ LAYERS = (
         "checkpoints",
         "models",
     ),
-    *("conversion", "data", "evaluation", "training", "study", "inference", "profiling", "parity", "doctor", "cli"),
+    *(
+        "conversion",
+        "data",
+        "evaluation",
+        "training",
+        "study",
+        "inference",
+        "profiling",
+        "tuning",
+        "parity",
+        "doctor",
+        "cli",
+    ),
 )
 DATA_MAY_IMPORT = {"data", "ops"}
+MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
 
 
@@ -108,6 +122,7 @@ def wheel(tmp_path_factory) -> list[str]:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    (copy / MADE_UP_TABLE).write_text("{}")
     command = [
         sys.executable,
         "-m",
@@ -128,6 +143,10 @@ def wheel(tmp_path_factory) -> list[str]:
 def test_the_wheel_holds_every_module(wheel):
     expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in sources()} | {"resnet_fast/py.typed"}
     assert expected <= set(wheel)
+
+
+def test_the_wheel_holds_the_tables_of_choices(wheel):
+    assert MADE_UP_TABLE in wheel
 
 
 def test_the_wheel_has_no_top_level_kernels(wheel):

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks import results
+from resnet_fast.machine import slug
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
@@ -40,7 +41,7 @@ def test_unfinished_rows_leave_the_file_as_it_was(tmp_path, monkeypatch):
     ],
 )
 def test_slug_is_no_path(name, expected):
-    assert results.slug(name) == expected
+    assert slug(name) == expected
 
 
 def test_commit_of_a_copy_is_unknown_and_of_a_changed_tree_dirty(tmp_path):

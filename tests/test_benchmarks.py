@@ -23,9 +23,9 @@ from benchmarks.harness import COLUMNS, Measured, Provider, Setting
 from benchmarks.limits import Limits
 from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
-from benchmarks.timing import alternate, percentiles
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
+from resnet_fast.timing import alternate, percentiles
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

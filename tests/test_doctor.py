@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from made_up_gpu import ENVIRONMENT, GPU, entries, make_up_gpu
 from typer.testing import CliRunner
 
 from resnet_fast import doctor
 from resnet_fast.cli import app
 from resnet_fast.doctor import Finding, exit_code
-from resnet_fast.ops import batch_norm
+from resnet_fast.ops import batch_norm, choice_files
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -39,7 +40,17 @@ def test_a_real_run_on_the_cpu():
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     names = [line[6:20].strip() for line in lines if line[:4].strip() in ("ok", "note")]
-    for name in ("Python", "torch", "torchvision", "triton", "scikit-learn", "C++ compiler", "backend", "precision"):
+    for name in (
+        "Python",
+        "torch",
+        "torchvision",
+        "triton",
+        "scikit-learn",
+        "C++ compiler",
+        "backend",
+        "precision",
+        "tuning",
+    ):
         assert name in names
     assert all(line[19] == " " and line[20] != " " for line in lines[:-2] if line[:4].strip())  # aligned
     assert "aten on cpu" in done.stdout and "CPU tensors need Triton's interpreter" in joined(done.stdout)
@@ -154,6 +165,51 @@ def test_precision_has_its_reason(monkeypatch):
         monkeypatch.setattr(doctor, "choose_precision", lambda device, precision=precision: precision)
         (finding,) = doctor.find_precision(CPU)
         assert finding.value.startswith(precision) and reason in finding.value
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch) -> Path:
+    """Where the table of a GPU belongs that is not there."""
+    monkeypatch.setattr(doctor, "why_not", lambda device: None)
+    return make_up_gpu(tmp_path, monkeypatch)
+
+
+def test_a_gpu_that_is_not_tuned(own_table: Path, monkeypatch):
+    (finding,) = doctor.find_tuning(GPU)
+    assert finding.ok and finding.value == "not tuned: convolutions are cuDNN's, batch norms take two passes"
+    assert "run `resnet-fast tune`" in finding.advice
+    monkeypatch.setenv("RESNET_FAST_TUNED", "0")
+    (finding,) = doctor.find_tuning(GPU)
+    assert finding.ok and finding.value.startswith("off: ") and "RESNET_FAST_TUNED=0 is set" in finding.advice
+
+
+def test_a_gpu_that_is_tuned_by_oneself_by_others_and_by_both(own_table: Path):
+    choice_files.add(own_table, ENVIRONMENT, entries())
+    ours = f"tuned: 3 of 5 entries differ from the default, from {own_table}"
+    assert doctor.find_tuning(GPU) == [Finding("tuning", ours)]
+    choice_files.TUNED.mkdir()
+    choice_files.add(choice_files.TUNED / "nvidia-made-up-80gb.json", ENVIRONMENT, entries(7) | entries(8))
+    theirs = "6 of 10 entries differ from the default, from the built-in nvidia-made-up-80gb.json"
+    assert doctor.find_tuning(GPU) == [Finding("tuning", f"{ours}; and {theirs}")]
+    own_table.unlink()
+    assert doctor.find_tuning(GPU) == [Finding("tuning", f"tuned: {theirs}")]
+
+
+def test_tables_that_are_there_and_do_not_count_are_named(own_table: Path):
+    own_table.write_text('{"format": 1')
+    older = own_table.with_name("nvidia-made-up-80gb.0123456789ab.json")
+    older.write_text("")
+    damaged, others = doctor.find_tuning(GPU)
+    assert damaged.ok and damaged.value.startswith(f"{own_table} is not used: it is not JSON")
+    assert damaged.advice == "run `resnet-fast tune` again, which replaces it"
+    assert others.ok and older.name in others.value and "delete" in others.advice
+    assert exit_code([damaged, others]) == 0 and doctor.format_end([damaged]) == "What is needed works; see the notes."
+    own_table.unlink()
+    choice_files.TUNED.mkdir()
+    built_in = choice_files.TUNED / "nvidia-made-up-80gb.json"
+    choice_files.add(built_in, ENVIRONMENT._replace(kernels="f" * 16), entries())
+    finding = doctor.find_tuning(GPU)[0]
+    assert finding.ok and "it was measured with kernels" in finding.value and "of your own" in finding.advice
 
 
 @pytest.mark.parametrize(("version", "ok"), [("2.10.1+cu128", False), ("2.11.0a0+git1", True), ("3.0.0", True)])

@@ -1,7 +1,7 @@
 """Which implementation runs where there are several: one table per GPU, by operation, type and shape.
 
 Without an entry convolutions are cuDNN's and a batch norm takes two passes over its input (kernels/README.md). Entries
-are measured, by `resnet-fast tune`; none is guessed.
+are measured, by `resnet-fast tune`; none is guessed. Where they come from: choice_files.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from resnet_fast.kernels.conv_tiles import ConvTiles
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
 
 Operation = Literal["convolution", "data gradient", "weight gradient", "batch norm", "batch norm backward"]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # others have no choice
@@ -41,15 +41,27 @@ class Choice(NamedTuple):
     tiles: ConvTiles | None = None
 
 
-DEFAULTS: dict[Operation, Choice] = {
-    "convolution": Choice("cudnn"),
-    "data gradient": Choice("cudnn"),
-    "weight gradient": Choice("cudnn"),
-    "batch norm": Choice("two passes"),
-    "batch norm backward": Choice("two passes"),
+CONVOLUTIONS = ("cudnn", "fused")
+BATCH_NORMS = ("two passes", "two passes, reversed", "single read")
+IMPLEMENTATIONS: dict[Operation, tuple[str, ...]] = {  # the default first
+    "convolution": CONVOLUTIONS,
+    "data gradient": CONVOLUTIONS,
+    "weight gradient": CONVOLUTIONS,
+    "batch norm": BATCH_NORMS,
+    "batch norm backward": BATCH_NORMS,
 }
+DEFAULTS: dict[Operation, Choice] = {operation: Choice(names[0]) for operation, names in IMPLEMENTATIONS.items()}
 
+_tables: dict[torch.device, Mapping[Problem, Choice]] = {}  # of this process, each read once
 _replaced: list[Mapping[Problem, Choice]] = []
+
+
+def tiles_of(problem: Problem) -> list[ConvTiles]:
+    """The block sizes of the fused convolution that there are for a problem."""
+    n_in, n_out = problem.in_channels, problem.out_channels
+    if problem.operation == "weight gradient":
+        return weight_gradient_candidates(n_in, n_out, problem.n_images * problem.width**2)
+    return conv_candidates(n_out, n_in) if problem.operation == "data gradient" else conv_candidates(n_in, n_out)
 
 
 def choose(problem: Problem, device: torch.device) -> Choice:
@@ -59,7 +71,18 @@ def choose(problem: Problem, device: torch.device) -> Choice:
 
 def table(device: torch.device) -> Mapping[Problem, Choice]:
     """All entries that count for tensors on `device`."""
-    return _replaced[-1] if _replaced else {}
+    if _replaced:
+        return _replaced[-1]
+    _read(device)
+    return _tables[device]
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into files
+def _read(device: torch.device) -> None:
+    if device not in _tables:
+        from . import choice_files  # which is built on this module
+
+        _tables[device] = choice_files.read_table(device)
 
 
 def is_empty(device: torch.device) -> bool:

@@ -3,7 +3,8 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -11,14 +12,16 @@ import torch
 SPIN_CYCLES = 10_000_000
 MAX_TRIES = 10
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     device: torch.device,
     rounds: int,
     warm_up: int,
     hide_launches: bool = False,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Run every callable once per round, in the opposite order of the round before, and time each run.
 
     A B, B A, A B, ...: a machine that slows down or warms up does so for all, and none always comes second. A run is
@@ -34,7 +37,7 @@ def alternate(
     Returns:
         Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls)
     collects = gc.isenabled()
     gc.collect()

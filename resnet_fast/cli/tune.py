@@ -1,0 +1,132 @@
+"""`resnet-fast tune`."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resnet_fast.checks import check_integer
+from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
+from resnet_fast.cli.text import clean
+from resnet_fast.models.registry import STEMS
+from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
+from resnet_fast.ops.choice_format import Environment
+from resnet_fast.ops.choices import DTYPES, Problem
+from resnet_fast.training import TrainConfig, choose_device
+from resnet_fast.tuning import Outcome, find_problems, measure, why_not
+from resnet_fast.tuning.candidates import candidates
+from resnet_fast.tuning.measurement import ROUNDS
+from resnet_fast.tuning.report import TITLE, fold, format_end, format_outcome, heading
+
+BATCH_SIZES = [128, 512, 1024]
+PRECISIONS = tuple(DTYPES.values())
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(metavar="NAME", help=MODEL_HELP)] = TrainConfig.model,
+    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="<int>",
+            help="Images per step; may be given several times. [default: 128, 512, 1024]",
+            show_default=False,
+        ),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
+    precision: Annotated[str, typer.Option(metavar=choices(PRECISIONS), help="Of the activations.")] = PRECISIONS[0],
+    device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = TrainConfig.device,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, of which the median counts.")] = ROUNDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A file to add to instead of the one that training reads.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure on this GPU which implementation of each operation is the fastest, and keep it for training."""
+    outcomes: list[Outcome] = []
+    path, n_kept = out, 0
+    try:
+        chosen = choose_device(device)
+        if (reason := why_not(chosen)) is not None:
+            raise ValueError(reason)
+        sizes = batch_size or BATCH_SIZES
+        for name, value, at_least in (*(("batch_size", size, 2) for size in sizes), ("rounds", rounds, 1)):
+            check_integer(name, value, at_least)
+        check_integer("image_size", image_size)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        problems = _problems(model, stem, sizes, image_size, precision)
+        environment = environment_of(chosen)
+        tables = find_tables(environment)
+        path = out or tables.own
+        if path is None:
+            raise ValueError("the system names no home for a cache: name a file by --out")
+        replaced = check_can_add(path, environment, is_own=out is None)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except OSError as error:
+        stop(1, f"error: no table can be written: {error}")
+    _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {clean(environment.gpu)}")
+    _print(f"{len(problems)} problems, {rounds} timed runs of each candidate")
+    if replaced:
+        _print(f"The table that is there is replaced: {clean(replaced)}")
+    try:
+        for i, problem in enumerate(problems):
+            if i == 0 or heading(problem) != heading(problems[i - 1]):
+                print(f"\n{heading(problem)}\n{TITLE}")
+            outcome = measure(problem, candidates, chosen, rounds)
+            outcomes.append(outcome)
+            n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes
+            print("\n".join(format_outcome(outcome)), flush=True)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            n_kept = _keep(path, environment, outcomes)  # what was measured when it came
+        stop(130, f"interrupted; {_kept(path, n_kept, len(problems))}")
+    except (OSError, RuntimeError) as error:
+        stop(1, f"error: {error}; {_kept(path, n_kept, len(problems))}")
+    print()
+    print("\n".join(format_end(outcomes)))
+    print(f"Written: {clean(str(path))}")
+    if tables.others:
+        _print(f"Tables of other versions for this GPU, which are not used here: {_names(tables.others)}")
+    if is_off():
+        _print(f"{SWITCH}=0 is set: training uses no table until it is unset.")
+    n_wrong = sum(len(outcome.wrong) for outcome in outcomes)
+    if n_wrong:
+        stop(1, f"error: {n_wrong} candidates are wrong and were not chosen; please report the lines above")
+
+
+def _problems(model: str, stem: str | None, sizes: list[int], image_size: int, precision: str) -> list[Problem]:
+    try:
+        problems = find_problems(model, stem, sizes, image_size, precision)
+    except RuntimeError as error:
+        raise ValueError(f"{model} cannot take images of {image_size}x{image_size} pixels: {error}") from None
+    if not problems:
+        raise ValueError(f"{model} must have a fused batch norm to choose for, and has none")
+    return problems
+
+
+def _keep(path: Path, environment: Environment, outcomes: list[Outcome]) -> int:
+    """Write what was measured; return of how many problems."""
+    entries = {outcome.problem: outcome.measured for outcome in outcomes if outcome.measured is not None}
+    if entries:
+        add(path, environment, entries)
+    return len(entries)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(clean(path.name) for path in paths)
+
+
+def _print(text: str) -> None:
+    print("\n".join(fold(text)))
+
+
+def _kept(path: Path, n_kept: int, n_problems: int) -> str:
+    if n_kept == 0:
+        return "nothing was written"
+    return f"{clean(str(path))} keeps {n_kept} of {n_problems} problems"

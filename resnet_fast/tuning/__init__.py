@@ -1,0 +1,11 @@
+"""What is chosen for a GPU by measuring: the problems of a network, their candidates, and the fastest that is right.
+
+problems = find_problems("resnet18", "cifar", [512], 32, "bf16")
+outcome = measure(problems[0], candidates, torch.device("cuda"))
+outcome.measured.choice
+"""
+
+from resnet_fast.tuning.measurement import Candidate, Outcome, Prepared, measure, why_not
+from resnet_fast.tuning.problems import find_problems
+
+__all__ = ["Candidate", "Outcome", "Prepared", "find_problems", "measure", "why_not"]

@@ -1,0 +1,205 @@
+"""The candidates of a problem: every implementation of ops that can compute it, on the same inputs.
+
+A fused convolution is compared together with what it saves: the convolution with the pass for its result's statistics,
+the data gradient with the addition behind a fork and the pass for the sums of the batch norm before it.
+"""
+
+import importlib
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.kernels.conv_tiles import ConvTiles
+from resnet_fast.ops import BatchNormArgs
+from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved
+from resnet_fast.ops.choices import BATCH_NORMS, CONVOLUTIONS, Choice, Problem, tiles_of
+from resnet_fast.tuning.inputs import (
+    EPS,
+    MOMENTUM,
+    Inputs,
+    exact_batch_norm,
+    exact_batch_norm_backward,
+    exact_convolution,
+    exact_data_gradient,
+    exact_weight_gradient,
+    make_sets,
+    saved_of,
+)
+from resnet_fast.tuning.measurement import Candidate, Prepared
+
+TWO_PASSES, REVERSED, SINGLE_READ = BATCH_NORMS
+CUDNN, FUSED = CONVOLUTIONS
+
+
+class Implementation(NamedTuple):
+    """What a choice runs on a set of inputs, and its results by name; `saved` is the batch norm's forward's."""
+
+    run: Callable[[Inputs, Saved | None], Any]
+    named: Callable[[Any, Inputs], dict[str, Tensor]]
+
+
+def candidates(problem: Problem, device: torch.device) -> Prepared:
+    """Inputs, exact results, and every candidate; the default is the first."""
+    sets = make_sets(problem, device)
+    saved: list[Saved | None] = [None] * len(sets)
+    first, terms = sets[0], {}
+    y = first.x
+    if problem.operation in ("data gradient", "batch norm backward"):
+        outputs = [_launch().forward(*_batch_norm(inputs), True) for inputs in sets]
+        saved = [saved_of(inputs, of) for inputs, of in zip(sets, outputs, strict=True)]
+        y = outputs[0].y
+        del outputs
+    if problem.operation == "batch norm":
+        exact = exact_batch_norm(first)
+        found = _batch_norms(problem)
+    elif problem.operation == "batch norm backward":
+        assert saved[0] is not None
+        exact, terms = exact_batch_norm_backward(first, saved[0], y, first.dy)
+        if problem.join != "add":
+            del exact["dz"]  # no result of its own
+        found = _batch_norms_backward(problem)
+    elif problem.operation == "convolution":
+        exact, terms = exact_convolution(first)
+        found = _convolutions(problem)
+    elif problem.operation == "data gradient":
+        assert saved[0] is not None
+        of_norm, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
+        exact = {name: value for name, value in of_norm.items() if name in ("dz", *terms)}
+        found = _data_gradients(problem, y)
+    else:
+        exact, terms = exact_weight_gradient(first)
+        found = _weight_gradients(problem)
+    pairs = list(zip(sets, saved, strict=True))
+    return Prepared(exact, {choice: _candidate(of, pairs) for choice, of in found.items()}, terms)
+
+
+def _candidate(of: Implementation, pairs: list[tuple[Inputs, Saved | None]]) -> Candidate:
+    turns = cycle(pairs)
+    return Candidate(lambda: of.run(*next(turns)), lambda: of.named(of.run(*pairs[0]), pairs[0][0]))
+
+
+def _launch() -> Any:
+    """Imported where it runs: launches import triton, which not every machine has."""
+    return importlib.import_module("resnet_fast.ops.launch")
+
+
+def _single_read() -> Any:
+    return importlib.import_module("resnet_fast.ops.single_read")
+
+
+def _conv3x3() -> Any:
+    return importlib.import_module("resnet_fast.ops.conv3x3")
+
+
+def _batch_norm(inputs: Inputs) -> tuple[Tensor, BatchNormArgs, Tensor | None, BatchNormArgs | None]:
+    return inputs.x, inputs.norm, inputs.residual, inputs.residual_norm
+
+
+def _batch_norms(problem: Problem) -> dict[Choice, Implementation]:
+    launch = _launch()
+
+    def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
+        return {"y": outputs.y}
+
+    return {
+        Choice(TWO_PASSES): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True), named),
+        Choice(REVERSED): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True, reverse=True), named),
+        Choice(SINGLE_READ): Implementation(lambda i, s: _single_read().forward(*_batch_norm(i), True), named),
+    }
+
+
+def _batch_norms_backward(problem: Problem) -> dict[Choice, Implementation]:
+    launch = _launch()
+    join: Join = problem.join  # type: ignore[assignment]
+
+    def arguments(inputs: Inputs, saved: Saved | None) -> tuple:
+        return inputs.dy, inputs.alias, saved, join, True, True, join == "bn"
+
+    def named(gradients: Gradients, inputs: Inputs) -> dict[str, Tensor]:
+        names = {"dx": "dx", "dweight": "dweight", "dbias": "dbias"}
+        if join == "add":
+            names |= {"dresidual": "dz"}
+        if join == "bn":
+            names |= {"dresidual": "dresidual_x", "dresidual_weight": "dresidual_weight"}
+            names |= {"dresidual_bias": "dresidual_bias"}
+        return {theirs: getattr(gradients, ours) for ours, theirs in names.items()}
+
+    return {
+        Choice(TWO_PASSES): Implementation(lambda i, s: launch.backward(*arguments(i, s)), named),
+        Choice(REVERSED): Implementation(lambda i, s: launch.backward(*arguments(i, s), reverse=True), named),
+        Choice(SINGLE_READ): Implementation(lambda i, s: _single_read().backward(*arguments(i, s)), named),
+    }
+
+
+def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
+    launch = _launch()
+    statistics_of = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS)
+
+    def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
+        y = F.conv2d(inputs.x, inputs.weight, padding=1)
+        return y, launch.statistics(y, statistics_of)[0]
+
+    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Tensor]]:
+        def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
+            y, partials = _conv3x3().forward(inputs.x, inputs.weight, tiles)
+            return y, launch.statistics(y, statistics_of, known=partials)[0]
+
+        return run
+
+    def named(result: tuple[Tensor, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+        return {"y": result[0], "mean": result[1][0]}
+
+    return _of_tiles(problem, cudnn, fused, named)
+
+
+def _data_gradients(problem: Problem, y: Tensor) -> dict[Choice, Implementation]:
+    """`y`: of the batch norm on the first inputs, which tells where ReLU is closed."""
+    launch = _launch()
+
+    def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
+        dx = _gradient(inputs, of_input=True)
+        dz, sums, _ = launch.gradient_sums(dx, inputs.alias, saved, problem.join, True)
+        return dx if dz is None else dz, sums
+
+    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Tensor]]:
+        return lambda inputs, saved: _conv3x3().data_gradient(
+            inputs.dy, inputs.weight, tiles, saved, True, inputs.alias
+        )
+
+    def named(result: tuple[Tensor, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+        dz, sums = result
+        # Without a mask or a fork the default leaves ReLU to the pass that reads dz.
+        found = {"dz": dz.masked_fill(y <= 0, 0), "dbias": sums[0, 0], "dweight": sums[1, 0]}
+        if problem.join == "bn":
+            found |= {"dresidual_bias": sums[0, 0], "dresidual_weight": sums[2, 0]}
+        return found
+
+    return _of_tiles(problem, cudnn, fused, named)
+
+
+def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
+    """In fp32, as the weights are that the optimizer has; cuDNN's are in the type of x before that."""
+
+    def cudnn(inputs: Inputs, saved: Saved | None) -> Tensor:
+        return _gradient(inputs, of_input=False).float()
+
+    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Tensor]:
+        return lambda inputs, saved: _conv3x3().weight_gradient(inputs.x, inputs.dy, tiles, torch.float32)
+
+    return _of_tiles(problem, cudnn, fused, lambda dweight, inputs: {"dweight": dweight})
+
+
+def _of_tiles(problem: Problem, cudnn: Callable, fused: Callable, named: Callable) -> dict[Choice, Implementation]:
+    found = {Choice(CUDNN): Implementation(cudnn, named)}
+    return found | {Choice(FUSED, tiles): Implementation(fused(tiles), named) for tiles in tiles_of(problem)}
+
+
+def _gradient(inputs: Inputs, of_input: bool) -> Tensor:
+    """As autograd computes it: one of the convolution's two gradients."""
+    mask = [of_input, not of_input, False]
+    arguments = (inputs.dy, inputs.x, inputs.weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
+    return torch.ops.aten.convolution_backward(*arguments)[0 if of_input else 1]

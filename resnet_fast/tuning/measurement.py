@@ -1,0 +1,201 @@
+"""A problem's candidates side by side: checked against the exact results, timed in turns, the fastest chosen.
+
+A candidate that is wrong is never chosen, and neither is one that gains too little to be told from noise.
+"""
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from resnet_fast.ops.arguments import accumulation_type
+from resnet_fast.ops.batch_norm import INTERPRETER, device_guard, is_interpreted, why_not_triton
+from resnet_fast.ops.choice_format import Measured
+from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
+from resnet_fast.timing import alternate, percentiles
+
+ROUNDS, WARM_UP = 30, 10
+# The share of the default's time that another choice must save. Chosen, not measured: two tunings of one machine
+# should agree, and what is lost of a step by leaving two hundredths of one operation is less than a step varies.
+MIN_GAIN = 0.02
+# Of the roundings of a sum's terms in the type that adds up, as in tests/budget.py.
+ROUNDINGS = 8
+# Of the results and their terms: eight roundings of bf16. The candidates are measured by the default's error, so that
+# they would all pass for right beside a default that is not.
+MAX_ERROR_OF_DEFAULT = 8 * 2.0**-9
+
+
+class Candidate(NamedTuple):
+    """An implementation of a problem, on inputs that are made already.
+
+    Args:
+        run: runs it once on the next inputs, of so many that no cache holds them. This is timed.
+        results: runs it once on the inputs whose exact results are known; returns every result by its name.
+    """
+
+    run: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]
+
+
+class Prepared(NamedTuple):
+    """A problem on a device.
+
+    Args:
+        exact: the results in fp64, by name.
+        candidates: by choice; the default is among them.
+        terms: of results that are sums, the largest sum of the terms' magnitudes, by name.
+    """
+
+    exact: Mapping[str, Tensor]
+    candidates: Mapping[Choice, Candidate]
+    terms: Mapping[str, float] = {}
+
+
+Prepare = Callable[[Problem, torch.device], Prepared]
+
+
+class Clock(Protocol):
+    """As `timing.alternate`: milliseconds of every round by name."""
+
+    def __call__(
+        self,
+        calls: Mapping[Choice, Callable[[], object]],
+        device: torch.device,
+        rounds: int,
+        warm_up: int,
+        hide_launches: bool = False,
+    ) -> dict[Choice, list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a problem.
+
+    Args:
+        problem: it.
+        measured: times and choice; None where it was skipped.
+        wrong: what is wrong with the results of a candidate, which is a bug.
+        failed: why a candidate cannot run, such as tiles beyond the multiprocessor's memory.
+        skipped: why there is no time.
+    """
+
+    problem: Problem
+    measured: Measured | None = None
+    wrong: Mapping[Choice, str] = field(default_factory=dict)
+    failed: Mapping[Choice, str] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where there is something to choose among, else the reason why there is not."""
+    if device.type == "cpu":
+        return "there is nothing to choose on a CPU, where convolutions and batch norms are ATen's; tune needs a GPU"
+    if is_interpreted():
+        return f"interpreted kernels have no times that tell anything: unset {INTERPRETER}"
+    reason = why_not_triton(device)
+    return None if reason is None else f"there is nothing to choose, since nothing is fused here: {reason}"
+
+
+def measure(
+    problem: Problem, prepare: Prepare, device: torch.device, rounds: int = ROUNDS, clock: Clock = alternate
+) -> Outcome:
+    """Check, time and choose among the candidates that `prepare` makes; without the memory for it, skip the problem.
+
+    Raises:
+        RuntimeError: the default does not run, or is wrong.
+    """
+    try:
+        with device_guard(torch.empty(0, device=device)), _as_in_training():
+            return _measure(problem, prepare(problem, device), device, rounds, clock)
+    except torch.OutOfMemoryError:
+        return Outcome(problem, skipped="not enough memory")
+    finally:
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # of this problem, whose blocks fit no other
+
+
+def choose_fastest(default: Choice, milliseconds: Mapping[Choice, float]) -> Choice:
+    """The choice of the least time where it saves more than MIN_GAIN of the default's, else the default."""
+    fastest = min(milliseconds, key=lambda choice: milliseconds[choice])
+    return fastest if milliseconds[fastest] < (1 - MIN_GAIN) * milliseconds[default] else default
+
+
+def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds: int, clock: Clock) -> Outcome:
+    default = DEFAULTS[problem.operation]
+    of_default = _results(prepared.candidates[default])
+    for name, result in of_default.items():
+        error, size = _largest(result.double() - prepared.exact[name]), _largest(prepared.exact[name])
+        if not error <= MAX_ERROR_OF_DEFAULT * (size + prepared.terms.get(name, 0.0)):
+            raise RuntimeError(f"the default's {name} is off by {error:.3g} of {size:.3g} in {problem}")
+    right, wrong, failed = {default: prepared.candidates[default].run}, {}, {}
+    for choice, candidate in prepared.candidates.items():
+        if choice == default:
+            continue
+        try:
+            complaint = _complaint(_results(candidate), of_default, prepared)
+            candidate.run()  # as it will be timed, for what fails then to fail here
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises; the others go on
+            failed[choice] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if complaint:
+            wrong[choice] = complaint
+        else:
+            right[choice] = candidate.run
+    times = clock(right, device, rounds, WARM_UP, hide_launches=True)
+    milliseconds = {choice: percentiles(of_choice)[1] for choice, of_choice in times.items()}
+    return Outcome(problem, Measured(choose_fastest(default, milliseconds), milliseconds), wrong, failed)
+
+
+def _complaint(results: Mapping[str, Tensor], of_default: Mapping[str, Tensor], prepared: Prepared) -> str:
+    """What is wrong, or nothing: the error against fp64 may be 2 x the default's, a rounding, and those of a sum."""
+    for name, exact in prepared.exact.items():
+        result = results[name]
+        if result.shape != exact.shape:
+            return f"{name} must have shape {tuple(exact.shape)}, got {tuple(result.shape)}"
+        rounding, rounding_of_sums = (torch.finfo(dtype).eps / 2 for dtype in (result.dtype, accumulation_type(result)))
+        allowed = 2 * _largest(of_default[name].double() - exact) + rounding * _largest(exact)
+        allowed += ROUNDINGS * rounding_of_sums * prepared.terms.get(name, 0.0)
+        error = _largest(result.double() - exact)
+        if not error <= allowed < math.inf:  # NaN is not
+            return f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
+    return ""
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _results(candidate: Candidate) -> dict[str, Tensor]:
+    """What a candidate computes into memory that is full of NaN, so that an element which it leaves out shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of algorithms that are not deterministic
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+            return candidate.results()
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            deterministic.fill_uninitialized_memory = fills  # type: ignore[assignment]
+
+
+@contextmanager
+def _as_in_training() -> Iterator[None]:
+    """cuDNN chooses its algorithms as `resnet-fast train` has it choose."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

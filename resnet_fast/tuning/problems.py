@@ -1,0 +1,143 @@
+"""Which operations of a network's training step there is a choice for: one pass over it on the meta device tells.
+
+Convolutions of 3x3, stride 1, padding 1, one group, without bias, of square maps and multiples of 16 channels that a
+fused batch norm follows, with their two gradients; and every fused batch norm of square maps, forward and backward.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from resnet_fast.kernels.conv_tiles import WIDTHS
+from resnet_fast.models.registry import MODELS, check_name, get_model
+from resnet_fast.nn import FusedBatchNorm2d
+from resnet_fast.ops.choices import IMPLEMENTATIONS, Operation, Problem
+
+CHANNEL_MULTIPLE = 16  # as in ops/conv3x3.py, which cannot be imported without triton
+
+
+class _Norm(NamedTuple):
+    """A fused batch norm as it ran."""
+
+    x: Tensor
+    y: Tensor
+    join: str
+    fork: bool
+
+
+class _Convolution(NamedTuple):
+    """A convolution as it ran, of those that could be fused."""
+
+    x: Tensor
+    y: Tensor
+
+
+class _Convolutions(TorchFunctionMode):
+    """Notes every convolution within its context that the fused one could compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[_Convolution] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.conv2d and can_be_fused(*args, **(kwargs or {})):
+            self.found.append(_Convolution(args[0], result))
+        return result
+
+
+def find_problems(
+    model: str, stem: str | None, batch_sizes: Iterable[int], image_size: int, dtype: str
+) -> list[Problem]:
+    """Every problem of a training step, once, by operation and then in the order of the network.
+
+    Args:
+        model, stem: as for training; None: the stem that training takes.
+        batch_sizes: images of a step; a step for each.
+        image_size: pixels, in height and width.
+        dtype: "bf16" or "fp16", in which activations are.
+
+    Raises:
+        ValueError: there is no such network or stem.
+        RuntimeError: the network cannot take such images.
+    """
+    check_name(model)
+    stem = stem or MODELS[model].stems[0]
+    found = [problem for size in batch_sizes for problem in _of_step(model, stem, size, image_size, dtype)]
+    order = list(IMPLEMENTATIONS)
+    return sorted(dict.fromkeys(found), key=lambda problem: (problem.n_images, order.index(problem.operation)))
+
+
+def can_be_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether the arguments of F.conv2d are those of a convolution that the fused kernels compute."""
+    pairs = [tuple(value) if isinstance(value, list | tuple) else value for value in (stride, padding, dilation)]
+    return (
+        tuple(weight.shape[2:]) == (3, 3)
+        and all(pair in (1, (1, 1)) for pair in pairs)
+        and bias is None
+        and groups == 1
+        and all(n % CHANNEL_MULTIPLE == 0 for n in weight.shape[:2])
+        and x.shape[2] == x.shape[3]
+        and x.shape[3] in WIDTHS
+    )
+
+
+def _of_step(model: str, stem: str, n_images: int, image_size: int, dtype: str) -> list[Problem]:
+    convolutions, norms = _run(model, stem, n_images, image_size)
+    normalized, made_by = {id(norm.x) for norm in norms}, {id(norm.y): norm for norm in norms}
+    found = []
+
+    def note(operation: Operation, x: Tensor, y: Tensor, join: str = "none", fork: bool = False) -> None:
+        found.append(Problem(operation, dtype, n_images, x.shape[1], y.shape[1], x.shape[3], join, fork))
+
+    for x, y in convolutions:
+        if id(y) not in normalized:
+            continue
+        note("convolution", x, y)
+        note("weight gradient", x, y)
+        if (before := made_by.get(id(x))) is not None:  # whose sums are computed beside the data gradient
+            note("data gradient", x, y, before.join, before.fork)
+    for x, y, join, fork in norms:
+        if x.dim() == 4 and x.shape[2] == x.shape[3]:
+            note("batch norm", x, y, join)  # with a fork it computes the same
+            note("batch norm backward", x, y, join, fork)
+    return found
+
+
+def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_Convolution], list[_Norm]]:
+    """What runs in a network's forward pass in training, without computing it."""
+    with torch.device("meta"):
+        network = get_model(model, stem=stem)
+        images = torch.empty(n_images, 3, image_size, image_size)
+    norms: list[_Norm] = []
+    for module in network.modules():
+        if isinstance(module, FusedBatchNorm2d):
+            _watch(module, norms)
+    with _Convolutions() as convolutions:
+        network.train()(images)
+    return convolutions.found, norms
+
+
+def _watch(norm: FusedBatchNorm2d, found: list[_Norm]) -> None:
+    """Note every pass of a batch norm. A hook would make the network run unfused; this the blocks do not see."""
+    fused = norm.fused
+
+    def noted(x: Tensor, residual: Tensor | None = None, residual_norm: Any = None, **settings: Any) -> Any:
+        y = fused(x, residual, residual_norm, **settings)
+        join = "none" if residual is None else "add" if residual_norm is None else "bn"
+        fork = settings.get("fork", False)
+        found.append(_Norm(x, y[0] if fork else y, join, fork))
+        return y
+
+    norm.fused = noted  # type: ignore[method-assign]

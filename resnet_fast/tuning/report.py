@@ -1,0 +1,66 @@
+"""What `resnet-fast tune` prints: plain lines of at most 80 columns, one for each problem."""
+
+import textwrap
+from collections.abc import Sequence
+
+from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
+from resnet_fast.tuning.measurement import MIN_GAIN, Outcome
+
+WIDTH = 80
+INDENT = "    "
+TITLE = f"{'':29}{'default':>10}{'fastest':>10}{'':9}choice"
+
+
+def heading(problem: Problem) -> str:
+    """The line over all problems of one operation and batch."""
+    return f"{problem.operation}, {problem.dtype}, batch {problem.n_images}"
+
+
+def format_outcome(outcome: Outcome) -> list[str]:
+    """The line of a problem: the default's time, the fastest candidate's, how many times as fast, and the choice; and
+    what is to be known of candidates that were not timed.
+    """
+    shape = f"  {_shape(outcome.problem):<27}"
+    if outcome.measured is None:
+        return fold(f"{shape}skipped: {outcome.skipped}")
+    choice, milliseconds = outcome.measured
+    default, fastest = milliseconds[DEFAULTS[outcome.problem.operation]], min(milliseconds.values())
+    times = f"{default:>7.4g} ms{fastest:>7.4g} ms{default / fastest:>7.2f}x"
+    lines = [f"{shape}{times}  {describe(choice)}"]
+    for wrong, complaint in outcome.wrong.items():
+        lines += fold(f"{INDENT}BUG: {describe(wrong)} is wrong and is not chosen: {complaint}; please report it")
+    if outcome.failed:
+        first, reason = next(iter(outcome.failed.items()))
+        lines += fold(f"{INDENT}{len(outcome.failed)} cannot run here, such as {describe(first)}: {reason}")
+    return lines
+
+
+def format_end(outcomes: Sequence[Outcome]) -> list[str]:
+    """What became of all problems."""
+    measured = [outcome for outcome in outcomes if outcome.measured is not None]
+    changed = sum(o.measured.choice != DEFAULTS[o.problem.operation] for o in measured if o.measured is not None)
+    lines = [f"{changed} of {len(measured)} differ from the default; a gain of {MIN_GAIN:.0%} or less changes nothing."]
+    if n_skipped := len(outcomes) - len(measured):
+        lines.append(f"{n_skipped} skipped; what is not measured runs as the default.")
+    return lines
+
+
+def describe(choice: Choice) -> str:
+    """A choice in at most 22 columns; the other settings of tiles are in the file."""
+    if choice.tiles is None:
+        return choice.implementation
+    return f"{choice.implementation} {choice.tiles.block_m}x{choice.tiles.block_n}x{choice.tiles.block_k}"
+
+
+def _shape(problem: Problem) -> str:
+    channels = f"{problem.in_channels}"
+    if not problem.operation.startswith("batch norm"):
+        channels += f">{problem.out_channels}"
+    join = "" if problem.join == "none" else f" {problem.join}"
+    return f"{channels} {problem.width}x{problem.width}{join}{' fork' if problem.fork else ''}"
+
+
+def fold(text: str) -> list[str]:
+    """A text in lines that fit, indented as it begins."""
+    indent = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)

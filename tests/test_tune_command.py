@@ -1,0 +1,381 @@
+"""`resnet-fast tune`: refuses where there is nothing to choose, never chooses what is wrong, keeps what it measured.
+
+Candidates and clock are made up, but for the last tests, which run the real candidates of a batch norm and of the
+convolutions, interpreted, against their exact results.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_gpu import ENVIRONMENT, entries, fused, make_up_gpu
+from typer.testing import CliRunner
+
+from resnet_fast.cli import app
+from resnet_fast.cli import tune as command
+from resnet_fast.ops import choice_files
+from resnet_fast.ops.choice_files import add, read_file
+from resnet_fast.ops.choices import DEFAULTS, IMPLEMENTATIONS, Choice, Problem, tiles_of
+from resnet_fast.tuning import Candidate, Outcome, Prepared, find_problems, inputs, measure, why_not
+from resnet_fast.tuning.candidates import candidates
+from resnet_fast.tuning.measurement import choose_fastest
+from resnet_fast.tuning.report import format_outcome
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+EXACT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+TWO_PASSES, REVERSED, SINGLE_READ = (Choice(name) for name in IMPLEMENTATIONS["batch norm"])
+JOINS = [("none", False), ("none", True), ("add", True), ("bn", True)]
+NORM = Problem("batch norm", "bf16", 128, 64, 64, 32)
+
+
+def candidate(result: torch.Tensor | Exception, ran: Callable[[], object] = lambda: None) -> Candidate:
+    def results() -> dict[str, torch.Tensor]:
+        if isinstance(result, Exception):
+            raise result
+        return {"y": result}
+
+    return Candidate(ran, results)
+
+
+def made_up(problem: Problem, device: torch.device) -> Prepared:
+    """Of a batch norm all implementations, of a convolution one fused; all right, in bf16."""
+    right = candidate(EXACT.bfloat16())
+    default = DEFAULTS[problem.operation]
+    others = (REVERSED, SINGLE_READ) if problem.operation.startswith("batch norm") else (fused(problem),)
+    return Prepared({"y": EXACT}, {choice: right for choice in (default, *others)})
+
+
+def prepared(**others: torch.Tensor | Exception) -> Callable[[Problem, torch.device], Prepared]:
+    """The right default of a batch norm, and what else is given by name."""
+    names = {"reversed": REVERSED, "single_read": SINGLE_READ}
+    found = {TWO_PASSES: candidate(EXACT.bfloat16())}
+    return lambda problem, device: Prepared(
+        {"y": EXACT}, found | {names[name]: candidate(result) for name, result in others.items()}
+    )
+
+
+def clock(**milliseconds: float):
+    """Tells these times by implementation, and 1 ms of others."""
+
+    def tell(calls, device, rounds, warm_up, hide_launches=False):
+        return {choice: [milliseconds.get(choice.implementation.split()[-1], 1.0)] * rounds for choice in calls}
+
+    return tell
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GPU that is not there, on which all is measured: fused in half of the time, a single read in 0.9 of it."""
+    monkeypatch.setattr(command, "choose_device", lambda name: CPU)
+    monkeypatch.setattr(command, "why_not", lambda device: None)
+    monkeypatch.setattr(command, "environment_of", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(command, "candidates", made_up)
+    times = clock(fused=0.5, read=0.9)
+    monkeypatch.setattr(command, "measure", lambda *arguments: measure(*arguments, clock=times))
+    return make_up_gpu(tmp_path, monkeypatch)
+
+
+def run(*args: object):
+    return CliRunner().invoke(app, ["tune", *map(str, args)])
+
+
+def test_everything_is_measured_chosen_written_and_shown(own: Path):
+    done = run()
+    assert done.exit_code == 0 and done.stderr == ""
+    environment, found = read_file(own)
+    assert environment == ENVIRONMENT
+    assert list(found) == sorted(find_problems("resnet18", "cifar", [128, 512, 1024], 32, "bf16"))
+    for problem, measured in found.items():
+        is_norm = problem.operation.startswith("batch norm")
+        assert measured.choice == (SINGLE_READ if is_norm else fused(problem))
+        of_norm = {TWO_PASSES: 1.0, REVERSED: 1.0, SINGLE_READ: 0.9}
+        assert measured.milliseconds == (of_norm if is_norm else {Choice("cudnn"): 1.0, fused(problem): 0.5})
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines if str(own) not in line) <= 80
+    assert "\x1b" not in done.stdout and "\r" not in done.stdout
+    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  fused 64x64x64" in lines
+    assert "  128 16x16 bn fork                1 ms    0.9 ms   1.11x  single read" in lines
+    assert lines.count("batch norm backward, bf16, batch 512") == 1
+    n = len(found)
+    assert lines[-2:] == [
+        f"{n} of {n} differ from the default; a gain of 2% or less changes nothing.",
+        f"Written: {own}",
+    ]
+
+
+def test_options_reach_the_problems(own: Path, tmp_path: Path):
+    out = tmp_path / "new folder" / "table.json"
+    done = run(
+        *"--model resnet20 --batch-size 64 --batch-size 96 --image-size 16 --precision fp16".split(), "--out", out
+    )
+    assert done.exit_code == 0 and not own.exists()
+    assert set(read_file(out)[1]) == set(find_problems("resnet20", None, [64, 96], 16, "fp16"))
+
+
+def test_a_second_run_adds_to_the_first(own: Path):
+    add(own, ENVIRONMENT, entries(7))
+    assert run("--batch-size", 64).exit_code == 0
+    assert entries(7).items() <= read_file(own)[1].items()
+
+
+def test_a_damaged_table_is_replaced_and_others_are_named(own: Path):
+    own.write_text("{")
+    (own.parent / "nvidia-made-up-80gb.0123456789ab.json").write_text("of other versions")
+    done = run("--batch-size", 64)
+    text = " ".join(done.stdout.split())
+    assert done.exit_code == 0 and "The table that is there is replaced: it is not JSON" in text
+    assert "Tables of other versions for this GPU, which are not used here: nvidia-made-up-80gb.0123456789ab" in text
+    assert read_file(own)[0] == ENVIRONMENT and len(list(own.parent.iterdir())) == 2
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "resnet19"], "model must be one of resnet18"),
+        (["--stem", "none"], "stem must be one of cifar, imagenet, got 'none'"),
+        (["--batch-size", "1"], "batch_size must be an integer of at least 2, got 1"),
+        (["--image-size", "0"], "image_size must be an integer of at least 1, got 0"),
+        (["--rounds", "0"], "rounds must be an integer of at least 1, got 0"),
+        (["--precision", "fp32"], "precision must be one of bf16, fp16, got 'fp32'"),
+        (["--out", "setup.py"], "setup.py must be a new file or a table"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_arguments_exit_with_2(own: Path, args: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    done = run(*args)
+    assert done.exit_code == 2 and message in done.stderr and done.stdout == "" and not own.exists()
+
+
+def test_a_folder_that_cannot_be_written_exits_with_1_before_anything_is_measured(own: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = run("--out", tmp_path / "file" / "table.json")
+    assert done.exit_code == 1 and "no table can be written" in done.stderr and done.stdout == ""
+
+
+def test_without_a_home_a_file_is_asked_for(own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice_files, "own_path", lambda environment: None)
+    done = run()
+    assert done.exit_code == 2 and "name a file by --out" in done.stderr
+
+
+def test_on_a_cpu_the_command_says_in_a_sentence_that_there_is_nothing_to_choose(tmp_path: Path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    code = "from resnet_fast.cli import app; app(['tune'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "there is nothing to choose on a CPU" in done.stderr and not (tmp_path / "resnet_fast").exists()
+
+
+def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("resnet_fast.tuning.measurement.is_interpreted", lambda: True)
+    assert "unset TRITON_INTERPRET" in str(why_not(torch.device("cuda")))
+    monkeypatch.setattr("resnet_fast.tuning.measurement.is_interpreted", lambda: False)
+    monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: "triton cannot be imported")
+    assert "nothing is fused here: triton cannot be imported" in str(why_not(torch.device("cuda")))
+    monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: None)
+    assert why_not(torch.device("cuda")) is None
+
+
+# What is stopped, and what fails.
+
+
+def failing_at(number: int, error: BaseException):
+    """Measures, but for one problem."""
+    count = iter(range(1000))
+    times = clock(fused=0.5)
+
+    def run_measure(problem: Problem, *arguments) -> Outcome:
+        if next(count) == number:
+            raise error
+        return measure(problem, *arguments, clock=times)
+
+    return run_measure
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; "),
+        (RuntimeError("an illegal memory access"), 1, "error: an illegal memory access; "),
+    ],
+)
+def test_what_was_measured_is_kept(own: Path, error: BaseException, code: int, message: str, monkeypatch):
+    monkeypatch.setattr(command, "measure", failing_at(3, error))
+    done = run("--batch-size", 64)
+    assert done.exit_code == code and f"{message}{own} keeps 3 of 40 problems" in done.stderr
+    assert list(read_file(own)[1]) == sorted(find_problems("resnet18", None, [64], 32, "bf16")[:3])
+
+
+def test_an_interrupt_before_anything_was_measured(own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "measure", failing_at(0, KeyboardInterrupt()))
+    done = run("--batch-size", 64)
+    assert done.exit_code == 130 and "interrupted; nothing was written" in done.stderr and not own.exists()
+
+
+def test_an_interrupt_between_a_measurement_and_its_writing(own: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def interrupted_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    monkeypatch.setattr(command, "add", interrupted_once)
+    done = run("--batch-size", 64)
+    assert done.exit_code == 130 and f"{own} keeps 2 of 40 problems" in done.stderr and len(read_file(own)[1]) == 2
+
+
+def test_a_full_disk_exits_with_1_and_says_what_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "add", full)
+    done = run("--batch-size", 64)
+    assert done.exit_code == 1 and "No space left on device; nothing was written" in done.stderr
+
+
+def test_a_problem_without_the_memory_for_it_is_skipped(own: Path, monkeypatch: pytest.MonkeyPatch):
+    def large(problem: Problem, device: torch.device) -> Prepared:
+        if problem.width == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return made_up(problem, device)
+
+    monkeypatch.setattr(command, "candidates", large)
+    done = run("--batch-size", 64)
+    assert done.exit_code == 0 and "  64>64 32x32                skipped: not enough memory" in done.stdout.splitlines()
+    n_skipped = done.stdout.count("skipped: not enough memory")
+    assert f"{n_skipped} skipped; what is not measured runs as the default." in done.stdout.splitlines()
+    assert len(read_file(own)[1]) == 40 - n_skipped and all(problem.width < 32 for problem in read_file(own)[1])
+
+
+# What is chosen.
+
+
+@pytest.mark.parametrize(("single_read", "chosen"), [(0.979, SINGLE_READ), (0.98, TWO_PASSES), (1.5, TWO_PASSES)])
+def test_a_gain_of_two_hundredths_or_less_changes_nothing(single_read: float, chosen: Choice):
+    assert choose_fastest(TWO_PASSES, {TWO_PASSES: 1.0, REVERSED: 1.2, SINGLE_READ: single_read}) == chosen
+
+
+def test_the_median_counts():
+    def noisy(calls, device, rounds, warm_up, hide_launches=False):
+        return {choice: [1.0, 1.0, 9.0] if choice == TWO_PASSES else [0.1, 2.0, 2.0] for choice in calls}
+
+    outcome = measure(NORM, prepared(reversed=EXACT.bfloat16()), CPU, 3, noisy)
+    assert outcome.measured is not None and outcome.measured.choice == TWO_PASSES
+    assert outcome.measured.milliseconds == {TWO_PASSES: 1.0, REVERSED: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "complaint"),
+    [
+        (EXACT.bfloat16() * 1.1, "y is off by"),
+        (torch.tensor([1.0, 2.0, float("nan")]).bfloat16(), "y is off by nan"),
+        (torch.tensor([1.0, 2.0, float("inf")]).bfloat16(), "y is off by inf"),
+        (EXACT.bfloat16()[:2], r"y must have shape (3,), got (2,)"),
+    ],
+)
+def test_a_wrong_candidate_is_never_chosen_and_loudly_reported(own: Path, result, complaint: str, monkeypatch):
+    outcome = measure(NORM, prepared(reversed=result, single_read=EXACT.bfloat16()), CPU, 3, clock(reversed=0.01))
+    assert outcome.measured is not None and outcome.measured.choice == TWO_PASSES
+    assert set(outcome.measured.milliseconds) == {TWO_PASSES, SINGLE_READ}  # the wrong one has no time
+    assert complaint in outcome.wrong[REVERSED]
+    monkeypatch.setattr(command, "find_problems", lambda *arguments: [NORM])
+    monkeypatch.setattr(command, "candidates", prepared(reversed=result))
+    done = run()
+    assert done.exit_code == 1 and "1 candidates are wrong and were not chosen" in done.stderr
+    assert "BUG: two passes, reversed is wrong and is not chosen" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+
+
+def test_memory_that_a_candidate_leaves_out_is_not_right_by_chance():
+    def leaves_out() -> dict[str, torch.Tensor]:
+        return {"y": torch.empty(3, dtype=torch.bfloat16)}
+
+    found = prepared()(NORM, CPU)
+    found = found._replace(candidates={**found.candidates, REVERSED: Candidate(lambda: None, leaves_out)})
+    outcome = measure(NORM, lambda problem, device: found, CPU, 3, clock())
+    assert outcome.wrong[REVERSED].startswith("y is off by nan")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_candidate_that_cannot_run_is_named_and_the_others_go_on():
+    error = RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448. " + "x" * 500)
+    outcome = measure(NORM, prepared(reversed=error, single_read=EXACT.bfloat16()), CPU, 3, clock(read=0.5))
+    assert outcome.measured is not None and outcome.measured.choice == SINGLE_READ and not outcome.wrong
+    lines = format_outcome(outcome)
+    assert "1 cannot run here, such as two passes, reversed: RuntimeError: out of resource" in " ".join(
+        " ".join(lines).split()
+    )
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_wrong_default_stops_it_all():
+    found = Prepared({"y": EXACT}, {TWO_PASSES: candidate(EXACT.bfloat16() * 1.1)})
+    with pytest.raises(RuntimeError, match="the default's y is off by"):
+        measure(NORM, lambda problem, device: found, CPU, 3, clock())
+
+
+@pytest.mark.parametrize("problem", entries(100_000) | {Problem("convolution", "bf16", 2, 2048, 2048, 32): 0})
+@pytest.mark.parametrize("ms", [1e-3, 0.123456, 12345.678])
+def test_lines_fit_80_columns(problem: Problem, ms: float):
+    outcome = measure(problem, made_up, CPU, 3, clock(fused=ms, reversed=ms))
+    assert max(map(len, format_outcome(outcome))) <= 80
+
+
+# Which problems there are.
+
+
+def test_the_problems_of_resnet18():
+    found = find_problems("resnet18", None, [128], 32, "bf16")
+
+    def of(operation: str, width: int) -> list[tuple]:
+        return [(p.in_channels, p.join, p.fork) for p in found if p.operation == operation and p.width == width]
+
+    for operation in ("convolution", "weight gradient"):
+        assert [of(operation, width) for width in (32, 16, 8, 4)] == [[(c, "none", False)] for c in (64, 128, 256, 512)]
+    # The stem's batch norm, a block's first, and its last, which the next block's convolution reads.
+    assert of("data gradient", 32) == [(64, "none", True), (64, "none", False), (64, "add", True)]
+    assert of("data gradient", 4) == [(512, "none", False), (512, "bn", True)]
+    assert of("batch norm", 32) == [(64, "none", False), (64, "add", False)]
+    assert of("batch norm backward", 16) == [(128, "none", False), (128, "bn", True), (128, "add", True)]
+    assert of("batch norm backward", 4) == [(512, "none", False), (512, "bn", True), (512, "add", False)]
+    assert len(found) == len(set(found)) == 40
+
+
+def test_strides_odd_widths_and_few_channels_are_for_cudnn():
+    of_convolutions = {p for p in find_problems("resnet18", "imagenet", [2], 224, "bf16") if "batch" not in p.operation}
+    assert of_convolutions == set()  # 56, 28, 14 and 7 wide
+    assert all(p.in_channels > 3 for p in find_problems("resnet20", None, [2], 32, "bf16"))
+
+
+# The real candidates.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the command itself runs them")
+@pytest.mark.parametrize(
+    ("operation", "join", "fork"),
+    [
+        ("convolution", "none", False),
+        ("weight gradient", "none", False),
+        *[(operation, *case) for operation in ("data gradient", "batch norm", "batch norm backward") for case in JOINS],
+    ],
+)
+def test_candidates_are_right(operation, join: str, fork: bool, monkeypatch):
+    monkeypatch.setattr(inputs, "rotation", lambda size, device: 2)
+    is_norm = operation.startswith("batch norm")
+    problem = Problem(operation, "bf16", 2, 16, 16 if is_norm else 32, 4, join, fork)
+    outcome = measure(problem, candidates, CPU, 2, clock())
+    assert outcome.measured is not None and not outcome.wrong
+    expected = {Choice("fused", tiles) for tiles in tiles_of(problem)} | {Choice("cudnn")}
+    assert set(outcome.measured.milliseconds) >= ({TWO_PASSES, REVERSED} if is_norm else expected)
