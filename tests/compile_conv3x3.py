@@ -1,4 +1,4 @@
-"""What the 3x3 convolutions compile to, as JSON rows: which kernel, of which tiles, for which GPU. No TRITON_INTERPRET."""
+"""What the 3x3 convolutions compile to, as JSON: a row for kernel, tiles and GPU. Run without TRITON_INTERPRET."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions compile to tensor-memory copies and matrix instructions, without a stack, for GPUs not there."""
+"""The 3x3 convolutions compile to TMA copies and matrix instructions, without a stack, for GPUs that are not there."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def test_hopper_multiplies_by_warpgroups(rows):
         assert row["wgmma"] > 0 and row["matrix"] > 0, row
 
 
-def test_hopper_loads_its_operands_by_tensor_memory_copies(rows):
-    """A convolution's only ordinary loads are none, a weight gradient's, too: no address is computed."""
+def test_hopper_loads_its_operands_by_tma(rows):
+    """Ordinary loads are the data gradient's alone, of what the batch norm needs."""
     for row in convolutions(rows, "sm_90"):
         assert row["tma_loads"] > 0, row
         if not row["kernel"].startswith("data gradient"):

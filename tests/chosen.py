@@ -1,0 +1,52 @@
+"""Tables of choices for tests, and a network around which they choose."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import FusedBatchNorm2d
+from resnet_fast.kernels.conv_tiles import ConvTiles
+from resnet_fast.models.blocks import BasicBlock, blocks_to_fuse, run_fused
+from resnet_fast.ops.choices import Choice, Problem
+
+CONVOLUTIONS = ("convolution", "data gradient", "weight gradient")
+TILES = ConvTiles(64, 16, 16, 2, False, 4, 3)
+WEIGHT_TILES = ConvTiles(16, 16, 64, 1, True, 4, 3)
+
+
+class Fused(dict):
+    """Has the fused convolution for every problem of these operations; `asked` are the problems that had one."""
+
+    def __init__(self, operations: Iterable[str] = CONVOLUTIONS) -> None:
+        super().__init__({"any": "problem"})
+        self.operations, self.asked = set(operations), []
+
+    def get(self, problem: Problem, default: Choice) -> Choice:  # type: ignore[override]
+        if problem.operation not in self.operations:
+            return default
+        self.asked.append(problem)
+        return Choice("fused", WEIGHT_TILES if problem.operation == "weight gradient" else TILES)
+
+
+class ThreeBlocks(nn.Module):
+    """A stem's batch norm, then an identity block, one with a projection, and another: 16 and 32 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        projection = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), FusedBatchNorm2d(32))
+        self.bn1, self.relu = FusedBatchNorm2d(16), nn.ReLU()
+        self.layer = nn.Sequential(
+            BasicBlock(16, 16, norm_layer=FusedBatchNorm2d),
+            BasicBlock(16, 32, 2, projection, norm_layer=FusedBatchNorm2d),
+            BasicBlock(32, 32, norm_layer=FusedBatchNorm2d),
+        )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, 16, H, W]; returns [N, 32, H/2, W/2]."""
+        blocks = blocks_to_fuse(self, (self.layer,), x)
+        if not blocks:
+            return self.layer(self.relu(self.bn1(x)))
+        x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
+        return run_fused(blocks, x, shortcut)

@@ -1,0 +1,225 @@
+"""A network whose table of choices has fused convolutions computes the same, and launches what it says."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from chosen import CONVOLUTIONS, Fused, ThreeBlocks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from resnet_fast import FusedBatchNorm2d
+from resnet_fast.ops import choices, conv3x3, launch
+from resnet_fast.ops.choices import Problem
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return ThreeBlocks()
+
+
+def images(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x.to(device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def step(network: nn.Module, x: Tensor, table=None, precision: str = "autocast") -> dict[str, Tensor]:
+    """y, the gradients of x and of every parameter, and every buffer of a copy of the network, after one step."""
+    network = copy.deepcopy(network).to(x.device)
+    if precision == "own":
+        network.to(x.dtype)
+    x = x.detach().requires_grad_(x.requires_grad)
+    with choices.using(table if table is not None else {}):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "autocast"):
+            y = network(x)
+        weights = torch.linspace(-1, 1, y.numel(), device=x.device).view(y.shape)
+        (y.to(weights.dtype) * weights).sum().backward()
+    found = {"y": y.detach(), "dx": x.grad}
+    found |= {f"d {name}": p.grad for name, p in network.named_parameters()}
+    return {name: t for name, t in found.items() if t is not None} | dict(network.named_buffers())
+
+
+@contextlib.contextmanager
+def launched():
+    """The names of the kernels launched inside."""
+    names, run = [], launch.run
+
+    def noted(kernel, *arguments, **keywords):
+        names.append(kernel.__name__)
+        run(kernel, *arguments, **keywords)
+
+    with mock.patch.object(launch, "run", noted), mock.patch.object(conv3x3, "run", noted):
+        yield names
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Within what the default's own error allows, as a whole: single elements differ where a ReLU is near its kink."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if value.is_floating_point():
+            errors = [(t.double() - exact[name]).norm() / exact[name].norm() for t in (value, expected[name])]
+            assert errors[0] <= 1.5 * errors[1] + 2**-9, (name, *errors)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def expected(network, device) -> dict[str, Tensor]:
+    return step(network, images(device))
+
+
+@pytest.fixture(scope="module")
+def exact(network, device) -> dict[str, Tensor]:
+    return step(
+        network.double() if False else copy.deepcopy(network).double(), images(device).double(), precision="own"
+    )
+
+
+@pytest.mark.parametrize("operations", (CONVOLUTIONS, *[(operation,) for operation in CONVOLUTIONS]), ids=str)
+def test_every_choice_computes_the_same(operations, network, device, expected, exact):
+    with launched() as names:
+        found = step(network, images(device), Fused(operations))
+    assert_same(found, expected, exact)
+    fused, default = set(names), launches_of_the_default(network, device)
+    assert ("conv3x3_kernel" in fused) == ("convolution" in operations)
+    assert ("conv3x3_data_gradient_kernel" in fused) == ("data gradient" in operations)
+    assert ("conv3x3_weight_gradient_kernel" in fused) == ("weight gradient" in operations)
+    # Of the stem, two convolutions of each block, and the shortcut's, all with a pass of their own by default: stride 2
+    # and the shortcut are cuDNN's, and behind the last convolution nothing reads its batch norm's output.
+    n_passes = {name: names.count(name) for name in ("statistics_kernel", "reduce_kernel")}
+    assert {name: default.count(name) for name in n_passes} == {"statistics_kernel": 8, "reduce_kernel": 7}
+    assert n_passes["statistics_kernel"] == (3 if "convolution" in operations else 8)
+    assert n_passes["reduce_kernel"] == (2 if "data gradient" in operations else 7)
+
+
+def launches_of_the_default(network, device) -> list[str]:
+    with launched() as names:
+        step(network, images(device))
+    return names
+
+
+def test_what_is_chosen_for(network, device):
+    table = Fused()
+    step(network, images(device), table)
+    forward = Problem("convolution", "bf16", 3, 16, 16, 8)
+    assert table.asked[:3] == [
+        Problem("data gradient", "bf16", 3, 16, 16, 8, "none", fork=True),  # the stem's, beside a shortcut
+        forward,
+        forward._replace(operation="weight gradient"),
+    ]
+    of_gradients = {(p.in_channels, p.join, p.fork) for p in table.asked if p.operation == "data gradient"}
+    assert of_gradients == {(16, "none", True), (16, "none", False), (32, "none", False), (32, "bn", True)}
+
+
+def test_without_entries_the_convolutions_are_modules_calls(network, device):
+    with mock.patch.object(conv3x3, "run", side_effect=AssertionError):
+        calls, forward = [], nn.Conv2d.forward
+        with mock.patch.object(nn.Conv2d, "forward", lambda conv, x: calls.append(conv) or forward(conv, x)):
+            step(network, images(device))
+    assert len(calls) == 7
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_network_in_low_precision(dtype, network, device):
+    x = images(device, dtype)
+    exact = step(copy.deepcopy(network).double(), x.double(), precision="own")
+    assert_same(*(step(network, x, table, precision="own") for table in (Fused(), None)), exact)
+
+
+def test_other_types_keep_the_library(network, device):
+    table = Fused()
+    step(network, images(device, torch.float32), table, precision="own")
+    assert table.asked == []
+
+
+def test_frozen_parameters_and_images_without_gradient(network, device, expected):
+    frozen = copy.deepcopy(network)
+    frozen.layer[0].conv1.weight.requires_grad_(False)
+    frozen.bn1.requires_grad_(False)
+    with launched() as names:
+        found = step(frozen, images(device).requires_grad_(False), Fused())
+    assert not {"dx", "d layer.0.conv1.weight", "d bn1.weight"} & found.keys()
+    assert names.count("conv3x3_weight_gradient_kernel") == 4 and names.count("conv3x3_data_gradient_kernel") == 4
+    whole = step(network, images(device), Fused())
+    for name in found:
+        assert torch.equal(found[name], whole[name]), name
+
+
+def test_two_backwards_of_one_graph(network, device):
+    network, x = copy.deepcopy(network).to(device), images(device)
+    with choices.using(Fused()), torch.autocast(device.type, torch.bfloat16):
+        y = network(x)
+    inputs = [x, *network.parameters()]
+    first, second = (torch.autograd.grad(y.sum(), inputs, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_second_derivatives(network, device):
+    """The gradient penalty's: by the library's convolutions, whatever the first derivatives are computed by."""
+
+    def penalty(table) -> list[Tensor]:
+        own, x = copy.deepcopy(network).to(device), images(device)
+        with choices.using(table), torch.autocast(device.type, torch.bfloat16):
+            y = own(x)
+        (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(dx.float().square().sum(), list(own.parameters()), allow_unused=True))
+
+    for found, expected in zip(penalty(Fused()), penalty({}), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert (found - expected).norm() <= 0.05 * expected.norm()  # of bf16, through two backwards
+
+
+def test_checkpointed_activations(network, device):
+    def run(use_checkpoint: bool) -> tuple[Tensor, ...]:
+        own, x = copy.deepcopy(network).to(device), images(device)
+        with choices.using(Fused()), torch.autocast(device.type, torch.bfloat16):
+            y = checkpoint(own, x, use_reentrant=False) if use_checkpoint else own(x)
+            return torch.autograd.grad(y.float().square().sum(), [x, *own.parameters()])
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def biased(network: nn.Module) -> None:
+    for block in network.layer:
+        for conv in (block.conv1, block.conv2):
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device))
+
+
+def hooked(network: nn.Module) -> None:
+    for block in network.layer:
+        block.conv1.register_forward_hook(lambda *_: None)
+
+
+def in_ghost_batches(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, FusedBatchNorm2d):
+            module.ghost_batch_size = 2
+
+
+def compiled(network: nn.Module) -> None:
+    torch._dynamo.reset()
+    network.compile(backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("change", (nn.Module.eval, biased, hooked, compiled, in_ghost_batches))
+def test_what_keeps_the_library(change, network, device):
+    own, x = copy.deepcopy(network).to(device), images(device)
+    change(own)
+    with launched() as names, choices.using(Fused()):
+        with torch.autocast(device.type, torch.bfloat16):
+            y = own(x)
+        y.float().sum().backward()
+        with torch.no_grad():
+            own(x.detach())
+    # Ghost batches have statistics of their own; the convolution and its weight's gradient are what they are.
+    allowed = {"conv3x3_kernel", "conv3x3_weight_gradient_kernel"} if change is in_ghost_batches else set()
+    assert {name for name in names if name.startswith("conv3x3")} <= allowed
+
+
+def test_parameters_of_another_type_are_the_librarys_error(network, device):
+    with choices.using(Fused()), pytest.raises(RuntimeError, match="type"):
+        copy.deepcopy(network).to(device)(images(device))
