@@ -84,7 +84,8 @@ def watched_memory(watch: Callable[[str, np.ndarray, int], None], virtual: bool 
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def observe(kind: str, pointers, mask):
-        watch(kind, pointers.data[mask.data], pointers.get_element_ty().primitive_bitwidth // 8)
+        # Of a descriptor's block the mask comes as an array.
+        watch(kind, pointers.data[np.asarray(mask.data)], pointers.get_element_ty().primitive_bitwidth // 8)
         return interpreter.TensorHandle(np.zeros_like(mask.data), mask.dtype) if virtual else mask
 
     def masked_load(pointers, mask, *rest, **hints):
