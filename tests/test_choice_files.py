@@ -184,7 +184,7 @@ WRONG_TABLES = {
     "environment.cudnn must be an integer": {"environment__cudnn": True},
     "entry 1: an entry must have": {"entries": [None]},
     "operation must be one of": {"entries__0__problem__operation": "attention"},
-    "operation must be one of convolution": {"entries__0__problem__operation": ["convolution"]},
+    "operation must be one of batch norm": {"entries__0__problem__operation": ["convolution"]},
     "dtype must be one of": {"entries__0__problem__dtype": "fp32"},
     "join must be one of": {"entries__0__problem__join": "mul"},
     "fork must be true or false": {"entries__0__problem__fork": 1},

@@ -14,7 +14,7 @@ from resnet_fast.cli.text import clean
 from resnet_fast.models.registry import STEMS
 from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
 from resnet_fast.ops.choice_format import Environment
-from resnet_fast.ops.choices import DTYPES, Problem
+from resnet_fast.ops.choices import DTYPES, Problem, using
 from resnet_fast.training import TrainConfig, choose_device
 from resnet_fast.tuning import Outcome, find_problems, measure, why_not
 from resnet_fast.tuning.candidates import candidates
@@ -78,7 +78,8 @@ def tune(
         for i, problem in enumerate(problems):
             if i == 0 or heading(problem) != heading(problems[i - 1]):
                 print(f"\n{heading(problem)}\n{TITLE}")
-            outcome = measure(problem, candidates, chosen, rounds)
+            with using({known.problem: known.measured.choice for known in outcomes if known.measured is not None}):
+                outcome = measure(problem, candidates, chosen, rounds)
             outcomes.append(outcome)
             n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes
             print("\n".join(format_outcome(outcome)), flush=True)

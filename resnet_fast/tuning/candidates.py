@@ -1,7 +1,8 @@
 """The candidates of a problem: every implementation of ops that can compute it, on the same inputs.
 
-A fused convolution is compared together with what it saves: the convolution with the pass for its result's statistics,
-the data gradient with the addition behind a fork and the pass for the sums of the batch norm before it.
+A fused convolution is compared together with the batch norm that it saves a pass: with the forward of the one behind it
+(join "none"), or with the backward of the one before it. By default that batch norm runs as the table names it so far,
+because what reads its input once has no pass to save.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from torch import Tensor
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.ops import BatchNormArgs
 from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved
+from resnet_fast.ops.batch_norm import backward_of_sums, backward_op, forward_op
 from resnet_fast.ops.choices import BATCH_NORMS, CONVOLUTIONS, Choice, Problem, tiles_of
 from resnet_fast.tuning.inputs import (
     EPS,
@@ -67,9 +69,10 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         found = _convolutions(problem)
     elif problem.operation == "data gradient":
         assert saved[0] is not None
-        of_norm, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
-        exact = {name: value for name, value in of_norm.items() if name in ("dz", *terms)}
-        found = _data_gradients(problem, y)
+        exact, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
+        if problem.join != "add":
+            del exact["dz"]
+        found = _data_gradients(problem)
     else:
         exact, terms = exact_weight_gradient(first)
         found = _weight_gradients(problem)
@@ -112,21 +115,23 @@ def _batch_norms(problem: Problem) -> dict[Choice, Implementation]:
     }
 
 
+def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tensor]]:
+    names = {"dx": "dx", "dweight": "dweight", "dbias": "dbias"}
+    if join == "add":
+        names |= {"dresidual": "dz"}
+    if join == "bn":
+        names |= {"dresidual": "dresidual_x", "dresidual_weight": "dresidual_weight"}
+        names |= {"dresidual_bias": "dresidual_bias"}
+    return lambda gradients, inputs: {theirs: getattr(gradients, ours) for ours, theirs in names.items()}
+
+
 def _batch_norms_backward(problem: Problem) -> dict[Choice, Implementation]:
     launch = _launch()
     join: Join = problem.join  # type: ignore[assignment]
+    named = _named_gradients(join)
 
     def arguments(inputs: Inputs, saved: Saved | None) -> tuple:
         return inputs.dy, inputs.alias, saved, join, True, True, join == "bn"
-
-    def named(gradients: Gradients, inputs: Inputs) -> dict[str, Tensor]:
-        names = {"dx": "dx", "dweight": "dweight", "dbias": "dbias"}
-        if join == "add":
-            names |= {"dresidual": "dz"}
-        if join == "bn":
-            names |= {"dresidual": "dresidual_x", "dresidual_weight": "dresidual_weight"}
-            names |= {"dresidual_bias": "dresidual_bias"}
-        return {theirs: getattr(gradients, ours) for ours, theirs in names.items()}
 
     return {
         Choice(TWO_PASSES): Implementation(lambda i, s: launch.backward(*arguments(i, s)), named),
@@ -137,48 +142,42 @@ def _batch_norms_backward(problem: Problem) -> dict[Choice, Implementation]:
 
 def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
     launch = _launch()
-    statistics_of = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS)
+    norm, no_norm = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS), BatchNormArgs(None, None)
 
-    def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
+    def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Outputs]:
         y = F.conv2d(inputs.x, inputs.weight, padding=1)
-        return y, launch.statistics(y, statistics_of)[0]
+        return y, Outputs(*forward_op(y, *norm, None, *no_norm, "none", True, 0))
 
-    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Tensor]]:
-        def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
+    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Outputs]]:
+        def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Outputs]:
             y, partials = _conv3x3().forward(inputs.x, inputs.weight, tiles)
-            return y, launch.statistics(y, statistics_of, known=partials)[0]
+            return y, launch.forward(y, norm, None, None, True, known=partials)
 
         return run
 
-    def named(result: tuple[Tensor, Tensor], inputs: Inputs) -> dict[str, Tensor]:
-        return {"y": result[0], "mean": result[1][0]}
+    def named(result: tuple[Tensor, Outputs], inputs: Inputs) -> dict[str, Tensor]:
+        return {"y": result[0], "mean": result[1].mean[0]}
 
     return _of_tiles(problem, cudnn, fused, named)
 
 
-def _data_gradients(problem: Problem, y: Tensor) -> dict[Choice, Implementation]:
-    """`y`: of the batch norm on the first inputs, which tells where ReLU is closed."""
-    launch = _launch()
+def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
+    join: Join = problem.join  # type: ignore[assignment]
+    settings = (join, True, True, join == "bn", 0)
 
-    def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Tensor]:
-        dx = _gradient(inputs, of_input=True)
-        dz, sums, _ = launch.gradient_sums(dx, inputs.alias, saved, problem.join, True)
-        return dx if dz is None else dz, sums
+    def cudnn(inputs: Inputs, saved: Saved | None) -> Gradients:
+        assert saved is not None
+        return Gradients(*backward_op(_gradient(inputs, of_input=True), inputs.alias, *saved, *settings))
 
-    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Tensor]]:
-        return lambda inputs, saved: _conv3x3().data_gradient(
-            inputs.dy, inputs.weight, tiles, saved, True, inputs.alias
-        )
+    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Gradients]:
+        def run(inputs: Inputs, saved: Saved | None) -> Gradients:
+            assert saved is not None
+            dz, sums = _conv3x3().data_gradient(inputs.dy, inputs.weight, tiles, saved, True, inputs.alias)
+            return backward_of_sums(dz, sums, saved, join, residual_training=join == "bn")
 
-    def named(result: tuple[Tensor, Tensor], inputs: Inputs) -> dict[str, Tensor]:
-        dz, sums = result
-        # Without a mask or a fork the default leaves ReLU to the pass that reads dz.
-        found = {"dz": dz.masked_fill(y <= 0, 0), "dbias": sums[0, 0], "dweight": sums[1, 0]}
-        if problem.join == "bn":
-            found |= {"dresidual_bias": sums[0, 0], "dresidual_weight": sums[2, 0]}
-        return found
+        return run
 
-    return _of_tiles(problem, cudnn, fused, named)
+    return _of_tiles(problem, cudnn, fused, _named_gradients(join))
 
 
 def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
