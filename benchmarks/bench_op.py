@@ -3,12 +3,14 @@
 Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
 """
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
+from resnet_fast.ops import choices
+from resnet_fast.ops.choices import Choice
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.timing import rotation
 
@@ -152,6 +156,87 @@ def fresh_norm(weight: Tensor, bias: Tensor) -> BatchNormArgs:
     return BatchNormArgs(torch.zeros_like(weight), torch.ones_like(weight), *parameters, training=True)
 
 
+class ChosenRun(OpRun):
+    """The fused operation, of which the table of choices names the implementation.
+
+    Args:
+        is_it: whether a launch, the kernel's name and arguments, is one of the implementation's.
+    """
+
+    def __init__(self, is_it: "IsIt", setting: Setting, data: Data) -> None:
+        super().__init__(fused, setting, data)
+        self.is_it = is_it
+
+    def observe(self) -> dict[str, Tensor]:
+        with launches() as found:
+            results = super().observe()
+        n_own = sum(self.is_it(name, arguments) for name, arguments in found)
+        if n_own != 2:  # forward and backward
+            raise RuntimeError(f"{n_own} of forward and backward ran as chosen, the others as they do without a choice")
+        return results
+
+
+IsIt = Callable[[str, dict[str, Any]], bool]
+
+
+@contextmanager
+def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Collects the kernels that are launched, by name, with their arguments."""
+    from resnet_fast.ops import launch  # imports triton, without which there is no choice
+
+    found, run = [], launch.run
+
+    def noted(kernel: Any, *others: Any, **arguments: Any) -> None:
+        found.append((kernel.fn.__name__, arguments))
+        run(kernel, *others, **arguments)
+
+    launch.run = noted
+    try:
+        yield found
+    finally:
+        launch.run = run
+
+
+def is_reversed(kernel: str, arguments: dict[str, Any]) -> bool:
+    return bool(arguments.get("REVERSED"))
+
+
+def is_single_read(kernel: str, arguments: dict[str, Any]) -> bool:
+    return kernel.startswith("single_read")
+
+
+def problems_of(setting: Setting) -> list[choices.Problem]:
+    """What the table of choices calls the setting: forward, which a fork does not change, and backward."""
+    operation, n_channels = operation_of(setting), setting.shape[0]
+    of = (setting.precision, setting.batch_size, n_channels, n_channels, setting.shape[1], operation.join)
+    return [choices.Problem("batch norm", *of), choices.Problem("batch norm backward", *of, operation.fork)]
+
+
+def chosen(implementation: str, is_it: IsIt) -> Provider:
+    """The provider for which both directions of the operation run as `implementation` of ops/choices.py."""
+
+    def entries(setting: Setting, device: torch.device) -> dict[choices.Problem, Choice]:
+        return dict.fromkeys(problems_of(setting), Choice(implementation))
+
+    def why_not(setting: Setting, device: torch.device) -> str | None:
+        if (reason := on_cuda(setting, device)) is not None:
+            return reason
+        if setting.precision not in choices.DTYPES.values() or setting.layout != "channels_last":
+            return "there are choices for 16-bit types in channels_last alone"
+        if implementation == "single read" and not fits_single_read(setting, device):
+            return "does not fit into the registers of the GPU"
+        return None
+
+    return Provider(partial(ChosenRun, is_it), why_not, entries=entries)
+
+
+def fits_single_read(setting: Setting, device: torch.device) -> bool:
+    single_read: Any = importlib.import_module("resnet_fast.ops.single_read")  # imports triton
+    shape, dtype = (setting.batch_size, *setting.shape), DTYPES[setting.precision]
+    x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    return all(single_read.fits(x, problem.operation, problem.join) for problem in problems_of(setting))
+
+
 def build_compiled(mode: str, setting: Setting, data: Data) -> OpRun:
     return OpRun(torch.compile(eager, mode=mode, dynamic=False, fullgraph=True), setting, data)
 
@@ -202,6 +287,8 @@ class OpLevel(Level):
             partial(build_compiled, "max-autotune-no-cudagraphs"), on_cuda, slow_on=("cuda",)
         ),
         "fused": Provider(partial(OpRun, fused)),
+        "fused, two passes reversed": chosen("two passes, reversed", is_reversed),
+        "fused, single read": chosen("single read", is_single_read),
         "fused, apart": Provider(partial(OpRun, fused_apart), apart_why_not),
         **{
             name: Provider(partial(build_peer, make), partial(peer_why_not, module))

@@ -7,8 +7,8 @@ cuDNN's convolutions round their inputs to TF32, torch's default, for every prov
 """
 
 import copy
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,18 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
-from benchmarks.harness import Problem, Setting
+from benchmarks.harness import Problem, Provider, Setting
 from benchmarks.networks import (
     Batch,
     Data,
     NetworkLevel,
     NetworkRun,
     eager_resnet18,
+    fused_resnet18,
     loaded,
     network_providers,
+    on_cuda,
 )
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
+from resnet_fast.ops import choices
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.measure import LEARNING_RATE
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
@@ -114,13 +117,36 @@ def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return observe(model, loss.detach(), before)
 
 
+def tuned(setting: Setting, device: torch.device) -> Mapping[choices.Problem, choices.Choice]:
+    """What `resnet-fast tune` has chosen on this GPU for the setting."""
+    entries = choices.table(device).items()
+    of = (setting.precision, setting.batch_size)
+    return {problem: choice for problem, choice in entries if (problem.dtype, problem.n_images) == of}
+
+
+def tuned_why_not(setting: Setting, device: torch.device) -> str | None:
+    if (reason := on_cuda(setting, device)) is not None:
+        return reason
+    if setting.precision not in choices.DTYPES.values():
+        return f"there are no choices in {setting.precision}"
+    if tuned(setting, device):
+        return None
+    return f"not tuned: run resnet-fast tune --batch-size {setting.batch_size} --precision {setting.precision}"
+
+
 class StepLevel(NetworkLevel):
     name = "training_step"
     direction = "step"
     batch_sizes = {"cpu": (32,), "cuda": (128, 512, 1024)}
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
-    providers = network_providers(StepRun)
+    providers = {
+        **network_providers(StepRun),
+        "fused, chosen": Provider(partial(StepRun, fused_resnet18), tuned_why_not, entries=tuned),
+        "fused, chosen, graph": Provider(
+            partial(StepRun, fused_resnet18, graph=True), tuned_why_not, has_peak=False, entries=tuned
+        ),
+    }
 
     def problem(self, setting: Setting, device: torch.device) -> Problem:
         generator = torch.Generator().manual_seed(torch.seed())  # fresh data in every run

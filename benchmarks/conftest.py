@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         pytest.param(setting, provider, id=f"{setting}-{provider}".replace(", ", "-"))
         for setting in level.settings(device, metafunc.config.option.quick)
-        for provider in level.providers
+        for provider in level.providers_of(setting)
     ]
     metafunc.parametrize(("setting", "provider"), cases)
 
@@ -129,16 +129,19 @@ def _limits(device: torch.device, results: Path) -> Limits:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """What pytest-benchmark's tables do not say: speed-up, bandwidth, and how near to the floor."""
+    """What pytest-benchmark's tables do not say: speed-up, TFLOP/s, and how near to the floor."""
     for path, measured in config.stash[WRITTEN].items():
         terminalreporter.section(f"{path.parent.name}/{path.name}")
-        terminalreporter.write_line(
-            f"{'':25}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'speed-up':>10}{'of floor':>10}"
-        )
+        width = 2 + max(23, *(len(row["provider"]) for _, rows in measured for row in rows))
+        columns = ("p20 ms", "p50 ms", "p80 ms", "speed-up", "TFLOP/s", "of floor")
+        terminalreporter.write_line(" " * width + "".join(f"{column:>10}" for column in columns))
         for setting, rows in measured:
             terminalreporter.write_line(str(setting))
             for row in rows:
                 figures = [f"{float(row[name]):.3f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
                 figures.append(f"{float(row['speedup_p50']):.2f}x")
+                rate = float(row["gflop"] or 0) / float(row["p50_ms"])
+                figures.append(f"{rate:.3g}" if rate else "")
                 figures.append(f"{float(row['of_floor']):.1%}" if row["of_floor"] else "")
-                terminalreporter.write_line(f"  {row['provider']:23}" + "".join(f"{figure:>10}" for figure in figures))
+                name = f"  {row['provider']}"
+                terminalreporter.write_line(f"{name:{width}}" + "".join(f"{figure:>10}" for figure in figures))

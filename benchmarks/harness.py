@@ -1,13 +1,15 @@
 """How a level of benchmarks runs: its providers are built, checked, timed in turn, and become rows of a CSV file.
 
-A level (op, block, training step, inference, loader) says which settings there are, which providers, and what is right.
+A level (op, convolution, block, training step, inference, loader) says which settings there are, which providers, and
+what is right.
 """
 
 import gc
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from torch._functorch import config as functorch_config
 from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
 from benchmarks.work import Work
+from resnet_fast.ops import choices
 from resnet_fast.timing import alternate, percentiles
 
 SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
@@ -33,7 +36,7 @@ class Setting:
 
     Args:
         case: the operation or network, with its shape.
-        direction: "forward", "backward" or "both"; for a training step "step".
+        direction: "forward", "backward" or "both"; for a training step "step"; of convolutions bench_conv.DIRECTIONS.
         precision: "fp32", "bf16" or "fp16"; of a network, autocast with fp32 weights.
         layout: "channels_last" or "NCHW".
         batch_size: images.
@@ -86,12 +89,33 @@ class Provider(NamedTuple):
         why_not: why it cannot run in a setting on a device, or None.
         slow_on: the device types on which it compiles too long for a quick run.
         has_peak: whether its memory shows while it runs; a replayed graph allocates nothing.
+        entries: of the table of choices with which it runs (resnet_fast/ops/choices.py). By default none, whatever
+            `resnet-fast tune` has written on this machine.
     """
 
     build: Callable[[Setting, Any], Run]
     why_not: Callable[[Setting, torch.device], str | None] = lambda setting, device: None
     slow_on: tuple[str, ...] = ()
     has_peak: bool = True
+    entries: Callable[[Setting, torch.device], Mapping[choices.Problem, choices.Choice]] = lambda setting, device: {}
+
+
+class Entries(Mapping[choices.Problem, choices.Choice]):
+    """Entries of a table of choices, which tells whether any has been looked up."""
+
+    def __init__(self, entries: Mapping[choices.Problem, choices.Choice]) -> None:
+        self.entries, self.are_used = entries, False
+
+    def __getitem__(self, problem: choices.Problem) -> choices.Choice:
+        found = self.entries[problem]
+        self.are_used = True
+        return found
+
+    def __iter__(self) -> Iterator[choices.Problem]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 class Level(ABC):
@@ -123,6 +147,10 @@ class Level(ABC):
         if quick and device.type in provider.slow_on:
             return "compiles too long for --quick"
         return provider.why_not(setting, device)
+
+    def providers_of(self, setting: Setting) -> Iterable[str]:
+        """Those that there are for the setting, on whatever device."""
+        return self.providers
 
     @property
     def baseline(self) -> str:
@@ -160,36 +188,46 @@ def measure(level: Level, setting: Setting, device: torch.device, names: Sequenc
 
 def _measure(level: Level, setting: Setting, device: torch.device, names: Sequence[str], rounds: int) -> Measured:
     problem = level.problem(setting, device)
-    runs, peaks, refused = {}, {}, {}
+    calls, finishes, peaks, refused = {}, {}, {}, {}
     baseline_errors: dict[str, float] = {}
     for name in names:
         try:
             gc.collect()
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            run = level.providers[name].build(setting, problem.data)
-            own = errors(run.observe(), problem.exact)
+            entries = Entries(level.providers[name].entries(setting, device))
+            with choices.using(entries):
+                run = level.providers[name].build(setting, problem.data)
+                own = errors(run.observe(), problem.exact)
             baseline_errors = baseline_errors or own
             check(name, own, baseline_errors, problem.exact, problem.tolerance)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            run()  # as it will be timed, for what fails then to fail here
+            call = partial(_with, entries, run)
+            call()  # as it will be timed, for what fails then to fail here
             if device.type == "cuda" and level.providers[name].has_peak:
                 peaks[name] = torch.cuda.max_memory_allocated(device) - before
-            runs[name] = run
+            if entries and not entries.are_used:
+                raise RuntimeError(f"{name} looks up none of its {len(entries)} entries in the table of choices")
+            calls[name], finishes[name] = call, partial(_with, entries, run.finish)
         except Exception as error:  # a peer may fail in any way; its test reports it, and the others go on
             if name == level.baseline:
                 raise
             refused[name] = _without_frames(error)
-    times = alternate(runs, device, rounds, level.warm_up[device.type], level.hide_launches)
-    for name, run in runs.items():
+    times = alternate(calls, device, rounds, level.warm_up[device.type], level.hide_launches)
+    for name, finish in finishes.items():
         try:
-            run.finish()
+            finish()
         except RuntimeError as error:
             if name == level.baseline:
                 raise
             refused[name] = error
             del times[name]
     return Measured(times, peaks, refused)
+
+
+def _with(entries: Entries, call: Callable[[], object]) -> None:
+    with choices.using(entries):
+        call()
 
 
 def _without_frames(error: Exception) -> Exception:

@@ -11,7 +11,8 @@ from resnet_fast.timing import alternate, percentiles
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = {"cpu": 10, "cuda": 30}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": tuple(DTYPES)}  # those in which something multiplies
 
 
 class Limits(NamedTuple):
@@ -38,8 +39,8 @@ def measure_limits(device: torch.device) -> Limits:
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
         matrix = {}
-        for precision, dtype in DTYPES.items():
-            a = square.to(dtype)
+        for precision in PRECISIONS[device.type]:
+            a = square.to(DTYPES[precision])
             b = a.t().contiguous()
             matrix[precision] = 2e3 * n**3 / _median_ms(lambda a=a, b=b: a @ b, device)
     finally:

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import bench_block, bench_inference, bench_loader, bench_op, bench_step
+from benchmarks import bench_block, bench_conv, bench_inference, bench_loader, bench_op, bench_step
 from benchmarks.harness import COLUMNS, KEY, Level
 
 LEVELS: dict[str, Level] = {
-    module.LEVEL.name: module.LEVEL for module in (bench_step, bench_inference, bench_block, bench_op, bench_loader)
+    module.LEVEL.name: module.LEVEL
+    for module in (bench_step, bench_inference, bench_block, bench_op, bench_conv, bench_loader)
 }
 LIMITS, PROFILE = "limits", "profile"
 MACHINE = ("device", "driver", "cpu_threads", "torch", "triton", "resnet_fast", "commit", "date_utc")
@@ -70,6 +71,10 @@ class Measurement:
     @property
     def setting(self) -> tuple[str, str, str, str, int]:
         return self.case, self.direction, self.precision, self.layout, self.batch_size
+
+    @property
+    def tflop_per_s(self) -> float | None:
+        return self.gflop / self.ms.p50 if self.gflop else None
 
 
 class MeasuredLimits(NamedTuple):

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.measured import LEVELS, Folder, Measurement
 from benchmarks.roofline import draw_roofline, under_bandwidth, under_roofs
-from benchmarks.speedups import draw_speedups, panels
+from benchmarks.speedups import LEFT_OUT, draw_speedups, panels
 from benchmarks.style import DARK, color_of, new_figure, plain_ticks, round_numbers, save, tidy
 from benchmarks.tables import providers_of, significant
 from resnet_fast.profiling.categories import LAYOUT
@@ -17,7 +17,7 @@ from resnet_fast.profiling.picture import COLORS, REST
 
 # By name: the CSV files from which it is drawn.
 SOURCES = {
-    "speedups": tuple(LEVELS),
+    "speedups": tuple(level for level in LEVELS if level != LEFT_OUT),
     "roofline": ("training_step", "inference", "block", "op", "limits"),
     "step_time": ("training_step",),
     "categories": ("profile",),

@@ -13,6 +13,7 @@ from benchmarks.tables import TITLES, operation_and_shape, providers_of
 
 BAR = 0.21  # inches, enough for a line of text
 HEADING = 0.85  # inches of a panel's title and axis
+LEFT_OUT = "convolution"  # of which ten ways of cutting would each have a bar; report.md has the table
 
 
 class Bar(NamedTuple):
@@ -50,6 +51,8 @@ def panels(folder: Folder) -> list[list[Panel]]:
     """Lines of panels, every line of one level, with at most as many as there are precisions or layouts."""
     lines = []
     for level, rows in folder.rows.items():
+        if level == LEFT_OUT:
+            continue
         directions = dict.fromkeys(row.direction for row in rows)
         direction = "both" if "both" in directions else next(iter(directions))
         rows = [row for row in rows if row.direction == direction]

@@ -15,6 +15,7 @@ TITLES = {
     "inference": "Inference",
     "block": "Block",
     "op": "Fused operation",
+    "convolution": "Convolution",
     "loader": "Loader, one epoch",
 }
 NETWORKS = {"training_step": "step", "inference": "pass"}  # what a run of them is called
@@ -39,6 +40,11 @@ What the columns mean:
   than the plain product of square matrices that was measured.
 - **peak MB**: the most memory allocated on the GPU during a run, weights and inputs of the provider's own included.
 - **images/s**: images / median time."""
+CONVOLUTIONS_MEAN = """\
+In the table the fastest way of cutting of ours, by the same rounds, beside cuDNN, wins and losses; all ways of cutting,
+with their spread, are below. TFLOP/s are the convolution's operations (2·9·C_in·C_out·N·H·W) / median time. "With
+statistics" and "with sums" cuDNN's time includes the pass of the batch norm that ours does not need; in "forward" ours
+computes the statistics nevertheless."""
 
 
 def report(folder: Folder, pictures: Iterable[str]) -> str:
@@ -52,6 +58,8 @@ def report(folder: Folder, pictures: Iterable[str]) -> str:
         lines += ["", f"## {TITLES[name]}", "", f"The baseline is `{LEVELS[name].baseline}`."]
         if name in NETWORKS and any(row.provider == "eager" for row in rows):
             lines[-1] += f" {UNTUNED}."
+        if name == "convolution":
+            lines += ["", CONVOLUTIONS_MEAN, "", *_convolutions(folder.origins, rows)]
         facets = list(dict.fromkeys((row.direction, row.precision, row.layout) for row in rows))
         for facet in facets:
             of_facet = [row for row in rows if (row.direction, row.precision, row.layout) == facet]
@@ -105,6 +113,8 @@ def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]
         "% of floor": lambda row: percent(row.of_floor) if row.of_floor else "",
         "peak MB": lambda row: "" if row.peak_mb is None else f"{row.peak_mb:,.1f}",
     }
+    if level == "convolution":
+        columns["TFLOP/s"] = lambda row: significant(row.tflop_per_s) if row.tflop_per_s else ""
     if level in NETWORKS or level == "loader":
         columns["images/s"] = lambda row: f"{row.images_per_s:,.0f}"
     table, last = [], None
@@ -113,6 +123,26 @@ def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]
         table.append([*setting, *(cell(row) for cell in columns.values())])
         last = row.setting
     return markdown(["case", "batch", *columns], table)
+
+
+def _convolutions(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+    """A line for each setting: cuDNN, and the fastest way of cutting."""
+    baseline = LEVELS["convolution"].baseline
+    table = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        of_setting = [row for row in rows if row.setting == setting]
+        library = [row for row in of_setting if row.provider == baseline]
+        ours = min((row for row in of_setting if row.provider != baseline), key=lambda row: row.ms.p50, default=None)
+        if not library or ours is None:
+            continue
+        case, direction, precision, _, batch_size = setting
+        rates = [significant(row.tflop_per_s) if row.tflop_per_s else "" for row in (library[0], ours)]
+        fastest = f"{ours.provider}{marks(origins, [*library, ours])}"
+        table.append(
+            [f"{direction}, {precision}", case, str(batch_size), *rates, speedup("convolution", ours), fastest]
+        )
+    header = ["direction", "case", "batch", f"{baseline}, TFLOP/s", "conv3x3, TFLOP/s", "speed-up", "provider"]
+    return markdown(header, table)
 
 
 def markdown(header: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:

@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import bench_block, bench_inference, bench_loader, bench_op, bench_step, correctness, harness, networks
+from benchmarks import (
+    bench_block,
+    bench_conv,
+    bench_inference,
+    bench_loader,
+    bench_op,
+    bench_step,
+    correctness,
+    harness,
+    networks,
+)
+from benchmarks.bench_conv import CudnnRun
 from benchmarks.bench_inference import InferenceRun
 from benchmarks.bench_op import OpRun
 from benchmarks.bench_step import StepRun
@@ -25,11 +36,17 @@ from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
+from resnet_fast.ops import choices, launch
+from resnet_fast.ops.choices import Choice, Problem
 from resnet_fast.timing import alternate, percentiles
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 OP = Setting("BN+add+ReLU 8x5x5", "both", "bf16", "channels_last", 6, shape=(8, 5, 5))
+CONVOLUTIONS = {
+    direction: Setting("conv3x3 16x4x4", direction, "bf16", "channels_last", 10, shape=(16, 4))
+    for direction in bench_conv.DIRECTIONS
+}
 BLOCK = Setting("BasicBlock", "both", "bf16", "channels_last", 4, shape=(8, 16, 6))
 STEP = Setting("ResNet-18", "step", "bf16", "channels_last", 4)
 INFERENCE = Setting("ResNet-18", "forward", "bf16", "channels_last", 4)
@@ -117,6 +134,20 @@ class OfOtherImages(InferenceRun):
         return super().run(images.roll(1, 0))
 
 
+def of_convolution(change):
+    """A convolution that computes `change` of cuDNN's results."""
+
+    class Changed(CudnnRun):
+        def run(self, inputs):
+            return change(*super().run(inputs))
+
+    return lambda setting, data: Changed(data)
+
+
+def without_border(x):
+    return F.pad(x[..., 1:-1, 1:-1], (1, 1, 1, 1))
+
+
 def frozen() -> nn.Module:
     model = eager_resnet18()
     model.fc.bias.requires_grad_(False)
@@ -149,6 +180,31 @@ CASES = {
     "op, no ReLU": (bench_op.LEVEL, OP, of_op(without_relu)),
     "op, running variance": (bench_op.LEVEL, OP, of_op(with_running_mean_alone)),
     "op, NaN": (bench_op.LEVEL, OP, of_op(not_a_number)),
+    "convolution, no padding": (
+        bench_conv.LEVEL,
+        CONVOLUTIONS["forward"],
+        of_convolution(lambda y: (without_border(y),)),
+    ),
+    "convolution, an image not written": (
+        bench_conv.LEVEL,
+        CONVOLUTIONS["forward with statistics"],
+        of_convolution(lambda y, *others: (torch.cat([y[:-1], torch.empty_like(y[-1:])]), *others)),
+    ),
+    "convolution, statistics of half the images": (
+        bench_conv.LEVEL,
+        CONVOLUTIONS["forward with statistics"],
+        of_convolution(lambda y, *_: (y, *launch.statistics(y[:5], bench_conv.STATISTICS))),
+    ),
+    "convolution, no sums": (
+        bench_conv.LEVEL,
+        CONVOLUTIONS["data gradient with sums"],
+        of_convolution(lambda dz, dweight, dbias: (dz, dweight, 0 * dbias)),
+    ),
+    "convolution, taps the wrong way round": (
+        bench_conv.LEVEL,
+        CONVOLUTIONS["weight gradient"],
+        of_convolution(lambda dweight: (dweight.flip(2, 3),)),
+    ),
     "block, no shortcut": (bench_block.LEVEL, BLOCK, partial(bench_block.BlockRun, block_without_shortcut)),
     "step, detached shortcut": (bench_step.LEVEL, STEP, partial(StepRun, detached_shortcut)),
     "step, running statistics": (bench_step.LEVEL, STEP, partial(StepRun, without_running_statistics)),
@@ -245,6 +301,126 @@ def test_every_operation_of_ours_passes_its_check(name, direction):
     setting = Setting(f"{name} 8x4x4", direction, "fp32", "channels_last", 4, shape=(8, 4, 4))
     measured = harness.measure(bench_op.LEVEL, setting, CPU, ["fused", "fused, apart"], rounds=1)
     assert measured.times.keys() == {"eager", "fused", "fused, apart"}, measured.refused
+
+
+@pytest.mark.parametrize("direction", bench_conv.DIRECTIONS)
+def test_every_way_of_cutting_a_convolution_passes_its_check(direction):
+    setting = CONVOLUTIONS[direction]
+    ways = {name: Provider(partial(bench_conv.build_fused, name)) for name in bench_conv.candidates(setting)}
+    level = copy.copy(bench_conv.LEVEL)
+    level.providers = {"cudnn": level.providers["cudnn"]} | ways
+    level.warm_up = {"cpu": 0}
+    measured = harness.measure(level, setting, CPU, list(ways), rounds=1)
+    assert ways and measured.times.keys() == level.providers.keys(), measured.refused
+
+
+def test_the_convolutions_are_those_of_resnet18_in_every_way_of_cutting():
+    level = bench_conv.LEVEL
+    settings = list(level.settings(torch.device("cuda"), quick=False))
+    assert len(set(settings)) == 2 * 6 * 3 * 4 and len(list(level.settings(torch.device("cuda"), quick=True))) == 6 * 4
+    for setting in settings:
+        baseline, *names = level.providers_of(setting)
+        assert baseline == level.baseline and len(names) == len(set(bench_conv.candidates(setting).values())) >= 2
+        assert level.providers.keys() >= set(names)
+
+
+def test_what_a_convolution_multiplies_and_moves():
+    setting = Setting("conv3x3 64x32x32", "", "bf16", "channels_last", 128, shape=(64, 32))
+    works = {direction: bench_conv.LEVEL.work(replace(setting, direction=direction)) for direction in CONVOLUTIONS}
+    n_elements, weight = 128 * 64 * 32 * 32, 9 * 64 * 64
+    assert {work.flops for work in works.values()} == {2 * 9 * 64 * n_elements}
+    images = {name: (work.bytes / 2 - weight) / n_elements for name, work in works.items()}
+    assert images.pop("data gradient with sums") == 3  # dy, x, dz
+    assert images.pop("data gradient with sums, forked") == 4 + 1 / 16  # the shortcut's gradient and ReLU's bits
+    assert set(images.values()) == {2}
+
+
+@pytest.mark.parametrize("name", bench_conv.LEVEL.providers_of(CONVOLUTIONS["forward"]))
+def test_convolutions_on_a_cpu_are_skipped_with_the_reason(name):
+    provider = bench_conv.LEVEL.providers.get(name, bench_conv.LEVEL.providers["cudnn"])
+    assert provider.why_not(CONVOLUTIONS["forward"], CPU) == "compiled Triton kernels and cuDNN run on CUDA alone"
+
+
+CHOOSING = Setting("BN+add+ReLU, forked 8x4x4", "both", "bf16", "channels_last", 4, shape=(8, 4, 4))
+
+
+def choosing(name: str) -> harness.Level:
+    """The operation with a provider that chooses, which is left out on a CPU."""
+    level = copy.copy(bench_op.LEVEL)
+    level.providers = {"eager": level.providers["eager"], name: level.providers[name]}
+    return level
+
+
+def test_a_choice_that_runs_is_timed(monkeypatch):
+    level = choosing("fused, two passes reversed")
+
+    def as_chosen(function, problem):
+        def run(*args, **kwargs):
+            reverse = choices.choose(problem, CPU) == Choice("two passes, reversed")
+            return function(*args, **kwargs | {"reverse": reverse})
+
+        return run
+
+    for name, problem in zip(("forward", "backward"), bench_op.problems_of(CHOOSING), strict=True):
+        monkeypatch.setattr(launch, name, as_chosen(getattr(launch, name), problem))
+    measured = harness.measure(level, CHOOSING, CPU, list(level.providers), rounds=1)
+    assert measured.times.keys() == level.providers.keys(), measured.refused
+
+
+@pytest.mark.parametrize("name", ("fused, two passes reversed", "fused, single read"))
+def test_a_choice_that_does_not_run_is_not_timed(name, monkeypatch):
+    monkeypatch.setattr(choices, "choose", lambda problem, device: choices.DEFAULTS[problem.operation])
+    measured = harness.measure(choosing(name), CHOOSING, CPU, [name], rounds=1)
+    assert measured.times.keys() == {"eager"}
+    assert "0 of forward and backward ran as chosen" in str(measured.refused[name])
+
+
+@pytest.mark.parametrize("name", ("fused, two passes reversed", "fused, single read"))
+def test_there_are_choices_for_16_bits_in_channels_last_on_a_gpu(name):
+    why_not, cuda = bench_op.LEVEL.providers[name].why_not, torch.device("cuda")
+    assert why_not(CHOOSING, CPU) == "runs on CUDA alone"
+    for other in ({"precision": "fp32"}, {"layout": "NCHW"}):
+        assert why_not(replace(CHOOSING, **other), cuda) == "there are choices for 16-bit types in channels_last alone"
+
+
+ENTRY = {Problem("batch norm", "bf16", 6, 8, 8, 5, "add"): Choice("two passes, reversed")}
+
+
+def test_a_table_counts_for_its_provider_alone_and_has_to_be_looked_up():
+    found = {}
+
+    class Looking(OpRun):
+        def __init__(self, name, *args):
+            super().__init__(bench_op.eager, *args)
+            self.name = name
+
+        def _forward(self, inputs):
+            found[self.name] = choices.choose(next(iter(ENTRY)), CPU).implementation
+            return super()._forward(inputs)
+
+    level = with_wrong(bench_op.LEVEL, None)
+    level.providers = {name: Provider(partial(Looking, name)) for name in ("baseline", "plain")}
+    level.providers["chosen"] = Provider(partial(Looking, "chosen"), entries=lambda *_: ENTRY)
+    level.providers["deaf"] = Provider(partial(OpRun, bench_op.eager), entries=lambda *_: ENTRY)
+    with choices.using(dict.fromkeys(ENTRY, Choice("single read"))):  # what has been tuned on this machine
+        measured = harness.measure(level, OP, CPU, list(level.providers), rounds=1)
+    assert found == {"baseline": "two passes", "plain": "two passes", "chosen": "two passes, reversed"}
+    assert measured.times.keys() == found.keys()
+    assert "deaf looks up none of its 1 entries" in str(measured.refused["deaf"])
+
+
+@pytest.mark.parametrize("name", ("fused, chosen", "fused, chosen, graph"))
+def test_the_step_runs_as_chosen_where_it_was_tuned(name):
+    provider, cuda = bench_step.LEVEL.providers[name], torch.device("cuda")
+    problem = Problem("convolution", "bf16", STEP.batch_size, 64, 64, 32)
+    other = problem._replace(n_images=2 * STEP.batch_size)
+    assert provider.why_not(STEP, CPU) == "runs on CUDA alone"
+    assert provider.why_not(replace(STEP, precision="fp32"), cuda) == "there are no choices in fp32"
+    with choices.using({other: Choice("cudnn")}):
+        reason = provider.why_not(STEP, cuda)
+    assert reason == "not tuned: run resnet-fast tune --batch-size 4 --precision bf16"
+    with choices.using({problem: Choice("cudnn"), other: Choice("cudnn")}):
+        assert provider.why_not(STEP, cuda) is None and provider.entries(STEP, cuda) == {problem: Choice("cudnn")}
 
 
 @pytest.mark.parametrize("n_out", (8, 16))

@@ -184,6 +184,42 @@ def test_the_report_holds_every_row(place: Path):
     assert n_settings == len({tuple(row[name] for name in keys) for row in rows})
 
 
+CONVOLUTION = "conv3x3 64x32x32"
+CUT, OTHER_CUT = ("conv3x3 128x64x64, 8 warps, 3 stages, 1 in turn", "conv3x3 64x64x64, 4 warps, 3 stages, 8 in turn")
+
+
+def test_convolutions_are_compared_in_one_table_wins_and_losses(place: Path):
+    """Of figures that are made up."""
+
+    def rows(direction: str, *of_providers: tuple[str, float, float]) -> list[Row]:
+        of = {"case": CONVOLUTION, "direction": direction, "gflop": "600.0"}
+        return [step(name, ms, speedup, batch_size=512, **of) for name, ms, speedup in of_providers]
+
+    before = (place / "results" / DEVICE / "report.md", place / "README.md")
+    run(place)
+    texts = [path.read_text() for path in before]
+    assert "TFLOP/s |" not in texts[0] and "onvolution\n" not in texts[0]
+    of_level = rows("forward", ("cudnn", 1.0, 1), (CUT, 2.0, 0.5), (OTHER_CUT, 3.0, 0.33))
+    of_level += rows("weight gradient", ("cudnn", 1.5, 1), (CUT, 1.2, 1.25))
+    of_level += rows("data gradient", ("cudnn", 1.5, 1))
+    write_rows(place / "results" / DEVICE / "convolution.csv", of_level)
+    run(place)
+    text = before[0].read_text()
+    lines = text.split("## Convolution\n")[1].splitlines()
+    start = lines.index(
+        "| direction | case | batch | cudnn, TFLOP/s | conv3x3, TFLOP/s | speed-up | provider |",
+    )
+    assert lines[start + 2 : start + 5] == [
+        f"| forward, bf16 | {CONVOLUTION} | 512 | 600 | 300 | 0.50× (0.47 – 0.53) | {CUT} |",
+        f"| weight gradient, bf16 | {CONVOLUTION} | 512 | 400 | 500 | 1.25× (1.19 – 1.32) | {CUT} |",
+        "",
+    ]
+    assert f"|  |  | {OTHER_CUT} | 3.00 (2.70 – 3.30) | 0.33× (0.31 – 0.35) |" in text and "| TFLOP/s |" in text
+    assert before[1].read_text() == texts[1]
+    assert text.startswith(texts[0].split("## ")[0])
+    run(place, "--check")
+
+
 def test_rows_of_another_day_are_marked(place: Path):
     path = place / "results" / DEVICE / "training_step.csv"
     later = {"date_utc": "2026-11-26T10:00:00Z", "commit": "ba9876543210"}

@@ -1,0 +1,297 @@
+"""ResNet-18's 3x3 convolutions of stride 1, and their gradients: cuDNN, and ours in every way of cutting.
+
+Directions "with statistics" and "with sums" are what a training step needs around a batch norm: there cuDNN's
+convolution is followed by the pass that ours saves. Ours has no forward without statistics, so in "forward" it computes
+more than cuDNN. Weights are in the setting's precision already, as the weight's gradient stays.
+
+Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
+"""
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils import deterministic
+
+from benchmarks.correctness import Tolerance
+from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.networks import cudnn_benchmark
+from benchmarks.replay import CLOCK
+from benchmarks.work import STAGES, Work
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.ops.arguments import BatchNormArgs, Join, Saved
+from resnet_fast.profiling.check import rounding_of
+from resnet_fast.timing import rotation
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512, 1024)}
+QUICK_BATCH_SIZE = 512
+STATISTICS = BatchNormArgs(None, None, training=True)  # of a batch norm behind the convolution
+EPS = STATISTICS.eps
+# The result's, and behind a fork that of the other consumer's gradient added.
+N_ROUNDINGS = 2
+
+
+class Norm(NamedTuple):
+    """The batch norm + ReLU whose output the convolution's input is, with its join and whether that has a fork."""
+
+    join: Join
+    fork: bool
+
+
+FORWARD, WITH_STATISTICS = "forward", "forward with statistics"
+DATA, WEIGHT = "data gradient", "weight gradient"
+# The block's second convolution, whose input is BN+ReLU; and its first, whose input is another block's output.
+WITH_SUMS = {"data gradient with sums": Norm("none", False), "data gradient with sums, forked": Norm("add", True)}
+DIRECTIONS = (FORWARD, WITH_STATISTICS, DATA, *WITH_SUMS, WEIGHT)
+
+
+class Inputs(NamedTuple):
+    """One set: x and dy, [N, C, W, W]; for the sums what the batch norm saved, and behind a fork dx of the shortcut."""
+
+    x: Tensor
+    dy: Tensor
+    saved: Saved | None
+    dx_alias: Tensor | None
+
+
+class Data:
+    """The direction; the weight, [C, C, 3, 3]; sets of inputs, the first of which is checked; and whose turn it is: of
+    all providers together.
+    """
+
+    def __init__(self, direction: str, weight: Tensor, sets: list[Inputs], is_open: Tensor | None) -> None:
+        self.direction, self.weight, self.sets, self.is_open = direction, weight, sets, is_open
+        self.turn = itertools.cycle(sets)
+
+
+class ConvRun(Run):
+    """A call computes what the direction asks for, and returns it in the order of `names_of`."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        with cudnn_benchmark(True):
+            return self.run(next(self.data.turn))
+
+    @abstractmethod
+    def run(self, inputs: Inputs) -> tuple[Tensor, ...]: ...
+
+    def observe(self) -> dict[str, Tensor]:
+        with unwritten_is_nan():
+            found = dict(zip(names_of(self.data.direction), self.run(self.data.sets[0]), strict=True))
+        if self.data.is_open is not None:  # cuDNN leaves ReLU to the pass behind
+            found["dz"] = found["dz"] * self.data.is_open
+        return found
+
+
+class CudnnRun(ConvRun):
+    """As autograd has it computed, then the passes of the two-pass batch norm."""
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        x, dy, saved, dx_alias = inputs
+        weight, direction = self.data.weight, self.data.direction
+        if direction in (FORWARD, WITH_STATISTICS):
+            y = F.conv2d(x, weight, padding=1)
+            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS))
+        pair, of_weight = [1, 1], direction == WEIGHT
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, [not of_weight, of_weight, False]
+        )
+        if saved is None:
+            return (dweight if of_weight else dx,)
+        join = WITH_SUMS[direction].join
+        dz, _, (dweight, dbias, *_) = _launch().gradient_sums(dx, dx_alias, saved, join, True)
+        return dx if dz is None else dz, dweight, dbias
+
+
+class FusedRun(ConvRun):
+    """kernels/conv3x3.py, cut in one way."""
+
+    def __init__(self, data: Data, tiles: ConvTiles) -> None:
+        super().__init__(data)
+        self.tiles = tiles
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        from resnet_fast.ops import conv3x3  # imports triton, without which nothing is measured here
+
+        x, dy, saved, dx_alias = inputs
+        weight, direction = self.data.weight, self.data.direction
+        if direction in (FORWARD, WITH_STATISTICS):
+            y, parts = conv3x3.forward(x, weight, self.tiles)
+            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS, known=parts))
+        if direction == WEIGHT:
+            return (conv3x3.weight_gradient(x, dy, self.tiles, weight.dtype),)
+        dx, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, True, dx_alias)
+        if sums is None:
+            return (dx,)
+        return dx, sums[1, 0].clone(), sums[0, 0].clone()  # as ops.batch_norm.backward_of_sums makes parameters' own
+
+
+def _launch() -> Any:
+    from resnet_fast.ops import launch  # imports triton, as above
+
+    return launch
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """torch.empty is full of NaN, where it may else hold what the provider before has written."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fills  # type: ignore[assignment]
+
+
+def names_of(direction: str) -> tuple[str, ...]:
+    """What a run computes."""
+    names = {FORWARD: ("y",), WITH_STATISTICS: ("y", "mean", "rstd"), DATA: ("dx",), WEIGHT: ("dweight",)}
+    return names.get(direction) or ("dz", "norm's dweight", "norm's dbias")
+
+
+def candidates(setting: Setting) -> dict[str, ConvTiles]:
+    """The ways of cutting that there are for the setting's shape, by the provider's name."""
+    n_channels, width = setting.shape
+    if setting.direction == WEIGHT:
+        n_rows = setting.batch_size * width**2
+        of_shape = weight_gradient_candidates(n_channels, n_channels, n_rows)
+        return {name_of(of, f"split-K {-(-n_rows // (of.block_k * of.per_program))}"): of for of in of_shape}
+    return {name_of(of, f"{of.per_program} in turn"): of for of in conv_candidates(n_channels, n_channels)}
+
+
+def name_of(of: ConvTiles, rest: str) -> str:
+    return f"conv3x3 {of.block_m}x{of.block_n}x{of.block_k}, {of.num_warps} warps, {of.num_stages} stages, {rest}"
+
+
+def build_fused(name: str, setting: Setting, data: Data) -> ConvRun:
+    return FusedRun(data, candidates(setting)[name])
+
+
+def compiled_why_not(setting: Setting, device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "compiled Triton kernels and cuDNN run on CUDA alone"
+
+
+def all_settings(batch_sizes: Iterable[int], precisions: Iterable[str]) -> Iterator[Setting]:
+    for precision, direction, batch_size, shape in itertools.product(precisions, DIRECTIONS, batch_sizes, STAGES):
+        case = f"conv3x3 {shape[0]}x{shape[1]}x{shape[1]}"
+        yield Setting(case, direction, precision, "channels_last", batch_size, shape)
+
+
+@cache
+def all_names() -> tuple[str, ...]:
+    """Of every way of cutting, in whatever setting."""
+    batch_sizes = {size for sizes in BATCH_SIZES.values() for size in sizes}
+    settings = all_settings(sorted(batch_sizes), ("bf16",))
+    return tuple(dict.fromkeys(name for setting in settings for name in candidates(setting)))
+
+
+class ConvLevel(Level):
+    name = "convolution"
+    hide_launches = True
+    rounds = {"cpu": 20, "cuda": 100}
+    quick_rounds = {"cpu": 8, "cuda": 30}
+    providers = {
+        "cudnn": Provider(lambda setting, data: CudnnRun(data), compiled_why_not),
+        **{name: Provider(partial(build_fused, name), compiled_why_not) for name in all_names()},
+    }
+
+    def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
+        batch_sizes = BATCH_SIZES[device.type]
+        if quick and device.type == "cuda":
+            batch_sizes = (QUICK_BATCH_SIZE,)
+        yield from all_settings(batch_sizes, ("bf16",) if quick else DTYPES)
+
+    def providers_of(self, setting: Setting) -> list[str]:
+        return [self.baseline, *candidates(setting)]
+
+    def problem(self, setting: Setting, device: torch.device) -> Problem:
+        generator = torch.Generator(device).manual_seed(torch.seed())  # fresh data in every run
+        n_channels, width = setting.shape
+        dtype, norm = DTYPES[setting.precision], WITH_SUMS.get(setting.direction)
+
+        def image() -> Tensor:
+            shape = (setting.batch_size, n_channels, width, width)
+            values = torch.randn(shape, generator=generator, device=device)
+            return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+        def inputs() -> Inputs:
+            if norm is None:
+                return Inputs(image().relu_(), image(), None, None)
+            x, saved = through(norm, 1 + 2 * image(), image())
+            return Inputs(x, image(), saved, image() if norm.fork else None)
+
+        weight = torch.randn(n_channels, n_channels, 3, 3, generator=generator, device=device)
+        weight = (weight / (3 * n_channels**0.5)).to(dtype).contiguous(memory_format=torch.channels_last)
+        first = inputs()
+        sets = [first, *(inputs() for _ in range(rotation(first.x.nbytes, device) - 1))]
+        data = Data(setting.direction, weight, sets, None if norm is None else first.x > 0)
+        n_rows = setting.batch_size * width**2
+        rounding = rounding_of(setting.precision, torch.device("cpu"))
+        return Problem(data, exact(data), Tolerance(rounding, N_ROUNDINGS, n_rows))
+
+    def work(self, setting: Setting) -> Work:
+        """Each of the convolution's tensors once; with sums what the batch norm's are of, and the fork's gradient."""
+        n_channels, width = setting.shape
+        n_elements = setting.batch_size * n_channels * width**2
+        norm = WITH_SUMS.get(setting.direction)
+        images = 2 if norm is None else 3 + norm.fork
+        moved = setting.item_size * (images * n_elements + 9 * n_channels**2)
+        if norm is not None and norm.join != "none":
+            moved += n_elements / 8  # ReLU's bits
+        return Work(moved, 2 * 9 * n_channels * n_elements)
+
+
+def through(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Saved]:
+    """The output of batch norm + ReLU, and what it saves for its backward."""
+    n_channels = x.shape[1]
+    weight = torch.linspace(0.5, 1.5, n_channels, device=x.device)
+    bias = weight - 1
+    of_norm = BatchNormArgs(None, None, weight, bias, training=True)
+    y, relu_mask, mean, rstd, *_ = _launch().forward(x, of_norm, residual if norm.join == "add" else None, None, True)
+    return y, Saved(x, relu_mask, mean, rstd, weight, bias, None, None, None, None, None)
+
+
+def exact(data: Data) -> dict[str, Tensor]:
+    """Of the first set, in fp64 and NCHW, because cuDNN has few fp64 convolutions in channels_last.
+
+    The batch norm's ReLU counts as closed where its output, which the kernels recompute to the bit, is 0.
+    """
+    x, dy, saved, dx_alias = data.sets[0]
+    wide_x, wide_dy, weight = (tensor.double().contiguous() for tensor in (x, dy, data.weight))
+    if data.direction in (FORWARD, WITH_STATISTICS):
+        y = F.conv2d(wide_x, weight, padding=1)
+        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        results = (y, mean[None], (var + EPS).rsqrt()[None])
+    elif data.direction == WEIGHT:
+        results = (conv2d_weight(wide_x, weight.shape, wide_dy, padding=1),)
+    else:
+        results = (conv2d_input(wide_x.shape, weight, wide_dy, padding=1),)
+    if saved is not None:
+        assert data.is_open is not None
+        dz = (results[0] + (0 if dx_alias is None else dx_alias.double())) * data.is_open
+        x_hat = (saved.x.double() - saved.mean.double().view(1, -1, 1, 1)) * saved.rstd.double().view(1, -1, 1, 1)
+        results = (dz, (dz * x_hat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
+    return dict(zip(names_of(data.direction), results, strict=False))
+
+
+LEVEL = ConvLevel()
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_convolution(timed: Callable[[], None]) -> None:
+    timed()
