@@ -2,8 +2,8 @@
 
 Compiled for sm_90 none of them needs a stack (tests/test_compiled_conv3x3.py), which decided much: with output channels
 as the matrix unit's rows a thread holds few channels of the epilogue's vectors, and fewer registers. Of those for 64
-channels and more, 128 by 64 need none for sm_80 and sm_100 either. Left out: warp specialization, at which Triton 3.7
-fails for sm_90 (in its pass "nvgpu-warp-specialization").
+channels and more, 128 by 64 need none for sm_100 either. Left out: warp specialization, at which Triton 3.7 fails for
+sm_90 (in its pass "nvgpu-warp-specialization").
 """
 
 from typing import NamedTuple
