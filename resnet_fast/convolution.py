@@ -73,7 +73,7 @@ def choose_data_gradient(conv: nn.Module | None, y: Tensor, join: str, fork: boo
 
 
 def _choose(operation: Any, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> Choice:
-    if is_empty(x.device) or not _can_choose(conv, x):
+    if torch.compiler.is_compiling() or is_empty(x.device) or not _can_choose(conv, x):  # torch.compile keeps its own
         return Choice("cudnn")
     n_images, n_in_channels, _, width = x.shape
     return choose(
@@ -82,8 +82,8 @@ def _choose(operation: Any, conv: Any, x: Tensor, join: str = "none", fork: bool
 
 
 def _can_choose(conv: Any, x: Tensor) -> bool:
-    """Whether conv(x) in training is a convolution that the kernels have. torch.compile keeps its own."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and conv.training):
+    """Whether conv(x) in training is a convolution that the kernels have."""
+    if not (torch.is_grad_enabled() and conv.training):
         return False
     is_3x3 = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
         (3, 3),
