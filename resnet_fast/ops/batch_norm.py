@@ -11,20 +11,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .arguments import BatchNormArgs, Gradients, Outputs, Saved, accumulation_type
+from . import choices
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
 launch: Any
+single_read: Any
 try:
     import triton
 except ImportError as error:  # a machine without triton works, on ATen
-    launch = None
+    launch = single_read = None
     _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
     _INTERPRETED = False
 else:
-    from . import launch
+    from . import launch, single_read
 
     _TRITON_MISSING = None
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
@@ -154,14 +156,29 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
+def _implementation(
+    operation: choices.Operation, x: Tensor, join: Join, fork: bool, batch_statistics: bool, ghost_batch_size: int
+) -> Any:
+    """Whose `forward` and `backward` run: of `single_read` where the table names it and it fits, else of `launch`."""
+    n_images, n_channels, height, width = x.shape
+    if not choices.table(x.device) or x.dtype not in choices.DTYPES or height != width or not batch_statistics:
+        return launch
+    problem = choices.Problem(operation, choices.DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
+    if choices.choose(problem, x.device).implementation != "single read":
+        return launch
+    return single_read if single_read.fits(x, operation, join, ghost_batch_size) else launch
+
+
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     norm, residual, residual_norm, relu, ghost_batch_size = _unpack(arguments)
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
+    batch_statistics = norm.training and (residual_norm is None or residual_norm.training)
     with device_guard(x):
-        return _present(launch.forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
+        chosen = _implementation("batch norm", x, arguments[-3], False, batch_statistics, ghost_batch_size)
+        return _present(chosen.forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
@@ -190,8 +207,11 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
         saved = saved._replace(residual=dense(saved.residual, like=x))
     dy = dense(dy, like=x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
+    batch_statistics = training and (join != "bn" or residual_training)
+    fork = dy_alias is not None
     with device_guard(x):
-        gradients = launch.backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
+        chosen = _implementation("batch norm backward", x, join, fork, batch_statistics, ghost_batch_size)
+        gradients = chosen.backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
         return _present(gradients, like=x)
 
 
