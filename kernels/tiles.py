@@ -37,6 +37,22 @@ MIN_ROWS_PER_SPLIT = 64
 COMBINE_BLOCK_C = 16
 COMBINE_BLOCK_S = 128
 
+# The single-read kernels keep what they have read in registers: a program of 8 warps has at 255 registers a thread all
+# 65,536 of an NVIDIA multiprocessor. So one program fits on each, and no grid of more is ever resident at once.
+SINGLE_READ_WARPS = 8
+SINGLE_READ_REGISTERS = 255
+
+# 64 channels of a 16-bit type are a full line of 128 bytes per row; 8 elements a thread are one 16-byte load and four
+# registers for as long as the program lives.
+SINGLE_READ_BLOCK_C = 64
+SINGLE_READ_ELEMENTS = 2048
+
+# The most tiles of each tensor, by join: of the one to three tensors that are held, 112 to 128 registers a thread. The
+# rest is for sums, vectors and addresses. On sm_90 one or two tiles more make the compiler move registers to memory; on
+# sm_80 and sm_100 it then already moves up to 32 of the 255 (tests/test_single_read_machine_code.py).
+SINGLE_READ_FORWARD_TILES = {"none": 32, "add": 32, "bn": 14}
+SINGLE_READ_BACKWARD_TILES = {"none": 16, "add": 16, "bn": 10}
+
 # Augmentation: 256 pixels of 3 channels (4 with the masked one) are 8 elements a thread, four programs a 32x32 image.
 AUGMENT_PIXELS = 256
 
@@ -92,6 +108,37 @@ def choose_tiles(
         n_splits=full_groups * triton.cdiv(rows_per_group, rows_per_split) + triton.cdiv(last_rows, rows_per_split),
         group_splits=triton.cdiv(rows_per_group, rows_per_split),
     )
+
+
+class SingleReadTiles(NamedTuple):
+    """How a single-read kernel cuts a tensor: its programs are `n_splits` of rows by `n_channel_tiles`, and each holds
+    `n_tiles` tiles of BLOCK_M rows by BLOCK_C channels of every tensor.
+    """
+
+    block_m: int
+    block_c: int
+    n_tiles: int
+    n_splits: int
+    n_channel_tiles: int
+
+
+def choose_single_read_tiles(
+    n_rows: int, n_channels: int, n_multiprocessors: int, most_tiles: int
+) -> SingleReadTiles | None:
+    """The tiles with which all programs of a channels_last tensor run at once, one on each multiprocessor, or None.
+
+    `most_tiles`: as many of each tensor fit in the registers of one program.
+    """
+    if n_channels % BITS_PER_BYTE != 0:  # whole bytes of ReLU bits, and 16-byte loads
+        return None
+    block_c = min(SINGLE_READ_BLOCK_C, triton.next_power_of_2(n_channels))
+    block_m = SINGLE_READ_ELEMENTS // block_c
+    n_channel_tiles = triton.cdiv(n_channels, block_c)
+    most_splits = n_multiprocessors // n_channel_tiles
+    if n_rows > most_splits * most_tiles * block_m:
+        return None
+    n_tiles = triton.cdiv(triton.cdiv(n_rows, block_m), most_splits)
+    return SingleReadTiles(block_m, block_c, n_tiles, triton.cdiv(n_rows, n_tiles * block_m), n_channel_tiles)
 
 
 def max_registers(channels_last: bool, element_size: int) -> int | None:

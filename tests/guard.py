@@ -10,7 +10,10 @@ from torch import Tensor
 from resnet_fast.ops import launch
 
 FRAME = 1 << 13  # bytes on each side: a tile of 2,048 elements of fp32; keeps pointers as aligned as torch's own
-UPDATED = ("running_mean_ptr", "running_var_ptr")
+UPDATED = (
+    *("running_mean_ptr", "running_var_ptr", "residual_running_mean_ptr", "residual_running_var_ptr"),
+    "barrier_ptr",
+)
 
 
 class Framed:
@@ -42,7 +45,7 @@ def is_poison(tensor: Tensor) -> bool:
 @contextmanager
 def guarded_memory() -> Iterator[set[str]]:
     """Checks every launch inside the context: it writes nothing outside of its arguments, every byte of the fresh ones,
-    and of the others the running statistics alone. Gives the names of the kernels launched.
+    and of the others the running statistics and the barrier's words alone. Gives the names of the kernels launched.
 
     What is left unwritten shows because a launch runs twice, on two fills, and must leave the same bytes. Needs the
     fixture `poisoned_memory`, by which fresh tensors are known.

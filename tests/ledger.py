@@ -34,6 +34,8 @@ class Account:
             return "bits"
         if self.name.startswith("partial"):
             return "partials"
+        if self.name == "barrier_ptr":
+            return "barrier"
         return "images" if len(self.shape) == 4 else "vectors"
 
 

@@ -5,26 +5,30 @@ and return empty tensors for what there is not. `ghost_batch_size` is the number
 0 for all. Users call resnet_fast.functional, the only caller of these.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import choices
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
 launch: Any
+single_read: Any
 try:
     import triton
 except ImportError as error:  # a machine without triton works, on ATen
-    launch = None
+    launch = single_read = None
     _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
     _INTERPRETED = False
 else:
-    from . import launch
+    from . import launch, single_read
 
     _TRITON_MISSING = None
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
@@ -154,14 +158,34 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
+def _chosen(
+    operation: choices.Operation, x: Tensor, join: Join, fork: bool, batch_statistics: bool, ghost_batch_size: int
+) -> Callable[..., Any]:
+    """The `forward` or `backward` that runs: `single_read`'s where the table names it and it fits, else `launch`'s."""
+    name = "forward" if operation == "batch norm" else "backward"
+    n_images, n_channels, height, width = x.shape
+    two_passes = getattr(launch, name)
+    if choices.is_empty(x.device) or x.dtype not in choices.DTYPES or height != width or not batch_statistics:
+        return two_passes
+    problem = choices.Problem(operation, choices.DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
+    implementation = choices.choose(problem, x.device).implementation
+    if implementation == "two passes, reversed":
+        return partial(two_passes, reverse=True)
+    if implementation == "single read" and single_read.fits(x, operation, join, ghost_batch_size):
+        return getattr(single_read, name)
+    return two_passes
+
+
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
 def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     norm, residual, residual_norm, relu, ghost_batch_size = _unpack(arguments)
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
+    batch_statistics = norm.training and (residual_norm is None or residual_norm.training)
     with device_guard(x):
-        return _present(launch.forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
+        forward = _chosen("batch norm", x, arguments[-3], False, batch_statistics, ghost_batch_size)
+        return _present(forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
@@ -190,8 +214,11 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
         saved = saved._replace(residual=dense(saved.residual, like=x))
     dy = dense(dy, like=x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
+    batch_statistics = training and (join != "bn" or residual_training)
+    fork = dy_alias is not None
     with device_guard(x):
-        gradients = launch.backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
+        backward = _chosen("batch norm backward", x, join, fork, batch_statistics, ghost_batch_size)
+        gradients = backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
         return _present(gradients, like=x)
 
 

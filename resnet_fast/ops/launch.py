@@ -73,7 +73,10 @@ def run(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **argumen
 
 
 def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
-    """How a kernel with these arguments is compiled."""
+    """How a kernel with these arguments is compiled, and launched."""
+    if "barrier_ptr" in arguments:  # its programs wait for each other: cooperative, or they might not run at once
+        options = {"num_warps": tiles.SINGLE_READ_WARPS, "launch_cooperative_grid": True}
+        return options | ({"maxnreg": tiles.SINGLE_READ_REGISTERS} if is_nvidia else {})
     options = {"num_warps": tiles.NUM_WARPS}
     if is_nvidia:
         limit = tiles.MAX_REGISTERS_COMBINE

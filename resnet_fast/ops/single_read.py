@@ -1,0 +1,244 @@
+"""Launches the batch norm that reads every image once (kernels/batch_norm_single_read.py). Imports triton.
+
+`forward` and `backward` take and return what those of launch.py do, and either's forward goes with either's backward.
+Tensors arrive checked, as there. A launch needs words in memory for its barrier, and all of its programs at once on the
+device; `fits` tells where it can have both.
+"""
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels import batch_norm_single_read, tiles
+
+from . import launch
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved
+from .choices import DTYPES, Operation
+from .launch import Shape
+
+PRETENDED_MULTIPROCESSORS = 4  # of a CPU, in the interpreter
+
+# Words for the launches of all CUDA graphs of a process, 256 KB. A training step of ResNet-18 takes about 200.
+GRAPH_WORDS = 1 << 16
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one on each; of other GPUs than NVIDIA's it is not known: none."""
+    if device.type != "cuda":
+        return PRETENDED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.version.cuda else 0
+
+
+class BarrierWords:
+    """The words of one device. Each launch leaves its own ready for another one, of whatever size.
+
+    Launches on one stream follow each other, so that they share the stream's words. A launch that is recorded into a
+    CUDA graph gets words for ever, since a replay may run beside anything; they come from a block that was allocated
+    outside of a recording.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of_streams: dict[int, Tensor] = {}
+        self.of_graphs = self._zeros(0)
+        self.lock = Lock()
+
+    def _zeros(self, n_words: int) -> Tensor:
+        return torch.zeros(n_words, dtype=torch.int32, device=self.device)
+
+    def _is_recording(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def prepare(self, n_words: int) -> bool:
+        """Whether the current stream can have so many words; outside of a recording it then has."""
+        if self._is_recording():
+            return len(self.of_graphs) >= n_words
+        if not self.of_streams:
+            self.of_graphs = self._zeros(GRAPH_WORDS)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # they are zero for any stream, and from now on
+        if self._stream() not in self.of_streams:
+            self.of_streams[self._stream()] = self._zeros(multiprocessors(self.device))
+        return len(self.of_streams[self._stream()]) >= n_words
+
+    def take(self, n_words: int) -> Tensor:
+        """The words of the next launch on the current stream, for which `prepare` has said yes."""
+        if not self._is_recording():
+            return self.of_streams[self._stream()][:n_words]
+        with self.lock:
+            words, self.of_graphs = self.of_graphs[:n_words], self.of_graphs[n_words:]
+        return words
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+
+_words: dict[torch.device, BarrierWords] = {}
+
+
+def words_of(device: torch.device) -> BarrierWords:
+    if device not in _words:
+        _words[device] = BarrierWords(device)
+    return _words[device]
+
+
+def choose_tiles(shape: Shape, operation: Operation, join: Join, device: torch.device) -> tiles.SingleReadTiles | None:
+    is_forward = operation == "batch norm"
+    most_tiles = (tiles.SINGLE_READ_FORWARD_TILES if is_forward else tiles.SINGLE_READ_BACKWARD_TILES)[join]
+    return tiles.choose_single_read_tiles(shape.n_rows, shape.n_channels, multiprocessors(device), most_tiles)
+
+
+def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0) -> bool:
+    """Whether the operation runs here: one group of a 16-bit type in channels_last, all of which fits on the device."""
+    shape = Shape.of(x, ghost_batch_size)
+    if x.dtype not in DTYPES or not shape.channels_last or shape.n_groups > 1:
+        return False
+    cut = choose_tiles(shape, operation, join, x.device)
+    return cut is not None and words_of(x.device).prepare(cut.n_channel_tiles)
+
+
+def prepare(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleReadTiles, Tensor]:
+    """The tiles and the barrier's words of a launch.
+
+    Raises:
+        RuntimeError: its programs would not all run at once, or there are no words: see `fits`.
+    """
+    shape = Shape.of(x)
+    cut = choose_tiles(shape, operation, join, x.device)
+    n_programs = multiprocessors(x.device)
+    if cut is None or cut.n_splits * cut.n_channel_tiles > n_programs:
+        raise RuntimeError(
+            "all programs of a single-read batch norm must run at once, one on each multiprocessor: "
+            f"{n_programs} cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
+        )
+    words = words_of(x.device)
+    if not words.prepare(cut.n_channel_tiles):
+        raise RuntimeError(
+            f"a single-read batch norm needs {cut.n_channel_tiles} words for its barrier, and there are none left for "
+            "CUDA graphs, or the first single-read batch norm of the process is recorded into one"
+        )
+    return cut, words.take(cut.n_channel_tiles)
+
+
+def forward(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    ghost_batch_size: int = 0,
+) -> Outputs:
+    """relu(bn(x) + residual) with batch statistics; `ghost_batch_size` is that of one group."""
+    shape = Shape.of(x, ghost_batch_size)
+    join: Join = "none" if residual is None else "add" if residual_norm is None else "bn"
+    cut, words = prepare(x, "batch norm", join)
+    is_bn_join = residual_norm is not None
+    n_norms = 2 if is_bn_join else 1
+    partials = x.new_empty(2 * n_norms, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
+    y = torch.empty_like(x)
+    relu_mask = None
+    if relu and residual is not None:
+        relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    launch.run(
+        batch_norm_single_read.single_read_forward_kernel,
+        (cut.n_splits * cut.n_channel_tiles,),
+        x_ptr=x,
+        weight_ptr=norm.weight,
+        bias_ptr=norm.bias,
+        running_mean_ptr=norm.running_mean,
+        running_var_ptr=norm.running_var,
+        residual_ptr=residual,
+        residual_weight_ptr=residual_norm.weight if residual_norm else None,
+        residual_bias_ptr=residual_norm.bias if residual_norm else None,
+        residual_running_mean_ptr=residual_norm.running_mean if residual_norm else None,
+        residual_running_var_ptr=residual_norm.running_var if residual_norm else None,
+        barrier_ptr=words,
+        partial_mean_ptr=partials[0],
+        partial_m2_ptr=partials[1],
+        partial_residual_mean_ptr=partials[2] if is_bn_join else None,
+        partial_residual_m2_ptr=partials[3] if is_bn_join else None,
+        y_ptr=y,
+        relu_mask_ptr=relu_mask,
+        mean_ptr=vectors[0],
+        rstd_ptr=vectors[1],
+        residual_mean_ptr=vectors[2] if is_bn_join else None,
+        residual_rstd_ptr=vectors[3] if is_bn_join else None,
+        n_rows=shape.n_rows,
+        n_splits=cut.n_splits,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        residual_momentum=residual_norm.momentum if residual_norm else 0.0,
+        residual_eps=residual_norm.eps if residual_norm else 0.0,
+        RELU=relu,
+        N_CHANNELS=shape.n_channels,
+        N_TILES=cut.n_tiles,
+        BLOCK_M=cut.block_m,
+        BLOCK_C=cut.block_c,
+    )
+    residual_mean, residual_rstd = vectors[2:] if is_bn_join else (None, None)
+    return Outputs(y, relu_mask, vectors[0], vectors[1], residual_mean, residual_rstd)
+
+
+def backward(
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+    ghost_batch_size: int = 0,
+) -> Gradients:
+    """Gradients of relu(bn(x) + residual) with batch statistics, of x and, in the bn join, of the residual."""
+    assert training and (residual_training or join != "bn")
+    x = saved.x
+    shape = Shape.of(x, ghost_batch_size)
+    cut, words = prepare(x, "batch norm backward", join)
+    is_bn_join = join == "bn"
+    partials = x.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
+    dz = torch.empty_like(x) if writes_dz else None
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if is_bn_join else None
+    gradients = [
+        None if parameter is None else torch.empty_like(parameter)
+        for parameter in (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
+    ]
+    launch.run(
+        batch_norm_single_read.single_read_backward_kernel,
+        (cut.n_splits * cut.n_channel_tiles,),
+        dy_ptr=dy,
+        dy_alias_ptr=dy_alias,
+        relu_mask_ptr=saved.relu_mask,
+        x_ptr=x,
+        mean_ptr=saved.mean,
+        rstd_ptr=saved.rstd,
+        weight_ptr=saved.weight,
+        bias_ptr=saved.bias,
+        residual_ptr=saved.residual,
+        residual_mean_ptr=saved.residual_mean,
+        residual_rstd_ptr=saved.residual_rstd,
+        residual_weight_ptr=saved.residual_weight,
+        barrier_ptr=words,
+        partial_dz_ptr=partials[0],
+        partial_dz_xhat_ptr=partials[1],
+        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
+        dz_ptr=dz,
+        dx_ptr=dx,
+        dresidual_ptr=dresidual,
+        dweight_ptr=gradients[0],
+        dbias_ptr=gradients[1],
+        dresidual_weight_ptr=gradients[2],
+        dresidual_bias_ptr=gradients[3],
+        n_rows=shape.n_rows,
+        n_splits=cut.n_splits,
+        RELU=relu,
+        N_CHANNELS=shape.n_channels,
+        N_TILES=cut.n_tiles,
+        BLOCK_M=cut.block_m,
+        BLOCK_C=cut.block_c,
+    )
+    dweight, dbias, dresidual_weight, dresidual_bias = gradients
+    return Gradients(dx, dweight, dbias, dz if join == "add" else dresidual, dresidual_weight, dresidual_bias)

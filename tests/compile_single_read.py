@@ -1,0 +1,96 @@
+"""What the single-read kernels compile to, as JSON: case to registers, stack, and its accesses to global memory.
+
+Run without TRITON_INTERPRET.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from compile_kernels import DTYPES, TARGETS, Launch, compile_for
+from triton.compiler import ASTSource
+
+from resnet_fast.kernels import tiles
+from resnet_fast.ops import BatchNormArgs, launch, single_read
+from resnet_fast.ops.arguments import Saved
+
+MULTIPROCESSORS = 132
+
+
+class Case(NamedTuple):
+    """`n_tiles` of each tensor a program: 0 for the most there are."""
+
+    direction: str
+    join: str
+    n_channels: int
+    target: str = "sm_90"
+    dtype: str = "bf16"
+    relu: bool = True
+    fork: bool = False
+    n_tiles: int = 0
+
+
+FULL = (  # every join at its limit, at the channels where it has the fewest registers to spare
+    *(Case("forward", "none", 128), Case("forward", "add", 512), Case("forward", "bn", 256)),
+    Case("backward", "none", 512),
+    *(Case("backward", join, n_channels, fork=True) for join, n_channels in (("none", 64), ("add", 512), ("bn", 256))),
+)
+CASES = (
+    *FULL,
+    *(case._replace(target=target) for target in ("sm_80", "sm_100") for case in (FULL[0], FULL[2], FULL[5], FULL[6])),
+    *(case._replace(dtype="fp16") for case in (FULL[0], FULL[2], FULL[5], FULL[6])),
+    *(case._replace(n_tiles=1) for case in (FULL[2], FULL[6])),
+    Case("forward", "none", 24, relu=False),
+    Case("backward", "add", 24, relu=False),
+)
+
+
+def record_launch(case: Case) -> Launch:
+    """The kernel and its arguments, of as many rows as give each program so many tiles."""
+    recorded = []
+    most = tiles.SINGLE_READ_FORWARD_TILES if case.direction == "forward" else tiles.SINGLE_READ_BACKWARD_TILES
+    of_one_row = tiles.choose_single_read_tiles(1, case.n_channels, MULTIPROCESSORS, 1)
+    n_splits = MULTIPROCESSORS // of_one_row.n_channel_tiles
+    n_rows = n_splits * of_one_row.block_m * (case.n_tiles or most[case.join])
+    x = torch.empty(n_rows // 4, case.n_channels, 2, 2, dtype=DTYPES[case.dtype], device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    vector = torch.empty(case.n_channels, device="meta")
+    norm = BatchNormArgs(vector, vector, vector, vector, training=True)
+    is_bn, has_bits = case.join == "bn", case.relu and case.join != "none"
+    with (
+        mock.patch.object(single_read, "multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(launch, "run", lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments))),
+    ):
+        if case.direction == "forward":
+            single_read.forward(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)
+        else:
+            bits = torch.empty(n_rows, case.n_channels // 8, dtype=torch.uint8, device="meta") if has_bits else None
+            of_residual = (x, vector, vector, vector, vector) if is_bn else (None,) * 5
+            saved = Saved(x, bits, vector, vector, vector, vector, *of_residual)
+            single_read.backward(x, x if case.fork else None, saved, case.join, case.relu, True, True)
+    assert not case.n_tiles or recorded[0].arguments["N_TILES"] == case.n_tiles
+    return recorded[0]
+
+
+def compile_case(case: Case) -> dict:
+    recorded, target = record_launch(case), TARGETS[case.target]
+    types, constants, attributes = recorded.signature(target)
+    source = ASTSource(fn=recorded.kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled, code = compile_for(source, target, recorded.options(target))
+    return {
+        "case": case,
+        "n_tiles": recorded.arguments["N_TILES"],
+        "registers": code.registers,
+        "stack": code.stack,
+        "shared": compiled.metadata.shared,
+        "cooperative": compiled.metadata.launch_cooperative_grid,
+        "loads": code.loads,
+        "stores": code.stores,
+    }
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor() as pool:
+        print(json.dumps(list(pool.map(compile_case, CASES))))

@@ -1,0 +1,53 @@
+"""What the tests of the single-read batch norm share: a table that names it, and which kernels a run launches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from fused_op import Case
+
+from resnet_fast.ops import choices, launch
+from resnet_fast.ops.choices import DTYPES, Choice, Operation, Problem
+
+FORWARD, BACKWARD = "single_read_forward_kernel", "single_read_backward_kernel"
+BOTH: tuple[Operation, ...] = ("batch norm", "batch norm backward")
+
+
+def entries(case: Case, dtype: torch.dtype, join: str, operations: tuple[Operation, ...] = BOTH) -> dict:
+    n_images, n_channels, _, width = case.shape
+    return {
+        Problem(
+            operation,
+            DTYPES.get(dtype, "fp32"),
+            n_images,
+            n_channels,
+            n_channels,
+            width,
+            join,
+            case.fork and operation == "batch norm backward",
+        ): Choice("single read")
+        for operation in operations
+    }
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched inside the context."""
+    kernels: list[str] = []
+    run = launch.run
+
+    def noted(kernel, grid, **arguments):
+        kernels.append(kernel.__name__)
+        run(kernel, grid, **arguments)
+
+    with mock.patch.object(launch, "run", noted):
+        yield kernels
+
+
+@contextmanager
+def reading_once(case: Case, dtype: torch.dtype, join: str) -> Iterator[None]:
+    """Both directions of the case read once, and nothing else is launched."""
+    with choices.using(entries(case, dtype, join)), launched() as kernels:
+        yield
+    assert set(kernels) == {FORWARD, BACKWARD}

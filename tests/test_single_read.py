@@ -1,0 +1,134 @@
+"""The batch norm that reads every image once has the results of PyTorch, and goes with the two-pass kernels."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from fused_op import Case, assert_agrees, make_operands, ours, results
+from single_read import BACKWARD, BOTH, FORWARD, entries, launched, reading_once
+
+from resnet_fast.ops import BatchNormArgs, choices, launch, single_read
+
+BF16, FP16 = torch.bfloat16, torch.float16
+PLAIN = Case("several tiles and splits, the last not full", (3, 64, 9, 9))
+FORKED = replace(PLAIN, fork=True)
+CORNERS = (
+    Case("one image", (1, 16, 5, 5), fork=True),
+    Case("channels a multiple of eight alone", (5, 24, 6, 6), fork=True),
+    Case("several tiles of channels, the last not full", (2, 136, 7, 7)),
+    Case("as many tiles of channels as programs", (3, 256, 4, 4), fork=True),
+    Case("one pixel per image", (33, 16, 1, 1)),
+    Case("no affine", (2, 16, 5, 5), affine=False),
+    Case("no running statistics", (2, 16, 5, 5), running=False),
+    Case("vectors in the type of x", (2, 16, 5, 5), vectors_as_x=True),
+    Case("mean far beyond std", (4, 64, 9, 9), mean=300.0, std=0.5),
+    Case("large std", (4, 16, 9, 9), std=1000.0),
+)
+
+
+@pytest.mark.parametrize("join", ("none", "add", "bn"))
+@pytest.mark.parametrize("case", (PLAIN, FORKED), ids=("one handle", "two handles"))
+def test_every_join_agrees_with_pytorch(case, join, device):
+    with reading_once(case, BF16, join):
+        assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
+
+
+@pytest.mark.parametrize("join", ("none", "bn"))
+@pytest.mark.parametrize("case", CORNERS, ids=str)
+def test_corners_agree_with_pytorch(case, join, device):
+    with reading_once(case, BF16, join):
+        assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
+
+
+@pytest.mark.parametrize(
+    ("case", "join"),
+    (
+        pytest.param(FORKED, "none", id="none"),
+        pytest.param(FORKED, "add", id="add"),
+        pytest.param(PLAIN, "add", id="add, whose dresidual may be dy itself"),
+        pytest.param(FORKED, "bn", id="bn"),
+    ),
+)
+def test_without_relu_and_in_fp16(case, join, device):
+    for dtype, relu in ((BF16, False), (FP16, True)):
+        with reading_once(case, dtype, join):
+            assert_agrees(make_operands(case, dtype, "channels_last", device), join, relu)
+
+
+@pytest.mark.parametrize("join", ("none", "add", "bn"))
+def test_two_runs_give_the_same_bits(join, device):
+    operands = make_operands(FORKED, BF16, "channels_last", device)
+    run = functools.partial(results, functools.partial(ours, fork=True), operands, join, True, "triton")
+    with reading_once(FORKED, BF16, join):
+        first, second = run(), run()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("join", ("none", "add", "bn"))
+@pytest.mark.parametrize("operation", BOTH)
+def test_it_goes_with_two_passes_in_the_other_direction(operation, join, device):
+    with choices.using(entries(FORKED, BF16, join, (operation,))), launched() as kernels:
+        assert_agrees(make_operands(FORKED, BF16, "channels_last", device), join, True)
+    kernel, other = (FORWARD, BACKWARD) if operation == "batch norm" else (BACKWARD, FORWARD)
+    assert kernel in kernels and other not in kernels and len(set(kernels)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    (
+        ("squares overflow", [1e30, -2e30]),
+        ("sums overflow", [3e38, 2e38, -3e38]),
+        ("Inf", [float("inf")]),
+        ("Inf and -Inf", [float("inf"), float("-inf")]),
+        ("NaN", [float("nan")]),
+    ),
+)
+def test_one_channel_beyond_fp32_has_the_statistics_of_two_passes(name, values, device):
+    """And leaves the others alone."""
+    x = make_operands(PLAIN, BF16, "channels_last", device).x
+    for i, value in enumerate(values):
+        x[i % 3, 5, i::4, 3] = value
+
+    def forward(at) -> dict[str, torch.Tensor]:
+        running = torch.zeros(64, device=device), torch.ones(64, device=device)
+        found = at.forward(x, BatchNormArgs(*running, training=True), None, None, True)
+        return {"y": found.y, "mean": found.mean, "rstd": found.rstd, "running_mean": running[0], "var": running[1]}
+
+    found, expected = forward(single_read), forward(launch)
+    for key, value in expected.items():
+        # The sums' terms are the same in another order; y may round to the neighbour.
+        rtol = 2**-7 if key == "y" else 1e-5
+        torch.testing.assert_close(
+            found[key], value, rtol=rtol, atol=1e-6, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_an_rstd_of_zero_ends_the_merge(device):
+    """With an infinite eps; a loop until rstd is another than 0 would not end."""
+    x = make_operands(PLAIN, BF16, "channels_last", device).x
+    found = single_read.forward(x, BatchNormArgs(None, None, training=True, eps=1e300), None, None, False)
+    assert not found.rstd.any() and not found.y.any()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "layout"),
+    (
+        pytest.param(Case("", (2, 100, 4, 4)), BF16, "channels_last", id="channels not a multiple of eight"),
+        pytest.param(Case("", (9, 264, 2, 2)), BF16, "channels_last", id="more channels than programs"),
+        pytest.param(Case("", (2, 256, 16, 16)), BF16, "channels_last", id="more rows than registers"),
+        pytest.param(replace(PLAIN, ghost=1), BF16, "channels_last", id="ghost batches"),
+        pytest.param(replace(PLAIN, training=False), BF16, "channels_last", id="tracked statistics"),
+        pytest.param(replace(PLAIN, residual_training=False), BF16, "channels_last", id="one of two tracked"),
+        pytest.param(PLAIN, BF16, "nchw", id="NCHW"),
+        pytest.param(PLAIN, torch.float32, "channels_last", id="fp32"),
+    ),
+)
+def test_what_does_not_fit_takes_two_passes(case, dtype, layout, device):
+    operands = make_operands(case, dtype, layout, device)
+    run = functools.partial(results, functools.partial(ours, ghost=case.ghost), operands, "bn", True, "triton")
+    expected = run()
+    with choices.using(entries(case, dtype, "bn")), launched() as kernels:
+        found = run()
+    assert not {FORWARD, BACKWARD} & set(kernels)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,111 @@
+"""The barrier lets a launch pass as a whole alone, is ready again behind it, and never serves two launches at once."""
+
+from unittest import mock
+
+import pytest
+import torch
+from fused_op import Case, make_operands
+from interpreter import needs_interpreter
+from triton.runtime.errors import InterpreterError
+
+from resnet_fast.kernels import tiles
+from resnet_fast.ops import BatchNormArgs, launch, single_read
+from resnet_fast.ops.single_read import BarrierWords
+
+NORM = BatchNormArgs(None, None, training=True)
+
+
+def image(n_images: int, n_channels: int, device: torch.device) -> torch.Tensor:
+    case = Case("", (n_images, n_channels, 8, 8))
+    return make_operands(case, torch.bfloat16, "channels_last", device).x
+
+
+def test_many_launches_use_the_same_words(device):
+    """Of other numbers of splits and of tiles of channels, one after the other."""
+    sizes = [(1, 64), (4, 64), (1, 256), (1, 16), (2, 136)]
+    x = {size: image(*size, device) for size in sizes}
+    first = {size: single_read.forward(x[size], NORM, None, None, True).y for size in sizes}
+    for size in [*sizes, *reversed(sizes), *sizes]:
+        assert torch.equal(single_read.forward(x[size], NORM, None, None, True).y, first[size])
+    (words,) = single_read.words_of(x[sizes[0]].device).of_streams.values()
+    assert not (words & 0x7FFFFFFF).any()
+
+
+@needs_interpreter
+def test_a_program_too_few_is_a_deadlock(device):
+    """The interpreter sees it; a GPU would hang."""
+    run = launch.run
+
+    def without_the_last(kernel, grid, **arguments):
+        run(kernel, (grid[0] - 1,), **arguments | {"barrier_ptr": torch.zeros_like(arguments["barrier_ptr"])})
+
+    with mock.patch.object(launch, "run", without_the_last), pytest.raises(InterpreterError, match="Deadlock"):
+        single_read.forward(image(8, 64, device), NORM, None, None, True)
+
+
+@needs_interpreter
+def test_a_program_that_fails_fails_the_launch(device):
+    x = image(8, 64, device)
+    with pytest.raises(InterpreterError, match="float"), mock.patch.object(launch, "run", _with("eps", "a word")):
+        single_read.forward(x, NORM, None, None, True)
+
+
+def _with(name: str, value):
+    run = launch.run
+    return lambda kernel, grid, **arguments: run(kernel, grid, **arguments | {name: value})
+
+
+@pytest.mark.parametrize(
+    "cut", (tiles.SingleReadTiles(32, 64, 1, n_splits=10_000, n_channel_tiles=1), None), ids=("too many", "none")
+)
+def test_a_grid_that_would_not_run_at_once_is_refused(cut, device):
+    x = image(2, 64, device)
+    with (
+        mock.patch.object(tiles, "choose_single_read_tiles", lambda *_: cut),
+        mock.patch.object(launch, "run") as run,
+        pytest.raises(RuntimeError, match=r"must run at once.*: \d+ cannot hold the batch norm of 128 rows and 64"),
+    ):
+        single_read.forward(x, NORM, None, None, True)
+    run.assert_not_called()
+
+
+@pytest.mark.parametrize("n_multiprocessors", (1, 8, 114, 132, 148))
+def test_no_grid_has_more_programs_than_multiprocessors(n_multiprocessors):
+    for n_channels in (8, 16, 24, 64, 136, 512, 2048):
+        for n_rows in (1, 31, 1000, 8192, 33_000, 131_072):
+            cut = tiles.choose_single_read_tiles(n_rows, n_channels, n_multiprocessors, 32)
+            if cut is not None:
+                assert cut.n_splits * cut.n_channel_tiles <= n_multiprocessors
+                assert cut.n_tiles <= 32
+                rows_per_split = cut.n_tiles * cut.block_m
+                assert (cut.n_splits - 1) * rows_per_split < n_rows <= cut.n_splits * rows_per_split
+                assert cut.n_channel_tiles * cut.block_c >= n_channels
+
+
+def test_every_recorded_launch_has_words_of_its_own(device):
+    words = BarrierWords(device)
+    assert words.prepare(4)
+    of_stream = words.take(4)
+    assert of_stream.data_ptr() == words.take(4).data_ptr()  # which follow each other
+    with mock.patch.object(BarrierWords, "_is_recording", lambda self: True):
+        taken = [words.take(4) for _ in range(5) if words.prepare(4)]
+    addresses = {word.data_ptr() for words in (*taken, of_stream) for word in words.view(-1, 1)}
+    assert len(taken) == 5 and len(addresses) == 6 * 4
+
+
+def test_a_recording_without_words_takes_two_passes(device):
+    """None were allocated before it, or all have been handed out."""
+    x = image(2, 64, device)
+    words = BarrierWords(x.device)
+    recording = mock.patch.object(BarrierWords, "_is_recording", lambda self: True)
+    with mock.patch.dict(single_read._words, {x.device: words}), mock.patch.object(single_read, "GRAPH_WORDS", 2):
+        with recording:
+            assert not single_read.fits(x, "batch norm", "none")
+        assert single_read.fits(x, "batch norm", "none")
+        with recording:
+            for _ in range(2):
+                assert single_read.fits(x, "batch norm", "none")
+                words.take(1)
+            assert not single_read.fits(x, "batch norm", "none")
+            with pytest.raises(RuntimeError, match="needs 1 words for its barrier"):
+                single_read.forward(x, NORM, None, None, True)
