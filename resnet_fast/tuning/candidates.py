@@ -57,13 +57,13 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         del outputs
     if problem.operation == "batch norm":
         exact = exact_batch_norm(first)
-        found = _batch_norms(problem)
+        found = _batch_norms(problem, first)
     elif problem.operation == "batch norm backward":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, first.dy)
         if problem.join != "add":
             del exact["dz"]  # no result of its own
-        found = _batch_norms_backward(problem)
+        found = _batch_norms_backward(problem, first)
     elif problem.operation == "convolution":
         exact, terms = exact_convolution(first)
         found = _convolutions(problem)
@@ -102,17 +102,19 @@ def _batch_norm(inputs: Inputs) -> tuple[Tensor, BatchNormArgs, Tensor | None, B
     return inputs.x, inputs.norm, inputs.residual, inputs.residual_norm
 
 
-def _batch_norms(problem: Problem) -> dict[Choice, Implementation]:
-    launch = _launch()
+def _batch_norms(problem: Problem, first: Inputs) -> dict[Choice, Implementation]:
+    launch, single_read = _launch(), _single_read()
 
     def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
         return {"y": outputs.y}
 
-    return {
+    found = {
         Choice(TWO_PASSES): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True), named),
         Choice(REVERSED): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True, reverse=True), named),
-        Choice(SINGLE_READ): Implementation(lambda i, s: _single_read().forward(*_batch_norm(i), True), named),
     }
+    if single_read.fits(first.x, problem.operation, problem.join):
+        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.forward(*_batch_norm(i), True), named)
+    return found
 
 
 def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tensor]]:
@@ -125,19 +127,21 @@ def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tens
     return lambda gradients, inputs: {theirs: getattr(gradients, ours) for ours, theirs in names.items()}
 
 
-def _batch_norms_backward(problem: Problem) -> dict[Choice, Implementation]:
-    launch = _launch()
+def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Implementation]:
+    launch, single_read = _launch(), _single_read()
     join: Join = problem.join  # type: ignore[assignment]
     named = _named_gradients(join)
 
     def arguments(inputs: Inputs, saved: Saved | None) -> tuple:
         return inputs.dy, inputs.alias, saved, join, True, True, join == "bn"
 
-    return {
+    found = {
         Choice(TWO_PASSES): Implementation(lambda i, s: launch.backward(*arguments(i, s)), named),
         Choice(REVERSED): Implementation(lambda i, s: launch.backward(*arguments(i, s), reverse=True), named),
-        Choice(SINGLE_READ): Implementation(lambda i, s: _single_read().backward(*arguments(i, s)), named),
     }
+    if single_read.fits(first.x, problem.operation, join):
+        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
+    return found
 
 
 def _convolutions(problem: Problem) -> dict[Choice, Implementation]:

@@ -1,0 +1,30 @@
+"""The second pass from the last tile to the first computes the same bits, and runs where the table names it."""
+
+from functools import partial
+
+import pytest
+import torch
+from fused_op import Case, make_operands, ours, results
+
+from resnet_fast.ops import choices, launch
+from resnet_fast.ops.choices import Choice, Problem
+
+CASE = Case("several tiles", (3, 24, 9, 9), fork=True)
+
+
+@pytest.mark.parametrize("join", ("none", "add", "bn"))
+def test_reversed(join, device, monkeypatch):
+    operands = make_operands(CASE, torch.bfloat16, "channels_last", device)
+    problem = Problem("batch norm", "bf16", 3, 24, 24, 9, join)
+    of_backward = problem._replace(operation="batch norm backward", fork=True)
+    table = dict.fromkeys((problem, of_backward), Choice("two passes, reversed"))
+    seen, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *a, **k: seen.append(k.get("REVERSED")) or run(kernel, *a, **k))
+    operation = partial(ours, fork=True)
+    expected = results(operation, operands, join, True, "triton")
+    assert True not in seen
+    with choices.using(table):
+        found = results(operation, operands, join, True, "triton")
+    assert seen.count(True) == 2  # one forward, one backward
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
