@@ -8,8 +8,12 @@ sm_90 (in its pass "nvgpu-warp-specialization").
 
 from typing import NamedTuple
 
-# Maps whose lines a tile is made of; wider ones are for cuDNN.
+# What the kernels take; the rest is for cuDNN. A tile is made of whole lines of such maps, and 16 channels of a 16-bit
+# type are 32 bytes, the shortest block that a descriptor lays out for the matrix unit. Rows are counted in 32 bits, as
+# descriptors count them, and parts may end behind the last.
 WIDTHS = (4, 8, 16, 32)
+CHANNEL_MULTIPLE = 16
+MAX_ROWS = 2**31 - 2**20
 
 # Elements of the weight's gradient to a program that adds its parts up: 16 bytes of each part to a thread of 4 warps.
 COMBINE_BLOCK = 512

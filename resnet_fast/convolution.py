@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS
+
 from .ops import choose_backend
 from .ops.arguments import PartialStatistics, Saved
 from .ops.batch_norm import dense, device_guard
@@ -85,23 +87,38 @@ def _can_choose(conv: Any, x: Tensor) -> bool:
     """Whether conv(x) in training is a convolution that the kernels have."""
     if not (torch.is_grad_enabled() and conv.training):
         return False
-    is_3x3 = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        1,
-    )
-    if not is_3x3 or conv.bias is not None or conv.padding_mode != "zeros" or x.dim() != 4 or x.dtype not in DTYPES:
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dtype not in DTYPES:
         return False
+    if not has_kernels(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups):
+        return False
+    is_laid_out = x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
     device_type = x.device.type
     autocasts = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocasts else conv.weight.dtype
-    if dtype != x.dtype or x.shape[1] != conv.weight.shape[1] or choose_backend(x) != "triton":
-        return False
-    from .ops import conv3x3  # with triton, which is there
+    return is_laid_out and dtype == x.dtype and choose_backend(x) == "triton"
 
-    return conv3x3.is_supported(x, conv.weight.shape[0])
+
+def has_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether the kernels compute F.conv2d of these arguments, whatever type and layout x has."""
+    if x.dim() != 4 or weight.shape[2:] != (3, 3) or bias is not None or groups != 1:
+        return False
+    n_images, n_in_channels, height, width = x.shape
+    return (
+        all(pair in (1, (1, 1), [1, 1]) for pair in (stride, padding, dilation))
+        and n_in_channels == weight.shape[1]
+        and all(n % CHANNEL_MULTIPLE == 0 for n in weight.shape[:2])
+        and height == width
+        and width in WIDTHS
+        and 0 < n_images * height * width <= MAX_ROWS
+    )
 
 
 class _Conv3x3(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from budget import assert_within_budget
 from torch import Tensor
 
+from resnet_fast.convolution import has_kernels
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
 from resnet_fast.ops import conv3x3
 
@@ -139,18 +140,22 @@ def test_two_runs_give_the_same_bits(case, device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "n_out"),
+    ("shape", "n_out", "different"),
     (
-        ((2, 16, 7, 7), 16),  # no power of two
-        ((2, 16, 64, 64), 16),  # wider than a tile's lines
-        ((2, 16, 8, 16), 16),  # not square
-        ((2, 24, 8, 8), 16),  # no multiple of 16
-        ((2, 16, 8, 8), 24),
-        ((0, 16, 8, 8), 16),
+        ((2, 16, 7, 7), 16, {}),  # no power of two
+        ((2, 16, 64, 64), 16, {}),  # wider than a tile's lines
+        ((2, 16, 8, 16), 16, {}),  # not square
+        ((2, 24, 8, 8), 16, {}),  # no multiple of 16
+        ((2, 16, 8, 8), 24, {}),
+        ((0, 16, 8, 8), 16, {}),
+        ((2, 16, 8, 8), 16, {"stride": (2, 2)}),
+        ((2, 16, 8, 8), 16, {"padding": (0, 0)}),
+        ((2, 16, 8, 8), 16, {"dilation": (2, 2), "padding": (2, 2)}),
+        ((2, 16, 8, 8), 16, {"bias": torch.zeros(16)}),
     ),
     ids=str,
 )
-def test_what_the_kernels_do_not_take(shape, n_out):
-    assert not conv3x3.is_supported(channels_last(torch.empty(shape)), n_out)
-    assert conv3x3.is_supported(channels_last(torch.empty(2, 16, 8, 8)), 16)
-    assert not conv3x3.is_supported(torch.empty(2, 16, 8, 8), 16)  # NCHW
+def test_what_the_kernels_do_not_take(shape, n_out, different):
+    as_they_do = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    assert not has_kernels(torch.empty(shape), torch.empty(n_out, shape[1], 3, 3), **as_they_do | different)
+    assert has_kernels(torch.empty(2, 16, 8, 8), torch.empty(16, 16, 3, 3), **as_they_do)

@@ -1,6 +1,6 @@
 """Launches of the 3x3 convolution and its gradients (kernels/conv3x3.py). Imports triton.
 
-Tensors arrive checked (`is_supported`): [N, C, H, W] in channels_last, on one device, in one type.
+Tensors arrive checked (convolution.py): [N, C, H, W] in channels_last, on one device, in one type.
 """
 
 import torch
@@ -9,27 +9,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.kernels import batch_norm_backward, conv3x3, tiles
-from resnet_fast.kernels.conv_tiles import COMBINE_BLOCK, WIDTHS, ConvTiles
+from resnet_fast.kernels.conv_tiles import COMBINE_BLOCK, ConvTiles
 
 from .arguments import PartialStatistics, Saved
 from .launch import run
-
-CHANNEL_MULTIPLE = 16
-MAX_ROWS = 2**31 - 2**20  # rows are counted in 32 bits, as descriptors count them, and parts may end behind the last
-
-
-def is_supported(x: Tensor, n_out_channels: int) -> bool:
-    """Whether the kernels can convolve x, whatever its type."""
-    n_images, n_channels, height, width = x.shape
-    return (
-        height == width
-        and width in WIDTHS
-        and n_channels % CHANNEL_MULTIPLE == 0
-        and n_out_channels % CHANNEL_MULTIPLE == 0
-        and 0 < n_images * height * width <= MAX_ROWS
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.data_ptr() % 16 == 0
-    )
 
 
 def box(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from resnet_fast.kernels.conv_tiles import WIDTHS
+from resnet_fast.convolution import has_kernels
 from resnet_fast.models.registry import MODELS, check_name, get_model
 from resnet_fast.nn import FusedBatchNorm2d
 from resnet_fast.ops.choices import IMPLEMENTATIONS, Operation, Problem
-
-CHANNEL_MULTIPLE = 16  # as in ops/conv3x3.py, which cannot be imported without triton
 
 
 class _Norm(NamedTuple):
@@ -44,7 +42,7 @@ class _Convolutions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function is torch.conv2d and can_be_fused(*args, **(kwargs or {})):
+        if function is torch.conv2d and has_kernels(*args, **(kwargs or {})):
             self.found.append(_Convolution(args[0], result))
         return result
 
@@ -69,28 +67,6 @@ def find_problems(
     found = [problem for size in batch_sizes for problem in _of_step(model, stem, size, image_size, dtype)]
     order = list(IMPLEMENTATIONS)
     return sorted(dict.fromkeys(found), key=lambda problem: (problem.n_images, order.index(problem.operation)))
-
-
-def can_be_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> bool:
-    """Whether the arguments of F.conv2d are those of a convolution that the fused kernels compute."""
-    pairs = [tuple(value) if isinstance(value, list | tuple) else value for value in (stride, padding, dilation)]
-    return (
-        tuple(weight.shape[2:]) == (3, 3)
-        and all(pair in (1, (1, 1)) for pair in pairs)
-        and bias is None
-        and groups == 1
-        and all(n % CHANNEL_MULTIPLE == 0 for n in weight.shape[:2])
-        and x.shape[2] == x.shape[3]
-        and x.shape[3] in WIDTHS
-    )
 
 
 def _of_step(model: str, stem: str, n_images: int, image_size: int, dtype: str) -> list[Problem]:
