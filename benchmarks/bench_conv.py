@@ -178,7 +178,7 @@ def name_of(of: ConvTiles, rest: str) -> str:
     return f"conv3x3 {of.block_m}x{of.block_n}x{of.block_k}, {of.num_warps} warps, {of.num_stages} stages, {rest}"
 
 
-def build_fused(name: str, setting: Setting, data: Data) -> ConvRun:
+def build_conv3x3(name: str, setting: Setting, data: Data) -> ConvRun:
     return FusedRun(data, candidates(setting)[name])
 
 
@@ -207,7 +207,7 @@ class ConvLevel(Level):
     quick_rounds = {"cpu": 8, "cuda": 30}
     providers = {
         "cudnn": Provider(lambda setting, data: CudnnRun(data), compiled_why_not),
-        **{name: Provider(partial(build_fused, name), compiled_why_not) for name in all_names()},
+        **{name: Provider(partial(build_conv3x3, name), compiled_why_not) for name in all_names()},
     }
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:

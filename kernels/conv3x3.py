@@ -26,7 +26,7 @@ def convolve(
     weight_desc,
     first_row,
     first_channel,
-    n_in_channels,
+    n_summed_channels,
     BACKWARD: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -39,7 +39,7 @@ def convolve(
     CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns.
     """
     image, line = box_of(first_row, WIDTH)
-    n_blocks = tl.cdiv(n_in_channels, BLOCK_K)
+    n_blocks = tl.cdiv(n_summed_channels, BLOCK_K)
     if CHANNELS_AS_ROWS:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
@@ -97,8 +97,8 @@ def conv3x3_kernel(
     partial_mean_ptr,
     partial_m2_ptr,
     n_rows,
-    n_in_channels,
-    n_out_channels,
+    n_summed_channels,
+    n_channels,
     rows_per_program,
     CHANNELS_AS_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -107,8 +107,8 @@ def conv3x3_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y, and the mean and centered M2 of its rounded values over the rows of each program, the means about no pivot."""
-    n_out_channels = known_multiple(n_out_channels, 8)
-    n_channel_tiles = tl.cdiv(n_out_channels, BLOCK_N)
+    n_channels = known_multiple(n_channels, 8)
+    n_channel_tiles = tl.cdiv(n_channels, BLOCK_N)
     part = tl.program_id(0) // n_channel_tiles
     first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
     start = part * rows_per_program
@@ -122,7 +122,7 @@ def conv3x3_kernel(
             weight_desc,
             first_row,
             first_channel,
-            n_in_channels,
+            n_summed_channels,
             False,
             CHANNELS_AS_ROWS,
             WIDTH,
@@ -135,15 +135,15 @@ def conv3x3_kernel(
         mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, BLOCK_M, BLOCK_N)
 
     offs_c = first_channel + tl.arange(0, BLOCK_N)
-    partial = part.to(tl.int64) * n_out_channels + offs_c
-    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < n_out_channels)
-    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < n_out_channels)
+    partial = part.to(tl.int64) * n_channels + offs_c
+    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < n_channels)
+    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < n_channels)
 
 
 @triton.jit
 def conv3x3_data_gradient_kernel(
     dy_desc,
-    weight_desc,
+    conv_weight_desc,
     dx_alias_ptr,
     relu_mask_ptr,
     x_ptr,
@@ -159,8 +159,8 @@ def conv3x3_data_gradient_kernel(
     partial_dz_xhat_ptr,
     partial_dz_rhat_ptr,
     n_rows,
-    n_in_channels,
-    n_out_channels,
+    n_summed_channels,
+    n_channels,
     rows_per_program,
     RELU: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
@@ -174,17 +174,16 @@ def conv3x3_data_gradient_kernel(
     With `x_ptr`, where the input is relu(bn(x) + residual), it is taken through ReLU at once, and becomes that batch
     norm's dz, whose sums over the rows of each program are `reduce_kernel`'s (B1, B2).
 
-    The convolution's output channels are summed over here, so they are `n_in_channels`, and its input channels
-    `n_out_channels`.
+    The channels that are summed over are here the convolution's output channels.
     """
-    n_out_channels = known_multiple(n_out_channels, 8)
-    n_channel_tiles = tl.cdiv(n_out_channels, BLOCK_N)
+    n_channels = known_multiple(n_channels, 8)
+    n_channel_tiles = tl.cdiv(n_channels, BLOCK_N)
     part = tl.program_id(0) // n_channel_tiles
     first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
     start = part * rows_per_program
     end = tl.minimum(start + rows_per_program, n_rows)
     offs_c = first_channel + tl.arange(0, BLOCK_N)
-    mask_c = offs_c < n_out_channels
+    mask_c = offs_c < n_channels
     sum_dz = tl.zeros([BLOCK_N], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_N], tl.float32)
     sum_dz_rhat = tl.zeros([BLOCK_N], tl.float32)
@@ -192,10 +191,10 @@ def conv3x3_data_gradient_kernel(
     for first_row in range(start, end, BLOCK_M):
         dx = convolve(
             dy_desc,
-            weight_desc,
+            conv_weight_desc,
             first_row,
             first_channel,
-            n_in_channels,
+            n_summed_channels,
             True,
             CHANNELS_AS_ROWS,
             WIDTH,
@@ -205,7 +204,7 @@ def conv3x3_data_gradient_kernel(
         ).to(dx_desc.dtype)
         mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
         wide_row = tl.full([], 0, tl.int64) + first_row
-        offsets = tile_offsets(wide_row, offs_c, n_out_channels, WIDTH * WIDTH, True, BLOCK_M)
+        offsets = tile_offsets(wide_row, offs_c, n_channels, WIDTH * WIDTH, True, BLOCK_M)
         if dx_alias_ptr is not None:
             # Rounded to the data type, as autograd rounds the sum of two gradients.
             dx_alias = tl.load(dx_alias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -227,7 +226,7 @@ def conv3x3_data_gradient_kernel(
                         first_channel,
                         0,
                         n_rows,
-                        n_out_channels,
+                        n_channels,
                         None,
                         True,
                         BLOCK_M,
@@ -239,15 +238,15 @@ def conv3x3_data_gradient_kernel(
             sum_dz += tl.sum(dz, axis=0)
             sum_dz_xhat += tl.sum(dz * ((x - mean[None, :]) * rstd[None, :]), axis=0)
             if residual_ptr is not None:
-                mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
-                rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
+                residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
+                residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
                 residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                sum_dz_rhat += tl.sum(dz * ((residual - mean[None, :]) * rstd[None, :]), axis=0)
+                sum_dz_rhat += tl.sum(dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :]), axis=0)
             dx = dz.to(dx_desc.dtype)
         dx_desc.store([first_row, first_channel], dx)
 
     if x_ptr is not None:
-        partial = part.to(tl.int64) * n_out_channels + offs_c
+        partial = part.to(tl.int64) * n_channels + offs_c
         tl.store(partial_dz_ptr + partial, sum_dz, mask=mask_c)
         tl.store(partial_dz_xhat_ptr + partial, sum_dz_xhat, mask=mask_c)
         if residual_ptr is not None:
@@ -263,16 +262,12 @@ def conv3x3_weight_gradient_kernel(
     n_in_channels,
     n_out_channels,
     rows_per_part,
-    CHANNELS_AS_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One part of the sum over pixels, for one tap, [BLOCK_M out, BLOCK_N in] channels (C3); [n_parts, C_out, 9, C_in].
-
-    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, else input channels.
-    """
+    """A part of the sum over pixels for one tap, BLOCK_M by BLOCK_N channels (C3), of [n_parts, C_out, 9, C_in]."""
     n_in_channels = known_multiple(n_in_channels, 8)
     n_in_tiles = tl.cdiv(n_in_channels, BLOCK_N)
     n_out_tiles = tl.cdiv(n_out_channels, BLOCK_M)
@@ -283,20 +278,12 @@ def conv3x3_weight_gradient_kernel(
     first_in = tile % n_in_tiles * BLOCK_N
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, n_rows)
-    if CHANNELS_AS_ROWS:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first_row in range(start, end, BLOCK_K):
         image, line = box_of(first_row, WIDTH)
         dy = dy_desc.load([first_row, first_out])
         x = tl.reshape(x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, first_in]), [BLOCK_K, BLOCK_N])
-        if CHANNELS_AS_ROWS:
-            total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
-        else:
-            total = tl.dot(tl.trans(x), dy, total, input_precision="ieee")
-    if not CHANNELS_AS_ROWS:
-        total = tl.trans(total)
+        total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
     offs_out = first_out + tl.arange(0, BLOCK_M)
     offs_in = first_in + tl.arange(0, BLOCK_N)
     rows = (part.to(tl.int64) * n_out_channels + offs_out) * 9 + tap

@@ -35,7 +35,7 @@ class ConvTiles(NamedTuple):
     block_n: int
     block_k: int
     per_program: int
-    channels_as_rows: bool  # operand order: the matrix unit's rows are output channels, or pixels
+    channels_as_rows: bool  # the matrix unit's rows are output channels (always of the weight gradient), or pixels
     num_warps: int
     num_stages: int
 
@@ -67,8 +67,8 @@ def weight_gradient_candidates(in_channels: int, out_channels: int, n_rows: int)
     """Of the weight gradient, a sum over `n_rows` = N·H·W pixels, in as many parts as give each of PROGRAMS."""
     block_n = block_of(in_channels)
     shapes = [(64, block_n, 64, 4), (64, block_n, 128, 4)]
-    if out_channels % 128 == 0:
-        shapes += [(128, block_n, 64, 4), (128, 2 * block_n, 64, 8)] if in_channels % 128 == 0 else []
+    if in_channels % 128 == out_channels % 128 == 0:
+        shapes += [(128, block_n, 64, 4), (128, 2 * block_n, 64, 8)]
     found = []
     for block_m, block_n, block_k, num_warps in shapes:
         n_tiles = 9 * -(-out_channels // block_m) * -(-in_channels // block_n)

@@ -41,6 +41,11 @@ COMBINE_BLOCK_S = 128
 # 65,536 of an NVIDIA multiprocessor. So one program fits on each, and no grid of more is ever resident at once.
 SINGLE_READ_WARPS = 8
 SINGLE_READ_REGISTERS = 255
+SINGLE_READ_OPTIONS = {
+    "num_warps": SINGLE_READ_WARPS,
+    "maxnreg": SINGLE_READ_REGISTERS,
+    "launch_cooperative_grid": True,  # or programs that wait for each other might not run at once
+}
 
 # 64 channels of a 16-bit type are a full line of 128 bytes per row; 8 elements a thread are one 16-byte load and four
 # registers for as long as the program lives.

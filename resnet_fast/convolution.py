@@ -19,8 +19,8 @@ from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS
 
 from .ops import choose_backend
 from .ops.arguments import PartialStatistics, Saved
-from .ops.batch_norm import dense, device_guard
-from .ops.choices import DTYPES, Choice, Problem, choose, is_empty
+from .ops.batch_norm import conv3x3, dense, device_guard
+from .ops.choices import CUDNN, DTYPES, Choice, Operation, Problem, choose, is_empty
 
 
 class Convolved(NamedTuple):
@@ -45,6 +45,9 @@ class Activation(NamedTuple):
     choice: Choice  # of the convolution's data gradient
 
 
+Handle = Tensor | Activation  # what a block hands to the next one's first convolution
+
+
 class Plan(NamedTuple):
     """What computes the convolution and its gradients."""
 
@@ -53,13 +56,13 @@ class Plan(NamedTuple):
     weight_gradient: Choice
 
 
-def convolve(conv: Any, x: Tensor | Activation, shortcut: Tensor | None = None) -> tuple[Any, Tensor | None]:
+def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any, Tensor | None]:
     """`conv(x)`, as a tensor or `Convolved`, and the shortcut's handle to x: `shortcut`, or x's own second one."""
     linked = isinstance(x, Activation)
     tensor: Tensor = x.y if linked else x  # type: ignore[assignment]
-    data_gradient = x.choice if linked else Choice("cudnn")
+    data_gradient = x.choice if linked else Choice(CUDNN)
     plan = Plan(_choose("convolution", conv, tensor), data_gradient, _choose("weight gradient", conv, tensor))
-    if all(choice.implementation == "cudnn" for choice in plan):
+    if all(choice.tiles is None for choice in plan):
         return conv(tensor), shortcut
     of_norm = (x.token, x.norm, x.relu, x.fork) if linked else (None, None, False, False)  # type: ignore[union-attr]
     y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *of_norm, plan)
@@ -70,13 +73,13 @@ def convolve(conv: Any, x: Tensor | Activation, shortcut: Tensor | None = None) 
 def choose_data_gradient(conv: nn.Module | None, y: Tensor, join: str, fork: bool) -> Choice:
     """What computes the gradient of y, the output of a batch norm with this join, which `conv` is to consume."""
     if conv is None:
-        return Choice("cudnn")
+        return Choice(CUDNN)
     return _choose("data gradient", conv, y, join, fork)
 
 
-def _choose(operation: Any, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> Choice:
+def _choose(operation: Operation, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> Choice:
     if torch.compiler.is_compiling() or is_empty(x.device) or not _can_choose(conv, x):  # torch.compile keeps its own
-        return Choice("cudnn")
+        return Choice(CUDNN)
     n_images, n_in_channels, _, width = x.shape
     return choose(
         Problem(operation, DTYPES[x.dtype], n_images, n_in_channels, conv.weight.shape[0], width, join, fork), x.device
@@ -133,8 +136,6 @@ class _Conv3x3(torch.autograd.Function):
         fork: bool,
         plan: Plan,
     ):
-        from .ops import conv3x3
-
         weight_of_x = weight.to(x.dtype, memory_format=torch.channels_last)
         partials, rows_per_part = None, 0
         if plan.forward.tiles is None:
@@ -144,7 +145,7 @@ class _Conv3x3(torch.autograd.Function):
                 y, (partials, rows_per_part) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
             ctx.mark_non_differentiable(partials)
         ctx.save_for_backward(x, weight, weight_of_x, *(norm or ()))
-        ctx.relu, ctx.plan, ctx.is_linked = relu, plan, norm is not None
+        ctx.relu, ctx.plan = relu, plan
         ctx.set_materialize_grads(False)
         return y, x.view_as(x) if fork else None, partials, rows_per_part
 
@@ -152,33 +153,32 @@ class _Conv3x3(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dx_alias: Tensor | None, *_):  # type: ignore[override]
         x, weight, weight_of_x, *norm = ctx.saved_tensors
         of_x, of_weight, *_ = ctx.needs_input_grad
+        rest = (None,) * (len(ctx.needs_input_grad) - 3)
         if dy is None:
-            return dx_alias, *(None,) * 6
+            return dx_alias, None, None, *rest
         if torch.is_grad_enabled():  # double backward: differentiable steps, without the sums
-            dx, dweight = _library_gradients(dy, x, weight.to(x.dtype), of_x, of_weight)
+            dx, dweight = library_gradients(dy, x, weight.to(x.dtype), of_x, of_weight)
             if dx is not None and dx_alias is not None:
                 dx = dx + dx_alias
-            return dx, None if dweight is None else dweight.to(weight.dtype), *(None,) * 5
-        from .ops import conv3x3
-
+            return dx, None if dweight is None else dweight.to(weight.dtype), None, *rest
         dy = dense(dy, like=x)
         data_tiles, weight_tiles = ctx.plan.data_gradient.tiles, ctx.plan.weight_gradient.tiles
         by_library = (of_x and data_tiles is None, of_weight and weight_tiles is None)
         dx = dweight = dtoken = None
         if any(by_library):
-            dx, dweight = _library_gradients(dy, x, weight_of_x, *by_library)
+            dx, dweight = library_gradients(dy, x, weight_of_x, *by_library)
             dweight = None if dweight is None else dweight.to(weight.dtype)
         with device_guard(x):
             if of_x and data_tiles is not None:
                 dx_alias = None if dx_alias is None else dense(dx_alias, like=x)
-                saved = Saved._make(norm) if ctx.is_linked else None
+                saved = Saved._make(norm)  # only what is linked to a batch norm has tiles
                 dx, dtoken = conv3x3.data_gradient(dy, weight_of_x, data_tiles, saved, ctx.relu, dx_alias)
             if of_weight and weight_tiles is not None:
                 dweight = conv3x3.weight_gradient(x, dy, weight_tiles, weight.dtype)
-        return dx, dweight, dtoken, *(None,) * 4
+        return dx, dweight, dtoken, *rest
 
 
-def _library_gradients(
+def library_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dweight by cuDNN, or what else ATen calls; differentiable."""

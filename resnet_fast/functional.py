@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
-from .ops.arguments import Join, Outputs, PartialStatistics, Saved
+from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
 from .ops.batch_norm import (
     as_image,
-    backward_of_sums,
     backward_op,
+    backward_with_sums,
     dense,
-    forward_of_statistics,
     forward_op,
+    forward_with_statistics,
     recompute_y,
 )
 
@@ -120,10 +120,9 @@ def run(
         y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu, group_images)
         return (y, y) if fork else y
     x = dense(x)
-    join: Join = "none"
+    join = join_of(residual, residual_norm)
     if residual is not None:
         residual = as_image(dense(residual, like=x))
-        join = "add" if residual_norm is None else "bn"
     norms = (norm, residual_norm or BatchNormArgs(None, None))
     dense_norms = _dense_vectors(*norms)
     settings = (join, relu, fork, group, group_images, known, link)
@@ -133,12 +132,10 @@ def run(
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
     if link:
-        y, token, relu_mask, *of_pass = y
-        affine, residual_affine = ((norm.weight, norm.bias) for norm in dense_norms)
-        of_join: tuple = (None,) * 5
-        if residual is not None and join == "bn":
-            of_join = (residual.detach(), *of_pass[2:], *residual_affine)
-        return y, token, Saved._make((x.detach(), relu_mask, *of_pass[:2], *affine, *of_join))
+        y, token, *of_pass = y
+        of_residual = None if residual is None else residual.detach()
+        of_norms = (dense_norms[0], of_residual, dense_norms[1] if join == "bn" else None)
+        return y, token, saved_of(x.detach(), *of_norms, Outputs(y, *of_pass))
     if x.dim() == 4:
         return y
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
@@ -267,7 +264,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         join, relu, fork, ctx.group, ctx.ghost_batch_size, known, ctx.link = arguments[2 * n :]
         is_bn_join = join == "bn"
         if known is not None:
-            outputs = forward_of_statistics(x, norm, residual, residual_norm if is_bn_join else None, relu, known)
+            outputs = forward_with_statistics(x, norm, residual, residual_norm if is_bn_join else None, relu, known)
         elif ctx.group is None:
             outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ctx.ghost_batch_size))
             if not relu or join == "none":
@@ -301,18 +298,17 @@ class _BatchNormAddReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, second: Tensor | None = None, *_):  # type: ignore[override]
-        n = len(BatchNormArgs._fields)
         dy_alias, sums = (None, second) if ctx.link else (second, None)
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
             if ctx.group is None:
-                return (None,) * (2 + 2 * n + 7)
+                return (None,) * len(ctx.needs_input_grad)
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
         join, relu, *_ = ctx.settings
         if sums is not None:  # dy is dz then
             saved = Saved._make(ctx.saved_tensors)
-            gradients = backward_of_sums(dy, sums, saved, join, residual_training=ctx.settings[-1])
+            gradients = backward_with_sums(dy, sums, saved, join, residual_training=ctx.settings[-1])
         elif torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
             gradients = _differentiable_backward(ctx, dy, dy_alias)
         elif ctx.group is None:
@@ -325,7 +321,8 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dresidual = dy  # nothing stands between y and the residual
         of_norm = (None, None, dweight, dbias, None, None, None)
         of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *of_norm, *of_residual_norm, *(None,) * 7)
+        returned = (dx, dresidual, *of_norm, *of_residual_norm)
+        returned += (None,) * (len(ctx.needs_input_grad) - len(returned))
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from .convolution import Activation, Convolved, choose_data_gradient
 from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run
+from .ops.arguments import join_of
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -98,13 +99,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             counter = module.counter()
             if counter is not None:
                 counter.add_(count_groups(x, ghost_batch_size))
-        is_plain = group is None and ghost_batch_size is None and all(module.training for module in modules)
-        if not is_plain or known is None and consumer is None:
-            return run(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
-        join = "none" if residual is None else "add" if residual_norm is None else "bn"
-        choice = choose_data_gradient(consumer, x, join, fork)
+        if group is not None or ghost_batch_size is not None or not all(module.training for module in modules):
+            known = consumer = None  # no statistics of all rows, and no sums of them
+        choice = choose_data_gradient(consumer, x, join_of(residual, residual_norm), fork)
         if choice.tiles is None:
-            return run(x, norm, residual, residual_args, relu, fork, known=known)
+            of_group = {"group": group, "ghost_batch_size": ghost_batch_size}
+            return run(x, norm, residual, residual_args, relu, fork, known=known, **of_group)
         y, token, saved = run(x, norm, residual, residual_args, relu, False, known=known, link=True)
         linked = Activation(y, token, saved, relu, fork, choice)
         return (linked, None) if fork else linked

@@ -1,6 +1,8 @@
-"""Tables of choices for tests, and a network around which they choose."""
+"""Tables of choices for tests, a network of which they choose, and which kernels are launched meanwhile."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -8,25 +10,31 @@ from torch import Tensor, nn
 from resnet_fast import FusedBatchNorm2d
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.models.blocks import BasicBlock, blocks_to_fuse, run_fused
-from resnet_fast.ops.choices import Choice, Problem
+from resnet_fast.ops import launch
+from resnet_fast.ops.choices import CONV3X3, Choice, Problem
 
 CONVOLUTIONS = ("convolution", "data gradient", "weight gradient")
 TILES = ConvTiles(64, 16, 16, 2, False, 4, 3)
 WEIGHT_TILES = ConvTiles(16, 16, 64, 1, True, 4, 3)
 
 
-class Fused(dict):
-    """Has the fused convolution for every problem of these operations; `asked` are the problems that had one."""
+class Fused(Mapping):
+    """Has conv3x3 for every problem of these operations; `asked` are the problems that had it."""
 
     def __init__(self, operations: Iterable[str] = CONVOLUTIONS) -> None:
-        super().__init__({"any": "problem"})
         self.operations, self.asked = set(operations), []
 
-    def get(self, problem: Problem, default: Choice) -> Choice:  # type: ignore[override]
+    def __len__(self) -> int:
+        return len(self.operations)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self.asked)
+
+    def __getitem__(self, problem: Problem) -> Choice:
         if problem.operation not in self.operations:
-            return default
+            raise KeyError(problem)
         self.asked.append(problem)
-        return Choice("fused", WEIGHT_TILES if problem.operation == "weight gradient" else TILES)
+        return Choice(CONV3X3, WEIGHT_TILES if problem.operation == "weight gradient" else TILES)
 
 
 class ThreeBlocks(nn.Module):
@@ -50,3 +58,17 @@ class ThreeBlocks(nn.Module):
             return self.layer(self.relu(self.bn1(x)))
         x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
         return run_fused(blocks, x, shortcut)
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched inside the context."""
+    kernels: list[str] = []
+    run = launch.run
+
+    def noted(kernel, *settings, **arguments):
+        kernels.append(kernel.__name__)
+        run(kernel, *settings, **arguments)
+
+    with mock.patch.object(launch, "run", noted):
+        yield kernels

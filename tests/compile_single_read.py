@@ -61,7 +61,7 @@ def record_launch(case: Case) -> Launch:
     is_bn, has_bits = case.join == "bn", case.relu and case.join != "none"
     with (
         mock.patch.object(single_read, "multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(launch, "run", lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments))),
+        mock.patch.object(launch, "run", lambda kernel, *_, **arguments: recorded.append(Launch(kernel, arguments))),
     ):
         if case.direction == "forward":
             single_read.forward(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)
@@ -69,7 +69,7 @@ def record_launch(case: Case) -> Launch:
             bits = torch.empty(n_rows, case.n_channels // 8, dtype=torch.uint8, device="meta") if has_bits else None
             of_residual = (x, vector, vector, vector, vector) if is_bn else (None,) * 5
             saved = Saved(x, bits, vector, vector, vector, vector, *of_residual)
-            single_read.backward(x, x if case.fork else None, saved, case.join, case.relu, True, True)
+            single_read.backward(x, x if case.fork else None, saved, case.join, case.relu)
     assert not case.n_tiles or recorded[0].arguments["N_TILES"] == case.n_tiles
     return recorded[0]
 
@@ -78,7 +78,7 @@ def compile_case(case: Case) -> dict:
     recorded, target = record_launch(case), TARGETS[case.target]
     types, constants, attributes = recorded.signature(target)
     source = ASTSource(fn=recorded.kernel, signature=types, constexprs=constants, attrs=attributes)
-    compiled, code = compile_for(source, target, recorded.options(target))
+    compiled, code = compile_for(source, target, tiles.SINGLE_READ_OPTIONS)
     return {
         "case": case,
         "n_tiles": recorded.arguments["N_TILES"],

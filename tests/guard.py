@@ -53,12 +53,12 @@ def guarded_memory() -> Iterator[set[str]]:
     kernels: set[str] = set()
     run = launch.run
 
-    def guarded(kernel, grid, **arguments):
+    def guarded(kernel, grid, *options, **arguments):
         kernels.add(kernel.__name__)
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         zeros, ones = ({name: Framed(value, fill) for name, value in tensors.items()} for fill in (0x00, 0xFF))
         for frames in (zeros, ones):
-            run(kernel, grid, **arguments | {name: framed.tensor for name, framed in frames.items()})
+            run(kernel, grid, *options, **arguments | {name: framed.tensor for name, framed in frames.items()})
             for name, framed in frames.items():
                 assert framed.frame_is_intact(), f"{kernel.__name__} wrote outside {name}"
         for name, tensor in tensors.items():

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
+from chosen import launched
 from fused_op import Case
 
-from resnet_fast.ops import choices, launch
+from resnet_fast.ops import choices
 from resnet_fast.ops.choices import DTYPES, Choice, Operation, Problem
 
 FORWARD, BACKWARD = "single_read_forward_kernel", "single_read_backward_kernel"
@@ -29,20 +29,6 @@ def entries(case: Case, dtype: torch.dtype, join: str, operations: tuple[Operati
         ): Choice("single read")
         for operation in operations
     }
-
-
-@contextmanager
-def launched() -> Iterator[list[str]]:
-    """The names of the kernels that are launched inside the context."""
-    kernels: list[str] = []
-    run = launch.run
-
-    def noted(kernel, grid, **arguments):
-        kernels.append(kernel.__name__)
-        run(kernel, grid, **arguments)
-
-    with mock.patch.object(launch, "run", noted):
-        yield kernels
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def test_weight_gradient(case, dtype, device):
     exact = gradient(1, x.double(), weight.double(), dy.double())
     added = gradient(1, x.double().abs(), weight.double(), dy.double().abs())
     first, *_, last = weight_gradient_candidates(case.in_channels, case.out_channels, case.n_images * case.width**2)
-    whole = first._replace(per_program=10_000, channels_as_rows=False)  # one part: no second kernel
+    whole = first._replace(per_program=10_000)  # one part: no second kernel
     eager = gradient(1, x, weight, dy)
     for tiles in (first, whole):
         dweight = conv3x3.weight_gradient(x, dy, tiles, dtype)

@@ -1,17 +1,16 @@
 """A network whose table of choices has fused convolutions computes the same, and launches what it says."""
 
-import contextlib
 import copy
 from unittest import mock
 
 import pytest
 import torch
-from chosen import CONVOLUTIONS, Fused, ThreeBlocks
+from chosen import CONVOLUTIONS, Fused, ThreeBlocks, launched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fast import FusedBatchNorm2d
-from resnet_fast.ops import choices, conv3x3, launch
+from resnet_fast.ops import choices, conv3x3
 from resnet_fast.ops.choices import Problem
 
 
@@ -40,19 +39,6 @@ def step(network: nn.Module, x: Tensor, table=None, precision: str = "autocast")
     found = {"y": y.detach(), "dx": x.grad}
     found |= {f"d {name}": p.grad for name, p in network.named_parameters()}
     return {name: t for name, t in found.items() if t is not None} | dict(network.named_buffers())
-
-
-@contextlib.contextmanager
-def launched():
-    """The names of the kernels launched inside."""
-    names, run = [], launch.run
-
-    def noted(kernel, *arguments, **keywords):
-        names.append(kernel.__name__)
-        run(kernel, *arguments, **keywords)
-
-    with mock.patch.object(launch, "run", noted), mock.patch.object(conv3x3, "run", noted):
-        yield names
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
@@ -115,7 +101,7 @@ def test_what_is_chosen_for(network, device):
 
 
 def test_without_entries_the_convolutions_are_modules_calls(network, device):
-    with mock.patch.object(conv3x3, "run", side_effect=AssertionError):
+    with mock.patch.object(conv3x3, "forward", side_effect=AssertionError):
         calls, forward = [], nn.Conv2d.forward
         with mock.patch.object(nn.Conv2d, "forward", lambda conv, x: calls.append(conv) or forward(conv, x)):
             step(network, images(device))
@@ -200,12 +186,17 @@ def in_ghost_batches(network: nn.Module) -> None:
             module.ghost_batch_size = 2
 
 
+def in_nchw(network: nn.Module) -> None:
+    network.to(memory_format=torch.contiguous_format)
+    network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
+
+
 def compiled(network: nn.Module) -> None:
     torch._dynamo.reset()
     network.compile(backend="aot_eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("change", (nn.Module.eval, biased, hooked, compiled, in_ghost_batches))
+@pytest.mark.parametrize("change", (nn.Module.eval, biased, hooked, in_nchw, compiled, in_ghost_batches))
 def test_what_keeps_the_library(change, network, device):
     own, x = copy.deepcopy(network).to(device), images(device)
     change(own)

@@ -33,6 +33,7 @@ ENGINE = "autograd::engine::evaluate_function: "
         (["aten::threshold_backward", "ReluBackward0"], NORM),
         (["aten::add_", STEP], NORM),
         (["aten::add_", f"{ENGINE}ConvolutionBackward0"], NORM),
+        (["combine_weight_gradient_kernel", "_Conv3x3Backward"], CONVOLUTION),
         (["_normalize_kernel", "resnet_fast::batch_norm_add_relu", "_BatchNormAddReLU", STEP], NORM),
         (["resnet_fast::batch_norm_add_relu_backward", "_BatchNormAddReLUBackward"], NORM),
         (["aten::view_as", "_BatchNormAddReLU", STEP], NORM),

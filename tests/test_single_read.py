@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chosen import launched
 from fused_op import Case, assert_agrees, make_operands, ours, results
-from single_read import BACKWARD, BOTH, FORWARD, entries, launched, reading_once
+from single_read import BACKWARD, BOTH, FORWARD, entries, reading_once
 
 from resnet_fast.ops import BatchNormArgs, choices, launch, single_read
 

@@ -36,8 +36,8 @@ def test_a_program_too_few_is_a_deadlock(device):
     """The interpreter sees it; a GPU would hang."""
     run = launch.run
 
-    def without_the_last(kernel, grid, **arguments):
-        run(kernel, (grid[0] - 1,), **arguments | {"barrier_ptr": torch.zeros_like(arguments["barrier_ptr"])})
+    def without_the_last(kernel, grid, options, **arguments):
+        run(kernel, (grid[0] - 1,), options, **arguments | {"barrier_ptr": torch.zeros_like(arguments["barrier_ptr"])})
 
     with mock.patch.object(launch, "run", without_the_last), pytest.raises(InterpreterError, match="Deadlock"):
         single_read.forward(image(8, 64, device), NORM, None, None, True)
@@ -52,7 +52,7 @@ def test_a_program_that_fails_fails_the_launch(device):
 
 def _with(name: str, value):
     run = launch.run
-    return lambda kernel, grid, **arguments: run(kernel, grid, **arguments | {name: value})
+    return lambda kernel, *settings, **arguments: run(kernel, *settings, **arguments | {name: value})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_gpu import ENVIRONMENT, entries, fused, make_up_gpu
+from made_up_gpu import ENVIRONMENT, conv3x3, entries, make_up_gpu
 from typer.testing import CliRunner
 
 from resnet_fast.cli import app
@@ -43,10 +43,10 @@ def candidate(result: torch.Tensor | Exception, ran: Callable[[], object] = lamb
 
 
 def made_up(problem: Problem, device: torch.device) -> Prepared:
-    """Of a batch norm all implementations, of a convolution one fused; all right, in bf16."""
+    """Of a batch norm all implementations, of a convolution one conv3x3; all right, in bf16."""
     right = candidate(EXACT.bfloat16())
     default = DEFAULTS[problem.operation]
-    others = (REVERSED, SINGLE_READ) if problem.operation.startswith("batch norm") else (fused(problem),)
+    others = (REVERSED, SINGLE_READ) if problem.operation.startswith("batch norm") else (conv3x3(problem),)
     return Prepared({"y": EXACT}, {choice: right for choice in (default, *others)})
 
 
@@ -70,12 +70,12 @@ def clock(**milliseconds: float):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A GPU that is not there, on which all is measured: fused in half of the time, a single read in 0.9 of it."""
+    """A GPU that is not there, on which all is measured: conv3x3 in half of the time, a single read in 0.9 of it."""
     monkeypatch.setattr(command, "choose_device", lambda name: CPU)
     monkeypatch.setattr(command, "why_not", lambda device: None)
     monkeypatch.setattr(command, "environment_of", lambda device: ENVIRONMENT)
     monkeypatch.setattr(command, "candidates", made_up)
-    times = clock(fused=0.5, read=0.9)
+    times = clock(conv3x3=0.5, read=0.9)
     monkeypatch.setattr(command, "measure", lambda *arguments: measure(*arguments, clock=times))
     return make_up_gpu(tmp_path, monkeypatch)
 
@@ -92,13 +92,13 @@ def test_everything_is_measured_chosen_written_and_shown(own: Path):
     assert list(found) == sorted(find_problems("resnet18", "cifar", [128, 512, 1024], 32, "bf16"))
     for problem, measured in found.items():
         is_norm = problem.operation.startswith("batch norm")
-        assert measured.choice == (SINGLE_READ if is_norm else fused(problem))
+        assert measured.choice == (SINGLE_READ if is_norm else conv3x3(problem))
         of_norm = {TWO_PASSES: 1.0, REVERSED: 1.0, SINGLE_READ: 0.9}
-        assert measured.milliseconds == (of_norm if is_norm else {Choice("cudnn"): 1.0, fused(problem): 0.5})
+        assert measured.milliseconds == (of_norm if is_norm else {Choice("cudnn"): 1.0, conv3x3(problem): 0.5})
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if str(own) not in line) <= 80
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
-    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  fused 64x64x64" in lines
+    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  conv3x3 64x64x64" in lines
     assert "  128 16x16 bn fork                1 ms    0.9 ms   1.11x  single read" in lines
     assert lines.count("batch norm backward, bf16, batch 512") == 1
     n = len(found)
@@ -192,7 +192,7 @@ def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch):
 def failing_at(number: int, error: BaseException):
     """Measures, but for one problem."""
     count = iter(range(1000))
-    times = clock(fused=0.5)
+    times = clock(conv3x3=0.5)
 
     def run_measure(problem: Problem, *arguments) -> Outcome:
         if next(count) == number:
@@ -329,7 +329,7 @@ def test_a_wrong_default_stops_it_all():
 @pytest.mark.parametrize("problem", entries(100_000) | {Problem("convolution", "bf16", 2, 2048, 2048, 32): 0})
 @pytest.mark.parametrize("ms", [1e-3, 0.123456, 12345.678])
 def test_lines_fit_80_columns(problem: Problem, ms: float):
-    outcome = measure(problem, made_up, CPU, 3, clock(fused=ms, reversed=ms))
+    outcome = measure(problem, made_up, CPU, 3, clock(conv3x3=ms, reversed=ms))
     assert max(map(len, format_outcome(outcome))) <= 80
 
 
@@ -377,5 +377,5 @@ def test_candidates_are_right(operation, join: str, fork: bool, monkeypatch):
     problem = Problem(operation, "bf16", 2, 16, 16 if is_norm else 32, 4, join, fork)
     outcome = measure(problem, candidates, CPU, 2, clock())
     assert outcome.measured is not None and not outcome.wrong
-    expected = {Choice("fused", tiles) for tiles in tiles_of(problem)} | {Choice("cudnn")}
+    expected = {Choice("conv3x3", tiles) for tiles in tiles_of(problem)} | {Choice("cudnn")}
     assert set(outcome.measured.milliseconds) >= ({TWO_PASSES, REVERSED} if is_norm else expected)

@@ -60,6 +60,28 @@ class Saved(NamedTuple):
     residual_bias: Tensor | None
 
 
+def join_of(residual: object, residual_norm: object) -> Join:
+    """How a residual, if there is one, enters."""
+    if residual is None:
+        return "none"
+    return "add" if residual_norm is None else "bn"
+
+
+def saved_of(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    outputs: Outputs,
+) -> Saved:
+    """What a forward with these arguments and outputs leaves for its backward."""
+    of_x = (x, outputs.relu_mask, outputs.mean, outputs.rstd, norm.weight, norm.bias)
+    if residual_norm is None:
+        return Saved(*of_x, *(None,) * 5)
+    of_pass = (outputs.residual_mean, outputs.residual_rstd)
+    return Saved(*of_x, residual, *of_pass, residual_norm.weight, residual_norm.bias)
+
+
 class Gradients(NamedTuple):
     """What the backward returns; None for what the layer does not have, or where dresidual is dy itself."""
 

@@ -5,30 +5,30 @@ and return empty tensors for what there is not. `ghost_batch_size` is the number
 0 for all. Users call resnet_fast.functional, the only caller of these.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import choices
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type, join_of
+from .choices import REVERSED, SINGLE_READ, TWO_PASSES
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
 launch: Any
+conv3x3: Any
 single_read: Any
 try:
     import triton
 except ImportError as error:  # a machine without triton works, on ATen
-    launch = single_read = None
+    launch = conv3x3 = single_read = None
     _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
     _INTERPRETED = False
 else:
-    from . import launch, single_read
+    from . import conv3x3, launch, single_read  # noqa: F401 (conv3x3 is for convolution.py)
 
     _TRITON_MISSING = None
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
@@ -160,20 +160,16 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
 
 def _chosen(
     operation: choices.Operation, x: Tensor, join: Join, fork: bool, batch_statistics: bool, ghost_batch_size: int
-) -> Callable[..., Any]:
-    """The `forward` or `backward` that runs: `single_read`'s where the table names it and it fits, else `launch`'s."""
-    name = "forward" if operation == "batch norm" else "backward"
+) -> str:
+    """The implementation that runs: what the table names, unless it cannot run here."""
     n_images, n_channels, height, width = x.shape
-    two_passes = getattr(launch, name)
     if choices.is_empty(x.device) or x.dtype not in choices.DTYPES or height != width or not batch_statistics:
-        return two_passes
+        return TWO_PASSES
     problem = choices.Problem(operation, choices.DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
-    implementation = choices.choose(problem, x.device).implementation
-    if implementation == "two passes, reversed":
-        return partial(two_passes, reverse=True)
-    if implementation == "single read" and single_read.fits(x, operation, join, ghost_batch_size):
-        return getattr(single_read, name)
-    return two_passes
+    chosen = choices.choose(problem, x.device).implementation
+    if chosen == SINGLE_READ and not single_read.fits(x, operation, join, ghost_batch_size):
+        return TWO_PASSES
+    return chosen
 
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
@@ -183,9 +179,15 @@ def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
     batch_statistics = norm.training and (residual_norm is None or residual_norm.training)
+    join = join_of(residual, residual_norm)
     with device_guard(x):
-        forward = _chosen("batch norm", x, arguments[-3], False, batch_statistics, ghost_batch_size)
-        return _present(forward(x, norm, residual, residual_norm, relu, ghost_batch_size), like=x)
+        chosen = _chosen("batch norm", x, join, False, batch_statistics, ghost_batch_size)
+        if chosen == SINGLE_READ:
+            outputs = single_read.forward(x, norm, residual, residual_norm, relu)
+        else:
+            reverse = chosen == REVERSED
+            outputs = launch.forward(x, norm, residual, residual_norm, relu, ghost_batch_size, reverse=reverse)
+        return _present(outputs, like=x)
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
@@ -217,12 +219,16 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
     batch_statistics = training and (join != "bn" or residual_training)
     fork = dy_alias is not None
     with device_guard(x):
-        backward = _chosen("batch norm backward", x, join, fork, batch_statistics, ghost_batch_size)
-        gradients = backward(dy, dy_alias, saved, join, relu, training, residual_training, ghost_batch_size)
+        chosen = _chosen("batch norm backward", x, join, fork, batch_statistics, ghost_batch_size)
+        if chosen == SINGLE_READ:
+            gradients = single_read.backward(dy, dy_alias, saved, join, relu)
+        else:
+            settings = (join, relu, training, residual_training, ghost_batch_size)
+            gradients = launch.backward(dy, dy_alias, saved, *settings, reverse=chosen == REVERSED)
         return _present(gradients, like=x)
 
 
-def forward_of_statistics(
+def forward_with_statistics(
     x: Tensor,
     norm: BatchNormArgs,
     residual: Tensor | None,
@@ -235,7 +241,7 @@ def forward_of_statistics(
         return launch.forward(x, norm, residual, residual_norm, relu, known=known)
 
 
-def backward_of_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:
+def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:
     """The backward operator where what has computed dz has computed the sums, [2 or 3, 1, C], too."""
     with device_guard(dz):
         dx, dresidual = launch.input_gradients(dz, dz, sums, saved, join, False, True, residual_training)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from resnet_fast.kernels.conv_tiles import ConvTiles
 
 from .arguments import Join
-from .choices import CONVOLUTIONS, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
+from .choices import CONV3X3, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
 
 FORMAT = 1
 MAX_SIZE = 2**31 - 1  # which all that is measured stays far below
@@ -141,9 +141,9 @@ def _read_problem(value: Any) -> Problem:
 def _read_choice(problem: Problem, value: dict[str, Any]) -> Choice:
     implementation, tiles = value["implementation"], value["tiles"]
     _check_name(f"implementation of {problem.operation}", implementation, IMPLEMENTATIONS[problem.operation])
-    if implementation != CONVOLUTIONS[1]:
+    if implementation != CONV3X3:
         if tiles is not None:
-            raise ValueError(f"tiles are those of the fused convolution, {implementation} has none")
+            raise ValueError(f"tiles are those of conv3x3, {implementation} has none")
         return Choice(implementation)
     _check_fields("tiles", tiles, ConvTiles._fields)
     for known in tiles_of(problem):

@@ -33,24 +33,22 @@ class Problem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """An implementation by name: "cudnn" or "fused" of convolutions; "two passes", "two passes, reversed" or "single
-    read" of batch norms. `tiles` are those of the fused convolution.
-    """
+    """An implementation by its name, below; `tiles` are those of conv3x3."""
 
     implementation: str
     tiles: ConvTiles | None = None
 
 
-CONVOLUTIONS = ("cudnn", "fused")
-BATCH_NORMS = ("two passes", "two passes, reversed", "single read")
-# By operation, in the order in which they are tuned: a fused convolution is compared with cuDNN and the batch norm that
-# was chosen. The default is the first.
+CUDNN, CONV3X3 = "cudnn", "conv3x3"
+TWO_PASSES, REVERSED, SINGLE_READ = "two passes", "two passes, reversed", "single read"
+# By operation, in the order in which they are tuned: conv3x3 is compared with cuDNN and the batch norm that was chosen.
+# The default is the first.
 IMPLEMENTATIONS: dict[Operation, tuple[str, ...]] = {
-    "batch norm": BATCH_NORMS,
-    "batch norm backward": BATCH_NORMS,
-    "convolution": CONVOLUTIONS,
-    "data gradient": CONVOLUTIONS,
-    "weight gradient": CONVOLUTIONS,
+    "batch norm": (TWO_PASSES, REVERSED, SINGLE_READ),
+    "batch norm backward": (TWO_PASSES, REVERSED, SINGLE_READ),
+    "convolution": (CUDNN, CONV3X3),
+    "data gradient": (CUDNN, CONV3X3),
+    "weight gradient": (CUDNN, CONV3X3),
 }
 DEFAULTS: dict[Operation, Choice] = {operation: Choice(names[0]) for operation, names in IMPLEMENTATIONS.items()}
 
@@ -59,7 +57,7 @@ _replaced: list[Mapping[Problem, Choice]] = []
 
 
 def tiles_of(problem: Problem) -> list[ConvTiles]:
-    """The block sizes of the fused convolution that there are for a problem."""
+    """The block sizes of conv3x3 that there are for a problem."""
     n_in, n_out = problem.in_channels, problem.out_channels
     if problem.operation == "weight gradient":
         return weight_gradient_candidates(n_in, n_out, problem.n_images * problem.width**2)
@@ -75,16 +73,11 @@ def table(device: torch.device) -> Mapping[Problem, Choice]:
     """All entries that count for tensors on `device`."""
     if _replaced:
         return _replaced[-1]
-    _read(device)
-    return _tables[device]
-
-
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into files
-def _read(device: torch.device) -> None:
     if device not in _tables:
         from . import choice_files  # which is built on this module
 
         _tables[device] = choice_files.read_table(device)
+    return _tables[device]
 
 
 def is_empty(device: torch.device) -> bool:

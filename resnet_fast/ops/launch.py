@@ -3,6 +3,7 @@
 Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in the layout of x.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,10 +74,7 @@ def run(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **argumen
 
 
 def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
-    """How a kernel with these arguments is compiled, and launched."""
-    if "barrier_ptr" in arguments:  # its programs wait for each other: cooperative, or they might not run at once
-        options = {"num_warps": tiles.SINGLE_READ_WARPS, "launch_cooperative_grid": True}
-        return options | ({"maxnreg": tiles.SINGLE_READ_REGISTERS} if is_nvidia else {})
+    """How a kernel with these arguments is compiled."""
     options = {"num_warps": tiles.NUM_WARPS}
     if is_nvidia:
         limit = tiles.MAX_REGISTERS_COMBINE
@@ -250,7 +248,6 @@ def gradient_sums(
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
     partials = saved.mean.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels)
-    sums = saved.mean.new_empty(len(partials), shape.n_groups, shape.n_channels)
     run(
         batch_norm_backward.reduce_kernel,
         (cut.n_splits * cut.n_channel_tiles,),
@@ -281,27 +278,41 @@ def gradient_sums(
         None if parameter is None else torch.empty_like(parameter)
         for parameter in (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
     ]
+    sums = combine_gradients(partials, shape.n_groups, cut.group_splits, gradients)
+    return dz, sums, gradients
+
+
+def combine_gradients(
+    partials: Tensor, n_groups: int, group_splits: int, gradients: Sequence[Tensor | None] = (None,) * 4
+) -> Tensor:
+    """The sums of every group, [2 or 3, n_groups, C], from the partial ones, [2 or 3, n_splits, C].
+
+    `gradients`: of weight, bias, residual weight and residual bias, [C], where they are wanted.
+    """
+    n_sums, n_splits, n_channels = partials.shape
+    sums = partials.new_empty(n_sums, n_groups, n_channels)
+    has_residual = n_sums == 3
     run(
         batch_norm_backward.combine_gradients_kernel,
-        (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
+        (triton.cdiv(n_channels, tiles.COMBINE_BLOCK_C),),
         partial_dz_ptr=partials[0],
         partial_dz_xhat_ptr=partials[1],
-        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
+        partial_dz_rhat_ptr=partials[2] if has_residual else None,
         sum_dz_ptr=sums[0],
         sum_dz_xhat_ptr=sums[1],
-        sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
+        sum_dz_rhat_ptr=sums[2] if has_residual else None,
         dweight_ptr=gradients[0],
         dbias_ptr=gradients[1],
         dresidual_weight_ptr=gradients[2],
         dresidual_bias_ptr=gradients[3],
-        n_channels=shape.n_channels,
-        n_groups=shape.n_groups,
-        group_splits=cut.group_splits,
-        n_splits=cut.n_splits,
+        n_channels=n_channels,
+        n_groups=n_groups,
+        group_splits=group_splits,
+        n_splits=n_splits,
         BLOCK_S=tiles.COMBINE_BLOCK_S,
         BLOCK_C=tiles.COMBINE_BLOCK_C,
     )
-    return dz, sums, gradients
+    return sums
 
 
 def input_gradients(

@@ -1,6 +1,6 @@
 """Launches the batch norm that reads every image once (kernels/batch_norm_single_read.py). Imports triton.
 
-`forward` and `backward` take and return what those of launch.py do, and either's forward goes with either's backward.
+`forward` and `backward` return what those of launch.py do, and either's forward goes with either's backward.
 Tensors arrive checked, as there. A launch needs words in memory for its barrier, and all of its programs at once on the
 device; `fits` tells where it can have both.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_single_read, tiles
 
 from . import launch
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, join_of
 from .choices import DTYPES, Operation
 from .launch import Shape
 
@@ -25,9 +25,11 @@ GRAPH_WORDS = 1 << 16
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, one on each; of other GPUs than NVIDIA's it is not known: none."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return PRETENDED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count if torch.version.cuda else 0
+    if device.type != "cuda" or not torch.version.cuda:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class BarrierWords:
@@ -50,7 +52,7 @@ class BarrierWords:
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def prepare(self, n_words: int) -> bool:
+    def reserve(self, n_words: int) -> bool:
         """Whether the current stream can have so many words; outside of a recording it then has."""
         if self._is_recording():
             return len(self.of_graphs) >= n_words
@@ -63,7 +65,7 @@ class BarrierWords:
         return len(self.of_streams[self._stream()]) >= n_words
 
     def take(self, n_words: int) -> Tensor:
-        """The words of the next launch on the current stream, for which `prepare` has said yes."""
+        """The words of the next launch on the current stream, for which `reserve` has said yes."""
         if not self._is_recording():
             return self.of_streams[self._stream()][:n_words]
         with self.lock:
@@ -90,15 +92,18 @@ def choose_tiles(shape: Shape, operation: Operation, join: Join, device: torch.d
 
 
 def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0) -> bool:
-    """Whether the operation runs here: one group of a 16-bit type in channels_last, all of which fits on the device."""
+    """Whether the operation runs here: one group of a 16-bit type in channels_last, all of which fits on the device.
+
+    The first time on a device and on a stream it allocates words for the barrier, and waits for the device once.
+    """
     shape = Shape.of(x, ghost_batch_size)
     if x.dtype not in DTYPES or not shape.channels_last or shape.n_groups > 1:
         return False
     cut = choose_tiles(shape, operation, join, x.device)
-    return cut is not None and words_of(x.device).prepare(cut.n_channel_tiles)
+    return cut is not None and words_of(x.device).reserve(cut.n_channel_tiles)
 
 
-def prepare(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleReadTiles, Tensor]:
+def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleReadTiles, Tensor]:
     """The tiles and the barrier's words of a launch.
 
     Raises:
@@ -113,7 +118,7 @@ def prepare(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleRe
             f"{n_programs} cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
         )
     words = words_of(x.device)
-    if not words.prepare(cut.n_channel_tiles):
+    if not words.reserve(cut.n_channel_tiles):
         raise RuntimeError(
             f"a single-read batch norm needs {cut.n_channel_tiles} words for its barrier, and there are none left for "
             "CUDA graphs, or the first single-read batch norm of the process is recorded into one"
@@ -127,12 +132,10 @@ def forward(
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
     relu: bool,
-    ghost_batch_size: int = 0,
 ) -> Outputs:
-    """relu(bn(x) + residual) with batch statistics; `ghost_batch_size` is that of one group."""
-    shape = Shape.of(x, ghost_batch_size)
-    join: Join = "none" if residual is None else "add" if residual_norm is None else "bn"
-    cut, words = prepare(x, "batch norm", join)
+    """relu(bn(x) + residual) with batch statistics."""
+    shape = Shape.of(x)
+    cut, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
     n_norms = 2 if is_bn_join else 1
     partials = x.new_empty(2 * n_norms, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
@@ -144,6 +147,7 @@ def forward(
     launch.run(
         batch_norm_single_read.single_read_forward_kernel,
         (cut.n_splits * cut.n_channel_tiles,),
+        tiles.SINGLE_READ_OPTIONS,
         x_ptr=x,
         weight_ptr=norm.weight,
         bias_ptr=norm.bias,
@@ -187,15 +191,11 @@ def backward(
     saved: Saved,
     join: Join,
     relu: bool,
-    training: bool,
-    residual_training: bool,
-    ghost_batch_size: int = 0,
 ) -> Gradients:
     """Gradients of relu(bn(x) + residual) with batch statistics, of x and, in the bn join, of the residual."""
-    assert training and (residual_training or join != "bn")
     x = saved.x
-    shape = Shape.of(x, ghost_batch_size)
-    cut, words = prepare(x, "batch norm backward", join)
+    shape = Shape.of(x)
+    cut, words = plan_launch(x, "batch norm backward", join)
     is_bn_join = join == "bn"
     partials = x.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
@@ -209,6 +209,7 @@ def backward(
     launch.run(
         batch_norm_single_read.single_read_backward_kernel,
         (cut.n_splits * cut.n_channel_tiles,),
+        tiles.SINGLE_READ_OPTIONS,
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
         relu_mask_ptr=saved.relu_mask,

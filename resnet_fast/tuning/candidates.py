@@ -1,11 +1,10 @@
 """The candidates of a problem: every implementation of ops that can compute it, on the same inputs.
 
-A fused convolution is compared together with the batch norm that it saves a pass: with the forward of the one behind it
+conv3x3 is compared together with the batch norm that it saves a pass: with the forward of the one behind it
 (join "none"), or with the backward of the one before it. By default that batch norm runs as the table names it so far,
 because what reads its input once has no pass to save.
 """
 
-import importlib
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fast.convolution import library_gradients
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.ops import BatchNormArgs
-from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved
-from resnet_fast.ops.batch_norm import backward_of_sums, backward_op, forward_op
-from resnet_fast.ops.choices import BATCH_NORMS, CONVOLUTIONS, Choice, Problem, tiles_of
+from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved, saved_of
+from resnet_fast.ops.batch_norm import backward_op, backward_with_sums, conv3x3, forward_op, launch, single_read
+from resnet_fast.ops.choices import CONV3X3, CUDNN, REVERSED, SINGLE_READ, TWO_PASSES, Choice, Problem, tiles_of
 from resnet_fast.tuning.inputs import (
     EPS,
     MOMENTUM,
@@ -29,12 +29,8 @@ from resnet_fast.tuning.inputs import (
     exact_data_gradient,
     exact_weight_gradient,
     make_sets,
-    saved_of,
 )
 from resnet_fast.tuning.measurement import Candidate, Prepared
-
-TWO_PASSES, REVERSED, SINGLE_READ = BATCH_NORMS
-CUDNN, FUSED = CONVOLUTIONS
 
 
 class Implementation(NamedTuple):
@@ -51,8 +47,8 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
     first, terms = sets[0], {}
     y = first.x
     if problem.operation in ("data gradient", "batch norm backward"):
-        outputs = [_launch().forward(*_batch_norm(inputs), True) for inputs in sets]
-        saved = [saved_of(inputs, of) for inputs, of in zip(sets, outputs, strict=True)]
+        outputs = [launch.forward(*_batch_norm(inputs), True) for inputs in sets]
+        saved = [saved_of(*_batch_norm(inputs), of) for inputs, of in zip(sets, outputs, strict=True)]
         y = outputs[0].y
         del outputs
     if problem.operation == "batch norm":
@@ -61,8 +57,6 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
     elif problem.operation == "batch norm backward":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, first.dy)
-        if problem.join != "add":
-            del exact["dz"]  # no result of its own
         found = _batch_norms_backward(problem, first)
     elif problem.operation == "convolution":
         exact, terms = exact_convolution(first)
@@ -70,8 +64,6 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
     elif problem.operation == "data gradient":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
-        if problem.join != "add":
-            del exact["dz"]
         found = _data_gradients(problem)
     else:
         exact, terms = exact_weight_gradient(first)
@@ -85,25 +77,11 @@ def _candidate(of: Implementation, pairs: list[tuple[Inputs, Saved | None]]) -> 
     return Candidate(lambda: of.run(*next(turns)), lambda: of.named(of.run(*pairs[0]), pairs[0][0]))
 
 
-def _launch() -> Any:
-    """Imported where it runs: launches import triton, which not every machine has."""
-    return importlib.import_module("resnet_fast.ops.launch")
-
-
-def _single_read() -> Any:
-    return importlib.import_module("resnet_fast.ops.single_read")
-
-
-def _conv3x3() -> Any:
-    return importlib.import_module("resnet_fast.ops.conv3x3")
-
-
 def _batch_norm(inputs: Inputs) -> tuple[Tensor, BatchNormArgs, Tensor | None, BatchNormArgs | None]:
     return inputs.x, inputs.norm, inputs.residual, inputs.residual_norm
 
 
 def _batch_norms(problem: Problem, first: Inputs) -> dict[Choice, Implementation]:
-    launch, single_read = _launch(), _single_read()
 
     def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
         return {"y": outputs.y}
@@ -128,7 +106,6 @@ def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tens
 
 
 def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Implementation]:
-    launch, single_read = _launch(), _single_read()
     join: Join = problem.join  # type: ignore[assignment]
     named = _named_gradients(join)
 
@@ -140,21 +117,20 @@ def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Imple
         Choice(REVERSED): Implementation(lambda i, s: launch.backward(*arguments(i, s), reverse=True), named),
     }
     if single_read.fits(first.x, problem.operation, join):
-        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
+        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)[:5]), named)
     return found
 
 
 def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
-    launch = _launch()
     norm, no_norm = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS), BatchNormArgs(None, None)
 
     def cudnn(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Outputs]:
         y = F.conv2d(inputs.x, inputs.weight, padding=1)
         return y, Outputs(*forward_op(y, *norm, None, *no_norm, "none", True, 0))
 
-    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Outputs]]:
+    def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Outputs]]:
         def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Outputs]:
-            y, partials = _conv3x3().forward(inputs.x, inputs.weight, tiles)
+            y, partials = conv3x3.forward(inputs.x, inputs.weight, tiles)
             return y, launch.forward(y, norm, None, None, True, known=partials)
 
         return run
@@ -162,7 +138,7 @@ def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
     def named(result: tuple[Tensor, Outputs], inputs: Inputs) -> dict[str, Tensor]:
         return {"y": result[0], "mean": result[1].mean[0]}
 
-    return _of_tiles(problem, cudnn, fused, named)
+    return _of_tiles(problem, cudnn, own, named)
 
 
 def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
@@ -173,15 +149,15 @@ def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
         assert saved is not None
         return Gradients(*backward_op(_gradient(inputs, of_input=True), inputs.alias, *saved, *settings))
 
-    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Gradients]:
+    def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Gradients]:
         def run(inputs: Inputs, saved: Saved | None) -> Gradients:
             assert saved is not None
-            dz, sums = _conv3x3().data_gradient(inputs.dy, inputs.weight, tiles, saved, True, inputs.alias)
-            return backward_of_sums(dz, sums, saved, join, residual_training=join == "bn")
+            dz, sums = conv3x3.data_gradient(inputs.dy, inputs.weight, tiles, saved, True, inputs.alias)
+            return backward_with_sums(dz, sums, saved, join, residual_training=join == "bn")
 
         return run
 
-    return _of_tiles(problem, cudnn, fused, _named_gradients(join))
+    return _of_tiles(problem, cudnn, own, _named_gradients(join))
 
 
 def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
@@ -190,19 +166,18 @@ def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
     def cudnn(inputs: Inputs, saved: Saved | None) -> Tensor:
         return _gradient(inputs, of_input=False).float()
 
-    def fused(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Tensor]:
-        return lambda inputs, saved: _conv3x3().weight_gradient(inputs.x, inputs.dy, tiles, torch.float32)
+    def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Tensor]:
+        return lambda inputs, saved: conv3x3.weight_gradient(inputs.x, inputs.dy, tiles, torch.float32)
 
-    return _of_tiles(problem, cudnn, fused, lambda dweight, inputs: {"dweight": dweight})
+    return _of_tiles(problem, cudnn, own, lambda dweight, inputs: {"dweight": dweight})
 
 
-def _of_tiles(problem: Problem, cudnn: Callable, fused: Callable, named: Callable) -> dict[Choice, Implementation]:
+def _of_tiles(problem: Problem, cudnn: Callable, own: Callable, named: Callable) -> dict[Choice, Implementation]:
     found = {Choice(CUDNN): Implementation(cudnn, named)}
-    return found | {Choice(FUSED, tiles): Implementation(fused(tiles), named) for tiles in tiles_of(problem)}
+    return found | {Choice(CONV3X3, tiles): Implementation(own(tiles), named) for tiles in tiles_of(problem)}
 
 
 def _gradient(inputs: Inputs, of_input: bool) -> Tensor:
     """As autograd computes it: one of the convolution's two gradients."""
-    mask = [of_input, not of_input, False]
-    arguments = (inputs.dy, inputs.x, inputs.weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
-    return torch.ops.aten.convolution_backward(*arguments)[0 if of_input else 1]
+    dx, dweight = library_gradients(inputs.dy, inputs.x, inputs.weight, of_input, not of_input)
+    return dx if of_input else dweight  # type: ignore[return-value]

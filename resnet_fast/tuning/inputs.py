@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from resnet_fast.ops import BatchNormArgs, reference
-from resnet_fast.ops.arguments import Outputs, Saved
+from resnet_fast.ops.arguments import Saved
 from resnet_fast.ops.choices import DTYPES, Problem
 from resnet_fast.timing import rotation
 
@@ -45,24 +45,6 @@ def make_sets(problem: Problem, device: torch.device) -> list[Inputs]:
     return [first, *(_make(problem, device, generator) for _ in range(rotation(size, device) - 1))]
 
 
-def saved_of(inputs: Inputs, outputs: Outputs) -> Saved:
-    """What a batch norm's backward reads of its forward."""
-    own, theirs = inputs.norm, inputs.residual_norm or BatchNormArgs(None, None)
-    return Saved(
-        inputs.x,
-        outputs.relu_mask,
-        outputs.mean,
-        outputs.rstd,
-        own.weight,
-        own.bias,
-        inputs.residual if inputs.residual_norm is not None else None,
-        outputs.residual_mean,
-        outputs.residual_rstd,
-        theirs.weight,
-        theirs.bias,
-    )
-
-
 def exact_batch_norm(inputs: Inputs) -> dict[str, Tensor]:
     residual = None
     if inputs.residual is not None:
@@ -82,7 +64,7 @@ def exact_batch_norm_backward(
     """
     dz = dy.double() if inputs.alias is None else dy.double() + inputs.alias.double()
     dz = dz.masked_fill(y <= 0, 0)
-    exact, terms = {"dz": dz}, {}
+    exact, terms = {"dz": dz} if inputs.residual is not None and inputs.residual_norm is None else {}, {}
     norms = [("", saved.x, saved.mean, saved.rstd, saved.weight)]
     if saved.residual is not None:
         assert saved.residual_mean is not None and saved.residual_rstd is not None

@@ -27,14 +27,14 @@ class _Norm(NamedTuple):
 
 
 class _Convolution(NamedTuple):
-    """A convolution as it ran, of those that could be fused."""
+    """A convolution as it ran, of those that the kernels have."""
 
     x: Tensor
     y: Tensor
 
 
 class _Convolutions(TorchFunctionMode):
-    """Notes every convolution within its context that the fused one could compute."""
+    """Notes every convolution within its context that the kernels have."""
 
     def __init__(self) -> None:
         super().__init__()
