@@ -167,11 +167,11 @@ def names_of(direction: str) -> tuple[str, ...]:
 def candidates(setting: Setting) -> dict[str, ConvTiles]:
     """The ways of cutting that there are for the setting's shape, by the provider's name."""
     n_channels, width = setting.shape
+    n_rows = setting.batch_size * width**2
     if setting.direction == WEIGHT:
-        n_rows = setting.batch_size * width**2
         of_shape = weight_gradient_candidates(n_channels, n_channels, n_rows)
         return {name_of(of, f"split-K {-(-n_rows // (of.block_k * of.per_program))}"): of for of in of_shape}
-    return {name_of(of, f"{of.per_program} in turn"): of for of in conv_candidates(n_channels, n_channels)}
+    return {name_of(of, f"{of.per_program} in turn"): of for of in conv_candidates(n_channels, n_channels, n_rows)}
 
 
 def name_of(of: ConvTiles, rest: str) -> str:

@@ -26,9 +26,10 @@ def convolve(
     weight_desc,
     first_row,
     first_channel,
-    n_summed_channels,
     BACKWARD: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
+    SUMMED_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -36,23 +37,25 @@ def convolve(
 ):
     """[BLOCK_M, BLOCK_N] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
 
-    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns.
+    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes
+    so that its block, without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the
+    last block of a tap reaches into the next tap, x is zero.
     """
     image, line = box_of(first_row, WIDTH)
-    n_blocks = tl.cdiv(n_summed_channels, BLOCK_K)
+    N_BLOCKS: tl.constexpr = (SUMMED_CHANNELS + BLOCK_K - 1) // BLOCK_K
     if CHANNELS_AS_ROWS:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, 9 * n_blocks):
-        tap = step // n_blocks
-        channel = step % n_blocks * BLOCK_K
+    for step in range(0, 9 * N_BLOCKS):
+        tap = step // N_BLOCKS
+        channel = step % N_BLOCKS * BLOCK_K
         x = x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, channel])
         x = tl.reshape(x, [BLOCK_M, BLOCK_K])
         if BACKWARD:
-            weight = tl.reshape(weight_desc.load([channel, 8 - tap, first_channel]), [BLOCK_K, BLOCK_N])
+            weight = weight_desc.load([channel, (8 - tap) * CHANNELS + first_channel])
         else:
-            weight = tl.trans(tl.reshape(weight_desc.load([first_channel, tap, channel]), [BLOCK_N, BLOCK_K]))
+            weight = tl.trans(weight_desc.load([first_channel, tap * SUMMED_CHANNELS + channel]))
         if CHANNELS_AS_ROWS:
             total = tl.dot(tl.trans(weight), tl.trans(x), total, input_precision="ieee")
         else:
@@ -61,32 +64,34 @@ def convolve(
 
 
 @triton.jit
-def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Mean and M2, [BLOCK_N], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_N] in fp32 (S2, S3).
+def merged_with_tile(y, valid, count, n_own, mean, m2, unit):
+    """Mean and, in units of 1/unit², M2 of the rows so far, `count` of them, and of the tile's, `n_own` (S2, S3)."""
+    share = n_own / (count + n_own)
+    x = tl.where(valid, y * unit, 0.0)
+    tile_mean = tl.sum(x, axis=0) / n_own
+    deviation = tl.where(valid, x - tile_mean[None, :], 0.0)
+    delta = tile_mean - mean * unit
+    merged_m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
+    merged_m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
+    return mean + tl.where(is_finite(mean), delta * share, tile_mean) / unit, merged_m2
+
+
+@triton.jit
+def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr):
+    """Mean and M2, [BLOCK_N], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_N] in fp32.
 
     A negative M2 stands for its magnitude in units of 1/UNIT², as in `statistics_kernel`.
     """
     valid = (first_row + tl.arange(0, BLOCK_M) < end)[:, None]
     count = (first_row - start).to(tl.float32)
     n_own = tl.minimum(end - first_row, BLOCK_M).to(tl.float32)
-    share = n_own / (count + n_own)
-    todo = tl.full([BLOCK_N], 1, tl.int32)
-    rescue = tl.full([], 0, tl.int32)  # 1 where a square has overflowed, or y holds Inf or NaN
-    while tl.max(todo, axis=0) > 0:
-        unit = tl.where(rescue > 0, UNIT, 1.0)
-        x = tl.where(valid, y * unit, 0.0)
-        tile_mean = tl.sum(x, axis=0) / n_own
-        deviation = tl.where(valid, x - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean * unit
-        merged_m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
-        merged_m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
-        done = todo & (is_finite(merged_m2).to(tl.int32) | rescue)
-        merged_mean = mean + tl.where(is_finite(mean), delta * share, tile_mean) / unit
-        mean = tl.where(done > 0, merged_mean, mean)
-        m2 = tl.where(done > 0, tl.where(rescue > 0, -merged_m2, merged_m2), m2)
-        todo -= done
-        rescue = 1
-    return mean, m2
+    new_mean, new_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, 1.0)
+    overflows = is_finite(new_m2) == 0  # a square has overflowed, or y holds Inf or NaN
+    if tl.max(overflows.to(tl.int32), axis=0) > 0:
+        rescued_mean, rescued_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, UNIT)
+        new_mean = tl.where(overflows, rescued_mean, new_mean)
+        new_m2 = tl.where(overflows, -rescued_m2, new_m2)
+    return new_mean, new_m2
 
 
 @triton.jit
@@ -97,20 +102,19 @@ def conv3x3_kernel(
     partial_mean_ptr,
     partial_m2_ptr,
     n_rows,
-    n_summed_channels,
-    n_channels,
     rows_per_program,
     CHANNELS_AS_ROWS: tl.constexpr,
+    SUMMED_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """y, and the mean and centered M2 of its rounded values over the rows of each program, the means about no pivot."""
-    n_channels = known_multiple(n_channels, 8)
-    n_channel_tiles = tl.cdiv(n_channels, BLOCK_N)
-    part = tl.program_id(0) // n_channel_tiles
-    first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
+    N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+    part = tl.program_id(0) // N_CHANNEL_TILES
+    first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
     start = part * rows_per_program
     end = tl.minimum(start + rows_per_program, n_rows)
     mean = tl.zeros([BLOCK_N], tl.float32)
@@ -122,9 +126,10 @@ def conv3x3_kernel(
             weight_desc,
             first_row,
             first_channel,
-            n_summed_channels,
             False,
             CHANNELS_AS_ROWS,
+            SUMMED_CHANNELS,
+            CHANNELS,
             WIDTH,
             BLOCK_M,
             BLOCK_N,
@@ -132,12 +137,12 @@ def conv3x3_kernel(
         ).to(y_desc.dtype)
         y_desc.store([first_row, first_channel], y)
 
-        mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, BLOCK_M, BLOCK_N)
+        mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, BLOCK_M)
 
     offs_c = first_channel + tl.arange(0, BLOCK_N)
-    partial = part.to(tl.int64) * n_channels + offs_c
-    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < n_channels)
-    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < n_channels)
+    partial = part.to(tl.int64) * CHANNELS + offs_c
+    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < CHANNELS)
+    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < CHANNELS)
 
 
 @triton.jit
@@ -159,11 +164,11 @@ def conv3x3_data_gradient_kernel(
     partial_dz_xhat_ptr,
     partial_dz_rhat_ptr,
     n_rows,
-    n_summed_channels,
-    n_channels,
     rows_per_program,
     RELU: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
+    SUMMED_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -176,14 +181,13 @@ def conv3x3_data_gradient_kernel(
 
     The channels that are summed over are here the convolution's output channels.
     """
-    n_channels = known_multiple(n_channels, 8)
-    n_channel_tiles = tl.cdiv(n_channels, BLOCK_N)
-    part = tl.program_id(0) // n_channel_tiles
-    first_channel = tl.program_id(0) % n_channel_tiles * BLOCK_N
+    N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+    part = tl.program_id(0) // N_CHANNEL_TILES
+    first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
     start = part * rows_per_program
     end = tl.minimum(start + rows_per_program, n_rows)
     offs_c = first_channel + tl.arange(0, BLOCK_N)
-    mask_c = offs_c < n_channels
+    mask_c = offs_c < CHANNELS
     sum_dz = tl.zeros([BLOCK_N], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_N], tl.float32)
     sum_dz_rhat = tl.zeros([BLOCK_N], tl.float32)
@@ -194,9 +198,10 @@ def conv3x3_data_gradient_kernel(
             conv_weight_desc,
             first_row,
             first_channel,
-            n_summed_channels,
             True,
             CHANNELS_AS_ROWS,
+            SUMMED_CHANNELS,
+            CHANNELS,
             WIDTH,
             BLOCK_M,
             BLOCK_N,
@@ -204,7 +209,7 @@ def conv3x3_data_gradient_kernel(
         ).to(dx_desc.dtype)
         mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
         wide_row = tl.full([], 0, tl.int64) + first_row
-        offsets = tile_offsets(wide_row, offs_c, n_channels, WIDTH * WIDTH, True, BLOCK_M)
+        offsets = tile_offsets(wide_row, offs_c, CHANNELS, WIDTH * WIDTH, True, BLOCK_M)
         if dx_alias_ptr is not None:
             # Rounded to the data type, as autograd rounds the sum of two gradients.
             dx_alias = tl.load(dx_alias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -226,7 +231,7 @@ def conv3x3_data_gradient_kernel(
                         first_channel,
                         0,
                         n_rows,
-                        n_channels,
+                        CHANNELS,
                         None,
                         True,
                         BLOCK_M,
@@ -246,7 +251,7 @@ def conv3x3_data_gradient_kernel(
         dx_desc.store([first_row, first_channel], dx)
 
     if x_ptr is not None:
-        partial = part.to(tl.int64) * n_channels + offs_c
+        partial = part.to(tl.int64) * CHANNELS + offs_c
         tl.store(partial_dz_ptr + partial, sum_dz, mask=mask_c)
         tl.store(partial_dz_xhat_ptr + partial, sum_dz_xhat, mask=mask_c)
         if residual_ptr is not None:

@@ -18,8 +18,8 @@ MAX_ROWS = 2**31 - 2**20
 # Elements of the weight's gradient to a program that adds its parts up: 16 bytes of each part to a thread of 4 warps.
 COMBINE_BLOCK = 512
 
-# Programs that a weight gradient is divided among: two or four to each of 132 multiprocessors. More parts of the sum
-# are more traffic: every part is written and read in fp32.
+# Programs that the work is divided among: two or four to each of 132 multiprocessors. More of them write more partial
+# sums, which the combine kernels read with few programs.
 PROGRAMS = (264, 528)
 
 
@@ -45,22 +45,26 @@ class ConvTiles(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def conv_candidates(in_channels: int, out_channels: int) -> list[ConvTiles]:
-    """Of the convolution from `in_channels` to `out_channels`, or of a data gradient that sums over `in_channels`."""
-    block_k = block_of(in_channels)
-    if out_channels < 64:  # fewer than the rows of sm_90's matrix instruction: pixels are the rows
-        block_n = block_of(out_channels)
-        return [ConvTiles(128, block_n, block_k, per_program, False, 4, 3) for per_program in (1, 8)]
-    # Shared memory feeds the matrix unit: 256 pixels to 64 channels read the fewest bytes per product, 64 to 64 leave
-    # room for the most programs. One tile per program balances best; eight write an eighth of the partial sums.
-    shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)]
-    if out_channels % 128 == 0:
-        shapes.append((128, 128, 8, 3))
-    return [
-        ConvTiles(block_m, block_n, block_k, per_program, True, num_warps, num_stages)
-        for block_m, block_n, num_warps, num_stages in shapes
-        for per_program in (1, 8)
-    ]
+def conv_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[ConvTiles]:
+    """Of the convolution from `in_channels` to `out_channels` at `n_rows` = N·H·W pixels, or of a data gradient that
+    sums over `in_channels`.
+    """
+    block_k, block_n = block_of(in_channels), block_of(out_channels)
+    if block_n < 64:  # fewer than the rows of sm_90's matrix instruction: pixels are the rows
+        shapes = [(128, block_n, 4, 3)]
+    else:
+        # Shared memory feeds the matrix unit: 256 pixels by 64 channels, or 128 by 128, use each byte most often. 64 by
+        # 64 leave room for the most programs, and a fourth stage hides more of a load's latency.
+        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)]
+        if out_channels % 128 == 0:
+            shapes.append((128, 128, 8, 3))
+    found = []
+    for block_m, block_n, num_warps, num_stages in shapes:
+        n_tiles = -(-n_rows // block_m) * -(-out_channels // block_n)
+        for n_programs in PROGRAMS:
+            per_program = -(-n_tiles // n_programs)
+            found.append(ConvTiles(block_m, block_n, block_k, per_program, block_n >= 64, num_warps, num_stages))
+    return list(dict.fromkeys(found))
 
 
 def weight_gradient_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[ConvTiles]:

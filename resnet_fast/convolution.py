@@ -90,15 +90,15 @@ def _can_choose(conv: Any, x: Tensor) -> bool:
     """Whether conv(x) in training is a convolution that the kernels have."""
     if not (torch.is_grad_enabled() and conv.training):
         return False
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dtype not in DTYPES:
+    # A subclass of Tensor, such as FakeTensor, is for operators alone.
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dtype not in DTYPES or type(x) is not Tensor:
         return False
     if not has_kernels(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups):
         return False
-    is_laid_out = x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
     device_type = x.device.type
     autocasts = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocasts else conv.weight.dtype
-    return is_laid_out and dtype == x.dtype and choose_backend(x) == "triton"
+    return _is_for_descriptors(x) and dtype == x.dtype and choose_backend(x) == "triton"
 
 
 def has_kernels(
@@ -124,6 +124,15 @@ def has_kernels(
     )
 
 
+def _is_for_descriptors(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
+
+
+def _for_descriptors(x: Tensor) -> Tensor:
+    """x as a tensor descriptor takes it: a view of another tensor may lie at any address, and with gaps."""
+    return x if _is_for_descriptors(x) else x.clone(memory_format=torch.channels_last)
+
+
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,7 +145,7 @@ class _Conv3x3(torch.autograd.Function):
         fork: bool,
         plan: Plan,
     ):
-        weight_of_x = weight.to(x.dtype, memory_format=torch.channels_last)
+        weight_of_x = _for_descriptors(weight.to(x.dtype, memory_format=torch.channels_last))
         partials, rows_per_part = None, 0
         if plan.forward.tiles is None:
             y = F.conv2d(x, weight_of_x, padding=1)
@@ -161,7 +170,7 @@ class _Conv3x3(torch.autograd.Function):
             if dx is not None and dx_alias is not None:
                 dx = dx + dx_alias
             return dx, None if dweight is None else dweight.to(weight.dtype), None, *rest
-        dy = dense(dy, like=x)
+        dy = _for_descriptors(dense(dy, like=x))
         data_tiles, weight_tiles = ctx.plan.data_gradient.tiles, ctx.plan.weight_gradient.tiles
         by_library = (of_x and data_tiles is None, of_weight and weight_tiles is None)
         dx = dweight = dtoken = None

@@ -55,8 +55,13 @@ def test_older_and_newer_gpus_have_matrix_instructions_too(rows):
     assert all(row["tcgen05"] > 0 and row["tma_loads"] > 0 for row in convolutions(rows, "sm_100"))
 
 
-def test_the_passes_in_reverse_compile_as_well(rows):
-    assert [row["kernel"] for row in rows if "reversed" in row["kernel"]] == [
-        "normalize, reversed",
-        "input gradients, reversed",
-    ]
+def test_both_operands_come_from_shared_memory(rows):
+    """Where channels are the rows: what takes the way through registers waits for them in every step."""
+    for row in convolutions(rows, "sm_90"):
+        if row["tiles"]["channels_as_rows"] and row["kernel"] != "weight gradient":
+            assert row["from_registers"] == 0, row
+
+
+def test_the_second_passes_in_reverse_give_up_what_they_have_read(rows):
+    found = [row for row in rows if "reversed" in row["kernel"]]
+    assert len(found) == 2 and all(row["evict_first"] > 0 for row in found)

@@ -9,7 +9,7 @@ from budget import assert_within_budget
 from torch import Tensor
 
 from resnet_fast.convolution import has_kernels
-from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.kernels.conv_tiles import PROGRAMS, ConvTiles, conv_candidates, weight_gradient_candidates
 from resnet_fast.ops import conv3x3
 
 LIBRARY = torch.ops.aten.convolution_backward
@@ -76,9 +76,10 @@ def gradient(of: int, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
 
 
 def cuts(in_channels: int, out_channels: int) -> list[ConvTiles]:
-    """The first and the last candidate, and the first with the other order of operands."""
-    first, *_, last = conv_candidates(in_channels, out_channels)
-    return [first, last, first._replace(channels_as_rows=not first.channels_as_rows)]
+    """The first and the last candidate, of one tile a program and of several, and the first with the other operands."""
+    found = conv_candidates(in_channels, out_channels, n_rows=1)
+    other = found[0]._replace(channels_as_rows=not found[0].channels_as_rows)
+    return [found[0], found[-1]._replace(per_program=3), other]
 
 
 @TYPED
@@ -128,7 +129,7 @@ def test_weight_gradient(case, dtype, device):
 @pytest.mark.parametrize("case", (CASES[4], CASES[6]), ids=str)
 def test_two_runs_give_the_same_bits(case, device):
     x, weight, dy = operands(case, torch.bfloat16, device)
-    tiles = conv_candidates(case.in_channels, case.out_channels)[-1]
+    *_, tiles = cuts(case.in_channels, case.out_channels)
     of_weight = weight_gradient_candidates(case.in_channels, case.out_channels, case.n_images * case.width**2)[0]
 
     def run() -> list[Tensor]:
@@ -159,3 +160,15 @@ def test_what_the_kernels_do_not_take(shape, n_out, different):
     as_they_do = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     assert not has_kernels(torch.empty(shape), torch.empty(n_out, shape[1], 3, 3), **as_they_do | different)
     assert has_kernels(torch.empty(2, 16, 8, 8), torch.empty(16, 16, 3, 3), **as_they_do)
+
+
+@pytest.mark.parametrize("n_rows", (16, 2048, 131_072, 1_048_576))
+@pytest.mark.parametrize(("n_in", "n_out"), ((16, 16), (48, 80), (64, 64), (128, 256), (512, 512)))
+def test_no_candidate_starts_far_more_programs_than_wanted(n_in, n_out, n_rows):
+    for tiles in conv_candidates(n_in, n_out, n_rows):
+        n_row_tiles, n_channel_tiles = -(-n_rows // tiles.block_m), -(-n_out // tiles.block_n)
+        assert -(-n_row_tiles // tiles.per_program) * n_channel_tiles <= PROGRAMS[-1] + n_channel_tiles
+    for tiles in weight_gradient_candidates(n_in, n_out, n_rows):
+        n_tiles = 9 * -(-n_out // tiles.block_m) * -(-n_in // tiles.block_n)
+        n_parts = -(-n_rows // (tiles.block_k * tiles.per_program))
+        assert n_parts * n_tiles <= max(PROGRAMS[-1], n_tiles)

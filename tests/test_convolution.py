@@ -7,6 +7,7 @@ import pytest
 import torch
 from chosen import CONVOLUTIONS, Fused, ThreeBlocks, launched
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fast import FusedBatchNorm2d
@@ -119,6 +120,31 @@ def test_other_types_keep_the_library(network, device):
     table = Fused()
     step(network, images(device, torch.float32), table, precision="own")
     assert table.asked == []
+
+
+@pytest.mark.parametrize("kind", ("at an odd address", "with gaps"))
+def test_weights_that_are_views(kind, network, device):
+    """Of parameters flattened into one, say: a descriptor takes neither."""
+    own, x = copy.deepcopy(network).to(device, torch.bfloat16), images(device)
+    for block in own.layer:
+        weight = block.conv2.weight.data
+        if kind == "with gaps":
+            view = weight.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)[:, ::2]
+        else:
+            view = torch.empty(weight.numel() + 1, dtype=weight.dtype, device=device)[1:].as_strided_(
+                weight.shape, weight.stride(), 1
+            )
+            view.copy_(weight)
+        block.conv2.weight = nn.Parameter(view)
+    expected, found = (step(net, x, Fused(), precision="own") for net in (network, own))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_fake_tensors_keep_the_library(network, device):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, choices.using(Fused()):
+        x = mode.from_tensor(images(device).detach())
+        with torch.autocast(device.type, torch.bfloat16):
+            assert network(x).shape == (3, 32, 4, 4)
 
 
 def test_frozen_parameters_and_images_without_gradient(network, device, expected):

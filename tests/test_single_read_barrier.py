@@ -10,7 +10,7 @@ from triton.runtime.errors import InterpreterError
 
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, launch, single_read
-from resnet_fast.ops.single_read import BarrierWords
+from resnet_fast.ops.single_read import LINE, BarrierWords
 
 NORM = BatchNormArgs(None, None, training=True)
 
@@ -84,13 +84,15 @@ def test_no_grid_has_more_programs_than_multiprocessors(n_multiprocessors):
 
 def test_every_recorded_launch_has_words_of_its_own(device):
     words = BarrierWords(device)
-    assert words.prepare(4)
+    assert words.reserve(4)
     of_stream = words.take(4)
     assert of_stream.data_ptr() == words.take(4).data_ptr()  # which follow each other
     with mock.patch.object(BarrierWords, "_is_recording", lambda self: True):
-        taken = [words.take(4) for _ in range(5) if words.prepare(4)]
+        taken = [words.take(4) for _ in range(5) if words.reserve(4)]
     addresses = {word.data_ptr() for words in (*taken, of_stream) for word in words.view(-1, 1)}
     assert len(taken) == 5 and len(addresses) == 6 * 4
+    # Another alignment than in warm-up would compile another kernel, in the recording.
+    assert all(words.data_ptr() % 16 == 0 for words in taken)
 
 
 def test_a_recording_without_words_takes_two_passes(device):
@@ -98,7 +100,10 @@ def test_a_recording_without_words_takes_two_passes(device):
     x = image(2, 64, device)
     words = BarrierWords(x.device)
     recording = mock.patch.object(BarrierWords, "_is_recording", lambda self: True)
-    with mock.patch.dict(single_read._words, {x.device: words}), mock.patch.object(single_read, "GRAPH_WORDS", 2):
+    with (
+        mock.patch.dict(single_read._words, {x.device: words}),
+        mock.patch.object(single_read, "GRAPH_WORDS", 2 * LINE),
+    ):
         with recording:
             assert not single_read.fits(x, "batch norm", "none")
         assert single_read.fits(x, "batch norm", "none")

@@ -165,6 +165,8 @@ def _chosen(
     n_images, n_channels, height, width = x.shape
     if choices.is_empty(x.device) or x.dtype not in choices.DTYPES or height != width or not batch_statistics:
         return TWO_PASSES
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return TWO_PASSES
     problem = choices.Problem(operation, choices.DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
     chosen = choices.choose(problem, x.device).implementation
     if chosen == SINGLE_READ and not single_read.fits(x, operation, join, ghost_batch_size):
@@ -247,8 +249,8 @@ def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, resid
         dx, dresidual = launch.input_gradients(dz, dz, sums, saved, join, False, True, residual_training)
     dbias, dweight, dresidual_weight = sums[0, 0], sums[1, 0], sums[-1, 0]
 
-    def like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-        return None if parameter is None else gradient.to(parameter.dtype, copy=True)
+    def like(parameter: Tensor | None, gradient: Tensor, copy: bool = False) -> Tensor | None:
+        return None if parameter is None else gradient.to(parameter.dtype, copy=copy)
 
     return Gradients(
         dx,
@@ -256,7 +258,7 @@ def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, resid
         like(saved.bias, dbias),
         dresidual,
         like(saved.residual_weight, dresidual_weight),
-        like(saved.residual_bias, dbias),
+        like(saved.residual_bias, dbias, copy=True),  # which may not share memory with the other
     )
 
 

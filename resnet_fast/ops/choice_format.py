@@ -9,7 +9,6 @@ A file may hold anything, so every field is checked: names, types, ranges, and t
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -19,6 +18,7 @@ from .arguments import Join
 from .choices import CONV3X3, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
 
 FORMAT = 1
+MAX_MILLISECONDS = 1e9
 MAX_SIZE = 2**31 - 1  # which all that is measured stays far below
 SHAPE = ("n_images", "in_channels", "out_channels", "width")
 
@@ -116,8 +116,8 @@ def _read_entry(entry: Any) -> tuple[Problem, Measured]:
     for value in entry["measured"]:
         _check_fields("measured", value, (*Choice._fields, "milliseconds"))
         ms = value["milliseconds"]
-        if type(ms) not in (int, float) or not 0 < ms < math.inf:
-            raise ValueError(f"milliseconds must be a positive number, got {_shown(ms)}")
+        if type(ms) not in (int, float) or not 0 < ms <= MAX_MILLISECONDS:
+            raise ValueError(f"milliseconds must be positive and at most {MAX_MILLISECONDS:g}, got {_shown(ms)}")
         milliseconds[_read_choice(problem, value)] = float(ms)
     for needed in (DEFAULTS[problem.operation], choice):
         if needed not in milliseconds:

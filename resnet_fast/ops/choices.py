@@ -58,10 +58,12 @@ _replaced: list[Mapping[Problem, Choice]] = []
 
 def tiles_of(problem: Problem) -> list[ConvTiles]:
     """The block sizes of conv3x3 that there are for a problem."""
-    n_in, n_out = problem.in_channels, problem.out_channels
+    n_in, n_out, n_rows = problem.in_channels, problem.out_channels, problem.n_images * problem.width**2
     if problem.operation == "weight gradient":
-        return weight_gradient_candidates(n_in, n_out, problem.n_images * problem.width**2)
-    return conv_candidates(n_out, n_in) if problem.operation == "data gradient" else conv_candidates(n_in, n_out)
+        return weight_gradient_candidates(n_in, n_out, n_rows)
+    if problem.operation == "data gradient":
+        return conv_candidates(n_out, n_in, n_rows)
+    return conv_candidates(n_in, n_out, n_rows)
 
 
 def choose(problem: Problem, device: torch.device) -> Choice:
@@ -87,7 +89,10 @@ def is_empty(device: torch.device) -> bool:
 
 @contextmanager
 def using(entries: Mapping[Problem, Choice]) -> Iterator[None]:
-    """Have these entries, and no others, count inside the context: what measures and tests choose by."""
+    """Have these entries, and no others, count inside the context: what measures and tests choose by.
+
+    They count for the whole process, since a backward runs in threads of its own; so only one thread may use it.
+    """
     _replaced.append(entries)
     try:
         yield

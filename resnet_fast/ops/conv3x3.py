@@ -19,8 +19,11 @@ def box(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
     """x: [N, C, H, W] as [N, H, W, C], of which a block is `n_pixels` pixels, whole lines, by `n_channels` channels."""
     width = x.shape[3]
     n_lines = min(n_pixels // width, width)
-    pixels = x.permute(0, 2, 3, 1)
-    return TensorDescriptor.from_tensor(pixels, [n_pixels // (n_lines * width), n_lines, width, n_channels])
+    pixels, n_x = x.permute(0, 2, 3, 1), x.shape[1]
+    strides = [width * width * n_x, width * n_x, n_x, 1]  # of one image, x may have others
+    return TensorDescriptor(
+        pixels, list(pixels.shape), strides, [n_pixels // (n_lines * width), n_lines, width, n_channels]
+    )
 
 
 def rows(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
@@ -29,8 +32,8 @@ def rows(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
 
 
 def taps(weight: Tensor, block: list[int]) -> TensorDescriptor:
-    """weight: [C_out, C_in, 3, 3] in channels_last as [C_out, 9, C_in]."""
-    return TensorDescriptor.from_tensor(weight.permute(0, 2, 3, 1).flatten(1, 2), block)
+    """weight: [C_out, C_in, 3, 3] in channels_last as [C_out, 9·C_in]."""
+    return TensorDescriptor.from_tensor(weight.permute(0, 2, 3, 1).flatten(1), block)
 
 
 def parts_of(x: Tensor, rows_per_block: int, blocks_per_part: int) -> tuple[int, int, int]:
@@ -53,15 +56,15 @@ def forward(x: Tensor, weight: Tensor, cut: ConvTiles) -> tuple[Tensor, PartialS
         (n_parts * triton.cdiv(n_channels, cut.block_n),),
         cut.options,
         x_desc=box(x, cut.block_m, cut.block_k),
-        weight_desc=taps(weight, [cut.block_n, 1, cut.block_k]),
+        weight_desc=taps(weight, [cut.block_n, cut.block_k]),
         y_desc=rows(y, cut.block_m, cut.block_n),
         partial_mean_ptr=partials[0],
         partial_m2_ptr=partials[1],
         n_rows=n_rows,
-        n_summed_channels=n_summed_channels,
-        n_channels=n_channels,
         rows_per_program=rows_per_program,
         CHANNELS_AS_ROWS=cut.channels_as_rows,
+        SUMMED_CHANNELS=n_summed_channels,
+        CHANNELS=n_channels,
         WIDTH=width,
         BLOCK_M=cut.block_m,
         BLOCK_N=cut.block_n,
@@ -99,7 +102,7 @@ def data_gradient(
         (n_parts * triton.cdiv(n_channels, cut.block_n),),
         cut.options,
         dy_desc=box(dy, cut.block_m, cut.block_k),
-        conv_weight_desc=taps(weight, [cut.block_k, 1, cut.block_n]),
+        conv_weight_desc=taps(weight, [cut.block_k, cut.block_n]),
         dx_alias_ptr=dx_alias,
         **of_norm,
         dx_desc=rows(dx, cut.block_m, cut.block_n),
@@ -107,11 +110,11 @@ def data_gradient(
         partial_dz_xhat_ptr=None if partials is None else partials[1],
         partial_dz_rhat_ptr=None if partials is None or len(partials) == 2 else partials[2],
         n_rows=n_rows,
-        n_summed_channels=n_summed_channels,
-        n_channels=n_channels,
         rows_per_program=rows_per_program,
         RELU=relu,
         CHANNELS_AS_ROWS=cut.channels_as_rows,
+        SUMMED_CHANNELS=n_summed_channels,
+        CHANNELS=n_channels,
         WIDTH=width,
         BLOCK_M=cut.block_m,
         BLOCK_N=cut.block_n,

@@ -19,8 +19,11 @@ from .launch import Shape
 
 PRETENDED_MULTIPROCESSORS = 4  # of a CPU, in the interpreter
 
-# Words for the launches of all CUDA graphs of a process, 256 KB. A training step of ResNet-18 takes about 200.
+# Words for the launches of all CUDA graphs of a process, 256 KB, and of each launch: a line of 128 bytes. So launches
+# do not wait for each other's lines, and pointers are aligned as those of warm-up: for another alignment Triton would
+# compile another kernel, and load it, which no recording allows. A training step of ResNet-18 has 40 launches at most.
 GRAPH_WORDS = 1 << 16
+LINE = 32
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -54,26 +57,31 @@ class BarrierWords:
 
     def reserve(self, n_words: int) -> bool:
         """Whether the current stream can have so many words; outside of a recording it then has."""
-        if self._is_recording():
-            return len(self.of_graphs) >= n_words
-        if not self.of_streams:
-            self.of_graphs = self._zeros(GRAPH_WORDS)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # they are zero for any stream, and from now on
-        if self._stream() not in self.of_streams:
-            self.of_streams[self._stream()] = self._zeros(multiprocessors(self.device))
-        return len(self.of_streams[self._stream()]) >= n_words
+        with self.lock:
+            if self._is_recording():
+                return len(self.of_graphs) >= n_words
+            if not self.of_streams:
+                self.of_graphs = self._zeros(GRAPH_WORDS)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # they are zero for any stream, and from now on
+            if self._stream() not in self.of_streams:
+                self.of_streams[self._stream()] = self._zeros(multiprocessors(self.device))
+            return len(self.of_streams[self._stream()]) >= n_words
 
     def take(self, n_words: int) -> Tensor:
         """The words of the next launch on the current stream, for which `reserve` has said yes."""
         if not self._is_recording():
             return self.of_streams[self._stream()][:n_words]
         with self.lock:
-            words, self.of_graphs = self.of_graphs[:n_words], self.of_graphs[n_words:]
+            words, self.of_graphs = self.of_graphs[:n_words], self.of_graphs[_in_lines(n_words) :]
         return words
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+
+def _in_lines(n_words: int) -> int:
+    return -(-n_words // LINE) * LINE
 
 
 _words: dict[torch.device, BarrierWords] = {}

@@ -8,7 +8,7 @@ from resnet_fast.tuning.measurement import MIN_GAIN, Outcome
 
 WIDTH = 80
 INDENT = "    "
-TITLE = f"{'':29}{'default':>10}{'fastest':>10}{'':9}choice"
+TITLE = f"{'':29}{'default':>10}{'fastest':>10}{'':10}choice"
 
 
 def heading(problem: Problem) -> str:
