@@ -19,7 +19,7 @@ COLORS = {
     "fused, graph": "#e69f00",
     "fused, chosen": "#e7298a",
     "fused, chosen, graph": "#b2182b",
-    "fused, single read": "#b2182b",
+    "fused, single read": "#7f3b08",
     "fused, two passes reversed": "#f4a582",
     "fused, apart": "#a8a200",
     "folded": "#117733",

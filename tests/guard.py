@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.ops import launch
 
@@ -55,19 +57,23 @@ def guarded_memory() -> Iterator[set[str]]:
 
     def guarded(kernel, grid, *options, **arguments):
         kernels.add(kernel.__name__)
+        descriptors = {name: value for name, value in arguments.items() if isinstance(value, TensorDescriptor)}
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        tensors |= {name: value.base for name, value in descriptors.items()}
         zeros, ones = ({name: Framed(value, fill) for name, value in tensors.items()} for fill in (0x00, 0xFF))
         for frames in (zeros, ones):
-            run(kernel, grid, *options, **arguments | {name: framed.tensor for name, framed in frames.items()})
-            for name, framed in frames.items():
-                assert framed.frame_is_intact(), f"{kernel.__name__} wrote outside {name}"
+            framed = {name: frame.tensor for name, frame in frames.items()}
+            framed |= {name: replace(of, base=framed[name]) for name, of in descriptors.items()}
+            run(kernel, grid, *options, **arguments | framed)
+            for name, frame in frames.items():
+                assert frame.frame_is_intact(), f"{kernel.__name__} wrote outside {name}"
         for name, tensor in tensors.items():
-            framed = ones[name]
-            assert torch.equal(framed.inside, zeros[name].inside), f"{kernel.__name__} left part of {name} unwritten"
-            if framed.is_fresh or name in UPDATED:
-                tensor.copy_(framed.tensor)
+            frame = ones[name]
+            assert torch.equal(frame.inside, zeros[name].inside), f"{kernel.__name__} left part of {name} unwritten"
+            if frame.is_fresh or name in UPDATED:
+                tensor.copy_(frame.tensor)
             else:
-                assert torch.equal(framed.tensor, tensor), f"{kernel.__name__} changed {name}"
+                assert torch.equal(frame.tensor, tensor), f"{kernel.__name__} changed {name}"
 
     with mock.patch.object(launch, "run", guarded):
         yield kernels

@@ -43,12 +43,14 @@ def step(network: nn.Module, x: Tensor, table=None, precision: str = "autocast")
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Within what the default's own error allows, as a whole: single elements differ where a ReLU is near its kink."""
+    """Error against fp64 at most twice the default's, plus one rounding of bf16; as a whole, because single elements
+    differ where a ReLU is near its kink.
+    """
     assert found.keys() == expected.keys()
     for name, value in found.items():
         if value.is_floating_point():
             errors = [(t.double() - exact[name]).norm() / exact[name].norm() for t in (value, expected[name])]
-            assert errors[0] <= 1.5 * errors[1] + 2**-9, (name, *errors)
+            assert errors[0] <= 2 * errors[1] + 2**-9, (name, *errors)
         else:
             assert torch.equal(value, expected[name]), name
 
@@ -60,32 +62,37 @@ def expected(network, device) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def exact(network, device) -> dict[str, Tensor]:
-    return step(
-        network.double() if False else copy.deepcopy(network).double(), images(device).double(), precision="own"
-    )
+    return step(copy.deepcopy(network).double(), images(device).double(), precision="own")
+
+
+@pytest.fixture(scope="module")
+def default_launches(network, device) -> list[str]:
+    with launched() as names:
+        step(network, images(device))
+    return names
 
 
 @pytest.mark.parametrize("operations", (CONVOLUTIONS, *[(operation,) for operation in CONVOLUTIONS]), ids=str)
 def test_every_choice_computes_the_same(operations, network, device, expected, exact):
+    assert_same(step(network, images(device), Fused(operations)), expected, exact)
+
+
+@pytest.mark.parametrize("operations", [(operation,) for operation in CONVOLUTIONS], ids=str)
+def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, network, device, default_launches):
     with launched() as names:
-        found = step(network, images(device), Fused(operations))
-    assert_same(found, expected, exact)
-    fused, default = set(names), launches_of_the_default(network, device)
-    assert ("conv3x3_kernel" in fused) == ("convolution" in operations)
-    assert ("conv3x3_data_gradient_kernel" in fused) == ("data gradient" in operations)
-    assert ("conv3x3_weight_gradient_kernel" in fused) == ("weight gradient" in operations)
+        step(network, images(device), Fused(operations))
+    assert ("conv3x3_kernel" in names) == ("convolution" in operations)
+    assert ("conv3x3_data_gradient_kernel" in names) == ("data gradient" in operations)
+    assert ("conv3x3_weight_gradient_kernel" in names) == ("weight gradient" in operations)
     # Of the stem, two convolutions of each block, and the shortcut's, all with a pass of their own by default: stride 2
     # and the shortcut are cuDNN's, and behind the last convolution nothing reads its batch norm's output.
-    n_passes = {name: names.count(name) for name in ("statistics_kernel", "reduce_kernel")}
-    assert {name: default.count(name) for name in n_passes} == {"statistics_kernel": 8, "reduce_kernel": 7}
-    assert n_passes["statistics_kernel"] == (3 if "convolution" in operations else 8)
-    assert n_passes["reduce_kernel"] == (2 if "data gradient" in operations else 7)
-
-
-def launches_of_the_default(network, device) -> list[str]:
-    with launched() as names:
-        step(network, images(device))
-    return names
+    counts, by_default = (
+        {name: launches.count(name) for name in ("statistics_kernel", "reduce_kernel")}
+        for launches in (names, default_launches)
+    )
+    assert by_default == {"statistics_kernel": 8, "reduce_kernel": 7}
+    assert counts["statistics_kernel"] == (3 if "convolution" in operations else 8)
+    assert counts["reduce_kernel"] == (2 if "data gradient" in operations else 7)
 
 
 def test_what_is_chosen_for(network, device):
@@ -182,7 +189,8 @@ def test_second_derivatives(network, device):
     for found, expected in zip(penalty(Fused()), penalty({}), strict=True):
         assert (found is None) == (expected is None)
         if found is not None:
-            assert (found - expected).norm() <= 0.05 * expected.norm()  # of bf16, through two backwards
+            # Thirteen layers, each passed four times, and each time rounded to bf16: √52 · 2⁻⁹ = 0.014, three times.
+            assert (found - expected).norm() <= 0.05 * expected.norm()
 
 
 def test_checkpointed_activations(network, device):

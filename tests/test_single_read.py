@@ -98,7 +98,7 @@ def test_one_channel_beyond_fp32_has_the_statistics_of_two_passes(name, values, 
 
     found, expected = forward(single_read), forward(launch)
     for key, value in expected.items():
-        # The sums' terms are the same in another order; y may round to the neighbour.
+        # The sums' terms are the same in another order; y may round to the neighbor.
         rtol = 2**-7 if key == "y" else 1e-5
         torch.testing.assert_close(
             found[key], value, rtol=rtol, atol=1e-6, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}"
