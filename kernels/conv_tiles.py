@@ -18,9 +18,11 @@ MAX_ROWS = 2**31 - 2**20
 # Elements of the weight's gradient to a program that adds its parts up: 16 bytes of each part to a thread of 4 warps.
 COMBINE_BLOCK = 512
 
-# Programs that the work is divided among: two or four to each of 132 multiprocessors. More of them write more partial
-# sums, which the combine kernels read with few programs.
-PROGRAMS = (264, 528)
+# Programs that the work is divided among: two or four to each of 132 multiprocessors, which stay and take tile after
+# tile, or so many that most have one tile. More of them balance better and write more partial sums, which the combine
+# kernel reads with few programs; those of a weight gradient are as large as the weight.
+PROGRAMS = (264, 528, 4096)
+SPLIT_K_PROGRAMS = PROGRAMS[:2]
 
 
 class ConvTiles(NamedTuple):
@@ -51,24 +53,25 @@ def conv_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[Co
     """
     block_k, block_n = block_of(in_channels), block_of(out_channels)
     if block_n < 64:  # fewer than the rows of sm_90's matrix instruction: pixels are the rows
-        shapes = [(128, block_n, 4, 3)]
+        shapes = [(128, block_n, False, 4, 3)]
     else:
         # Shared memory feeds the matrix unit: 256 pixels by 64 channels, or 128 by 128, use each byte most often. 64 by
-        # 64 leave room for the most programs, and a fourth stage hides more of a load's latency.
-        shapes = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)]
+        # 64 leave room for the most programs, and a fourth stage hides more of a load's latency. With pixels as the
+        # rows x takes the way through registers, and the epilogue more of them.
+        shapes = [(64, 64, True, 4, 3), (128, 64, True, 8, 3), (128, 64, True, 8, 4), (128, 64, False, 8, 3)]
+        shapes += [(256, 64, True, 8, 3)]
         if out_channels % 128 == 0:
-            shapes.append((128, 128, 8, 3))
+            shapes.append((128, 128, True, 8, 3))
     found = []
-    for block_m, block_n, num_warps, num_stages in shapes:
+    for block_m, block_n, channels_as_rows, num_warps, num_stages in shapes:
         n_tiles = -(-n_rows // block_m) * -(-out_channels // block_n)
-        for n_programs in PROGRAMS:
-            per_program = -(-n_tiles // n_programs)
-            found.append(ConvTiles(block_m, block_n, block_k, per_program, block_n >= 64, num_warps, num_stages))
-    return list(dict.fromkeys(found))
+        for per_program in sorted({-(-n_tiles // n_programs) for n_programs in PROGRAMS}):
+            found.append(ConvTiles(block_m, block_n, block_k, per_program, channels_as_rows, num_warps, num_stages))
+    return found
 
 
 def weight_gradient_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[ConvTiles]:
-    """Of the weight gradient, a sum over `n_rows` = N·H·W pixels, in as many parts as give each of PROGRAMS."""
+    """Of the weight gradient, a sum over `n_rows` = N·H·W pixels, in as many parts as give each of SPLIT_K_PROGRAMS."""
     block_n = block_of(in_channels)
     shapes = [(64, block_n, 64, 4), (64, block_n, 128, 4)]
     if in_channels % 128 == out_channels % 128 == 0:
@@ -77,7 +80,7 @@ def weight_gradient_candidates(in_channels: int, out_channels: int, n_rows: int)
     for block_m, block_n, block_k, num_warps in shapes:
         n_tiles = 9 * -(-out_channels // block_m) * -(-in_channels // block_n)
         n_steps = -(-n_rows // block_k)
-        for n_programs in PROGRAMS:
+        for n_programs in SPLIT_K_PROGRAMS:
             n_parts = max(1, n_programs // n_tiles)
             found.append(ConvTiles(block_m, block_n, block_k, -(-n_steps // n_parts), True, num_warps, 3))
     return list(dict.fromkeys(found))

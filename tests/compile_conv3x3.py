@@ -38,7 +38,8 @@ def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Call
         "BN+add+ReLU, forked": (Saved(x, bits, *of_x, *(None,) * 5), x),
         "BN+BN+add+ReLU, forked": (Saved(x, bits, *of_x, *of_join), x),
     }
-    for tiles in conv_candidates(n_channels, n_channels, n_rows)[::2]:  # of the one number of programs: the same code
+    # The number of tiles to a program is no part of the code.
+    for tiles in dict.fromkeys(of._replace(per_program=8) for of in conv_candidates(n_channels, n_channels, n_rows)):
         yield "convolution", tiles, lambda tiles=tiles: conv3x3.forward(x, weight, tiles)
         for name, (saved, alias) in norms.items():
             yield (
@@ -48,7 +49,8 @@ def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Call
                     x, weight, tiles, saved, True, alias
                 ),
             )
-    for tiles in weight_gradient_candidates(n_channels, n_channels, n_rows)[::2]:
+    of_weight = weight_gradient_candidates(n_channels, n_channels, n_rows)
+    for tiles in dict.fromkeys(of._replace(per_program=8) for of in of_weight):
         yield "weight gradient", tiles, lambda tiles=tiles: conv3x3.weight_gradient(x, x, tiles, torch.float32)
 
 
@@ -99,7 +101,8 @@ if __name__ == "__main__":
     for (n_channels, width), shape in SHAPES.items():
         for name, tiles, launching in launches(n_channels, width):
             targets = ["sm_90"]
-            if (tiles.block_m, tiles.block_n) == ANYWHERE and tiles.num_stages == 3 and n_channels == 64:
+            is_anywhere = (tiles.block_m, tiles.block_n) == ANYWHERE and tiles.channels_as_rows
+            if is_anywhere and tiles.num_stages == 3 and n_channels == 64:
                 targets += ["sm_80", "sm_100"]
             found += [
                 {"kernel": name, "shape": shape, "tiles": tiles._asdict()} | compile_first(launching, target)

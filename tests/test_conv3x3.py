@@ -9,7 +9,13 @@ from budget import assert_within_budget
 from torch import Tensor
 
 from resnet_fast.convolution import has_kernels
-from resnet_fast.kernels.conv_tiles import PROGRAMS, ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.kernels.conv_tiles import (
+    PROGRAMS,
+    SPLIT_K_PROGRAMS,
+    ConvTiles,
+    conv_candidates,
+    weight_gradient_candidates,
+)
 from resnet_fast.ops import conv3x3
 
 LIBRARY = torch.ops.aten.convolution_backward
@@ -171,4 +177,4 @@ def test_no_candidate_starts_far_more_programs_than_wanted(n_in, n_out, n_rows):
     for tiles in weight_gradient_candidates(n_in, n_out, n_rows):
         n_tiles = 9 * -(-n_out // tiles.block_m) * -(-n_in // tiles.block_n)
         n_parts = -(-n_rows // (tiles.block_k * tiles.per_program))
-        assert n_parts * n_tiles <= max(PROGRAMS[-1], n_tiles)
+        assert n_parts * n_tiles <= max(SPLIT_K_PROGRAMS[-1], n_tiles)

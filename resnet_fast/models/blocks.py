@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from ..convolution import convolve
+from ..convolution import Handle, convolve
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 
 
@@ -111,7 +111,7 @@ class FusedBlock(nn.Module):
         """The forward without fusion: torchvision's."""
         return super().forward(x)  # type: ignore[misc]
 
-    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
         """`x` and `shortcut` are the block's input, once for each consumer; returns y.
 
         With `consumer`, the first convolution of the block behind this one, the same two handles to y.
@@ -122,7 +122,7 @@ class FusedBlock(nn.Module):
 class BasicBlock(FusedBlock, torchvision_resnet.BasicBlock):
     """conv3x3 - BN+ReLU - conv3x3 - BN+add+ReLU; the batch norm of a projection shortcut joins the last."""
 
-    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
         out, shortcut = convolve(self.conv1, x, shortcut)
         out = self.bn1.fused(out, relu=True, consumer=self.conv2)
         out, _ = convolve(self.conv2, out)
@@ -135,7 +135,7 @@ class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
     conv3: nn.Module
     bn3: FusedBatchNorm2d
 
-    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
         out, shortcut = convolve(self.conv1, x, shortcut)
         out = self.bn1.fused(out, relu=True, consumer=self.conv2)
         out, _ = convolve(self.conv2, out)
@@ -166,7 +166,7 @@ class PlainBlock(FusedBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 
-    def fused_forward(self, x: Any, shortcut: Any, consumer: nn.Module | None = None) -> Any:
+    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
         """The output has one consumer; what is returned for a shortcut no plain block takes."""
         out, _ = convolve(self.conv1, x)
         out = self.bn1.fused(out, relu=True, consumer=self.conv2)
@@ -196,7 +196,7 @@ def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list
     return blocks if all(isinstance(block, FusedBlock) and block.can_fuse() for block in blocks) else []
 
 
-def run_fused(blocks: Sequence[Any], x: Any, shortcut: Any) -> Tensor:
+def run_fused(blocks: Sequence[Any], x: Handle, shortcut: Tensor | None) -> Tensor:
     """Run blocks one after the other.
 
     Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
