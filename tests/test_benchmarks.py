@@ -306,7 +306,7 @@ def test_every_operation_of_ours_passes_its_check(name, direction):
 @pytest.mark.parametrize("direction", bench_conv.DIRECTIONS)
 def test_every_way_of_cutting_a_convolution_passes_its_check(direction):
     setting = CONVOLUTIONS[direction]
-    ways = {name: Provider(partial(bench_conv.build_fused, name)) for name in bench_conv.candidates(setting)}
+    ways = {name: Provider(partial(bench_conv.build_conv3x3, name)) for name in bench_conv.candidates(setting)}
     level = copy.copy(bench_conv.LEVEL)
     level.providers = {"cudnn": level.providers["cudnn"]} | ways
     level.warm_up = {"cpu": 0}

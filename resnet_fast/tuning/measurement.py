@@ -112,7 +112,7 @@ def measure(
         RuntimeError: the default does not run, or is wrong.
     """
     try:
-        with device_guard(torch.empty(0, device=device)), _as_in_training():
+        with device_guard(torch.empty(0, device=device)), _as_in_training(device):
             return _measure(problem, prepare(problem, device), device, rounds, clock)
     except torch.OutOfMemoryError:
         return Outcome(problem, skipped="not enough memory")
@@ -192,8 +192,11 @@ def _results(candidate: Candidate) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _as_in_training() -> Iterator[None]:
-    """cuDNN chooses its algorithms as `resnet-fast train` has it choose."""
+def _as_in_training(device: torch.device) -> Iterator[None]:
+    """cuDNN, where it is, chooses its algorithms as `resnet-fast train` has it choose."""
+    if device.type != "cuda":
+        yield
+        return
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
