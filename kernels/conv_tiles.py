@@ -46,6 +46,11 @@ class ConvTiles(NamedTuple):
         """As the compiler takes them."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
 
 def conv_candidates(in_channels: int, out_channels: int, n_rows: int) -> list[ConvTiles]:
     """Of the convolution from `in_channels` to `out_channels` at `n_rows` = N·H·W pixels, or of a data gradient that

@@ -60,7 +60,9 @@ def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any,
     """`conv(x)`, as a tensor or `Convolved`, and the shortcut's handle to x: `shortcut`, or x's own second one."""
     linked = isinstance(x, Activation)
     tensor: Tensor = x.y if linked else x  # type: ignore[assignment]
-    data_gradient = x.choice if linked else Choice(CUDNN)
+    if not linked and not _is_chosen_for(conv, tensor):
+        return conv(tensor), shortcut
+    data_gradient = x.choice if linked else Choice(CUDNN)  # type: ignore[union-attr]
     plan = Plan(_choose("convolution", conv, tensor), data_gradient, _choose("weight gradient", conv, tensor))
     if all(choice.tiles is None for choice in plan):
         return conv(tensor), shortcut
@@ -72,23 +74,22 @@ def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any,
 
 def choose_data_gradient(conv: nn.Module | None, y: Tensor, join: str, fork: bool) -> Choice:
     """What computes the gradient of y, the output of a batch norm with this join, which `conv` is to consume."""
-    if conv is None:
+    if conv is None or not _is_chosen_for(conv, y):
         return Choice(CUDNN)
     return _choose("data gradient", conv, y, join, fork)
 
 
 def _choose(operation: Operation, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> Choice:
-    if torch.compiler.is_compiling() or is_empty(x.device) or not _can_choose(conv, x):  # torch.compile keeps its own
-        return Choice(CUDNN)
     n_images, n_in_channels, _, width = x.shape
     return choose(
         Problem(operation, DTYPES[x.dtype], n_images, n_in_channels, conv.weight.shape[0], width, join, fork), x.device
     )
 
 
-def _can_choose(conv: Any, x: Tensor) -> bool:
-    """Whether conv(x) in training is a convolution that the kernels have."""
-    if not (torch.is_grad_enabled() and conv.training):
+def _is_chosen_for(conv: Any, x: Tensor) -> bool:
+    """Whether there are choices, and conv(x) in training is a convolution that the kernels have."""
+    # torch.compile keeps its own.
+    if torch.compiler.is_compiling() or is_empty(x.device) or not (torch.is_grad_enabled() and conv.training):
         return False
     # A subclass of Tensor, such as FakeTensor, is for operators alone.
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dtype not in DTYPES or type(x) is not Tensor:

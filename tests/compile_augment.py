@@ -11,7 +11,7 @@ import torch
 from compile_kernels import TARGETS, compile_for
 from triton.compiler import ASTSource
 
-from resnet_fast.ops import launch
+from resnet_fast.ops import augment_launch, launch
 
 TYPES = {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"} | {
     torch.float32: "fp32",
@@ -28,7 +28,7 @@ def record_launch(dtype: torch.dtype, reflect: bool) -> tuple:
     labels = torch.empty(1000, dtype=torch.int64, device="meta")
     plan = torch.empty(512, 6, dtype=torch.int32, device="meta")
     with mock.patch.object(launch, "run", lambda kernel, grid, **arguments: recorded.append((kernel, arguments))):
-        launch.augment(images, labels, plan, [125.0] * 3, [1 / 63] * 3, 4, reflect, 12, dtype)
+        augment_launch.augment(images, labels, plan, [125.0] * 3, [1 / 63] * 3, 4, reflect, 12, dtype)
     return recorded[0]
 
 

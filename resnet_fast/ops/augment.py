@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .batch_norm import choose_backend, device_guard, launch
+from .batch_norm import augment_launch, choose_backend, device_guard
 
 N_DRAWS = 6  # int32 per image of a plan: index, shift_y, shift_x, mirror, cut_y, cut_x
 
@@ -61,7 +61,9 @@ def augment(
     scale = tuple(1 / (255 * value) for value in std)
     if choose_backend(images) == "triton":
         with device_guard(images):
-            return launch.augment(images, labels, plan.contiguous(), shift, scale, padding, reflect, cutout, dtype)
+            return augment_launch.augment(
+                images, labels, plan.contiguous(), shift, scale, padding, reflect, cutout, dtype
+            )
     return _augment(images, labels, plan, shift, scale, padding, reflect, cutout, dtype)
 
 
@@ -83,7 +85,7 @@ def _augment(
     cutout: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`launch.augment` in plain PyTorch."""
+    """`augment_launch.augment` in plain PyTorch."""
     height, width = images.shape[2:]
     index, shift_y, shift_x, mirror, cut_y, cut_x = plan.long()[:, :, None].unbind(1)  # [B, 1] each
     i, j = torch.arange(height, device=plan.device), torch.arange(width, device=plan.device)

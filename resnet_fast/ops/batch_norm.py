@@ -18,17 +18,19 @@ from .choices import REVERSED, SINGLE_READ, TWO_PASSES
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
-launch: Any
+augment_launch: Any
 conv3x3: Any
+launch: Any
 single_read: Any
 try:
     import triton
 except ImportError as error:  # a machine without triton works, on ATen
-    launch = conv3x3 = single_read = None
+    augment_launch = conv3x3 = launch = single_read = None
     _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
     _INTERPRETED = False
 else:
-    from . import conv3x3, launch, single_read  # noqa: F401 (conv3x3 is for convolution.py)
+    # All that imports triton, for the other modules, too.
+    from . import augment_launch, conv3x3, launch, single_read  # noqa: F401
 
     _TRITON_MISSING = None
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]

@@ -66,9 +66,7 @@ def forward(x: Tensor, weight: Tensor, cut: ConvTiles) -> tuple[Tensor, PartialS
         SUMMED_CHANNELS=n_summed_channels,
         CHANNELS=n_channels,
         WIDTH=width,
-        BLOCK_M=cut.block_m,
-        BLOCK_N=cut.block_n,
-        BLOCK_K=cut.block_k,
+        **cut.blocks,
     )
     return y, PartialStatistics(partials, rows_per_program)
 
@@ -116,9 +114,7 @@ def data_gradient(
         SUMMED_CHANNELS=n_summed_channels,
         CHANNELS=n_channels,
         WIDTH=width,
-        BLOCK_M=cut.block_m,
-        BLOCK_N=cut.block_n,
-        BLOCK_K=cut.block_k,
+        **cut.blocks,
     )
     return dx, None if partials is None else launch.combine_gradients(partials, 1, n_parts)
 
@@ -146,9 +142,7 @@ def weight_gradient(x: Tensor, dy: Tensor, cut: ConvTiles, dtype: torch.dtype) -
         n_out_channels=n_out_channels,
         rows_per_part=rows_per_part,
         WIDTH=width,
-        BLOCK_M=cut.block_m,
-        BLOCK_N=cut.block_n,
-        BLOCK_K=cut.block_k,
+        **cut.blocks,
     )
     if n_parts > 1:
         launch.run(

@@ -1,4 +1,4 @@
-"""Allocates outputs and partial results, chooses grids and launches the Triton kernels. Imports triton.
+"""Allocates outputs and partial results, chooses grids and launches the kernels of the batch norm. Imports triton.
 
 Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in the layout of x.
 """
@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 
-from resnet_fast.kernels import augment as augment_kernels
 from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
@@ -274,12 +273,15 @@ def gradient_sums(
         BLOCK_M=cut.block_m,
         BLOCK_C=cut.block_c,
     )
-    gradients = [
-        None if parameter is None else torch.empty_like(parameter)
-        for parameter in (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
-    ]
+    gradients = empty_gradients(saved)
     sums = combine_gradients(partials, shape.n_groups, cut.group_splits, gradients)
     return dz, sums, gradients
+
+
+def empty_gradients(saved: Saved) -> list[Tensor | None]:
+    """For those of weight, bias, residual weight and residual bias, [C], where there are such."""
+    parameters = (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
+    return [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]
 
 
 def combine_gradients(
@@ -362,42 +364,3 @@ def input_gradients(
         BLOCK_C=cut.block_c,
     )
     return dx, dz if join == "add" else dresidual
-
-
-def augment(
-    images: Tensor,
-    labels: Tensor,
-    plan: Tensor,
-    shift: tuple[float, ...],
-    scale: tuple[float, ...],
-    padding: int,
-    reflect: bool,
-    cutout: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The batch that `plan` describes, and its labels."""
-    n_batch, (height, width) = len(plan), images.shape[2:]
-    y = torch.empty(n_batch, 3, height, width, dtype=dtype, device=images.device, memory_format=torch.channels_last)
-    batch_labels = labels.new_empty(n_batch)
-    run(
-        augment_kernels.augment_kernel,
-        (n_batch * triton.cdiv(height * width, tiles.AUGMENT_PIXELS),),
-        images_ptr=images,
-        labels_ptr=labels,
-        plan_ptr=plan,
-        y_ptr=y,
-        batch_labels_ptr=batch_labels,
-        height=height,
-        width=width,
-        padding=padding,
-        cutout=cutout,
-        shift_red=shift[0],
-        shift_green=shift[1],
-        shift_blue=shift[2],
-        scale_red=scale[0],
-        scale_green=scale[1],
-        scale_blue=scale[2],
-        REFLECT=reflect,
-        BLOCK_P=tiles.AUGMENT_PIXELS,
-    )
-    return y, batch_labels

@@ -210,10 +210,7 @@ def backward(
     dz = torch.empty_like(x) if writes_dz else None
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if is_bn_join else None
-    gradients = [
-        None if parameter is None else torch.empty_like(parameter)
-        for parameter in (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
-    ]
+    gradients = launch.empty_gradients(saved)
     launch.run(
         batch_norm_single_read.single_read_backward_kernel,
         (cut.n_splits * cut.n_channel_tiles,),

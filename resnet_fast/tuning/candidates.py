@@ -82,7 +82,6 @@ def _batch_norm(inputs: Inputs) -> tuple[Tensor, BatchNormArgs, Tensor | None, B
 
 
 def _batch_norms(problem: Problem, first: Inputs) -> dict[Choice, Implementation]:
-
     def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
         return {"y": outputs.y}
 
@@ -110,14 +109,15 @@ def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Imple
     named = _named_gradients(join)
 
     def arguments(inputs: Inputs, saved: Saved | None) -> tuple:
-        return inputs.dy, inputs.alias, saved, join, True, True, join == "bn"
+        return inputs.dy, inputs.alias, saved, join, True
 
-    found = {
-        Choice(TWO_PASSES): Implementation(lambda i, s: launch.backward(*arguments(i, s)), named),
-        Choice(REVERSED): Implementation(lambda i, s: launch.backward(*arguments(i, s), reverse=True), named),
-    }
+    def two_passes(reverse: bool) -> Implementation:
+        training = (True, join == "bn")
+        return Implementation(lambda i, s: launch.backward(*arguments(i, s), *training, reverse=reverse), named)
+
+    found = {Choice(TWO_PASSES): two_passes(False), Choice(REVERSED): two_passes(True)}
     if single_read.fits(first.x, problem.operation, join):
-        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)[:5]), named)
+        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
     return found
 
 

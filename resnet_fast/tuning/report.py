@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
+from resnet_fast.ops.choice_files import count_changed
 from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.measurement import MIN_GAIN, Outcome
 
@@ -37,9 +38,9 @@ def format_outcome(outcome: Outcome) -> list[str]:
 
 def format_end(outcomes: Sequence[Outcome]) -> list[str]:
     """What became of all problems."""
-    measured = [outcome for outcome in outcomes if outcome.measured is not None]
-    changed = sum(o.measured.choice != DEFAULTS[o.problem.operation] for o in measured if o.measured is not None)
-    lines = [f"{changed} of {len(measured)} differ from the default; a gain of {MIN_GAIN:.0%} or less changes nothing."]
+    measured = {outcome.problem: outcome.measured for outcome in outcomes if outcome.measured is not None}
+    differ = f"{count_changed(measured)} of {len(measured)} differ from the default"
+    lines = [f"{differ}; a gain of {MIN_GAIN:.0%} or less changes nothing."]
     if n_skipped := len(outcomes) - len(measured):
         lines.append(f"{n_skipped} skipped; what is not measured runs as the default.")
     return lines
