@@ -296,29 +296,42 @@ def _outcomes(
     opaque: dict[nn.Module, str],
 ) -> tuple[Outcome, ...]:
     """Of each batch norm: the site that holds most, of the graphs that call it."""
-    best: dict[nn.Module, Site] = {}
+    best: dict[nn.Module, tuple[Site, nn.Module]] = {}
     for module, found in sites.items():
         modules = dict(module.named_modules(remove_duplicate=False))
         for site in found:
             for call in site.norms:
                 norm = modules[str(call.target)]
-                if norm not in best or len(site.operation) >= len(best[norm].operation):  # the outer sees more
-                    best[norm] = site
+                if norm not in best or len(site.operation) >= len(best[norm][0].operation):  # the outer sees more
+                    best[norm] = site, module
+    names = {module: name for name, module in model.named_modules()}
     outcomes = []
     for name, norm in model.named_modules():
         if norm in left:
             outcomes.append(Outcome(name, "left", "", left[norm]))
         elif norm in best:
-            outcomes.append(Outcome(name, "converted", best[norm].operation, best[norm].why))
+            site, module = best[norm]
+            why = site.why or ("" if site.is_joint else _why_it_ends(model, names[module], opaque))
+            outcomes.append(Outcome(name, "converted", site.operation, why))
         elif isinstance(norm, _BatchNorm):
-            outcomes.append(Outcome(name, "converted", "BN", _why_unseen(model, name, opaque)))
+            why = why_opaque(model, name, opaque) or "no forward that was traced calls it with its input alone"
+            outcomes.append(Outcome(name, "converted", "BN", why))
     return tuple(outcomes)
 
 
-def _why_unseen(model: nn.Module, name: str, opaque: dict[nn.Module, str]) -> str:
-    """Why no graph shows the call of a batch norm: the innermost module around it that has none."""
-    around = [model.get_submodule(name[:end]) for end in range(len(name)) if end == 0 or name[end] == "."]
-    return next((opaque[module] for module in reversed(around) if module in opaque), "no forward calls it")
+def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
+    """Name the innermost module around one that has no graph, and why it has none; "" where each has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        if (around := model.get_submodule(name)) in opaque:
+            return f"{name or 'model'}: {opaque[around]}"
+    return ""
+
+
+def _why_it_ends(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
+    """Say why nothing follows a batch norm that the forward of `name` ends with."""
+    reason = why_opaque(model, name, opaque)
+    return f"what follows {name} is not known ({reason})" if reason else f"{name or 'model'} returns its output"
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:

@@ -7,18 +7,23 @@ per output channel, with the running statistics (Jacob et al. 2018, arXiv:1712.0
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
 from ..models.blocks import has_own_hook
-from .convert import check_is_module, check_is_not_compiled, make_fused, restore, trace_all
+from .convert import check_is_module, check_is_not_compiled, make_fused, restore, trace_all, why_opaque
 from .rewrite import add, changes_nothing, fuse, put_in_place
 from .sites import BATCH_NORMS, Site, find_sites
 from .trace import FOREIGN
+
+
+MOST_REASONS = 3  # that an error names
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -119,8 +124,21 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
         raise ValueError(f"model cannot be folded: {opaque.get(copied, 'it holds no modules')}")
     graph = traced[copied].graph
     if not _fold_graph(copied, graph):
-        raise ValueError("model cannot be folded: it has no batch norm with statistics behind a convolution of its own")
+        norms = [(name, module) for name, module in copied.named_modules() if isinstance(module, _BatchNorm)]
+        reasons = list(dict.fromkeys(_why_not(copied, name, norm, opaque) for name, norm in norms))
+        more = f"; and {len(reasons) - MOST_REASONS} more" * (len(reasons) > MOST_REASONS)
+        why = "; ".join(reasons[:MOST_REASONS]) + more or "it has no batch norm"
+        raise ValueError(f"model cannot be folded: {why}")
     return fx.GraphModule(copied, graph).eval()
+
+
+def _why_not(model: nn.Module, name: str, norm: _BatchNorm, opaque: Mapping[nn.Module, str]) -> str:
+    if type(norm) not in BATCH_NORMS:
+        return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
+    if norm.running_mean is None:
+        return f"{name} has no running statistics"
+    why = f"{name} is not called behind an nn.Conv2d that is called once and that nothing else reads"
+    return why_opaque(model, name, opaque) or why
 
 
 def _fold_graph(root: nn.Module, graph: fx.Graph) -> int:

@@ -39,7 +39,7 @@ class Site:
         residual_norm: the call of the batch norm that only the addition reads.
         relu: the ReLU behind.
         between: calls of nn.Identity on the way, which go away with the rest.
-        why: where there is neither addition nor ReLU, the reason.
+        why: the reason where there is neither addition nor ReLU; "" also where the forward ends with the norm.
     """
 
     norm: fx.Node
@@ -117,21 +117,25 @@ class _Finder:
         if self.modules[str(norm.target)] in self.read:
             return Site(norm, why="another step reads its statistics or weights")
         if user is None:
-            return Site(norm, why="more than one step reads its output")
+            readers = [self.named(reader) for reader in (norm, *between)[-1].users]
+            several = f"more than one step reads its output ({', '.join(readers)})"
+            return Site(norm, why=several if readers else "no step reads its output")
+        if user.op == "output":  # what follows, only another forward shows
+            return Site(norm)
         if self.is_relu(user):
             return Site(norm, relu=user, between=between)
         if not self.is_addition(user):
-            return Site(norm, why="neither ReLU nor an addition follows")
+            return Site(norm, why=f"{self.named(user)} reads its output")
         own = (norm, *between)[-1]
         others = [argument for argument in user.args if argument is not own]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
             return Site(norm, why="what is added is no other tensor")
         if not self.reads_convolution(norm):
-            return Site(norm, why="an addition follows, and its input is not that of a convolution alone")
+            return Site(norm, why="an addition follows, but its input is not from an nn.Conv2d which nothing else reads")
         (other,) = others
         residual_norm, residual_between = self.joined_norm(other)
         if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and not self.is_fresh(other):
-            return Site(norm, why="it is added in place to another tensor")
+            return Site(norm, why="it is added in place to a tensor that others may see")
         relu, relu_between = self.only_reader(user)
         if relu is None or not self.is_relu(relu):
             relu, relu_between = None, []
@@ -178,6 +182,18 @@ class _Finder:
         if node.op == "call_module":
             return type(self.modules[str(node.target)]) in (nn.Conv2d, *BATCH_NORMS)
         return node.op == "call_function" and node.target in FRESH
+
+    def named(self, node: fx.Node) -> str:
+        """A step, as a reader of the report knows it."""
+        if node.op == "call_module":
+            return type(self.modules[str(node.target)]).__name__
+        if node.op != "call_function":
+            return "the caller" if node.op == "output" else f".{node.target}"
+        if node.target is getattr:
+            return f".{node.args[1]}"
+        name = getattr(node.target, "__name__", str(node.target))
+        space = next((space for space in (torch, F) if getattr(space, name, None) is node.target), None)
+        return f"{space.__name__}.{name}" if space else name
 
     def is_identity(self, node: fx.Node) -> bool:
         return node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity

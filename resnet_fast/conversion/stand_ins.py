@@ -31,7 +31,10 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         if not callable(getattr(Tensor, k, None)) and k not in ATTRIBUTES:
-            raise UntraceableError(f"its forward asks a value for {k!r}, which not every tensor has")
+            raise UntraceableError(f"its forward asks a value for {k!r}, which no graph can hold")
+        code = sys._getframe(1).f_code
+        if "hasattr" in code.co_names and (k in code.co_consts or k not in code.co_names):
+            raise UntraceableError(f"its forward asks a value whether it has {k!r}")
         return _Attribute(self, k)  # type: ignore[call-arg, arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -40,21 +43,16 @@ class _Proxy(fx.Proxy):
         super().__setattr__(name, value)
 
     def __hash__(self) -> int:
-        return self._unless_asked("looks for a value in a set or dict", id(self))
+        if not _is_trusted(sys._getframe(1)):
+            raise UntraceableError("its forward looks for a value in a set or dict")
+        return id(self)
 
-    def __repr__(self) -> str:
-        return self._unless_asked("makes text of a value", "a stand-in")
+    def __repr__(self, form: str = "") -> str:
+        if not _is_trusted(sys._getframe(1)):
+            self.tracer.makes_text = True  # of use for an error's message alone
+        return "?"
 
-    __str__ = __repr__
-
-    def __format__(self, form: str) -> str:
-        return self._unless_asked("makes text of a value", "a stand-in")
-
-    @staticmethod
-    def _unless_asked(does: str, answer: Any) -> Any:
-        if not _is_trusted(sys._getframe(2)):
-            raise UntraceableError(f"its forward {does}")
-        return answer
+    __str__ = __format__ = __repr__
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):

@@ -6,15 +6,19 @@ else the forward does or depends on. So it is watched meanwhile, and a graph is 
 - does the same with gradients and without, with autocast and without, and switches none of them, nor checkpointing;
 - neither reads the mode nor asks how it is run, for types, or for attributes that tensors do not have;
 - catches no exceptions, prints nothing, and neither draws random numbers in Python nor writes attributes or globals;
+- makes no modules, except an nn.ReLU, which holds nothing;
 - reads no attribute, global or outer variable that can change unseen: of plain values, which are compared again before
   the graph is used, functions, classes and modules alone.
 
 Reed et al. 2022, torch.fx, arXiv:2112.08429.
 """
 
+import builtins
+import dis
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +26,13 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .stand_ins import STAND_INS, Input, UntraceableError, Value
-from .watch import Setting, Watch, is_plain, left_as_it_was
+from .watch import Setting, Watch, is_library, is_plain, left_as_it_was
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 # Whose modules are called as they are. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
 CLOSED = (*FOREIGN, "resnet_fast.")
+MOST_QUESTIONS = 6  # of one forward: each may double the times that it is traced
 
 
 class Traced(NamedTuple):
@@ -37,23 +42,49 @@ class Traced(NamedTuple):
     settings: tuple[Setting, ...]
 
 
+class _UnansweredError(Exception):
+    """The forward asks whether a value is true, and no answer was given."""
+
+
+@fx.has_side_effect
+def check_that(value: Any, answer: bool, kind: str, message: str) -> None:
+    """Raise the error of a forward that goes on only where a value is true, or false."""
+    if bool(value) is not answer:
+        raise getattr(builtins, kind, RuntimeError)(message)
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's tracer, which calls modules without children, those of torch.nn, and the opaque ones, as they are."""
 
     proxy_buffer_attributes = True
 
     # Defaults: torch.fx makes one when it unpickles a GraphModule.
-    def __init__(self, opaque: Collection[nn.Module] = (), closed: tuple[str, ...] = CLOSED) -> None:
+    def __init__(
+        self,
+        opaque: Collection[nn.Module] = (),
+        closed: tuple[str, ...] = CLOSED,
+        made: Collection[nn.Module] = (),
+        answers: tuple[bool, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.opaque, self.closed = opaque, closed
+        self.opaque, self.closed, self.made = opaque, closed, made
+        self.answers, self.checks, self.makes_text = answers, [], False
         self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_container(m, self.closed) or m in self.opaque
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        if m in self.made:
+            return forward(*args, **kwargs)
         # Not `forward`, which runs the hooks of the module: these are not to see stand-ins.
         return super().call_module(m, m.forward, args, kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            raise UntraceableError(f"its forward calls a {type(mod).__name__} that it does not hold") from None
 
     def create_arg(self, a: Any) -> Any:
         if type(a) in STAND_INS:  # torch.fx would ask for types
@@ -71,6 +102,15 @@ class _Tracer(fx.Tracer):
         if _context() != self.context:
             raise UntraceableError("its forward switches gradients, autocast or checkpointing on or off")
         return super().create_node(kind, *args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.answers is None:
+            return super().to_bool(obj)
+        if len(self.checks) == len(self.answers):
+            raise _UnansweredError
+        answer = self.answers[len(self.checks)]
+        self.checks.append(self.create_node("call_function", check_that, (obj.node, answer), {}))
+        return answer
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Input(node, self) if node.op == "placeholder" else Value(node, self)
@@ -95,7 +135,8 @@ def trace(
     Args:
         module: a container; nothing in it is changed.
         opaque: modules within that are called as a whole.
-        frozen: of evaluation alone, with mode and settings as they are now.
+        frozen: of evaluation alone, with mode and settings as they are now, run as eager runs it. A branch that only
+            raises an error becomes a step that checks its condition.
         closed: beginnings of the names of Python modules whose classes are called as they are.
 
     Raises:
@@ -111,22 +152,57 @@ def trace(
             watch = Watch(frozen)
             try:
                 with watch.watching():
-                    graph = _Tracer(opaque, closed).trace(module)
-                _check_constants(graph)
+                    followed = _follow(module, partial(_Tracer, opaque, closed, watch.made), () if frozen else None)
+                if isinstance(followed, Exception):
+                    raise followed
             except UntraceableError:
                 raise
             except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
                 reason = " ".join(str(error).split())[:80]
                 raise UntraceableError(f"torch.fx cannot follow its forward ({reason})") from error
-            found.append(Traced(graph, tuple(watch.settings.values())))
+            found.append(Traced(followed[0], tuple(watch.settings.values())))
     if str(found[0].graph) != str(found[1].graph):
-        raise UntraceableError("its forward depends on gradients or autocast")
+        raise UntraceableError("its forward does not do the same with gradients as without, or twice")
     return found[0]
 
 
-def _check_constants(graph: fx.Graph) -> None:
-    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-        raise UntraceableError("its forward computes a tensor that does not depend on its input")
+def _follow(
+    module: nn.Module, tracer: Callable[..., _Tracer], answers: tuple[bool, ...] | None
+) -> tuple[fx.Graph, list[fx.Node]] | Exception:
+    """Return the graph that a forward has if its first questions are answered so, whatever it asks after them, and the
+    steps that check the answers; or the error that it raises then in any case.
+    """
+    tracing = tracer(answers)
+    try:
+        graph = tracing.trace(module)
+    except _UnansweredError:
+        assert answers is not None
+    except Exception as error:
+        if answers and _is_own(error):
+            return error
+        raise
+    else:
+        if tracing.makes_text:
+            raise UntraceableError("its forward makes text of a value")
+        return graph, tracing.checks
+    both = [_follow(module, tracer, (*answers, answer)) for answer in (True, False) if len(answers) < MOST_QUESTIONS]
+    errors = [followed for followed in both if isinstance(followed, Exception)]
+    graphs = [followed for followed in both if not isinstance(followed, Exception)]
+    if len(errors) == 2:
+        return errors[0]
+    if len(errors) == 0:
+        raise UntraceableError("torch.fx cannot follow its forward (values or shapes decide what it computes)")
+    check = graphs[0][1][len(answers)]
+    check.args = (*check.args, type(errors[0]).__name__, str(errors[0]))
+    return graphs[0]
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether it is the forward that raised an error, by a statement."""
+    step: Any = error.__traceback__
+    while step.tb_next:
+        step = step.tb_next
+    return not is_library(step.tb_frame) and step.tb_frame.f_code.co_code[step.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _required_parameters(function: Any) -> list[str]:

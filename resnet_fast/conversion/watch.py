@@ -2,6 +2,8 @@
 
 import builtins
 import dis
+import inspect
+import operator
 import random
 import sys
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stand_ins import UntraceableError
+from .stand_ins import STAND_INS, UntraceableError
 
 # Whose code is not looked at, but for what it does to stand-ins.
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "resnet_fast"}
@@ -23,16 +26,23 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dty
 CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, nn.Module)
 # Every module's own attributes, of which a forward may read all but the mode.
 OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
+# Questions that torch.fx's tracing answers as eager does.
+EAGER = frozenset(
+    "is_scripting is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
+)
 # Names in the code of a forward, and what it does with them.
 QUESTIONS = {
-    **dict.fromkeys(("type", "__class__", "hasattr", "vars"), "asks for the types or attributes of values"),
+    **dict.fromkeys(("type", "__class__", "vars", "builtins"), "asks for types or attributes"),
     **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), "asks how it is run"),
-    **dict.fromkeys(("is_fx_tracing", "is_fx_symbolic_tracing", "is_tracing", "is_compiling"), "asks how it is run"),
-    **dict.fromkeys(("is_in_onnx_export", "is_initialized", "is_available", "backends"), "asks how it is run"),
+    **dict.fromkeys(("is_fx_tracing", "is_fx_symbolic_tracing", *EAGER), "asks how it is run"),
+    **dict.fromkeys(("is_initialized", "is_available", "backends"), "asks how it is run"),
     **dict.fromkeys(("environ", "getenv", "get_default_dtype", "time", "perf_counter"), "asks how it is run"),
     **dict.fromkeys(("print", "open", "input"), "prints or reads"),
+    "suppress": "catches exceptions",
     **dict.fromkeys(("exec", "globals", "locals", "functional_call", "apply"), "runs what a graph does not show"),
 }
+# Modules whose outputs are never None.
+GIVE_TENSORS = (nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -60,7 +70,8 @@ class Watch:
     def __init__(self, frozen: bool) -> None:
         self.frozen = frozen
         self.settings: dict[tuple[int, str], Setting] = {}
-        self.screened: set[CodeType] = set()
+        self.screened: dict[CodeType, tuple[str, ...]] = {}
+        self.made: set[nn.Module] = set()  # nn.ReLUs alone, which hold nothing
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -68,18 +79,32 @@ class Watch:
         watch, before = self, sys.getprofile()
 
         def read(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if name not in OWN and not name.startswith("__"):
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:
+                is_own = name in OWN or name.startswith("__")
+                if not watch.frozen and not is_own and not any(name in held for held in _held(module)):
+                    watch.note(module, name, None)  # which the forward may find out by hasattr
+                raise
+            if name not in OWN and not name.startswith("__") and module not in watch.made:
                 watch.note_attribute(module, name, value)
             return value
 
         def called(frame: FrameType, event: str, argument: Any) -> None:
             if event == "call" and frame.f_code not in watch.screened:
-                watch.screened.add(frame.f_code)
-                watch.screen(frame)
+                watch.screened[frame.f_code] = watch.screen(frame)
+            if event == "call" and any(watch.may_be_none(frame.f_locals[n]) for n in watch.screened[frame.f_code]):
+                raise UntraceableError("its forward asks whether a value is None")
 
         def write(module: nn.Module, name: str, value: Any = None) -> None:
-            raise UntraceableError(f"its forward writes attributes of modules ({name})")
+            is_made = sys._getframe(1).f_code.co_name == "__init__"
+            if name.startswith("_tensor_constant"):  # torch.fx writes it
+                raise UntraceableError("its forward uses a tensor that is neither its input nor any module's")
+            if not is_made or type(module) is not nn.ReLU:
+                does = f"makes a {type(module).__name__}" if is_made else f"writes attributes of modules ({name})"
+                raise UntraceableError(f"its forward {does}")
+            vars(module)[name] = value
+            watch.made.add(module)
 
         originals = {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
         nn.Module.__getattribute__ = read  # type: ignore[method-assign]
@@ -110,41 +135,75 @@ class Watch:
         if not isinstance(value, MethodType):  # of the module's class, made anew each time
             self.settings[id(owner), name] = Setting(owner, name, value)
 
-    def screen(self, frame: FrameType) -> None:
-        """Refuse a function of the forward whose code does what a graph would not show."""
+    def screen(self, frame: FrameType) -> tuple[str, ...]:
+        """Refuse a function of the forward whose code does what a graph would not show.
+
+        Returns:
+            Its arguments that it compares with None.
+        """
         code, namespace = frame.f_code, frame.f_globals
-        library, _, _ = namespace.get("__name__", "").partition(".")
-        if library in LIBRARIES or library.startswith("namedtuple_"):  # the latter: what collections.namedtuple wrote
-            return
-        opcodes = [instruction.opname for instruction in dis.get_instructions(code)]
-        if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
-            raise UntraceableError("its forward catches exceptions")
+        if is_library(frame):
+            return ()
+        instructions = list(dis.get_instructions(code))
+        opcodes = [instruction.opname for instruction in instructions]
+        n_arguments = code.co_argcount + code.co_kwonlyargcount
+        takes_any = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+        # A function that is given nothing has no stand-ins, on which it would fail.
+        if n_arguments or takes_any or code.co_freevars:
+            if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
+                raise UntraceableError("its forward has a try statement")
         if "STORE_GLOBAL" in opcodes or "DELETE_GLOBAL" in opcodes:
             raise UntraceableError("its forward writes global variables")
-        if _compares_a_variable_with_none(code):
-            raise UntraceableError("its forward asks whether a value is None")
+        stored = {instruction.argval for instruction in instructions if instruction.opname.startswith("STORE_")}
+        asked = _compared(instructions)
+        if not asked <= {*code.co_varnames[:n_arguments]} - stored:
+            raise UntraceableError("its forward asks whether a value is None or another one")
+        loaded = {instruction.argval for instruction in instructions if instruction.opname == "LOAD_GLOBAL"}
         for name in code.co_names:
-            if name in QUESTIONS:
+            is_meant = name in loaded or name not in vars(builtins)  # not x.type(dtype)
+            if name in QUESTIONS and is_meant and not (self.frozen and name in EAGER):
                 raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
         for name in code.co_freevars:
             if name != "__class__" and not isinstance(frame.f_locals.get(name), CALLABLE):
                 raise UntraceableError(f"its forward reads {name}, a variable of the function around it")
         if not self.frozen:
-            for instruction in dis.get_instructions(code):
-                name = instruction.argval
-                if instruction.opname == "LOAD_GLOBAL" and (name in namespace or not hasattr(builtins, name)):
+            for name in loaded:
+                if name in namespace or not hasattr(builtins, name):
                     self.note(namespace, name, namespace.get(name))
+        return tuple(asked)
+
+    def may_be_none(self, value: Any) -> bool:
+        """Whether a stand-in may be one for None, as the outputs of opaque modules may."""
+        if type(value) not in STAND_INS:
+            return False
+        node = value.node
+        if node.op == "placeholder":
+            return self.frozen  # else looked at whenever the graph is used
+        if node.op == "call_module":
+            return type(value.tracer.root.get_submodule(node.target)) not in GIVE_TENSORS
+        name = getattr(node.target, "__name__", "getitem")
+        return name == "getitem" or all(getattr(space, name, None) is not node.target for space in (torch, F, operator))
 
 
-def _compares_a_variable_with_none(code: CodeType) -> bool:
-    """Whether that is so of a local variable: a stand-in is never None, what an opaque module returns may be."""
-    instructions = list(dis.get_instructions(code))
+def is_library(frame: FrameType) -> bool:
+    """Whether it runs code that a forward uses and nobody wrote for it."""
+    library, _, _ = frame.f_globals.get("__name__", "").partition(".")
+    return library in LIBRARIES or library.startswith("namedtuple_")  # the latter: what collections.namedtuple wrote
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return tuple(vars(module).get(kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
+
+
+def _compared(instructions: list[dis.Instruction]) -> set[Any]:
+    """The local variables that are compared with None; both, where it is two that are compared."""
+    compared = set()
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
             operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            if any(operand.opname.startswith("LOAD_FAST") for operand in operands):
-                return True
-    return False
+            names = tuple(operand.argval for operand in operands if operand.opname.startswith("LOAD_FAST"))
+            compared |= {names} if len(names) > 1 else {*names}
+    return compared
 
 
 def is_plain(value: Any) -> bool:
