@@ -1,5 +1,6 @@
 """What cannot be proven to stay the same is left alone, as a whole, and the report says why."""
 
+import contextlib
 import copy
 import os
 import random
@@ -204,6 +205,40 @@ class CatchesExceptions(Block):
             return self.steps(x)
 
 
+class SuppressesExceptions(Block):
+    def forward(self, x):
+        y = self.steps(x)
+        with contextlib.suppress(Exception):
+            y = y * float(x.mean())
+        return y
+
+
+class MakesADropout(Block):
+    def forward(self, x):
+        return nn.Dropout(0.0)(self.steps(x))
+
+
+class MakesASigmoid(Block):
+    def forward(self, x):
+        return nn.Sigmoid()(self.steps(x))
+
+
+class KeepsAReLU(Block):
+    def forward(self, x):
+        self.relu = nn.ReLU()
+        return self.relu(self.steps(x))
+
+
+class CallsAGlobalReLU(Block):
+    def forward(self, x):
+        return RELU(self.steps(x))
+
+
+class AsksForTracing(Block):
+    def forward(self, x):
+        return self.steps(x) + (1 if torch.jit.is_tracing() else 0)
+
+
 class Prints(Block):
     def forward(self, x):
         print("forward", end="")
@@ -260,6 +295,24 @@ class AsksForNone(Block):
         return y if other is None else y + other
 
 
+class AsksWhetherThereIsAShape(AsksForNone):
+    def forward(self, x):
+        y = self.steps(x)
+        other = self.auxiliary(y)
+        return y + other if hasattr(other, "shape") else y
+
+
+class AsksForNoneOfItsOwn(AsksForNone):
+    """What an argument may be, of a function of its own."""
+
+    def join(self, y, other):
+        return y if other is None else y + other
+
+    def forward(self, x):
+        y = self.steps(x)
+        return self.join(y, self.auxiliary(y))
+
+
 class Reverses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -312,7 +365,7 @@ def _with_a_variable_around():
 
 
 ReadsAVariableAround = _with_a_variable_around()
-SCALES, N_CALLS = {"all": 2}, 0
+SCALES, N_CALLS, RELU = {"all": 2}, 0, nn.ReLU()
 
 
 class MakesAConstant(Block):
@@ -337,11 +390,13 @@ CASES = {
     BranchesOnShapes: "control flow",
     BranchesOnTypes: "type of an intermediate",
     MatchesTypes: "type of an intermediate",
-    AsksForTheExactType: "asks for the types",
-    AsksForAnAttribute: "'logits', which not every tensor has",
-    AsksWhetherThereIsAnAttribute: "asks for the types or attributes",
+    AsksForTheExactType: "asks for types",
+    AsksForAnAttribute: "'logits', which no graph can hold",
+    AsksWhetherThereIsAnAttribute: "'logits', which no graph can hold",
+    AsksWhetherThereIsAShape: "asks a value whether it has 'shape'",
     AsksForGradients: "asks how it is run (is_grad_enabled)",
-    CatchesExceptions: "catches exceptions",
+    CatchesExceptions: "has a try statement",
+    SuppressesExceptions: "catches exceptions (suppress)",
     Prints: "prints or reads",
     SwitchesGradientsOff: "switches gradients",
     SwitchesGradientsOn: "switches gradients",
@@ -366,14 +421,20 @@ CASES = {
     LooksAValueUp: "looks for a value in a set or dict",
     LooksAnAttributeUp: "looks for a value in a set or dict",
     MakesText: "makes text of a value",
-    AsksForTheGraph: "'grad_fn', which not every tensor has",
+    AsksForTheGraph: "'grad_fn', which no graph can hold",
     AsksForNone: "asks whether a value is None",
     AppliesAFunction: "runs what a graph does not show (apply)",
     SetsAnotherModulesSetting: "writes attributes of modules (momentum)",
     FreezesAndBack: "writes attributes of modules (training)",
     AsksTheEnvironment: "asks how it is run (environ)",
     GivesAnOrderedDict: "makes a OrderedDict",
-    MakesAConstant: "writes attributes of modules",
+    MakesAConstant: "uses a tensor that is neither its input nor any module's",
+    MakesADropout: "makes a Dropout",
+    MakesASigmoid: "calls a Sigmoid that it does not hold",
+    KeepsAReLU: "writes attributes of modules (relu)",
+    CallsAGlobalReLU: "calls a ReLU that it does not hold",
+    AsksForTracing: "asks how it is run (is_tracing)",
+    AsksForNoneOfItsOwn: "asks whether a value is None",
     TakesAnything: "takes any arguments",
     Fails: "cannot follow",
 }

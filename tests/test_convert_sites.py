@@ -69,14 +69,14 @@ class ScalesWhatItAdds(Block):
 
 
 ALONE = {
-    ReadTwice: "more than one step reads",
-    NoReLU: "neither ReLU nor an addition",
+    ReadTwice: "more than one step reads its output (torch.nn.functional.relu, add)",
+    NoReLU: "torch.nn.functional.silu reads its output",
     AddsANumber: "no other tensor",
     AddsItself: "no other tensor",
     ReadsTheStatistics: "another step reads its statistics",
-    AddsToItsInput: "in place to another tensor",
-    SharesTheConvolution: "not that of a convolution alone",
-    ScalesWhatItAdds: "neither ReLU nor an addition",
+    AddsToItsInput: "in place to a tensor that others may see",
+    SharesTheConvolution: "its input is not from an nn.Conv2d which nothing else reads",
+    ScalesWhatItAdds: "torch.add with alpha reads its output",
 }
 
 

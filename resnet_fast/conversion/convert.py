@@ -258,10 +258,15 @@ def trace_all(
     traced, opaque = {}, {}
     for module in reversed(list(model.modules())):
         if is_container(module, closed):
-            try:
-                traced[module] = trace(module, opaque, frozen=frozen, closed=closed)
-            except UntraceableError as error:
-                opaque[module] = str(error)
+            # Given lists of tensors, say, a forward may be followed that on its own is not.
+            for within in [{}, opaque] if frozen and any(inner in opaque for inner in module.modules()) else [opaque]:
+                try:
+                    traced[module] = trace(module, within, frozen=frozen, closed=closed)
+                    break
+                except UntraceableError as error:
+                    reason = str(error)
+            else:
+                opaque[module] = reason
     return traced, opaque
 
 

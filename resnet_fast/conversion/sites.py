@@ -193,7 +193,8 @@ class _Finder:
             return f".{node.args[1]}"
         name = getattr(node.target, "__name__", str(node.target))
         space = next((space for space in (torch, F) if getattr(space, name, None) is node.target), None)
-        return f"{space.__name__}.{name}" if space else name
+        extra = f" with {', '.join(node.kwargs)}" if node.target in ADDITIONS and node.kwargs else ""
+        return f"{space.__name__ + '.' if space else ''}{name}{extra}"
 
     def is_identity(self, node: fx.Node) -> bool:
         return node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity

@@ -49,7 +49,9 @@ class _UnansweredError(Exception):
 @fx.has_side_effect
 def check_that(value: Any, answer: bool, kind: str, message: str) -> None:
     """Raise the error of a forward that goes on only where a value is true, or false."""
-    if bool(value) is not answer:
+    if isinstance(value, fx.Proxy):  # torch.fx traces a GraphModule anew to unpickle it
+        value.tracer.create_proxy("call_function", check_that, (value, answer, kind, message), {})
+    elif bool(value) is not answer:
         raise getattr(builtins, kind, RuntimeError)(message)
 
 

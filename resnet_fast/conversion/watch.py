@@ -91,9 +91,10 @@ class Watch:
             return value
 
         def called(frame: FrameType, event: str, argument: Any) -> None:
-            if event == "call" and frame.f_code not in watch.screened:
+            if event == "call" and frame.f_code not in watch.screened and not _is_importing(frame):
                 watch.screened[frame.f_code] = watch.screen(frame)
-            if event == "call" and any(watch.may_be_none(frame.f_locals[n]) for n in watch.screened[frame.f_code]):
+            asked = watch.screened.get(frame.f_code, ()) if event == "call" else ()
+            if any(watch.may_be_none(frame.f_locals[name]) for name in asked):
                 raise UntraceableError("its forward asks whether a value is None")
 
         def write(module: nn.Module, name: str, value: Any = None) -> None:
@@ -164,7 +165,8 @@ class Watch:
             if name in QUESTIONS and is_meant and not (self.frozen and name in EAGER):
                 raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
         for name in code.co_freevars:
-            if name != "__class__" and not isinstance(frame.f_locals.get(name), CALLABLE):
+            value = frame.f_locals.get(name)
+            if name != "__class__" and type(value) not in STAND_INS and not isinstance(value, CALLABLE):
                 raise UntraceableError(f"its forward reads {name}, a variable of the function around it")
         if not self.frozen:
             for name in loaded:
@@ -189,6 +191,15 @@ def is_library(frame: FrameType) -> bool:
     """Whether it runs code that a forward uses and nobody wrote for it."""
     library, _, _ = frame.f_globals.get("__name__", "").partition(".")
     return library in LIBRARIES or library.startswith("namedtuple_")  # the latter: what collections.namedtuple wrote
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a forward imports something, as some questions to torch do: this has nothing to do with stand-ins."""
+    while frame and frame.f_globals.get("__name__") != "torch.fx._symbolic_trace":
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
