@@ -267,17 +267,33 @@ def _patch(model):
     return model
 
 
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.bn(x)))
+
+
 REFUSED = {
     "no module": (lambda: None, TypeError, "model must be an nn.Module, got NoneType"),
     "1-D": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
         ValueError,
-        "it has no batch norm with statistics",
+        "1 is a BatchNorm1d, not an nn.BatchNorm2d",
+    ),
+    "no norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), ValueError, "it has no batch norm"),
+    "no convolution": (PreActivation, ValueError, "bn is not called behind an nn.Conv2d"),
+    "a part that branches": (
+        lambda: nn.Sequential(Branches()),
+        ValueError,
+        "model cannot be folded: 0: torch.fx cannot follow its forward",
     ),
     "no statistics": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
         ValueError,
-        "it has no batch norm with statistics",
+        "1 has no running statistics",
     ),
     "a layer": (lambda: nn.BatchNorm2d(3), ValueError, "it holds no modules"),
     "branches": (Branches, ValueError, "model cannot be folded: torch.fx cannot follow its forward"),

@@ -41,7 +41,10 @@ def convert(
     image_size: Annotated[int, typer.Option(min=1, help="Pixels of the images that it is tried on.")] = 32,
     batch_size: Annotated[int, typer.Option(min=2, help="How many of them.")] = 4,
 ) -> None:
-    """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay."""
+    """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay.
+
+    It imports MODULE and calls FUNCTION, which run as any program does: name only code that you trust.
+    """
     before = list(sys.path)
     try:
         _show(model, arg or [], (batch_size, 3, image_size, image_size))

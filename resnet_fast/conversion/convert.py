@@ -336,7 +336,9 @@ def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> 
 def _why_it_ends(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
     """Say why nothing follows a batch norm that the forward of `name` ends with."""
     reason = why_opaque(model, name, opaque)
-    return f"what follows {name} is not known ({reason})" if reason else f"{name or 'model'} returns its output"
+    if reason:
+        return f"what follows {name} is not known ({reason})"
+    return f"{name} returns its output, and no forward that was traced calls it" if name else "model returns its output"
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from .rewrite import add, changes_nothing, fuse, put_in_place
 from .sites import BATCH_NORMS, Site, find_sites
 from .trace import FOREIGN
 
-
 MOST_REASONS = 3  # that an error names
 
 
@@ -108,7 +107,7 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
     Raises:
         TypeError: model is no nn.Module.
         ValueError: torch.fx cannot follow the model's own forward; there are hooks or patched forwards, which would be
-            lost; it is compiled; or nothing can be folded. The message says which.
+            lost; it is compiled; or nothing can be folded. The message says which, and for which module.
     """
     check_is_module(model)
     check_is_not_compiled(model)

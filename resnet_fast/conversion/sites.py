@@ -131,7 +131,9 @@ class _Finder:
         if len(others) != 1 or not isinstance(others[0], fx.Node):
             return Site(norm, why="what is added is no other tensor")
         if not self.reads_convolution(norm):
-            return Site(norm, why="an addition follows, but its input is not from an nn.Conv2d which nothing else reads")
+            return Site(
+                norm, why="an addition follows, but its input is not from an nn.Conv2d which nothing else reads"
+            )
         (other,) = others
         residual_norm, residual_between = self.joined_norm(other)
         if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and not self.is_fresh(other):

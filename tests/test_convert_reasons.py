@@ -1,0 +1,140 @@
+"""The reason beside a batch norm that is converted alone is true of the whole forward that runs it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign_models import perturbed, step
+from torch import nn
+
+from resnet_fast import convert
+
+pytestmark = pytest.mark.usefixtures("on_aten")
+
+
+class Nested(nn.Module):
+    """Its batch norm ends a Sequential; what follows is in the forward around it, which a subclass has."""
+
+    depth = 1
+
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        for _ in range(self.depth - 1):
+            self.main = nn.Sequential(self.main)
+
+
+class MakesItsReLU(Nested):
+    def forward(self, x):
+        return nn.ReLU(inplace=True)(self.main(x) + x)
+
+
+class ThreeDeep(MakesItsReLU):
+    depth = 3
+
+
+class AddsFromTheRight(Nested):
+    def forward(self, x):
+        x = x + self.main(x)
+        return nn.ReLU()(x)
+
+
+class AsksForAShortcut(Nested):
+    def forward(self, x):
+        shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
+        return F.relu(self.main(x).add(shortcut))
+
+
+class IsGivenAShortcut(Nested):
+    def join(self, y, shortcut=None):
+        return F.relu(y if shortcut is None else y + shortcut)
+
+    def forward(self, x):
+        return self.join(self.main(x), x)
+
+
+FUSED = (MakesItsReLU, ThreeDeep, AddsFromTheRight, AsksForAShortcut, IsGivenAShortcut)
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.__name__)
+def test_what_follows_a_sequential_is_seen(case):
+    torch.manual_seed(0)
+    ours, theirs = perturbed(case()), perturbed(case())
+    theirs.load_state_dict(ours.state_dict())
+    _, report = convert(ours, report=True)
+    assert [outcome.what for outcome in report.outcomes] == ["BN+add+ReLU"]
+    x = torch.rand(2, 4, 5, 5)
+    assert ours.__dict__["_fused"].holds((x,))
+    found, expected = step(ours, x), step(theirs, x)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_attribute_that_comes_later_is_seen():
+    model = convert(AsksForAShortcut().eval())
+    x = torch.rand(2, 4, 5, 5)
+    before = model(x)
+    model.__dict__["shortcut"] = torch.zeros_like
+    assert not torch.equal(model(x), before) and torch.equal(model(x), F.relu(model.main(x)))
+
+
+def _concatenates(module, x):
+    return torch.cat([x, module.main(x)], 1)
+
+
+def _ignores(module, x):
+    module.main(x)
+    return x
+
+
+def _returns_and_uses(module, x):
+    y = module.main(x)
+    return y, F.relu(y)
+
+
+def _tries(module, x):
+    try:
+        return F.relu(module.main(x) + x)
+    finally:
+        pass
+
+
+def _sums(module, x):
+    return F.relu(sum([module.main(x), x]))
+
+
+def _names_its_input(module, x):
+    return F.relu(module.main[1](input=module.main[0](x)))
+
+
+REASONS = {
+    "LeakyReLU": (lambda m, x: m.after(m.main(x)), "LeakyReLU reads its output"),
+    "relu6": (lambda m, x: F.relu6(m.main(x)), "torch.nn.functional.relu6 reads its output"),
+    "a method": (lambda m, x: m.main(x).clamp(0), ".clamp reads its output"),
+    "cat": (_concatenates, "torch.cat reads its output"),
+    "sum of a list": (_sums, "what is added is no other tensor"),
+    "unused": (_ignores, "no step reads its output"),
+    "returned": (lambda m, x: m.main(x), "model returns its output"),
+    "returned and used": (_returns_and_uses, "(torch.nn.functional.relu, the caller)"),
+    "keyword": (_names_its_input, "main returns its output, and no forward that was traced calls it"),
+    "try": (_tries, "what follows main is not known (model: its forward has a try statement)"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_the_reason_names_what_follows(name):
+    class Case(Nested):
+        def __init__(self):
+            super().__init__()
+            self.after = nn.LeakyReLU()
+
+        forward = REASONS[name][0]
+
+    (outcome,) = convert(Case(), report=True)[1].outcomes
+    assert outcome.what == "BN" and REASONS[name][1] in outcome.why
+
+
+def test_the_module_that_cannot_be_followed_is_named():
+    class Tries(Nested):
+        forward = _tries
+
+    reasons = [outcome.why for outcome in convert(nn.Sequential(Tries(), MakesItsReLU()), report=True)[1].outcomes]
+    assert reasons == ["what follows 0.main is not known (0: its forward has a try statement)", ""]
