@@ -62,7 +62,8 @@ class Segmentation(nn.Module):
 class Asserts(Segmentation):
     def forward(self, x):
         y = self.first(x)
-        assert y.ndim == 4, "images"
+        if y.ndim != 4:  # an assert statement would be pytest's own
+            raise AssertionError("images")
         return self.second(y)
 
 

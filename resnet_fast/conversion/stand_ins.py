@@ -49,7 +49,7 @@ class _Proxy(fx.Proxy):
 
     def __repr__(self, form: str = "") -> str:
         if not _is_trusted(sys._getframe(1)):
-            self.tracer.makes_text = True  # of use for an error's message alone
+            vars(self.tracer)["makes_text"] = True  # of use for an error's message alone
         return "?"
 
     __str__ = __format__ = __repr__

@@ -26,9 +26,9 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dty
 CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, nn.Module)
 # Every module's own attributes, of which a forward may read all but the mode.
 OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
-# Questions that torch.fx's tracing answers as eager does.
+# Questions that torch.fx's tracing answers as eager does; torch.jit.is_scripting() is never true in Python.
 EAGER = frozenset(
-    "is_scripting is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
+    "is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
 )
 # Names in the code of a forward, and what it does with them.
 QUESTIONS = {
@@ -212,7 +212,9 @@ def _compared(instructions: list[dis.Instruction]) -> set[Any]:
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
             operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            names = tuple(operand.argval for operand in operands if operand.opname.startswith("LOAD_FAST"))
+            names = tuple(
+                operand.argval for operand in operands if operand.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            )
             compared |= {names} if len(names) > 1 else {*names}
     return compared
 
