@@ -8,10 +8,24 @@ from trained_run import invoke, make_image_folder, use_tiny
 from resnet_fast.ops import augment
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiny(monkeypatch)
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")  # an interpreted kernel takes longer
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run on images that can all be read."""
+    path = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_quick(monkeypatch)
+        assert train(make_image_folder(path / "images", n_train=4), path / "run").exit_code == 0
+    return path / "run"
 
 
 @pytest.fixture
@@ -55,19 +69,16 @@ def test_with_it_train_resume_and_eval_leave_them_out(data: Path, tmp_path: Path
     assert result.exit_code == 1 and REFUSED in result.stderr
 
 
-def test_eval_alone_may_leave_them_out(data: Path, tmp_path: Path):
-    whole = make_image_folder(tmp_path / "whole", n_train=4)
-    assert train(whole, tmp_path / "run").exit_code == 0
-    assert invoke("eval", tmp_path / "run", "--device", "cpu", "--data-dir", data).exit_code == 1
-    result = invoke("eval", tmp_path / "run", "--device", "cpu", "--data-dir", data, "--skip-unreadable")
+def test_eval_alone_may_leave_them_out(whole: Path, data: Path):
+    assert invoke("eval", whole, "--device", "cpu", "--data-dir", data).exit_code == 1
+    result = invoke("eval", whole, "--device", "cpu", "--data-dir", data, "--skip-unreadable")
     assert result.exit_code == 0 and SKIPPED in result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "export"])
-def test_a_data_dir_that_is_a_file_is_called_a_file(command: str, data: Path, tmp_path: Path):
-    run, file = tmp_path / "run", tmp_path / "file"
+def test_a_data_dir_that_is_a_file_is_called_a_file(command: str, whole: Path, tmp_path: Path):
+    file = tmp_path / "file"
     file.touch()
-    train(make_image_folder(tmp_path / "whole", n_train=4), run)
-    result = train(file, tmp_path / "new") if command == "train" else invoke(command, run, "--data-dir", file)
+    result = train(file, tmp_path / "new") if command == "train" else invoke(command, whole, "--data-dir", file)
     assert result.exit_code == 1
     assert result.stderr == f"resnet-fast: error: {file} is a file, and a folder of data is needed there\n"
