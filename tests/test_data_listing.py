@@ -257,3 +257,9 @@ def test_a_part_that_is_a_file_is_called_a_file(root: Path):
     (root / "test").touch()
     with pytest.raises(DataError, match="/test is a file, and a folder"):
         load_folder(root, 8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_size", 0), ("image_size", 2.5), ("workers", -1)])
+def test_a_wrong_number_is_named(name: str, value: float, root: Path):
+    with pytest.raises(ValueError, match=f"^{name} must be an integer of at least [01], got {value}"):
+        load_folder(root, **{name: value})  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from resnet_fast.checks import check_integer
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
 from resnet_fast.data.images import ImageError, read_pixels, without_warnings
 from resnet_fast.data.listing import PARTS, Listing, check_layout, list_images, no_images, some
@@ -38,9 +39,12 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
             raises DataError, now or later, which names all.
 
     Raises:
+        ValueError: image_size or workers is not an integer, or too small.
         DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
+    check_integer("image_size", image_size, 1)
+    check_integer("workers", workers, 0)
     check_layout(folder)
     train, test = (list_images(folder, part) for part in PARTS)
     if train.classes != test.classes:
@@ -62,7 +66,8 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
         lost = set(range(len(train.classes))) - {label for _, label in part.samples}
         if lost:
             raise no_images(folder, name, [f"{train.classes[label]}/ (no image can be read)" for label in sorted(lost)])
-    train_split, test_split = (FolderSplit(part, images, workers) for part in parts)
+    checked = replace(images, samples=parts[0].samples + parts[1].samples)
+    train_split, test_split = (FolderSplit(part, checked, workers) for part in parts)
     mean, std = _statistics(train_split)
     return ImageDataset(
         name="folder",
