@@ -54,7 +54,7 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
         found += [f"only in test/: {some(only_test)}"] if only_test else []
         raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(found)}")
     if len(train.classes) < 2:
-        raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {train.classes[0]}")
+        raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {''.join(train.classes)}")
 
     images, n_train = _Images([*train.samples, *test.samples], image_size), len(train.samples)
     unreadable = _find_unreadable(images, workers) if skip_unreadable else {}

@@ -102,7 +102,7 @@ def _load(image: Image.Image) -> None:
     if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp")):
         image.load()  # the quick way for most
         return
-    codec, *_, mode = (getattr(image, "tile", None) or [(None, None)])[0]
+    codec, *_, mode = (getattr(image, "tile", None) or [("", "")])[0]
     with _libtiff_is_quiet() if codec == "libtiff" else nullcontext():
         image.load()
     with suppress(Exception):  # a damaged note of the orientation is no reason to refuse the pixels
