@@ -43,7 +43,7 @@ LAYERS = (
         "cli",
     ),
 )
-DATA_MAY_IMPORT = {"data", "ops"}
+DATA_MAY_IMPORT = {"checks", "data", "ops"}
 MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
 

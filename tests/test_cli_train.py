@@ -294,7 +294,7 @@ def test_the_widest_lines_fit_80_columns():
     assert len(HEADER) == len(format_row(metrics, 200)) <= 80
     config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu")
     sized = type("Sized", (), {"__len__": lambda self: 1_281_167})()
-    dataset = type("Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized})()
+    dataset = type("Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": ()})()
     assert max(map(len, format_start(config, dataset))) <= 80
 
 

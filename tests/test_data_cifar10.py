@@ -189,3 +189,42 @@ def test_a_damaged_folder_is_named_and_left_alone(change: str, archive: Path, tm
     with pytest.raises(DataError, match="cifar-10-batches-py is not a whole CIFAR-10.*remove"):
         load_dataset("cifar10", tmp_path / "data")
     assert (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_1").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar-10-batches-py", "renamed"])
+def test_the_folder_of_the_batches_may_be_named_itself(name: str, archive: Path, tmp_path: Path):
+    place(archive, tmp_path / "data")
+    expected = load_dataset("cifar10", tmp_path / "data")
+    folder = (tmp_path / "data" / "cifar-10-batches-py").rename(tmp_path / "data" / name)
+    assert torch.equal(load_dataset("cifar10", folder).train.images, expected.train.images)  # type: ignore[attr-defined]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []  # nothing was put into it
+
+
+def test_an_absent_folder_of_the_batches_is_not_put_into_itself(archive: Path, tmp_path: Path):
+    place(archive, tmp_path / "data")
+    load_dataset("cifar10", tmp_path / "data" / "cifar-10-batches-py")
+    assert (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_1").is_file()
+
+
+def test_a_damaged_folder_that_is_named_itself_is_explained(archive: Path, tmp_path: Path):
+    place(archive, tmp_path / "data")
+    load_dataset("cifar10", tmp_path / "data")
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    (folder / "batches.meta").unlink()
+    with pytest.raises(DataError, match=f"^{folder} is not a whole CIFAR-10.*remove"):
+        load_dataset("cifar10", folder)
+
+
+NO_FOLDERS = {"file": "file is a file", "file/below": "file is a file", "broken/new": "broken is a link to nothing"}
+
+
+@pytest.mark.parametrize(("name", "message"), NO_FOLDERS.items(), ids=NO_FOLDERS.keys())
+def test_what_is_no_folder_is_called_so_and_nothing_is_fetched(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    forbid_network(monkeypatch, AssertionError("asked for the network"))
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere")
+    with pytest.raises(DataError, match=f"^{tmp_path}/{message}, and a folder of data is needed there$"):
+        load_dataset("cifar10", tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file"]

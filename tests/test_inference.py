@@ -1,15 +1,13 @@
-"""A checkpoint alone gives the network back, and an image file becomes what the network was trained on."""
+"""A checkpoint alone gives the network back."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from trained_run import rewrite, train_tiny, use_tiny
 
-from resnet_fast.data import load_dataset, load_folder
-from resnet_fast.inference import CheckpointError, ImageError, classify, load_trained, read_image
+from resnet_fast.data import load_dataset
+from resnet_fast.inference import CheckpointError, classify, load_trained
 from resnet_fast.training import Result
 
 
@@ -113,102 +111,3 @@ def test_probabilities_are_those_of_the_split(run: Path, trained: Result):
         mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
         expected = trained.model((images - mean) / std)[0].softmax(0)
     torch.testing.assert_close(probabilities, expected)
-
-
-def picture(height: int = 37, width: int = 53) -> np.ndarray:
-    rows, columns = np.mgrid[:height, :width]
-    return np.stack([rows * 255 // height, columns * 255 // width, (rows * 7 + columns * 5) % 256], -1).astype(np.uint8)
-
-
-def saved(path: Path, image: Image.Image, **options) -> Path:
-    image.save(path, **options)
-    return path
-
-
-def test_an_image_is_read_as_the_data_set_of_a_folder_reads_it(tmp_path: Path):
-    for part in ("train", "test"):
-        for name in ("a", "b"):
-            (tmp_path / part / name).mkdir(parents=True)
-            saved(tmp_path / part / name / "0.png", Image.fromarray(picture()))
-    images, _ = next(iter(load_folder(tmp_path, 24).test.batches(1)))
-    assert torch.equal(read_image(tmp_path / "test" / "a" / "0.png", 24), images[0])
-
-
-@pytest.mark.parametrize("size", [(1, 1), (32, 32), (500, 3), (37, 53)], ids=str)
-def test_any_size_becomes_that_of_the_training(size: tuple[int, int], tmp_path: Path):
-    image = read_image(saved(tmp_path / "x.png", Image.fromarray(picture(*size))), 32)
-    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("x.png", "RGBA"), ("x.webp", "RGB"), ("x.bmp", "RGB"), ("x.tiff", "RGB"), ("x.jpg", "CMYK"), ("x.ppm", "RGB")],
-)
-def test_formats_and_modes_give_the_same_picture(name: str, mode: str, tmp_path: Path):
-    options = {"lossless": True} if name == "x.webp" else {"quality": 98} if name == "x.jpg" else {}
-    image = read_image(saved(tmp_path / name, Image.fromarray(picture()).convert(mode), **options), 32)
-    expected = read_image(saved(tmp_path / "rgb.png", Image.fromarray(picture())), 32)
-    distance = (image.float() - expected.float()).abs().mean()
-    assert distance <= (8 if name == "x.jpg" else 0)  # JPEG loses some
-
-
-def test_gray_images_get_three_equal_channels(tmp_path: Path):
-    image = read_image(saved(tmp_path / "x.png", Image.fromarray(picture()).convert("L")), 32)
-    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2]) and image.float().std() > 10
-
-
-def test_a_palette_with_transparency_keeps_its_colors(tmp_path: Path):
-    image = Image.fromarray(picture()).quantize(64)
-    plain = read_image(saved(tmp_path / "plain.png", image), 32)
-    assert torch.equal(read_image(saved(tmp_path / "x.png", image, transparency=bytes(64)), 32), plain)
-
-
-def test_16_bit_gray_is_scaled_and_not_cut_off(tmp_path: Path):
-    gray = np.asarray(Image.fromarray(picture()).convert("L"))
-    deep = Image.fromarray(gray.astype(np.uint16) * 257)
-    expected = read_image(saved(tmp_path / "8.png", Image.fromarray(gray)), 32)
-    assert torch.equal(read_image(saved(tmp_path / "16.png", deep), 32), expected)
-
-
-def test_a_photo_taken_on_its_side_is_turned(tmp_path: Path):
-    pixels = picture()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    turned = read_image(saved(tmp_path / "x.png", Image.fromarray(np.rot90(pixels).copy()), exif=exif), 32)
-    assert torch.equal(turned, read_image(saved(tmp_path / "y.png", Image.fromarray(pixels)), 32))
-
-
-def test_of_several_images_the_first_is_taken(tmp_path: Path):
-    frames = [Image.fromarray(np.full((9, 9, 3), value, dtype=np.uint8)) for value in (10, 200)]
-    path = saved(tmp_path / "x.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert (read_image(path, 32) == 10).all()
-
-
-def test_what_cannot_be_read_is_an_error_with_a_reason(tmp_path: Path):
-    (tmp_path / "text.png").write_text("no image")
-    whole = saved(tmp_path / "whole.png", Image.fromarray(picture(300, 300))).read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.png").touch()
-    saved(tmp_path / "float.tiff", Image.fromarray(np.ones((5, 5), dtype=np.float32)))
-    saved(tmp_path / "deep.tiff", Image.fromarray(np.full((5, 5), 70_000, dtype=np.int32)))
-    for name, reason in {
-        "absent.png": "no such file",
-        ".": "is a folder; name the images in it",
-        "text.png": "no image in a format that Pillow reads",
-        "empty.png": "no image in a format that Pillow reads",
-        "cut.png": "truncated",
-        "float.tiff": "floating-point",
-        "deep.tiff": "32-bit",
-    }.items():
-        with pytest.raises(ImageError, match=reason):
-            read_image(tmp_path / name, 32)
-
-
-def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Image, "open", refuse)
-    (tmp_path / "x.png").touch()
-    with pytest.raises(ImageError, match="^Permission denied$"):
-        read_image(tmp_path / "x.png", 32)

@@ -110,6 +110,7 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
         ({"whiten": True, "model": "resnet20"}, "whiten needs a 3x3 stem, .*, got cifar of 16"),
         ({"stem": "imagenet", "model": "resnet20"}, "stem must be cifar for resnet20, which has no other"),
         ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
+        ({"skip_unreadable": True, "dataset": "digits"}, "skip_unreadable is for dataset folder, got digits"),
         ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -44,6 +44,10 @@ def evaluate(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes reading a folder.")] = 0,
+    skip_unreadable: Annotated[
+        bool | None,
+        typer.Option(help="Leave out the images that cannot be read. [default: as in training]", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
     ] = None,
@@ -73,7 +77,11 @@ def evaluate(
     suffix = "" if split == reported else f"-{split}"
     try:
         dataset = load_dataset(
-            config["dataset"], data_dir or config["data_dir"], image_size=trained.image_size, workers=workers
+            config["dataset"],
+            data_dir or config["data_dir"],
+            image_size=trained.image_size,
+            workers=workers,
+            skip_unreadable=config.get("skip_unreadable", False) if skip_unreadable is None else skip_unreadable,
         )
         if dataset.classes != trained.classes:
             raise DataError(
@@ -83,7 +91,8 @@ def evaluate(
             dataset = dataset.hold_out(config["holdout"])
         images = dataset.train if split == "train" else dataset.test
         print(clean(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes"))
-        print(f"{chosen}, {used}, batch {at_once}\n", flush=True)
+        print(f"{chosen}, {used}, batch {at_once}", *(clean(f"note: {note}") for note in dataset.notes), sep="\n")
+        print(flush=True)
         found = predict_split(
             trained.model,
             images.to(chosen, "stream"),  # each is read once

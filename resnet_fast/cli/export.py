@@ -9,7 +9,8 @@ import typer
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.text import clean
 from resnet_fast.data import DataError, load_dataset
-from resnet_fast.data.cifar10 import CIFAR10
+from resnet_fast.data.cifar10 import unpacked_folder
+from resnet_fast.data.dataset import check_no_file
 from resnet_fast.inference import CheckpointError, ExportError, Trained, export_onnx, export_program, load_trained
 from resnet_fast.inference.export import need_onnx
 
@@ -43,13 +44,15 @@ def export(
         if unknown := [name for name in formats if name not in FORMATS]:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, both, got {unknown[0]!r}")
         trained = load_trained(run)
+        if data_dir is not None:
+            check_no_file(data_dir)
         if "onnx" in formats:
             need_onnx()
     except ValueError as error:
         stop(2, f"error: {error}")
     except ExportError as error:
         stop(1, f"error: {error}" + ("; --format torch needs no package" if format == "both" else ""))
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         stop(1, f"error: {error}")
     out = out or trained.path.parent
     real = real_images(trained, data_dir)
@@ -77,10 +80,15 @@ def export(
 def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
     """Return some test images, None where the data are not there; nothing is downloaded for it."""
     folder = Path(data_dir or trained.config["data_dir"])
-    if trained.config["dataset"] == "cifar10" and not (folder / CIFAR10.base_folder).exists():
+    if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():
         return None
     try:
-        dataset = load_dataset(trained.config["dataset"], folder, image_size=trained.image_size)
+        dataset = load_dataset(
+            trained.config["dataset"],
+            folder,
+            image_size=trained.image_size,
+            skip_unreadable=trained.config.get("skip_unreadable", False),
+        )
         return next(iter(dataset.test.batches(N_REAL)))[0]
     except DataError:
         return None

@@ -27,8 +27,8 @@ def predict(
 ) -> None:
     """Name what is on image files: the most probable classes.
 
-    An image is resized to the size of the training images, bilinearly, whatever its aspect ratio, and asked about as it
-    is, in fp32.
+    An image is read as the training reads those of a folder: resized to the size of the training images, bilinearly,
+    whatever its aspect ratio. It is asked about as it is, in fp32.
     """
     try:
         trained = load_trained(run, choose_device(device))
@@ -42,7 +42,7 @@ def predict(
             try:
                 image = read_image(path, trained.image_size)
             except ImageError as error:
-                typer.echo(f"resnet-fast: error: {clean(str(path))}: {clean(str(error))}", err=True)
+                typer.echo(f"resnet-fast: error: {clean(str(error))}", err=True)
                 n_failed += 1
                 continue
             for line in format_prediction(path, classify(trained, image), trained, top):

@@ -31,6 +31,7 @@ HELP = {
     "data_dir": "Where CIFAR-10 is or goes to, or the folder of images.",
     "image_size": "Pixels to which the images of a folder are resized.",
     "images": "Of a folder: memory reads all of them once, stream each when it is needed; auto: memory if they fit.",
+    "skip_unreadable": "Of a folder: read every image once, and train without those that cannot be read.",
     "holdout": "Validate on so many of the training images, and leave the test images alone.",
     "accumulate": "Parts in which a batch is computed one after the other, for less memory.",
     "sync_bn": "On several processes, batch statistics over all of them.",

@@ -7,6 +7,7 @@ from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit
 from resnet_fast.data.digits import load_digits
 from resnet_fast.data.folder import load_folder
+from resnet_fast.data.images import ImageError, read_image
 from resnet_fast.data.loader import Loader
 
 DATASETS = ("cifar10", "digits", "folder")
@@ -17,6 +18,7 @@ __all__ = [
     "Batch",
     "DataError",
     "ImageDataset",
+    "ImageError",
     "Loader",
     "Split",
     "TensorSplit",
@@ -26,10 +28,18 @@ __all__ = [
     "load_digits",
     "load_folder",
     "normalize",
+    "read_image",
 ]
 
 
-def load_dataset(name: str, data_dir: Path | str = "data", *, image_size: int = 32, workers: int = 0) -> ImageDataset:
+def load_dataset(
+    name: str,
+    data_dir: Path | str = "data",
+    *,
+    image_size: int = 32,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+) -> ImageDataset:
     """Return the data set called `name`.
 
     Args:
@@ -37,6 +47,7 @@ def load_dataset(name: str, data_dir: Path | str = "data", *, image_size: int = 
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/; digits needs none.
         image_size: of "folder"; the other two are 32x32.
         workers: processes that read the images of "folder".
+        skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
 
     Raises:
         ValueError: no such data set.
@@ -47,5 +58,5 @@ def load_dataset(name: str, data_dir: Path | str = "data", *, image_size: int = 
     if name == "digits":
         return load_digits()
     if name == "folder":
-        return load_folder(Path(data_dir), image_size, workers)
+        return load_folder(Path(data_dir), image_size, workers, skip_unreadable)
     raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")

@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit
+from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, check_no_file
 
 # Of the training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -25,15 +25,19 @@ WITHOUT_NETWORK = "--dataset digits needs no network."
 def load_cifar10(data_dir: Path) -> ImageDataset:
     """Return CIFAR-10, downloaded to `data_dir` where it is not there yet.
 
+    Args:
+        data_dir: holds the folder cifar-10-batches-py or its archive, or is that folder.
+
     Raises:
         DataError: it is neither there nor to be downloaded, or what is there is damaged.
     """
-    if not (data_dir / CIFAR10.base_folder).exists():
-        _fetch(data_dir)
+    check_no_file(data_dir)
+    folder = unpacked_folder(data_dir)
+    if not folder.exists():
+        _fetch(folder.parent)
     try:
-        train, test = (CIFAR10(str(data_dir), train=train) for train in (True, False))
+        train, test = (_Unpacked(str(folder), train=train) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        folder = data_dir / CIFAR10.base_folder
         raise DataError(f"{folder} is not a whole CIFAR-10 ({error}); remove that folder and start again") from error
     return ImageDataset(
         name="cifar10",
@@ -45,6 +49,19 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
         crop_padding=4,
         flip=True,
     )
+
+
+def unpacked_folder(data_dir: Path) -> Path:
+    """Return where the batches lie or will lie: in `data_dir`, or it is that folder itself, under any name."""
+    inside = data_dir / CIFAR10.base_folder
+    is_itself = data_dir.name == CIFAR10.base_folder or (data_dir / CIFAR10.meta["filename"]).exists()
+    return data_dir if is_itself and not inside.exists() else inside
+
+
+class _Unpacked(CIFAR10):
+    """CIFAR-10 in the folder that is named itself."""
+
+    base_folder = ""
 
 
 def _split(dataset: CIFAR10) -> TensorSplit:

@@ -9,8 +9,10 @@
 A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,11 +21,23 @@ from torch import Tensor
 from resnet_fast.data.augment import Augmentation, seeded
 from resnet_fast.ops.augment import augment
 
+# A channel that never changes would divide by zero: half a grey level is below what bytes can tell apart.
+LEAST_STD = 0.5 / 255
 HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
 
 
 class DataError(RuntimeError):
     """A data set is missing, incomplete or damaged; the message says what to do about it."""
+
+
+def check_no_file(folder: Path) -> None:
+    """Raise DataError if `folder`, or one that it would lie in, is there as something else."""
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if os.path.lexists(path):
+            kind = "a file" if path.is_file() else "no folder" if path.exists() else "a link to nothing"
+            raise DataError(f"{path} is {kind}, and a folder of data is needed there")
 
 
 class Batch(NamedTuple):
@@ -149,6 +163,7 @@ class ImageDataset:
         mean, std: per channel, of the training images scaled to [0, 1].
         crop_padding: pixels that a random crop may usefully reach beyond each edge; 0 for no crop.
         flip: whether a mirrored image still shows its class.
+        notes: lines for the user: which files of a folder are left out, and whether its images show anything.
     """
 
     name: str
@@ -159,6 +174,7 @@ class ImageDataset:
     std: tuple[float, float, float]
     crop_padding: int
     flip: bool
+    notes: tuple[str, ...] = ()
 
     def to(self, device: torch.device, images: str = "auto") -> "ImageDataset":
         """Return the data set with both splits as `Split.to` returns them."""
@@ -190,6 +206,5 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, float, float], tupl
         mean = float((counts * values).sum() / counts.sum())
         variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
         means.append(mean)
-        # A channel that never changes would divide by zero: half a grey level is below what bytes can tell apart.
-        stds.append(max(variance**0.5, 0.5 / 255))
+        stds.append(max(variance**0.5, LEAST_STD))
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])

@@ -1,71 +1,105 @@
 """A folder of images: FOLDER/train/<class>/… and FOLDER/test/<class>/…, in any format that Pillow reads.
 
 Images are read and resized by worker processes: once where all of them fit in memory as bytes, else as they are needed.
+listing.py says which files are images, images.py how one is read.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
-from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
+from resnet_fast.checks import check_integer
+from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
+from resnet_fast.data.images import ImageError, read_pixels, without_warnings
+from resnet_fast.data.listing import PARTS, Listing, check_layout, list_images, no_images, some
 
 READ_TOGETHER = 256  # images to a message of a worker, when all are read
 MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
 STATISTICS_IMAGES = 2048  # enough for mean and std to three digits; reading all of a large folder would take minutes
 
 
-def load_folder(folder: Path, image_size: int = 32, workers: int = 0) -> ImageDataset:
+def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unreadable: bool = False) -> ImageDataset:
     """Return the images of `folder`, resized to image_size x image_size (the aspect ratio is not kept).
 
     Augmentation: a crop with a shift of up to an eighth of the size (4 pixels at 32, as for CIFAR-10) and a flip.
-    Mean and std are measured on at most 2,048 evenly spaced training images.
+    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result say which files are
+    left out, and whether the images show anything.
+
+    Args:
+        folder: holds train/ and test/.
+        image_size: pixels, in height and width.
+        workers: processes that read; 0: this one.
+        skip_unreadable: read every image once, and leave out those that cannot be read. Otherwise the first of them
+            raises DataError, now or later, which names all.
 
     Raises:
-        DataError: the folder, its train/ or its test/ is missing or has no images, the classes of train/ and test/
+        ValueError: image_size or workers is not an integer, or too small.
+        DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
-    layout = f"expected {folder}/train/<class>/<image> and {folder}/test/<class>/<image>"
-    if not folder.is_dir():
-        raise DataError(f"the data folder {folder} does not exist; {layout}")
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise DataError(f"the data folder {folder} has no {part}/; {layout}")
-    train, test = _list_images(folder / "train", layout), _list_images(folder / "test", layout)
+    check_integer("image_size", image_size, 1)
+    check_integer("workers", workers, 0)
+    check_layout(folder)
+    train, test = (list_images(folder, part) for part in PARTS)
     if train.classes != test.classes:
         only_train = sorted(set(train.classes) - set(test.classes))
         only_test = sorted(set(test.classes) - set(train.classes))
-        found = [f"only in train/: {', '.join(only_train)}"] if only_train else []
-        found += [f"only in test/: {', '.join(only_test)}"] if only_test else []
+        found = [f"only in train/: {some(only_train)}"] if only_train else []
+        found += [f"only in test/: {some(only_test)}"] if only_test else []
         raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(found)}")
     if len(train.classes) < 2:
-        raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {train.classes[0]}")
+        raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {''.join(train.classes)}")
 
-    train_split, test_split = (FolderSplit(_Images(part.samples, image_size), workers) for part in (train, test))
+    images, n_train = _Images([*train.samples, *test.samples], image_size), len(train.samples)
+    unreadable = _find_unreadable(images, workers) if skip_unreadable else {}
+    parts = [
+        _Images([sample for i, sample in enumerate(images.samples) if i in part and i not in unreadable], image_size)
+        for part in (range(n_train), range(n_train, len(images)))
+    ]
+    for name, part in zip(PARTS, parts, strict=True):
+        lost = set(range(len(train.classes))) - {label for _, label in part.samples}
+        if lost:
+            raise no_images(folder, name, [f"{train.classes[label]}/ (no image can be read)" for label in sorted(lost)])
+    checked = replace(images, samples=parts[0].samples + parts[1].samples)
+    train_split, test_split = (FolderSplit(part, checked, workers) for part in parts)
     mean, std = _statistics(train_split)
     return ImageDataset(
         name="folder",
-        classes=tuple(train.classes),
+        classes=train.classes,
         train=train_split,
         test=test_split,
         mean=mean,
         std=std,
         crop_padding=image_size // 8,
         flip=True,
+        notes=tuple(_notes(folder, train, test, list(unreadable.values()), std)),
     )
 
 
-def _list_images(folder: Path, layout: str) -> ImageFolder:
-    try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or a class folder without an image
-        raise DataError(f"no images to use in {folder}: {error}; {layout}") from error
+def _notes(folder: Path, train: Listing, test: Listing, unreadable: list[str], std: tuple[float, ...]) -> Iterator[str]:
+    """Yield a line for each reason why files are left out, and one if the images show nothing."""
+    n_images = len(train.samples) + len(test.samples)
+    n_files = n_images + sum(len(part.other_endings) + len(part.without_class) for part in (train, test))
+    for files, total, reason in (
+        (train.other_endings + test.other_endings, f"{n_files:,} files", "no images by their ending"),
+        (train.without_class + test.without_class, f"{n_files:,} files", "in no class folder"),
+        (unreadable, f"{n_images:,} images", "which cannot be read"),
+    ):
+        if files:
+            names = some([name.removeprefix(f"{folder}{os.sep}") for name in files], "; ")
+            yield f"{len(files):,} of {total} left out, {reason}: {names}"
+    flat = [name for name, value in zip(("red", "green", "blue"), std, strict=True) if value <= LEAST_STD]
+    if flat:
+        yield (
+            f"the training images hardly differ in {', '.join(flat)}: the standard deviation is below half a level of "
+            f"255, which is used instead"
+        )
 
 
 def _statistics(split: "FolderSplit") -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -74,47 +108,69 @@ def _statistics(split: "FolderSplit") -> tuple[tuple[float, float, float], tuple
 
 
 @dataclass(frozen=True)
-class _Unreadable:
-    """Stands for an image that failed: an exception would come out of a worker buried in that worker's traceback."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class _Images(Dataset):
+    """Batches of images in files.
+
+    Args:
+        samples: path and label of each image.
+        image_size: pixels, in height and width.
+    """
+
     samples: list[tuple[str, int]]
     image_size: int
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | _Unreadable:
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                size = (self.image_size, self.image_size)
-                pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
-            return _Unreadable(path, str(error) or type(error).__name__)
-        return torch.from_numpy(pixels).permute(2, 0, 1), label
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
+        """Return images and labels; or, instead of the images, index and error of each that cannot be read.
+
+        An exception would come out of a worker buried in that worker's traceback.
+        """
+        pixels, failures = [], []
+        with without_warnings():
+            for index in indices:
+                try:
+                    pixels.append(read_pixels(self.samples[index][0], self.image_size))
+                except ImageError as error:
+                    failures.append((index, str(error)))
+        images = None if failures else torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # channels_last
+        return images, torch.tensor([self.samples[index][1] for index in indices]), failures
 
 
-def _collate(samples: list[tuple[Tensor, int] | _Unreadable]) -> tuple[Tensor, Tensor] | _Unreadable:
-    images, labels = [], []
-    for sample in samples:
-        if isinstance(sample, _Unreadable):
-            return sample
-        images.append(sample[0])
-        labels.append(sample[1])
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels, dtype=torch.int64)
+def _load(images: _Images, parts: Sequence[Tensor], workers: int, pin_memory: bool = False) -> DataLoader:
+    """Return what `images` gives for each part, [B] indices, read by `workers` processes."""
+    # The order is given and not drawn by the loader: it does not depend on the workers.
+    return DataLoader(
+        images,
+        batch_size=None,  # a part is a batch
+        sampler=[part.tolist() for part in parts],
+        num_workers=min(workers, len(parts)),
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+
+
+def _find_unreadable(images: _Images, workers: int) -> dict[int, str]:
+    """Read every image; return the index and the error of each that cannot be read."""
+    parts = torch.arange(len(images)).split(READ_TOGETHER)
+    tiny = replace(images, image_size=1)  # decoded as a whole all the same
+    return {index: error for *_, failures in _load(tiny, parts, workers) for index, error in failures}
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """A split read from files by `workers` processes (0: by this one), again each time."""
+    """A split read from files by `workers` processes (0: by this one), again each time.
+
+    Args:
+        images: those of the split.
+        checked: those of the whole data set, which are all checked once one of the split cannot be read.
+        workers: processes that read.
+        device: where the batches go.
+    """
 
     images: _Images
+    checked: _Images
     workers: int
     device: torch.device = torch.device("cpu")
 
@@ -128,14 +184,15 @@ class FolderSplit:
     def to(self, device: torch.device, images: str = "auto") -> Split:
         if images == "memory" or (images == "auto" and self.fits(device)):
             return self._in_memory().to(device)
-        return FolderSplit(self.images, self.workers, device)
+        return replace(self, device=device)
 
     def subset(self, indices: Tensor) -> "FolderSplit":
         samples = [self.images.samples[i] for i in indices.tolist()]
-        return FolderSplit(_Images(samples, self.images.image_size), self.workers, self.device)
+        return replace(self, images=replace(self.images, samples=samples))
 
     def _in_memory(self) -> TensorSplit:
-        images, labels = zip(*FolderSplit(self.images, self.workers).batches(READ_TOGETHER), strict=True)
+        on_cpu = replace(self, device=torch.device("cpu"))
+        images, labels = zip(*on_cpu.batches(READ_TOGETHER), strict=True)
         return TensorSplit(torch.cat(images), torch.cat(labels))
 
     def fits(self, device: torch.device) -> bool:
@@ -146,7 +203,7 @@ class FolderSplit:
         return 3 * self.images.image_size**2 * len(self) <= budget
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self._read(list(torch.arange(len(self)).split(batch_size)))
+        yield from self._read(torch.arange(len(self)).split(batch_size))
 
     def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
         parts = plan.split(list(sizes))
@@ -155,19 +212,18 @@ class FolderSplit:
             rows[:, 0] = torch.arange(len(rows))  # of this batch's images
             yield Batch(images, labels, rows.to(self.device, non_blocking=True))
 
-    def _read(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images and labels of each part, [B] indices."""
-        # The order is given and not drawn by the loader: it does not depend on the workers.
-        loader = DataLoader(
-            self.images,
-            batch_sampler=[part.tolist() for part in parts],  # type: ignore[arg-type]  # any iterable of lists will do
-            num_workers=min(self.workers, len(parts)),
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else the loader draws from the global one
-        )
-        for batch in loader:
-            if isinstance(batch, _Unreadable):
-                raise DataError(f"cannot read the image {batch.path}: {batch.reason}")
-            images, labels = batch
+        for images, labels, failures in _load(self.images, parts, self.workers, self.device.type == "cuda"):
+            if failures:
+                raise self._unreadable(failures)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _unreadable(self, failures: list[tuple[int, str]]) -> DataError:
+        """Return the error that names all images of the data set that cannot be read."""
+        errors = list(_find_unreadable(self.checked, self.workers).values())
+        errors += [error for _, error in failures if error not in errors]  # it may have been there meanwhile
+        return DataError(
+            f"{len(errors):,} of {len(self.checked):,} images cannot be read (--skip-unreadable leaves them out): "
+            f"{some(errors, '; ')}"
+        )

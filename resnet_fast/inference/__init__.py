@@ -7,8 +7,9 @@ trained.model, trained.classes, trained.mean, trained.std, trained.image_size
 probabilities = classify(trained, read_image("photo.jpg", trained.image_size))  # [classes]
 """
 
+from resnet_fast.data import ImageError, read_image
+from resnet_fast.inference.classify import classify
 from resnet_fast.inference.export import ExportError, export_onnx, export_program
-from resnet_fast.inference.images import ImageError, classify, read_image
 from resnet_fast.inference.trained import Trained, load_trained
 from resnet_fast.training.checkpoint import CheckpointError
 

@@ -47,7 +47,17 @@ LEAST_INTEGERS = {
     "workers": 0,
     "seed": 0,
 }
-SWITCHES = ("nesterov", "zero_gamma", "dirac", "whiten", "graph", "sync_bn", "deterministic", "tensorboard")
+SWITCHES = (
+    "nesterov",
+    "zero_gamma",
+    "dirac",
+    "whiten",
+    "graph",
+    "sync_bn",
+    "deterministic",
+    "tensorboard",
+    "skip_unreadable",
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class TrainConfig(Recipe):
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
         image_size: pixels to which the images of "folder" are resized.
         images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
+        skip_unreadable: of "folder": leave out the images that cannot be read, instead of an error that names them.
         holdout: so many of the training images are validated on instead of the test images; 0: test.
         accumulate: parts in which a batch is computed one after the other, for less memory.
         sync_bn: on several processes, batch statistics over all of them.
@@ -94,6 +105,7 @@ class TrainConfig(Recipe):
     data_dir: Path = Path("data")
     image_size: int = 32
     images: str = "auto"
+    skip_unreadable: bool = False
     holdout: int = 0
     accumulate: int = 1
     sync_bn: bool = False
@@ -187,6 +199,8 @@ class TrainConfig(Recipe):
             raise ValueError(f"graph needs a single process, got {world_size()}")
         if self.images != "auto" and self.dataset != "folder":
             raise ValueError(f"images {self.images} is for dataset folder, {self.dataset} is always in memory")
+        if self.skip_unreadable and self.dataset != "folder":
+            raise ValueError(f"skip_unreadable is for dataset folder, got {self.dataset}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that JSON and `torch.load(weights_only=True)` take."""

@@ -64,6 +64,7 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
         f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
         f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
         f"lr {config.lr:g}, seed {config.seed}",
+        *(f"note: {note}" for note in dataset.notes),
         "",
     ]
 

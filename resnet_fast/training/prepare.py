@@ -37,7 +37,13 @@ class Run(NamedTuple):
 
 
 def load(config: TrainConfig) -> ImageDataset:
-    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, workers=config.workers)
+    dataset = load_dataset(
+        config.dataset,
+        config.data_dir,
+        image_size=config.image_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
     return dataset.hold_out(config.holdout) if config.holdout else dataset
 
 

@@ -1,0 +1,151 @@
+"""Which files of a folder are images, and of which class: <folder>/<part>/<class>/…/<image>.
+
+Classes and images are sorted by name, as torchvision's ImageFolder sorts them. Files and folders that hide are passed
+over; other files that are no image of a class are counted, so that somebody can be told.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from resnet_fast.data.dataset import DataError, check_no_file
+
+PARTS = ("train", "test")
+OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "eval")}
+HIDDEN = ("thumbs.db", "desktop.ini", "__macosx")  # beside names with a dot in front
+N_NAMED = 20  # of files and classes, in a message about all of them
+
+
+class Listing(NamedTuple):
+    """The files of a part.
+
+    Args:
+        classes: names of its folders, sorted.
+        samples: path and label of each image, class by class.
+        other_endings: paths of files in class folders that no image's ending has.
+        without_class: paths of files beside the class folders.
+    """
+
+    classes: tuple[str, ...]
+    samples: list[tuple[str, int]]
+    other_endings: list[str]
+    without_class: list[str]
+
+
+def list_images(folder: Path, part: str) -> Listing:
+    """Return the images of a part; links are followed, and each folder is visited once for a class.
+
+    Raises:
+        DataError: there is no class, a class has no image, or its name is not UTF-8.
+        OSError: a folder cannot be listed.
+    """
+    folders, files = _entries(str(folder / part))
+    for name in folders:
+        if not _is_utf8(name):
+            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            raise DataError(f"the name of the class folder {folder / part}/{shown} is not UTF-8; rename it")
+    listing = Listing(tuple(folders), [], [], [os.path.join(folder, part, name) for name in files])
+    without_images = []
+    for label, name in enumerate(folders):
+        paths = [path for _, paths in sorted(_walk(os.path.join(folder, part, name))) for path in paths]
+        images = [(path, label) for path in paths if os.path.splitext(path)[1].lower() in image_endings()]
+        others = [path for path in paths if os.path.splitext(path)[1].lower() not in image_endings()]
+        listing.samples.extend(images)
+        listing.other_endings.extend(others)
+        if not images:
+            reason = f"of {len(others)} files none with an image's ending" if others else "no file that is not hidden"
+            without_images.append(f"{name}/ ({reason})")
+    if not folders:
+        raise no_images(folder, part, ["no class folder"])
+    if without_images:
+        raise no_images(folder, part, without_images)
+    return listing
+
+
+def check_layout(folder: Path) -> None:
+    """Raise DataError unless `folder` has train/ and test/; the message says what is there instead."""
+    check_no_file(folder)
+    if not folder.is_dir():
+        raise DataError(f"the data folder {folder} does not exist; {_expected(folder)}")
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if not missing:
+        return
+    for part in missing:
+        check_no_file(folder / part)
+    folders = _entries(str(folder))[0]
+    reason = f"the data folder {folder} has no {'/ and no '.join(missing)}/"
+    above = Path(os.path.abspath(folder)).parent
+    renamed = [(name, part) for part in missing for name in folders if name.lower() in OTHER_NAMES[part]]
+    if renamed:
+        reason += "".join(f"; rename {name}/ to {part}/" for name, part in renamed)
+    elif (above / "train").is_dir():
+        reason += f"; the folder above has: --data-dir {above}"
+    elif folders:
+        reason += f", only {some([f'{name}/' for name in folders])}"
+    raise DataError(f"{reason}; {_expected(folder)}")
+
+
+def no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
+    """Return the error of a part of which some class has no image."""
+    return DataError(f"no images to use in {folder / part}: {some(reasons)}; {_expected(folder)}")
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first names, and how many others there are."""
+    shown = separator.join(names[:N_NAMED])
+    return shown + (f" and {len(names) - N_NAMED:,} others" if len(names) > N_NAMED else "")
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings of all formats that Pillow opens, in lower case, with their dot."""
+    endings = Image.registered_extensions()  # loads all formats
+    opened = {*Image.OPEN, "MPO"}  # JPEG's opener opens a JPEG of several frames, too
+    return frozenset(ending for ending, kind in endings.items() if kind in opened)
+
+
+def _expected(folder: Path) -> str:
+    return f"expected {folder}/train/<class>/<image> and {folder}/test/<class>/<image>"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is none
+        return False
+    return True
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in `folder`, and the paths of its files; links that loop lead nowhere new."""
+    seen, pending = set(), [folder]
+    while pending:
+        current = pending.pop()
+        status = os.stat(current)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders, files = _entries(current)
+        pending += [os.path.join(current, name) for name in reversed(folders)]
+        yield current, [os.path.join(current, name) for name in files]
+
+
+def _entries(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of folders and of files that do not hide, sorted."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (entry.name.startswith(".") or entry.name.lower() in HIDDEN):
+                (folders if _is_folder(entry) else files).append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

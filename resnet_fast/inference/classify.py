@@ -1,0 +1,23 @@
+"""Ask a trained network about an image."""
+
+import torch
+from torch import Tensor
+
+from resnet_fast.data import normalize
+from resnet_fast.inference.trained import Trained
+
+
+@torch.inference_mode()
+def classify(trained: Trained, image: Tensor) -> Tensor:
+    """Return the probability of each class, computed in fp32.
+
+    Args:
+        trained: on its device.
+        image: [3, H, W], uint8, as `read_image` returns it.
+
+    Returns:
+        [classes], fp32, on the CPU.
+    """
+    device = next(trained.model.parameters()).device
+    images = normalize(image[None].to(device), trained.mean, trained.std)
+    return trained.model(images)[0].float().softmax(0).cpu()
