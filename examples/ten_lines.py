@@ -10,7 +10,7 @@ device = choose_device("auto")
 recipe, data = RECIPES["digits"], load_dataset("digits").to(device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
 loader = Loader(data.train, augmentation, recipe.batch_size)
-model = resnet18(num_classes=len(data.classes), stem="cifar").to(device, memory_format=torch.channels_last)
+model = resnet18(num_classes=len(data.classes), stem="cifar").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 precision, has_gpu = choose_precision(device), device.type == "cuda"
 step = TrainingStep(model, recipe, augmentation, recipe.epochs * len(loader), precision=precision, graph=has_gpu)
 for epoch in range(1, recipe.epochs + 1):

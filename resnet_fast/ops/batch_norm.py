@@ -80,7 +80,7 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     return "triton" if reason is None else "aten"
 
 
-def refuse_forward_mode(*_: Any) -> Any:
+def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
     """Raise in place of the `jvp` that an autograd.Function on the kernels does not have."""
     raise NotImplementedError(
         'forward-mode differentiation does not go through the Triton kernels: pass backend="aten" to '
