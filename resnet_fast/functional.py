@@ -24,7 +24,7 @@ __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # what torch takes for a float, NumPy's among them
-VECTORS = ("running_mean", "running_var", "weight", "bias")
+VECTORS = BatchNormArgs._fields[:4]  # running_mean, running_var, weight, bias
 
 
 def batch_norm_add_relu(
@@ -241,8 +241,7 @@ def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
         raise ValueError(f"{prefix}eps must be non-negative, got {norm.eps}")
     if not isinstance(norm.momentum, NUMBERS):
         raise TypeError(f"{prefix}momentum must be a number, got {norm.momentum!r}")
-    for name in VECTORS:
-        vector = getattr(norm, name)
+    for name, vector in zip(VECTORS, norm[:4], strict=True):
         if vector is not None and not isinstance(vector, Tensor):
             raise TypeError(f"{prefix}{name} must be a Tensor, got {type(vector).__name__}")
 
@@ -250,7 +249,7 @@ def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
 def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
     """Check the vectors against x; `prefix` says whose they are."""
     n_channels = x.shape[1] if x.dim() > 1 else 0
-    given = {name: getattr(norm, name) for name in VECTORS if getattr(norm, name) is not None}
+    given = {name: vector for name, vector in zip(VECTORS, norm[:4], strict=True) if vector is not None}
     for name, vector in given.items():
         if vector.shape != (n_channels,):
             raise RuntimeError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
