@@ -16,7 +16,7 @@ data = load_dataset("digits").to(device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
 loader = Loader(data.train, augmentation, recipe.batch_size)
 
-model = resnet18(num_classes=len(data.classes), stem="cifar").to(device)
+model = resnet18(num_classes=len(data.classes), stem="cifar").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 optimizer = torch.optim.SGD(
     model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
 )

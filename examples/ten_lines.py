@@ -1,5 +1,7 @@
 """Training as `resnet-fast train` does it, the whole step one CUDA graph on a GPU: python examples/ten_lines.py"""
 
+import torch
+
 from resnet_fast import resnet18
 from resnet_fast.data import Augmentation, Loader, load_dataset
 from resnet_fast.training import RECIPES, TrainingStep, choose_device, choose_precision, evaluate
@@ -8,7 +10,7 @@ device = choose_device("auto")
 recipe, data = RECIPES["digits"], load_dataset("digits").to(device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
 loader = Loader(data.train, augmentation, recipe.batch_size)
-model = resnet18(num_classes=len(data.classes), stem="cifar").to(device)
+model = resnet18(num_classes=len(data.classes), stem="cifar").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 precision, has_gpu = choose_precision(device), device.type == "cuda"
 step = TrainingStep(model, recipe, augmentation, recipe.epochs * len(loader), precision=precision, graph=has_gpu)
 for epoch in range(1, recipe.epochs + 1):

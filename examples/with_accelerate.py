@@ -19,7 +19,7 @@ augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
 rank, world_size = accelerator.process_index, accelerator.num_processes
 loader = Loader(data.train, augmentation, recipe.batch_size, rank=rank, world_size=world_size)
 
-model = resnet18(num_classes=len(data.classes), stem="cifar")
+model = resnet18(num_classes=len(data.classes), stem="cifar").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 optimizer = torch.optim.SGD(
     model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
 )

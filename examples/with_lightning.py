@@ -15,7 +15,7 @@ class Classifier(LightningModule):
         self.data, self.recipe = data, recipe
         self.augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
         self.loader = Loader(data.train, self.augmentation, recipe.batch_size)
-        self.model = resnet18(num_classes=len(data.classes), stem="cifar")
+        self.model = resnet18(num_classes=len(data.classes), stem="cifar").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_dataloader(self):
         """Return the next epoch's batches; the trainer asks every epoch (reload_dataloaders_every_n_epochs)."""

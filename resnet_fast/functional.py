@@ -1,11 +1,11 @@
 """Fused batch norm + residual + ReLU as one differentiable function."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
@@ -17,11 +17,14 @@ from .ops.batch_norm import (
     forward_op,
     forward_with_statistics,
     recompute_y,
+    refuse_forward_mode,
 )
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # what torch takes for a float, NumPy's among them
+VECTORS = BatchNormArgs._fields[:4]  # running_mean, running_var, weight, bias
 
 
 def batch_norm_add_relu(
@@ -103,7 +106,7 @@ def run(
     relu: bool,
     fork: bool,
     backend: Backend | None = None,
-    group: ProcessGroup | None = None,
+    group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
     known: PartialStatistics | None = None,
     link: bool = False,
@@ -158,31 +161,21 @@ def check_arguments(
     norm: BatchNormArgs,
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
-    group: ProcessGroup | None = None,
+    group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> None:
-    """Raise what `batch_norm_add_relu` documents."""
+    """Raise what `batch_norm_add_relu` documents, of two faults the one that F.batch_norm names."""
     check_ghost_batch_size(ghost_batch_size)
+    if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
+        raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
+    if norm.training or (residual_norm is not None and residual_norm.training):
+        _check_batch_size(x, group, ghost_batch_size)
+    _check_settings("", norm)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dim() < 2 and x.numel() > 0:
         raise RuntimeError(f"x must be [N, C, ...], got {x.dim()}-D {tuple(x.shape)}")
-    if x.dtype not in FLOATING:
-        raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-    _check_norm("", x, norm)
-    if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
-        raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
-    training = norm.training or (residual_norm is not None and residual_norm.training)
-    if training and group is not None and ghost_batch_size is not None:
-        raise ValueError(
-            "ghost_batch_size must be None where statistics are those of several processes, which it would take apart, "
-            f"got {ghost_batch_size}"
-        )
-    for group_size in _group_sizes(x, ghost_batch_size) if training and group is None else ():
-        if math.prod((group_size, *x.shape[2:])) == 1:
-            # torch's own rule and wording (torch.nn.functional._verify_batch_size)
-            size = torch.Size((group_size, *x.shape[1:]))
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    _check_vectors("", x, norm)
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm needs a residual, got residual=None")
     if residual is not None:
@@ -195,7 +188,26 @@ def check_arguments(
         if residual.device != x.device:
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
         if residual_norm is not None:
-            _check_norm("residual_norm.", x, residual_norm)
+            _check_settings("residual_norm.", residual_norm)
+            _check_vectors("residual_norm.", x, residual_norm)
+
+
+def _check_batch_size(x: Tensor, group: distributed.Group | None, ghost_batch_size: int | None) -> None:
+    """Raise unless there is something to take batch statistics of; an x without dimensions is refused later."""
+    if group is not None:
+        if ghost_batch_size is not None:
+            raise ValueError(
+                "ghost_batch_size must be None where statistics are those of several processes, which it would take "
+                f"apart, got {ghost_batch_size}"
+            )
+        return
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return
+    for group_size in _group_sizes(x, ghost_batch_size):
+        if math.prod((group_size, *x.shape[2:])) == 1:
+            # torch's own rule and wording (torch.nn.functional._verify_batch_size)
+            size = torch.Size((group_size, *x.shape[1:]))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
 
 def check_ghost_batch_size(value: int | None) -> None:
@@ -219,22 +231,38 @@ def _group_sizes(x: Tensor, ghost_batch_size: int | None) -> tuple[int, int]:
     return first, x.shape[0] - (count_groups(x, ghost_batch_size) - 1) * first
 
 
-def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
-    """`prefix` says whose vectors are checked."""
-    n_channels = x.shape[1] if x.dim() > 1 else 0
-    vectors = norm._asdict()
-    given = {
-        name: vectors[name] for name in ("running_mean", "running_var", "weight", "bias") if vectors[name] is not None
-    }
-    for name, vector in given.items():
-        if not isinstance(vector, Tensor):
+def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
+    """Check the numbers, and that vectors are tensors; `prefix` says whose they are."""
+    if not isinstance(norm.eps, NUMBERS):
+        raise TypeError(f"{prefix}eps must be a number, got {norm.eps!r}")
+    if norm.training and norm.eps <= 0:
+        raise ValueError(f"{prefix}eps must be positive when training, got {norm.eps}")
+    if norm.eps < 0:
+        raise ValueError(f"{prefix}eps must be non-negative, got {norm.eps}")
+    if not isinstance(norm.momentum, NUMBERS):
+        raise TypeError(f"{prefix}momentum must be a number, got {norm.momentum!r}")
+    for name, vector in zip(VECTORS, norm[:4], strict=True):
+        if vector is not None and not isinstance(vector, Tensor):
             raise TypeError(f"{prefix}{name} must be a Tensor, got {type(vector).__name__}")
+
+
+def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
+    """Check the vectors against x; `prefix` says whose they are."""
+    n_channels = x.shape[1] if x.dim() > 1 else 0
+    given = {name: vector for name, vector in zip(VECTORS, norm[:4], strict=True) if vector is not None}
+    for name, vector in given.items():
         if vector.shape != (n_channels,):
             raise RuntimeError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
         if vector.device != x.device:
             raise RuntimeError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
         if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{prefix}{name} must not require a gradient, there is none for it")
+    if norm.training and (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
+    if not norm.training and x.numel() > 0 and (norm.running_mean is None or norm.running_var is None):
+        raise RuntimeError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
+    if x.dtype not in FLOATING:
+        raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
     dtypes = {vector.dtype for vector in given.values()}
     allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
     if len(dtypes) > 1 or not dtypes.issubset(allowed):
@@ -242,16 +270,6 @@ def _check_norm(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         raise RuntimeError(
             f"{prefix}vectors must all be {' or all '.join(map(str, allowed))} for x of {x.dtype}, got {got}"
         )
-    if norm.training and (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
-    if not norm.training and x.numel() > 0 and (norm.running_mean is None or norm.running_var is None):
-        raise RuntimeError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
-    if norm.training and norm.eps <= 0:
-        raise ValueError(f"{prefix}eps must be positive when training, got {norm.eps}")
-    if norm.eps < 0:
-        raise ValueError(f"{prefix}eps must be non-negative, got {norm.eps}")
-    if norm.momentum is None:
-        raise TypeError(f"{prefix}momentum must be a number, got None")
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
@@ -324,6 +342,8 @@ class _BatchNormAddReLU(torch.autograd.Function):
         returned = (dx, dresidual, *of_norm, *of_residual_norm)
         returned += (None,) * (len(ctx.needs_input_grad) - len(returned))
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
+
+    jvp = staticmethod(refuse_forward_mode)
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:

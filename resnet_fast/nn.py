@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from .convolution import Activation, Convolved, choose_data_gradient
 from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run
 from .ops.arguments import join_of
+from .ops.distributed import Group
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -30,7 +31,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         TypeError, ValueError: ghost_batch_size is no int, or less than 1.
     """
 
-    ghost_batch_size: int | None = None  # what modules have that were pickled before there was one, or change class
+    # What modules have that were pickled before there was one, or change class.
+    ghost_batch_size: int | None = None
+    _name = ""  # in the model that was converted
 
     def __init__(
         self,
@@ -88,9 +91,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             x, known = x
         self._check_input_dim(x)
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
-        group = self.group()
-        if residual_norm is not None and residual_norm.training and residual_norm.group() is not group:
+        processes = self.group()
+        if residual_norm is not None and residual_norm.training and residual_norm.group() is not processes:
             raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
+        group = None
+        if processes is not None:
+            group = Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
         modules = (self,) if residual_norm is None else (self, residual_norm)
         ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
         # A batch that is refused is not counted.
@@ -161,6 +167,10 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
     gradients of weight and bias stay those of the own images, for DistributedDataParallel to average. In evaluation
     mode, without `torch.distributed`, or with one process, it is FusedBatchNorm2d. Runs on CPU (gloo) and GPU (NCCL).
 
+    Every process must take part in every training step. As torch says of nn.SyncBatchNorm, `model.join()` and `Join` do
+    not support collectives in the forward pass: where one process may run out of batches before the others, give them
+    `throw_on_early_termination=True`. Without it the others wait until the process group's timeout.
+
     Args:
         process_group: the processes to synchronize; None for all.
         relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
@@ -168,7 +178,8 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
     Raises (in forward):
         ValueError: as FusedBatchNorm2d, but one value per channel and process is enough here; a ghost_batch_size, which
             would take the joint batch apart.
-        RuntimeError: a process died, or did not come along within the timeout of the process group.
+        RuntimeError: a process died, or did not come along within the timeout of the process group; the message names
+            the layer. (NCCL reports a timeout outside of Python, without it.)
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
     """
@@ -204,17 +215,19 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     nn.SyncBatchNorm.convert_sync_batchnorm would take a FusedBatchNorm2d's residual and ReLU away.
 
     Args:
-        module: a model, or a batch norm itself.
+        module: a model, or a batch norm itself. Each batch norm remembers its name in it, for error messages.
         process_group: the processes to synchronize; None for all.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: a batch norm of another class, whose forward is not known, or a process group that is none; nothing
-            is changed then.
+        TypeError: module is no nn.Module, process_group no ProcessGroup, or a batch norm of another class, whose
+            forward is not known; nothing is changed then.
         ValueError: a batch norm has a ghost_batch_size, which synchronization would undo; nothing is changed then.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {module!r}")
     if not isinstance(process_group, dist.ProcessGroup | None):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
     fused, plain = [], []
@@ -225,17 +238,17 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
                 f"got {norm.ghost_batch_size}"
             )
         if type(norm) in (nn.BatchNorm2d, FusedBatchNorm2d, FusedSyncBatchNorm2d):
-            fused.append(norm)
+            fused.append((name, norm))
         elif type(norm) in (nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm):
             plain.append(norm)
         elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise TypeError(f"{name or 'module'} must be a batch norm of torch or resnet_fast, got {type(norm)}")
     # The class alone changes, so that parameters, hooks, and a module used in two places stay what they are.
-    for norm in fused:
+    for name, norm in fused:
         norm.relu = getattr(norm, "relu", False)
         norm.__class__ = FusedSyncBatchNorm2d
+        norm._name, norm.process_group = name, process_group
     for norm in plain:
         norm.__class__ = nn.SyncBatchNorm
-    for norm in fused + plain:
         norm.process_group = process_group
     return module

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 
@@ -172,18 +173,22 @@ def ddp_task(rank: int) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def lost_process_task(rank: int, how: str) -> tuple[str, str, float]:
-    """Rank 1 leaves after a common step, or stays and does nothing: what the other one sees, and after how long."""
-    from resnet_fast import FusedSyncBatchNorm2d
+    """Rank 1 leaves after a common forward, or stays and does nothing: what the other one sees, and after how long.
 
-    norm, x = FusedSyncBatchNorm2d(4), torch.randn(2, 4, 3, 3)
-    norm(x)
+    The one looks at the backward then, the other at the next forward.
+    """
+    from resnet_fast import convert_sync_batchnorm
+
+    norm = convert_sync_batchnorm(nn.Sequential(OrderedDict(bn1=nn.BatchNorm2d(4))))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = norm(x)
     if rank == 1:
         if how == "dies":
             os._exit(1)
         time.sleep(10)  # beyond the timeout, without which the other one would see no error
     started = time.monotonic()
     try:
-        norm(x)
+        y.sum().backward() if how == "dies" else norm(x)
     except Exception as error:
         return type(error).__name__, str(error), time.monotonic() - started
     return "no error", "", time.monotonic() - started

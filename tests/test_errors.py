@@ -1,6 +1,8 @@
 """Bad input raises at the call, naming the rule and the value; the exception is torch's where torch has one."""
 
+import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +94,9 @@ CASES = {
     "negative eps": ({"eps": -1.0}, ValueError, "eps must be non-negative, got -1.0"),
     "eps of 0 when training": ({"eps": 0.0, "training": True}, ValueError, "eps must be positive when training"),
     "no momentum": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+    "momentum a text": ({"momentum": "0.1"}, TypeError, "momentum must be a number, got '0.1'"),
+    "no eps": ({"eps": None}, TypeError, "eps must be a number, got None"),
+    "eps a text": ({"eps": "1e-5"}, TypeError, "eps must be a number, got '1e-5'"),
     "integer residual": (
         {"residual": torch.ones(2, 4, 3, 3, dtype=torch.int64)},
         TypeError,
@@ -107,6 +112,48 @@ def test_function(case):
     arguments = {"x": X, "running_mean": VECTOR.clone(), "running_var": VECTOR.clone()} | changes
     with pytest.raises(error, match=re.escape(message)):
         batch_norm_add_relu(**arguments)
+
+
+def arguments(names: tuple[str, ...]) -> dict[str, Any]:
+    own = {"x": X, "running_mean": VECTOR.clone(), "running_var": VECTOR.clone()}
+    for name in names:
+        own |= FAULTS[name]
+    return own
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "training": {"training": True},
+    "negative eps": {"eps": -1.0},
+    "no eps": {"eps": None},
+    "no momentum": {"momentum": None},
+    "one value per channel": {"x": torch.randn(1, 4, 1, 1)},
+    "x 1-D": {"x": torch.randn(4)},
+    "integer x": {"x": torch.ones(2, 4, 3, 3, dtype=torch.int64)},
+    "weight no tensor": {"weight": [1.0] * 4},
+    "weight too short": {"weight": torch.ones(3)},
+    "weight in fp64": {"weight": VECTOR.double()},
+    "one running statistic": {"running_mean": None},
+    "running_mean too long": {"running_mean": torch.ones(5)},
+    "running_mean to learn": {"running_mean": VECTOR.clone().requires_grad_()},
+}
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+def test_of_two_faults_torchs_is_named(training):
+    """The eps before types, types before shapes, and so on: whichever F.batch_norm finds first."""
+    n_pairs = 0
+    for pair in itertools.combinations([name for name in FAULTS if name != "training"], 2):
+        if FAULTS[pair[0]].keys() & FAULTS[pair[1]].keys():
+            continue
+        given = arguments(("training", *pair) if training else pair)
+        try:
+            F.batch_norm(**renamed(given))
+        except Exception as error:
+            n_pairs += 1
+            with pytest.raises(Exception) as ours:  # noqa: B017
+                batch_norm_add_relu(**given)
+            assert type(ours.value) is type(error), (pair, ours.value, error)
+    assert n_pairs > 55
 
 
 OF_OURS_ALONE = {"residual", "residual_norm", "backend"}

@@ -112,12 +112,14 @@ def test_one_step_in_bfloat16(device, on):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stem", IMAGE_SIZE)
 def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on):
+    """In whatever layout our weights and images are: that of torchvision's network in channels_last."""
     on("aten")
     ours, theirs = (model.train(training) for model in make_pair(stem, layout, torch.device("cpu")))
     x, target = make_batch(stem, layout, torch.device("cpu"))
+    theirs, x_of_theirs = theirs.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found, expected = one_step(ours, x, target), one_step(theirs, x, target)
+            found, expected = one_step(ours, x, target), one_step(theirs, x_of_theirs, target)
         for name in found:
             assert torch.equal(found[name], expected[name]), (name, autocast)
 

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from thin_resnet import images, pair
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from resnet_fast import FusedBatchNorm2d
+from resnet_fast import FusedBatchNorm2d, batch_norm_add_relu
 from resnet_fast.models.resnet import BasicBlock
 
 
@@ -61,6 +62,20 @@ def test_transforms_of_torch_func(transform, device):
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         outcomes.append(transform(loss)(parameters, x))
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("of", ("x", "weight", "residual"))
+def test_forward_mode_says_what_does_it(of, device):
+    """`jvp` above takes ATen by itself; dual tensors, which no kernel knows, need it by name."""
+    tensors = {"x": images(device), "weight": torch.rand(3, device=device), "residual": images(device).flip(0)}
+    with forward_ad.dual_level():
+        tensors[of] = forward_ad.make_dual(tensors[of], tensors[of].square())
+        x = tensors.pop("x")
+        arguments = {"running_mean": None, "running_var": None, "training": True, **tensors}
+        with pytest.raises(NotImplementedError, match='forward-mode .* pass backend="aten"'):
+            batch_norm_add_relu(x, **arguments)
+        tangent = forward_ad.unpack_dual(batch_norm_add_relu(x, **arguments, backend="aten")).tangent
+    assert tangent is not None and tangent.any()
 
 
 class Double(nn.Module):

@@ -1,6 +1,7 @@
 """FusedSyncBatchNorm2d: several processes compute what one computes on their joint batch."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -126,6 +127,8 @@ def test_distributed_data_parallel_trains_as_one_process(trained):
 def test_a_lost_process_is_an_error_within_the_timeout(how, tmp_path):
     error, message, seconds = start(lost_process_task, 2, tmp_path, False, how, timeout=5)[0]
     assert error in ("RuntimeError", "DistBackendError", "DistNetworkError"), (error, message)
+    assert message.startswith("bn1 FusedSyncBatchNorm2d(4) needs every process of its group"), message
+    assert "throw_on_early_termination=True" in message
     assert seconds < 15  # the timeout is 5
 
 
@@ -171,6 +174,9 @@ def test_conversion_refuses_what_it_does_not_know():
         convert_sync_batchnorm(model)
     with pytest.raises(TypeError, match="process_group must be a ProcessGroup or None, got 'world'"):
         convert_sync_batchnorm(model[0], "world")
+    for module in (None, "model", nn.BatchNorm2d):
+        with pytest.raises(TypeError, match=re.escape(f"module must be an nn.Module, got {module!r}")):
+            convert_sync_batchnorm(module)
     assert type(model[0]) is nn.BatchNorm2d
 
 

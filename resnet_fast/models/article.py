@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 
 from ..checks import check_integer
 from ..nn import FusedBatchNorm2d
-from .blocks import is_fused, is_observed
+from .blocks import is_fused, is_observed, to_channels_last
 
 STEM_CHANNELS = 64
 # Channels in and out, and whether the shortcut is the identity; each block halves the map.
@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNetModel(nn.Module):
-    """conv7x7 stride 2 - BN+ReLU - max-pool stride 2 - blocks - linear; convolution weights in channels_last.
+    """conv7x7 stride 2 - BN+ReLU - max-pool stride 2 - blocks - linear; layouts as in `resnet.ResNet`.
 
     Args:
         residual_blocks: ResidualBlocks; the first takes 64 channels, each other as many as the one before gives.
@@ -146,9 +146,9 @@ class ResNetModel(nn.Module):
         self.residual_blocks = nn.Sequential(*residual_blocks)
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(width, nb_classes)
-        self.to(memory_format=channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_channels_last(x)
         x = self.conv1(x)
         x = self.batch_norm.fused(x, relu=True) if _can_fuse(self, x) else self.relu(self.batch_norm(x))
         x = self.max_pool(x)

@@ -11,12 +11,29 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from ..convolution import Handle, convolve
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+
+
+def to_channels_last(x: Any) -> Any:
+    """Return a network's input in channels_last, in which each layer then computes, in whatever layout its weights are.
+
+    Anything but a 4-D strided tensor is returned unchanged, for the first layer's own error. So is a tensor under
+    torch.func, whose transforms know no layouts and run ATen.
+    """
+    if isinstance(x, fx.Proxy):  # one step, so that a traced network computes the same bits
+        return x.tracer.create_proxy("call_function", to_channels_last, (x,), {})
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
+        return x
+    if torch._C._are_functorch_transforms_active():
+        return x
+    # Not `contiguous`, which takes the strides of a single channel for channels_last; convolutions do not.
+    return x.to(memory_format=torch.channels_last)
 
 
 def is_observed(module: nn.Module, x: Tensor) -> bool:

@@ -14,19 +14,19 @@ identity but where widths change:
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor, channels_last, flatten, nn
+from torch import Tensor, flatten, nn
 from torchvision.models.resnet import conv1x1
 
 from ..checks import check_integer, is_integer
 from ..nn import FusedBatchNorm2d
-from .blocks import BasicBlock, PaddedShortcut, PlainBlock, blocks_to_fuse, run_fused
+from .blocks import BasicBlock, PaddedShortcut, PlainBlock, blocks_to_fuse, run_fused, to_channels_last
 
 Shortcut = Literal["A", "B"] | None
 SHORTCUTS = ("A", "B", None)
 
 
 class CifarResNet(nn.Module):
-    """The 6n+2 network of `depth` layers on fused blocks, its convolution weights in channels_last.
+    """The 6n+2 network of `depth` layers on fused blocks; layouts of input and weights as in `ResNet`.
 
     Args:
         depth: 6n+2 for n = 1, 2, …: 8, 14, 20, …
@@ -78,7 +78,6 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
-        self.to(memory_format=channels_last)  # type: ignore[call-overload]
 
     def _make_stage(self, before: int, width: int, n_blocks: int, stride: int) -> nn.Sequential:
         first = self._make_block(before, width, stride)
@@ -99,6 +98,7 @@ class CifarResNet(nn.Module):
         return blocks_to_fuse(self, (self.layer1, self.layer2, self.layer3), x)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_channels_last(x)
         blocks = self._blocks_to_fuse(x)
         x = self.conv1(x)
         if not blocks:

@@ -7,7 +7,7 @@ differs is the forward pass, which runs fused blocks with a handle for each cons
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor, channels_last, flatten, nn
+from torch import Tensor, flatten, nn
 from torchvision.models import (
     ResNet18_Weights,
     ResNet34_Weights,
@@ -20,7 +20,7 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import handle_legacy_interface
 
 from ..nn import FusedBatchNorm2d
-from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused
+from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused, to_channels_last
 from .pretrained import check_fit, verify
 
 Stem = Literal["imagenet", "cifar"]
@@ -34,7 +34,10 @@ def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
 
 
 class ResNet(torchvision_resnet.ResNet):
-    """torchvision's ResNet on fused blocks, its convolution weights in channels_last.
+    """torchvision's ResNet on fused blocks. It computes in channels_last, whatever the layout of input and weights.
+
+    Weights start in torch's default layout, which every tool takes. `model.to(memory_format=torch.channels_last)` saves
+    each step a copy of every convolution weight and of its gradient.
 
     Args:
         block: BasicBlock or Bottleneck.
@@ -81,13 +84,13 @@ class ResNet(torchvision_resnet.ResNet):
         )
         if stem == "cifar":
             give_cifar_stem(self)
-        self.to(memory_format=channels_last)  # type: ignore[call-overload]
 
     def _blocks_to_fuse(self, x: Tensor) -> list[Any]:
         """All blocks in order, or none where the network is not as it was built."""
         return blocks_to_fuse(self, (self.layer1, self.layer2, self.layer3, self.layer4), x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        x = to_channels_last(x)
         blocks = self._blocks_to_fuse(x)
         if not blocks:
             return super()._forward_impl(x)

@@ -5,6 +5,9 @@ Backward: the sums of the own rows (B2), one all_reduce, then dx (B4). The proce
 one may be empty.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,13 +17,39 @@ from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulat
 from .batch_norm import choose_backend, dense, device_guard, launch
 
 
+class Group(NamedTuple):
+    """The processes whose batches are normalized together, and the layer, which their errors name."""
+
+    processes: dist.ProcessGroup
+    layer: str
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return every process's vector, [processes, n]."""
+        gathered = own.new_empty(dist.get_world_size(self.processes), len(own))
+        self._wait_for_all(dist.all_gather, list(gathered), own)
+        return gathered
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Put the sum over all processes in place of the own values."""
+        self._wait_for_all(dist.all_reduce, tensor)
+
+    def _wait_for_all(self, collective: Callable, *tensors) -> None:
+        try:
+            collective(*tensors, group=self.processes)
+        except RuntimeError as error:
+            raise type(error)(
+                f"{self.layer} needs every process of its group, and one is gone, late or out of batches (under "
+                f"model.join() or Join, throw_on_early_termination=True ends them together): {error}"
+            ) from error
+
+
 def forward(
     x: Tensor,
     norm: BatchNormArgs,
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
     relu: bool,
-    group: dist.ProcessGroup,
+    group: Group,
 ) -> tuple[Outputs, Tensor]:
     """relu(bn(x) + residual) with the statistics of all processes' batches, and how many rows those have.
 
@@ -46,7 +75,7 @@ def backward(
     dy_alias: Tensor | None,
     saved: Saved,
     total_rows: Tensor,
-    group: dist.ProcessGroup,
+    group: Group,
     join: Join,
     relu: bool,
     training: bool,
@@ -61,7 +90,7 @@ def backward(
         dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = launch.gradient_sums(
             dy, dy_alias, saved, join, relu
         )
-        dist.all_reduce(sums, group=group)
+        group.add_up(sums)
         sums *= _n_rows(saved.x) / total_rows  # the kernel divides by the own rows
         dx, dresidual = launch.input_gradients(dy, dz, sums, saved, join, relu, training, residual_training)
         return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
@@ -81,12 +110,11 @@ def _moments(x: Tensor, on_triton: bool) -> Tensor:
     return moments
 
 
-def _gather(x: Tensor, own: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _gather(x: Tensor, own: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
     """Mean and variance of all processes' rows, [tensors, 2, C], and their number, in fp64, by one collective."""
     count = torch.full((1,), _n_rows(x), dtype=torch.float64, device=x.device)
     packed = torch.cat([count, *(moments.flatten() for moments in own)])
-    gathered = packed.new_empty(dist.get_world_size(group), len(packed))
-    dist.all_gather(list(gathered), packed, group=group)
+    gathered = group.gather(packed)
     counts = gathered[:, 0, None, None]
     means, variances = gathered[:, 1:].unflatten(1, (len(own), 2, -1)).unbind(2)
     total_rows = counts.sum()
@@ -139,7 +167,7 @@ def _backward(
     dy_alias: Tensor | None,
     saved: Saved,
     total_rows: Tensor,
-    group: dist.ProcessGroup,
+    group: Group,
     join: Join,
     training: bool,
     residual_training: bool,
@@ -157,7 +185,7 @@ def _backward(
     if residual is not None and residual_mean is not None and residual_rstd is not None:
         own.append(reference.gradient_sums(dz, residual.to(acc_type), residual_mean, residual_rstd)[1])
     sums = torch.stack(own)
-    dist.all_reduce(sums, group=group)
+    group.add_up(sums)
     mean_dz, mean_dz_xhat, *mean_dz_rhat = (sums / total_rows).to(acc_type)
 
     dx = reference.input_gradient(dz, x, saved.mean, saved.rstd, saved.weight, mean_dz, mean_dz_xhat, training)
@@ -186,7 +214,7 @@ def _backward(
     )
 
 
-def differentiable_statistics(x: Tensor, total_rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def differentiable_statistics(x: Tensor, total_rows: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of all processes' rows, for derivatives of any order."""
     mean = _AllReduce.apply(x.sum(reference.PER_CHANNEL), group) / total_rows.to(x.dtype)
     centered = x - mean[None, :, None, None]
@@ -197,10 +225,10 @@ class _AllReduce(torch.autograd.Function):
     """The sum over all processes, whose gradient is the sum of all processes' gradients."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
         tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
+        group.add_up(tensor)
         return tensor
 
     @staticmethod
