@@ -124,7 +124,7 @@ NETWORKS = {
     "deep stem": (
         lambda: timm.create_model("resnet18d"),
         {},
-        "the file is of a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts, as timm's resnet18d",
+        "the file is of a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts, as timm's",
     ),
     "gray images": (lambda: timm.create_model("resnet18", in_chans=1), {}, "images with 1 channels, the model takes 3"),
     "no last layer": (

@@ -130,7 +130,7 @@ def _of_the_shortcuts(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> 
         return []
     theirs, ours = (any(re.match(r"layer\d\.0\.downsample\.", name) for name in shapes) for shapes in (file, model))
     if theirs and not ours:
-        return ['the file\'s shortcuts have weights (option B), the model\'s have none: build it with shortcut="B"']
+        return ["the file's shortcuts have weights (option B), the model's have none: build it with shortcut=\"B\""]
     if ours and not theirs:
         return [
             "the file's shortcuts have no weights, the model's have (option B): build it with shortcut=\"A\", or with "
@@ -170,7 +170,7 @@ def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
 
 
 def _rare_parts(shapes: Mapping[str, Shape]) -> list[str]:
-    """Name the parts that only timm's variants have: three convolutions as the stem, shortcuts that begin by pooling."""
+    """Name the parts of timm's variants: a stem of three convolutions, and shortcuts that begin by pooling."""
     stem = [shapes.get(f"conv1.{i}.weight", ()) for i in (0, 3, 6)]
     is_deep = all(len(shape) == 4 for shape in stem) and all(a[0] == b[1] for a, b in itertools.pairwise(stem))
     is_pooled = len(shapes.get("layer2.0.downsample.1.weight", ())) == 4

@@ -160,4 +160,9 @@ def _spell(name: str, spellings: tuple[tuple[str, str], ...]) -> tuple[str, dict
     return name, words
 
 
-RULES = (_without_wrappers, _without_root, _without_sequential_stem, _translated)  # in the order in which they are applied
+RULES = (
+    _without_wrappers,
+    _without_root,
+    _without_sequential_stem,
+    _translated,
+)  # in the order in which they are applied

@@ -59,7 +59,7 @@ def evaluate(
         trained = load_trained(run, chosen)
     except ValueError as error:
         stop(2, f"error: {error}")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         stop(1, f"error: {error}")
     config = trained.config
     used = precision or config["precision"]

@@ -49,7 +49,7 @@ def export(
         stop(2, f"error: {error}")
     except ExportError as error:
         stop(1, f"error: {error}" + ("; --format torch needs no package" if format == "both" else ""))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         stop(1, f"error: {error}")
     out = out or trained.path.parent
     real = real_images(trained, data_dir)

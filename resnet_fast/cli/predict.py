@@ -34,7 +34,7 @@ def predict(
         trained = load_trained(run, choose_device(device))
     except ValueError as error:
         stop(2, f"error: {error}")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         stop(1, f"error: {error}")
     n_failed = 0
     try:
