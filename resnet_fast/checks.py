@@ -27,6 +27,8 @@ def shown(value: object) -> str:
         text = repr(value)
     elif isinstance(value, int):
         text = str(value) if abs(value) < 10**50 else f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, list) and len(value) <= 4 and not any(isinstance(one, list) for one in value):
+        text = f"[{', '.join(map(shown, value))}]"
     else:
         text = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple | dict) else "")
     return text if len(text) <= 60 else f"{text[:59]}…"

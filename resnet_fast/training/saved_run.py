@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fast.archive import one_line, read_regular
-from resnet_fast.checks import shown
+from resnet_fast.checks import difference, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
@@ -84,19 +84,28 @@ def _describe(path: Path) -> dict[str, Any]:
         data = read_regular(path)
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError(f"has {len(data):,} bytes, and at most {MAX_CONFIG_BYTES:,} are read")
-        description = json.loads(data)
+        description = _parse(data)
         check_settings(description)
         check_entries(description, IN_CONFIG_JSON)
-    except (ValueError, RecursionError) as error:
-        raise ResumeError(f"{path} is not as `resnet-fast train` writes it: {one_line(error)}") from error
+    except ValueError as error:
+        raise ResumeError(f"{path} is not as `resnet-fast train` writes it: it {one_line(error)}") from error
     return description
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {one_line(error)}") from error
 
 
 def _read(path: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint that belongs to config.json."""
     checkpoint = read_checkpoint(path, IN_CHECKPOINT)
+    if unlike := difference(checkpoint["classes"], description["classes"], "the checkpoint", "config.json"):
+        raise CheckpointError(f"{path} is of another run: of the classes, {unlike}")
     settings = {name: checkpoint["config"][name] for name in SETTINGS if name not in MOVABLE}
-    for name, value in {**settings, **{name: checkpoint[name] for name in ("classes", "mean", "std")}}.items():
+    for name, value in {**settings, "mean": checkpoint["mean"], "std": checkpoint["std"]}.items():
         if value != description[name]:
             there, here = shown(value), shown(description[name])
             raise CheckpointError(f"{path} is of another run: {name} is {there} there and {here} in config.json")

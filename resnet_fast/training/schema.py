@@ -130,7 +130,7 @@ def check_entries(entries: Any, names: Iterable[str], rules: Mapping[str, Rule] 
     for name in names:
         follows, rule = rules[name]
         if not follows(entries[name]):
-            raise ValueError(f"has a {name} that is not {rule}: {shown(entries[name])}")
+            raise ValueError(f"is not valid: {name} must be {rule}, got {shown(entries[name])}")
     if rules is RULES and "config" in names:
         check_entries(entries["config"], SETTINGS, SETTING_RULES)
     if rules is RULES and "history" in names and len(entries["history"]) != entries["epoch"]:
@@ -141,9 +141,9 @@ def check_settings(settings: Any) -> None:
     """Raise ValueError unless these are the settings of a run; its device need not be here."""
     check_entries(settings, SETTINGS, SETTING_RULES)
     if wrong := [name for name in ("graph", "sync_bn") if not isinstance(settings[name], bool)]:
-        raise ValueError(f"has a {wrong[0]} that is not True or False: {shown(settings[wrong[0]])}")
+        raise ValueError(f"is not valid: {wrong[0]} must be True or False, got {shown(settings[wrong[0]])}")
     elsewhere = {"device": "cpu", "graph": False, "sync_bn": False}
     try:
         TrainConfig(**{**{name: settings[name] for name in SETTINGS}, **elsewhere})
     except Exception as error:  # whatever it raises: the values are those of a file
-        raise ValueError(f"does not hold the settings of a run: {one_line(error)}") from error
+        raise ValueError(f"is not valid: {one_line(error)}") from error

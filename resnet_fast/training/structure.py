@@ -17,8 +17,8 @@ def difference(own: Any, saved: Any, name: str) -> str:
         name: of it.
     """
     if isinstance(own, Tensor):
-        if not isinstance(saved, Tensor) or _kind(saved) != _kind(own) or saved.is_meta:
-            return f"{name} must be {_describe(own)}, got {_describe(saved)}"
+        if not isinstance(saved, Tensor) or _kind(saved) != _kind(own) or _is_meta(saved):
+            return f"{name} must be {_describe(own)}, got {'no values' if _is_meta(saved) else _describe(saved)}"
     elif isinstance(own, dict):
         if not isinstance(saved, dict):
             return f"{name} must be a dict, got {shown(saved)}"
@@ -49,4 +49,8 @@ def _kind(tensor: Tensor) -> tuple:
 def _describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return shown(value)
-    return f"{'a meta tensor' if value.is_meta else str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
