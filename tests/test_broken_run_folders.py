@@ -131,7 +131,7 @@ def test_any_other_config_gives_one_line(run: Path, broken: Path):
 
 
 def test_any_other_checkpoint_gives_one_line(run: Path, broken: Path, image: Path):
-    uses = (
+    uses: tuple[Any, ...] = (
         (load_run, "train", "--resume", broken),
         (load_trained, "eval", broken),
         (load_trained, "predict", broken, image),

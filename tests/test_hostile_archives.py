@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import _utils as torch_utils
 from torch import nn
 
 import resnet_fast
@@ -103,7 +104,7 @@ REFUSED = {
     "bytes doubled": (lambda: saved({"x": doubled(40)}), "encodes values as hex, which can make any amount"),
     "a wide tensor copied": (
         lambda: saved(
-            {"x": Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, WIDE, torch.float64, "cpu", False)}
+            {"x": Call(torch_utils._rebuild_device_tensor_from_cpu_tensor, WIDE, torch.float64, "cpu", False)}
         ),
         "asks for _rebuild_device_tensor_from_cpu_tensor",
     ),

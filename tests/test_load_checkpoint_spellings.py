@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,9 +17,9 @@ from resnet_fast.checkpoints.names import match
 from resnet_fast.models import resnet
 
 
-def branch(block: nn.Module, residual: str) -> nn.Module:
+def branch(block: Any, residual: str) -> nn.Module:
     """A block as Sequentials, over the layers of torchvision's."""
-    made = nn.Module()
+    made: Any = nn.Module()
     layers = [block.conv1, block.bn1, nn.ReLU(), block.conv2, block.bn2]
     if hasattr(block, "conv3"):
         layers += [nn.ReLU(), block.conv3, block.bn3]
@@ -31,7 +32,7 @@ def branch(block: nn.Module, residual: str) -> nn.Module:
 class Sequentials(nn.Module):
     """weiaicunzai/pytorch-cifar100 at 11d8418: models/resnet.py; with `left`, the ResNet-18 of tutorials."""
 
-    def __init__(self, source: nn.Module, residual: str, stages: tuple[str, ...]) -> None:
+    def __init__(self, source: Any, residual: str, stages: tuple[str, ...]) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(source.conv1, source.bn1, nn.ReLU())
         self.pool, self.stages = source.maxpool, stages
