@@ -19,6 +19,7 @@ LAYERS = (
         "checks",
         "files",
         "signature",
+        "archive",
         "machine",
         "timing",
         "kernels",

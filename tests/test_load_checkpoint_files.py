@@ -76,7 +76,7 @@ REFUSED = {
     "whole model": (bytes_of(LAYER), "holds more than tensors and plain values (torch.nn.modules.linear.Linear)"),
     "a list": (bytes_of([torch.ones(1)]), "holds no weights by name, but a list"),
     "a tensor": (bytes_of(torch.ones(1)), "holds no weights by name, but a Tensor"),
-    "no tensors": (bytes_of({"epoch": 1, "lr": 0.1}), "holds no weights; its entries are epoch, lr"),
+    "no tensors": (bytes_of({"epoch": 1, "lr": 0.1}), "holds no weights; its entries are 'epoch', 'lr'"),
     "an empty dict": (bytes_of({}), "holds no weights; it is an empty dict"),
     "unknown entry": (
         bytes_of({"teacher": LAYER.state_dict()}),

@@ -16,6 +16,7 @@ import resnet_fast
 from resnet_fast import CheckpointMismatch
 from resnet_fast.checkpoints.mismatch import known_causes
 from resnet_fast.models import resnet
+from resnet_fast.models.cifar import CifarResNet
 
 
 def mismatch(model: nn.Module, state: dict, tmp_path: Path) -> CheckpointMismatch:
@@ -124,7 +125,7 @@ NETWORKS = {
     "deep stem": (
         lambda: timm.create_model("resnet18d"),
         {},
-        "the file is of a ResNet with a deep stem or pooled shortcuts (conv1.0.weight), as timm's resnet18d",
+        "the file is of a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts, as timm's",
     ),
     "gray images": (lambda: timm.create_model("resnet18", in_chans=1), {}, "images with 1 channels, the model takes 3"),
     "no last layer": (
@@ -151,6 +152,37 @@ def test_known_causes_are_named(case: str, tmp_path: Path):
     error = mismatch(ours, state, tmp_path)
     assert any(hint in line for line in error.hints), str(error)
     assert all(line in str(error) for line in error.hints) and len(error.hints) == 1, error.hints
+
+
+B, A = (
+    "the file's shortcuts have weights (option B), the model's have none: build it with shortcut=\"B\"",
+    "no weights, ",
+)
+SIX_N_PLUS_TWO = {
+    "option B": ({"shortcut": "B"}, {}, [B]),
+    "option A": ({}, {"shortcut": "B"}, [A]),
+    "option B into none": ({"shortcut": "B"}, {"shortcut": None}, [B]),
+    "none into option B": ({"shortcut": None}, {"shortcut": "B"}, [A]),
+    "option B, classes": ({"shortcut": "B", "num_classes": 4}, {}, [B, "the file is of 4 classes, the model of 10"]),
+    "option B, depth": ({"depth": 14, "shortcut": "B"}, {}, ["the file is of a ResNet-14", B]),
+    "width": ({"width": 8}, {}, ["the file's first convolution has 8 filters, the model's 16: build it with width=8"]),
+}
+
+
+@pytest.mark.parametrize("case", SIX_N_PLUS_TWO)
+def test_shortcuts_and_widths_of_the_6n_plus_2_networks(case: str, tmp_path: Path):
+    theirs, ours, hints = SIX_N_PLUS_TWO[case]
+    file, model = (CifarResNet(**{"depth": 8, **options}) for options in (theirs, ours))
+    error = mismatch(model, file.state_dict(), tmp_path)
+    assert len(error.hints) == len(hints), error.hints
+    assert all(hint in found for hint, found in zip(hints, error.hints, strict=True)), error.hints
+
+
+def test_a_model_with_a_deep_stem_is_named():
+    with torch.device("meta"):
+        ours, file = timm.create_model("resnet18d").state_dict(), resnet_fast.resnet18().state_dict()
+    (hint,) = known_causes(*({key: tuple(value.shape) for key, value in s.items()} for s in (file, ours)))
+    assert hint.startswith("the model is a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts")
 
 
 @pytest.mark.parametrize("name", ["wide_resnet50_2", "resnext50_32x4d"])

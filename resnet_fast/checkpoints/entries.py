@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import shown
+
 # The moving average comes first, as in timm, whose training writes both; `entry` of load_checkpoint names the other.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 N_SHOWN = 8
@@ -51,17 +53,18 @@ def find_weights(path: Path, content: Any, entry: str | None) -> Weights:
     return Weights(tensors, ".".join(names), (*ignored, *(str(name) for name in content if name not in tensors)))
 
 
-def _holds_weights(value: Any) -> bool:
-    if not isinstance(value, Mapping):
+def _holds_weights(value: Any, depth: int = 4) -> bool:
+    """Not deeper: a small file can hold one dict in itself, or in a thousand places."""
+    if not isinstance(value, Mapping) or depth == 0:
         return False
     has_tensors = any(isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items())
-    return has_tensors or any(_holds_weights(value.get(name)) for name in ENTRIES)
+    return has_tensors or any(_holds_weights(value.get(name), depth - 1) for name in ENTRIES)
 
 
 def _offer(content: Mapping) -> str:
     """Say what is there instead."""
-    offered = [repr(name) for name, value in content.items() if _holds_weights(value)]
+    offered = [shown(name) for name, value in content.items() if _holds_weights(value)]
     if offered:
         return f"there are some under entry={' or '.join(offered[:N_SHOWN])}"
-    shown = ", ".join(str(name) for name in list(content)[:N_SHOWN])
-    return f"its entries are {shown}{', …' if len(content) > N_SHOWN else ''}" if content else "it is an empty dict"
+    names = ", ".join(shown(name) for name in list(content)[:N_SHOWN])
+    return f"its entries are {names}{', …' if len(content) > N_SHOWN else ''}" if content else "it is an empty dict"

@@ -50,7 +50,7 @@ class Loaded:
         parts += [f"from its entry {self.entry!r}"] if self.entry else []
         parts += [f"without the prefixes {', '.join(self.stripped)}"] if self.stripped else []
         parts += [f"with the prefixes {', '.join(self.added)}"] if self.added else []
-        parts += [f"{old} read as {new}" for old, new in self.translated]
+        parts += [_few(tuple(f"{old} read as {new}" for old, new in self.translated))] if self.translated else []
         parts += [f"{str(old)[6:]} cast to {str(new)[6:]}" for old, new in self.cast]
         parts += [f"not in the file and kept: {_few(self.kept)}"] if self.kept else []
         parts += [f"ignored in the file: {_few(self.ignored)}"] if self.ignored else []
@@ -84,12 +84,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
             are on the meta device.
         FileNotFoundError, OSError: the file is not there, or cannot be read.
         ModuleNotFoundError: the file is of safetensors, which is not installed.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, `path` no path, or `entry` no name.
 
     A value that is not finite is loaded, with a warning.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"path must be a str or os.PathLike[str], got {type(path).__name__}")
+    if not isinstance(entry, str | None):
+        raise TypeError(f"entry must be a str or None, got {type(entry).__name__}")
     path = Path(path).expanduser()
     state = model.state_dict()
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}

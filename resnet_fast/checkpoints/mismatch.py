@@ -1,6 +1,7 @@
 """What does not fit between a file and a model, and what is known to cause it."""
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ class CheckpointMismatch(ValueError):
         lines += _listed("not in the model", unexpected[:N_SHOWN], unexpected)
         shown = [f"{name}: {file} in the file, {model} in the model" for name, file, model in unlike[:N_SHOWN]]
         lines += _listed("of another shape or type", shown, unlike)
-        super().__init__("\n".join(lines))
+        # A name with a line's end or a code for the terminal is shown with escapes.
+        super().__init__("\n".join(line if line.isprintable() else repr(line)[1:-1] for line in lines))
 
     def __reduce__(self):
         """From the arguments, not from the message: an exception of a worker process is pickled."""
@@ -65,7 +67,8 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     Args:
         file, model: shapes by name, in torchvision's words.
     """
-    hints = [*_of_a_prefix(file, model), *_of_the_blocks(file, model), *_of_the_stem(file, model)]
+    kinds = (_of_a_prefix, _of_the_blocks, _of_the_shortcuts, _of_the_stem)
+    hints = [hint for kind in kinds for hint in kind(file, model)]
     missing = set(model) - set(file)
     if missing and all(name.startswith("fc.") for name in missing):
         hints.append(
@@ -121,12 +124,32 @@ def _network(shapes: Mapping[str, Shape]) -> str:
     return f"ResNet-{depth} ({'Bottleneck' if bottleneck else 'BasicBlock'}, {' + '.join(map(str, per_stage))} blocks)"
 
 
-def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
-    deep = [name for name in ("conv1.0.weight", "conv1.3.weight", "layer2.0.downsample.2.weight") if name in file]
-    if deep and not any(name in model for name in deep):
+def _of_the_shortcuts(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    """Of the 6n+2 networks of He et al., whose shortcuts may have weights (option B) or none (option A)."""
+    if not _has_three_stages(file) or not _has_three_stages(model):
+        return []
+    theirs, ours = (any(re.match(r"layer\d\.0\.downsample\.", name) for name in shapes) for shapes in (file, model))
+    if theirs and not ours:
+        return ["the file's shortcuts have weights (option B), the model's have none: build it with shortcut=\"B\""]
+    if ours and not theirs:
         return [
-            f"the file is of a ResNet with a deep stem or pooled shortcuts ({deep[0]}), as timm's resnet18d or "
-            "resnet50d: another network, which torchvision and resnet_fast do not have"
+            "the file's shortcuts have no weights, the model's have (option B): build it with shortcut=\"A\", or with "
+            "shortcut=None if the file is of a network without skip connections, which its names do not tell"
+        ]
+    return []
+
+
+def _has_three_stages(shapes: Mapping[str, Shape]) -> bool:
+    return {found[1] for name in shapes if (found := re.match(r"layer(\d)\.\d+\.conv2\.weight$", name))} == {*"123"}
+
+
+def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    theirs, ours = _rare_parts(file), _rare_parts(model)
+    if theirs != ours:
+        side, parts = ("file is of", theirs) if theirs else ("model is", ours)
+        return [
+            f"the {side} a ResNet with {' and '.join(parts)}, as timm's resnet18d or resnet50d: another network, which "
+            "torchvision and resnet_fast do not have"
         ]
     theirs, ours = file.get("conv1.weight", ()), model.get("conv1.weight", ())
     if len(theirs) != 4 or len(ours) != 4:
@@ -134,12 +157,21 @@ def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     hints = []
     for stem, size in (("cifar", 3), ("imagenet", 7)):
         if theirs[2:] == (size, size) != ours[2:]:
-            hints.append(
-                f"the file's first convolution is {size}x{size}, the model's {ours[2]}x{ours[3]}: "
-                f'build it with stem="{stem}"'
-            )
+            # The 6n+2 networks have one stem.
+            remedy = "" if _has_three_stages(model) else f': build it with stem="{stem}"'
+            hints.append(f"the file's first convolution is {size}x{size}, the model's {ours[2]}x{ours[3]}{remedy}")
     if theirs[1] != ours[1]:
         hints.append(f"the file is of images with {theirs[1]} channels, the model takes {ours[1]}")
     if theirs[0] != ours[0]:
-        hints.append(f"the file's first convolution has {theirs[0]} filters, the model's {ours[0]}: another width")
+        both = _has_three_stages(file) and _has_three_stages(model)
+        wide = f"build it with width={theirs[0]}" if both else "another width"
+        hints.append(f"the file's first convolution has {theirs[0]} filters, the model's {ours[0]}: {wide}")
     return hints
+
+
+def _rare_parts(shapes: Mapping[str, Shape]) -> list[str]:
+    """Name the parts of timm's variants: a stem of three convolutions, and shortcuts that begin by pooling."""
+    stem = [shapes.get(f"conv1.{i}.weight", ()) for i in (0, 3, 6)]
+    is_deep = all(len(shape) == 4 for shape in stem) and all(a[0] == b[1] for a, b in itertools.pairwise(stem))
+    is_pooled = len(shapes.get("layer2.0.downsample.1.weight", ())) == 4
+    return ["a deep stem (conv1.0, conv1.3, conv1.6)"] * is_deep + ["pooled shortcuts"] * is_pooled

@@ -6,14 +6,37 @@ and the rules of a result are the fewest under which the two sides agree.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 WRAPPERS = ("module", "_orig_mod")  # DataParallel, DistributedDataParallel and AveragedModel; torch.compile
 ROOTS = ("model", "net")  # a LightningModule's attribute
-# kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10 on the left, torchvision on the right.
-SHORTCUT, CLASSIFIER = ("shortcut", "downsample"), ("linear", "fc")
+BLOCK = r"(?:(?<=\.\d\.)|(?<=\.\d\d\.)|(?<=\.\d\d\d\.))"  # behind a block's number in its stage
+# Where conv1 is convolution, batch norm and ReLU in one.
+STEM = ((r"^conv1\.0(?=\.)", "conv1"), (r"^conv1\.1(?=\.)", "bn1"))
+# What others write, and torchvision's words for it. All of these networks compute what torchvision's with the same
+# shapes does, which names and shapes alone would not tell.
+SPELLINGS = (
+    # kuangliu/pytorch-cifar, akamaster/pytorch_resnet_cifar10
+    (rf"{BLOCK}shortcut(?=\.\d)", "downsample"),
+    (r"^linear(?=\.)", "fc"),
+    # weiaicunzai/pytorch-cifar100; `left` in the ResNet-18 of many tutorials
+    *((rf"^conv{stage + 1}_x(?=\.)", f"layer{stage}") for stage in (1, 2, 3, 4)),
+    *((rf"{BLOCK}(?:residual_function|left)\.{3 * i}(?=\.)", f"conv{i + 1}") for i in (0, 1, 2)),
+    *((rf"{BLOCK}(?:residual_function|left)\.{3 * i + 1}(?=\.)", f"bn{i + 1}") for i in (0, 1, 2)),
+    # transformers, ResNetForImageClassification
+    (r"^resnet\.embedder\.embedder\.convolution(?=\.)", "conv1"),
+    (r"^resnet\.embedder\.embedder\.normalization(?=\.)", "bn1"),
+    *((rf"^resnet\.encoder\.stages\.{stage - 1}\.layers(?=\.)", f"layer{stage}") for stage in (1, 2, 3, 4)),
+    *((rf"{BLOCK}layer\.{i}\.convolution(?=\.)", f"conv{i + 1}") for i in (0, 1, 2)),
+    *((rf"{BLOCK}layer\.{i}\.normalization(?=\.)", f"bn{i + 1}") for i in (0, 1, 2)),
+    (rf"{BLOCK}shortcut\.convolution(?=\.)", "downsample.0"),
+    (rf"{BLOCK}shortcut\.normalization(?=\.)", "downsample.1"),
+    (r"^classifier\.1(?=\.)", "fc"),
+)
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of nn.BatchNorm2d (PyTorch before 0.4.1 had none); of AveragedModel
 
 
@@ -42,10 +65,9 @@ class Matching:
             in_model, in_file = Counter(model_name.split(".")), Counter(file_name.split("."))
             stripped |= dict.fromkeys(word for word in in_file - in_model if word in WRAPPERS + ROOTS)
             added |= dict.fromkeys(word for word in in_model - in_file if word in WRAPPERS + ROOTS)
-            for words in (SHORTCUT, CLASSIFIER):
-                for old, new in (words, words[::-1]):
-                    if old in in_file - in_model and new in in_model - in_file:
-                        translated[old, new] = None
+            theirs, ours = _words(file_name), _words(model_name)
+            translated |= dict.fromkeys((word, theirs[word]) for word in theirs if word not in ours)
+            translated |= dict.fromkeys((ours[word], word) for word in ours if word not in theirs)
         return tuple(stripped), tuple(added), tuple(translated)
 
 
@@ -107,18 +129,40 @@ def _without_root(names: list[str]) -> list[str]:
         names = [name.partition(".")[2] or name for name in names]
 
 
+def _without_sequential_stem(names: list[str]) -> list[str]:
+    """Name the layers of a stem that is a Sequential; with more convolutions in it, it is a deep stem."""
+    if any(re.match(r"conv1\.[2-9]\.", name) for name in names):
+        return names
+    return [_spelled(name, STEM) for name in names]
+
+
 def _translated(names: list[str]) -> list[str]:
-    """The shortcut's word after a block's number, the classifier's at the beginning."""
-    return [".".join(_translate(name.split("."))) for name in names]
+    return [_spelled(name, SPELLINGS) for name in names]
 
 
-def _translate(words: list[str]) -> list[str]:
-    if words[0] == CLASSIFIER[0]:
-        words[0] = CLASSIFIER[1]
-    for i in range(1, len(words)):
-        if words[i] == SHORTCUT[0] and words[i - 1].isdigit():
-            words[i] = SHORTCUT[1]
-    return words
+def _spelled(name: str, spellings: tuple[tuple[str, str], ...]) -> str:
+    return _spell(name, spellings)[0]
 
 
-RULES = (_without_wrappers, _without_root, _translated)  # in the order in which they are applied
+def _words(name: str) -> dict[str, str]:
+    """Return the words of a name that are not torchvision's, to torchvision's."""
+    return _spell(_without_root(_without_wrappers([name]))[0], (*STEM, *SPELLINGS))[1]
+
+
+@lru_cache(maxsize=4096)  # of four rules half try each name
+def _spell(name: str, spellings: tuple[tuple[str, str], ...]) -> tuple[str, dict[str, str]]:
+    """Return the name in torchvision's words, and which were others."""
+    words = {}
+    for pattern, word in spellings:
+        if found := re.search(pattern, name):
+            words[found[0]] = word
+            name = name[: found.start()] + word + name[found.end() :]
+    return name, words
+
+
+RULES = (
+    _without_wrappers,
+    _without_root,
+    _without_sequential_stem,
+    _translated,
+)  # in the order in which they are applied

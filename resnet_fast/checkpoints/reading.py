@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..archive import ArchiveError, load_values, member_names, one_line, read_regular
 from ..signature import is_signed, is_whole
 
 # timm and torchvision's reference scripts save the command line's settings beside the weights. A Namespace runs
@@ -29,7 +30,8 @@ def read_file(path: Path) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the system does not let it be read.
-        ValueError: it is a folder, empty, damaged, something else than weights, or would run code.
+        ValueError: it is a folder, a fifo, empty, damaged, something else than weights, would run code, or would take
+            more memory than it has bytes.
         ModuleNotFoundError: it is of safetensors, which is not installed.
     """
     if path.is_dir():
@@ -38,7 +40,13 @@ def read_file(path: Path) -> Any:
         raise ValueError(f"{path} is a folder; {named}")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    data = path.read_bytes()
+    try:
+        return _read(path, read_regular(path))
+    except ArchiveError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def _read(path: Path, data: bytes) -> Any:
     if reason := _what_else(data):
         raise ValueError(f"{path} {reason}")
     if path.suffix == ".safetensors" or _is_safetensors(data):
@@ -81,7 +89,7 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, torch.Tensor]:
     try:
         return load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise ValueError(f"{path} is damaged, cut short or no file of safetensors: {_one_line(error)}") from error
+        raise ValueError(f"{path} is damaged, cut short or no file of safetensors: {one_line(error)}") from error
 
 
 def _check_archive(path: Path, data: bytes) -> None:
@@ -90,10 +98,7 @@ def _check_archive(path: Path, data: bytes) -> None:
         raise ValueError(f"{path} is cut short: the end of the archive is missing after {len(data):,} bytes")
     if is_signed(data) and not is_whole(data):
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
-    try:
-        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except Exception as error:  # names that are no text, a version that there is not
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+    names = member_names(data)
     if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path} is a TorchScript program, which is code and is not loaded; {SAVE_AGAIN}")
     if not any(name.endswith("/data.pkl") for name in names):
@@ -105,8 +110,9 @@ def _read_torch(path: Path, data: bytes) -> Any:
     if _is_tar(data) and tarfile.is_tarfile(io.BytesIO(data)):
         raise ValueError(f"{path} is of the tar format of PyTorch before 0.2, which is not loaded; {SAVE_AGAIN}")
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_values(data, HARMLESS)
+    except ArchiveError:
+        raise
     except pickle.UnpicklingError as error:
         # "… GLOBAL os.system …" where a class or function is asked for; other texts where the pickle is none.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -120,8 +126,4 @@ def _read_torch(path: Path, data: bytes) -> Any:
             f"file, and it is not read; {SAVE_AGAIN}"
         ) from None
     except Exception as error:  # a damaged archive or pickle may raise anything
-        raise ValueError(f"{path} is damaged or cut short: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short: {one_line(error)}") from None

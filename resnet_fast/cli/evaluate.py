@@ -7,6 +7,7 @@ import torch
 import typer
 from rich.cells import cell_len
 
+from resnet_fast.checks import difference
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.text import WIDTH, clean, fit, head
 from resnet_fast.data import DataError, load_dataset
@@ -62,7 +63,7 @@ def evaluate(
         trained = load_trained(run, chosen)
     except ValueError as error:
         stop(2, f"error: {error}")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         stop(1, f"error: {error}")
     config = trained.config
     used = precision or config["precision"]
@@ -83,9 +84,9 @@ def evaluate(
             workers=workers,
             skip_unreadable=config.get("skip_unreadable", False) if skip_unreadable is None else skip_unreadable,
         )
-        if dataset.classes != trained.classes:
+        if unlike := difference(trained.classes, dataset.classes, "the network", "the data folder"):
             raise DataError(
-                f"the network knows the classes {_some(trained.classes)}, the data have {_some(dataset.classes)}"
+                f"the network knows {len(trained.classes)} classes, the data have {len(dataset.classes)}: {unlike}"
             )
         if config["holdout"] and split != "test":
             dataset = dataset.hold_out(config["holdout"])
@@ -165,7 +166,3 @@ def _matrix(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
     for name, row in zip(names, confusion.tolist(), strict=True):
         lines.append(fit(name, first) + "".join(f"{count or '.':>{width}}" for count in row))
     return lines
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return clean(", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else ""))

@@ -52,7 +52,7 @@ def export(
         stop(2, f"error: {error}")
     except ExportError as error:
         stop(1, f"error: {error}" + ("; --format torch needs no package" if format == "both" else ""))
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         stop(1, f"error: {error}")
     out = out or trained.path.parent
     real = real_images(trained, data_dir)

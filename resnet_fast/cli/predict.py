@@ -34,7 +34,7 @@ def predict(
         trained = load_trained(run, choose_device(device))
     except ValueError as error:
         stop(2, f"error: {error}")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         stop(1, f"error: {error}")
     n_failed = 0
     try:
@@ -45,7 +45,10 @@ def predict(
                 typer.echo(f"resnet-fast: error: {clean(str(error))}", err=True)
                 n_failed += 1
                 continue
-            for line in format_prediction(path, classify(trained, image), trained, top):
+            probabilities = classify(trained, image)
+            if not bool(probabilities.isfinite().all()):
+                stop(1, f"error: the network's output for {path} is not finite: its weights are too large, or are not")
+            for line in format_prediction(path, probabilities, trained, top):
                 print(line, flush=True)
     except KeyboardInterrupt:
         stop(130, "interrupted")

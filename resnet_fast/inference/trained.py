@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fast.checks import shown
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
-
-NEEDED = ("model", "config", "classes", "mean", "std", "image_size", "epoch")
+from resnet_fast.training.schema import TO_PREDICT, check_settings
+from resnet_fast.training.structure import difference
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,12 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     elif not path.exists():
         raise ValueError(f"{path} does not exist; a run folder or a checkpoint in one is needed")
     try:
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, TO_PREDICT)
     except CheckpointError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != CHECKPOINT or not previous.exists():
             raise
         raise CheckpointError(f"{error}; {previous} is of the epoch before") from error
-    missing = [name for name in NEEDED if name not in state]
-    if missing:
-        raise CheckpointError(f"{path} holds no {', '.join(missing)}: it is of an earlier version of this program")
     model = _build(path, state).to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(
         model=model.eval(),
@@ -90,11 +88,15 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
 def _build(path: Path, state: dict[str, Any]) -> nn.Module:
     name, stem = state["config"]["model"], state["config"]["stem"]
     if name not in MODELS:
-        raise CheckpointError(f"{path} is of the network {name!r}, which this version does not have")
-    model = MODELS[name].make(len(state["classes"]), stem)
+        raise CheckpointError(f"{path} is of the network {shown(name)}, which this version does not have")
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {reason[:200]}") from error
+        check_settings(state["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    with torch.device("meta"):  # of a file of a million classes no memory is taken before it fits
+        described = MODELS[name].make(len(state["classes"]), stem).state_dict()
+    if unlike := difference(described, state["model"], "model"):
+        raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {unlike}")
+    model = MODELS[name].make(len(state["classes"]), stem)
+    model.load_state_dict(state["model"])
     return model

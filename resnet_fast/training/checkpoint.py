@@ -8,14 +8,18 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from resnet_fast import __version__
+from resnet_fast.archive import ArchiveError, load_values, one_line, read_regular
+from resnet_fast.checks import shown
 from resnet_fast.files import whole_file
 from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
+from resnet_fast.training.schema import check_entries
 
 FORMAT = 2
 
@@ -47,29 +51,48 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -
             _copy(path, previous)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `write_checkpoint` wrote, after checking every byte.
+def read_checkpoint(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what `write_checkpoint` wrote, after checking every byte and, by the rules of schema.py, what is needed.
+
+    Args:
+        path: of the checkpoint.
+        needed: names of entries.
 
     Raises:
-        CheckpointError: the file is missing, cut short, damaged, of another program, or of another format.
+        CheckpointError: the file is missing, cut short, damaged, of another program, or of another format, or an entry
+            that is needed is missing or breaks its rule.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
+        state = _read(data)
+        check_entries(state, needed)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return state
+
+
+def _read(data: bytes) -> dict[str, Any]:
+    """Return the values; raise ValueError, the reason after the name of the file."""
     if not is_signed(data):
-        raise CheckpointError(f"{path} {_what_else(data)}")
+        raise ValueError(_what_else(data))
     if not is_whole(data):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written with it")
+        raise ValueError("is damaged: its SHA-256 is not the one that was written with it")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = load_values(data)
+    except ArchiveError:
+        raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than plain values and tensors, which is not loaded") from error
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {state['format']}, resnet_fast {__version__} reads format {FORMAT}: "
+        raise ValueError("holds more than plain values and tensors, which is not loaded") from error
+    except Exception as error:  # torch.load raises any
+        raise ValueError(f"is damaged: {one_line(error)}") from error
+    number = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(number, int) or number != FORMAT:
+        raise ValueError(
+            f"has format {shown(number)}, resnet_fast {__version__} reads format {FORMAT}: "
             "the version that wrote it goes on with it"
         )
     return state

@@ -47,6 +47,7 @@ LEAST_INTEGERS = {
     "workers": 0,
     "seed": 0,
 }
+MAX_IMAGE_SIZE = 4096
 SWITCHES = (
     "nesterov",
     "zero_gamma",
@@ -75,7 +76,7 @@ class TrainConfig(Recipe):
         graph: run the step as a CUDA graph; None: on a GPU, if it is one process.
         dataset: "cifar10", "digits" or "folder".
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
-        image_size: pixels to which the images of "folder" are resized.
+        image_size: pixels to which the images of "folder" are resized, 8 … 4096.
         images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
         skip_unreadable: of "folder": leave out the images that cannot be read, instead of an error that names them.
         holdout: so many of the training images are validated on instead of the test images; 0: test.
@@ -166,6 +167,8 @@ class TrainConfig(Recipe):
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE}, got {self.image_size}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         self._check_combinations()

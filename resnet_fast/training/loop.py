@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from resnet_fast.archive import one_line
 from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
@@ -29,6 +30,7 @@ from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
+from resnet_fast.training.structure import difference
 from resnet_fast.training.tensorboard import need_tensorboard
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
@@ -119,13 +121,14 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
 def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     """Train what is left to train; test and save after every epoch."""
     config, processes, step = run.config, run.processes, run.step
+    history: list[EpochMetrics] = []
+    if saved is not None and saved.checkpoint is not None:
+        history = _restore(run, saved.checkpoint)
     if saved is not None:
         processes.first_only(folder.clean)
     run.reporter.start(config, folder.dataset)
-    history: list[EpochMetrics] = []
     start = begin = time.perf_counter()
     if saved is not None and saved.checkpoint is not None:
-        history = _restore(run, saved.checkpoint)
         begin -= saved.checkpoint["seconds"]
         processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
@@ -174,16 +177,28 @@ def _end(run: Run, folder: RunFolder) -> float | None:
 
 def _restore(run: Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
     """Set the run back to the checkpoint, and return the epochs until there."""
-    weights = checkpoint["trained_model"] or checkpoint["model"]
-    bare(run.step.model).load_state_dict(weights)
-    run.tested.load_state_dict(checkpoint["model"])
-    run.step.load_state_dict(checkpoint["step"])
+    run.processes.together(partial(_set_back, run, checkpoint))
     history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
     run.processes.together(partial(_check_same_epoch, len(history), run.processes.of_first(len(history))))
     run.step.n_done = len(history) * len(run.loader)  # among another number of processes it may be another
-    if run.processes.rank < len(checkpoint["random"]):
-        restore_random_states(checkpoint["random"][run.processes.rank], run.processes.device)
     return history
+
+
+def _set_back(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Raise ResumeError where the checkpoint does not fit the network, the optimizer or the generators."""
+    trained = bare(run.step.model)
+    own = {"model": run.tested.state_dict(), "trained_model": trained.state_dict() if run.config.ema else None}
+    unlike = difference(own, {name: checkpoint[name] for name in own}, "checkpoint")
+    try:
+        if unlike:
+            raise ValueError(unlike)
+        run.step.load_state_dict(checkpoint["step"])
+        trained.load_state_dict(checkpoint["trained_model"] or checkpoint["model"])
+        run.tested.load_state_dict(checkpoint["model"])
+        if run.processes.rank < len(checkpoint["random"]):
+            restore_random_states(checkpoint["random"][run.processes.rank], run.processes.device)
+    except Exception as error:  # python, numpy and torch each raise others for a state that is none
+        raise ResumeError(f"the checkpoint in {run.config.out} does not fit its settings: {one_line(error)}") from error
 
 
 def _check_same_epoch(n_done: int, of_first: int) -> None:

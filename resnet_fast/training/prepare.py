@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import convert_sync_batchnorm
+from resnet_fast.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.network import make_network, whiten_stem
@@ -150,9 +151,12 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:
     """Raise ResumeError if the data set is not the one that config.json describes."""
     now = json.loads(json.dumps(describe(saved.config, dataset, augmentation)))  # tuples become lists, as in the file
-    for name in ("classes", "train_images", "test_images", "mean", "std", "crop"):
-        if saved.description.get(name) != now[name]:
+    path = saved.config.out / "config.json"
+    before = saved.description
+    if unlike := difference(now["classes"], before["classes"], "the data set", "config.json"):
+        raise ResumeError(f"the data are not those that the run began with: of the classes, {unlike}; see {path}")
+    for name in ("train_images", "test_images", "mean", "std", "crop"):
+        if before[name] != now[name]:
             raise ResumeError(
-                f"the data are not those that the run began with: {name} is {now[name]}, "
-                f"{saved.config.out / 'config.json'} says {saved.description.get(name)}"
+                f"the data are not those that the run began with: {name} is {now[name]}, {path} says {before[name]}"
             )

@@ -5,17 +5,22 @@ The newest checkpoint is taken or refused, never replaced in silence by the one 
 
 import json
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resnet_fast.archive import one_line, read_regular
+from resnet_fast.checks import difference, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
+from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS, check_entries, check_settings
 
 # Where a run goes on, not what it computes: these may be others than before.
 MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
+
+MAX_CONFIG_BYTES = 2**24  # names of 100,000 classes; parsed, a file takes ten times its bytes
 
 
 class ResumeError(RuntimeError):
@@ -56,13 +61,10 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     path = Path(path).expanduser()
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name
-    if not (out / "config.json").is_file():
+    if not (out / "config.json").exists():
         raise ValueError(f"resume must be a run folder or a checkpoint in one, {path} is neither: no config.json there")
-    try:
-        description = json.loads((out / "config.json").read_bytes())
-        saved = {field.name: description[field.name] for field in fields(TrainConfig)}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ResumeError(f"{out / 'config.json'} is not as `resnet-fast train` writes it: {error!r}") from error
+    description = _describe(out / "config.json")
+    saved = {name: description[name] for name in SETTINGS}
     if "device" in moved or world_size() > 1:
         saved["graph"] = None  # as it suits the machine
     config = TrainConfig(**{**saved, "out": out, **moved})
@@ -76,14 +78,39 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     return SavedRun(config, description, checkpoint, is_newest=name == CHECKPOINT)
 
 
+def _describe(path: Path) -> dict[str, Any]:
+    """Return what a config.json holds; raise ResumeError if it breaks a rule."""
+    try:
+        data = read_regular(path)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError(f"has {len(data):,} bytes, and at most {MAX_CONFIG_BYTES:,} are read")
+        description = _parse(data)
+        check_settings(description)
+        check_entries(description, IN_CONFIG_JSON)
+    except ValueError as error:
+        raise ResumeError(f"{path} is not as `resnet-fast train` writes it: it {one_line(error)}") from error
+    return description
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {one_line(error)}") from error
+
+
 def _read(path: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint that belongs to config.json."""
-    checkpoint = read_checkpoint(path)
-    for name, value in checkpoint["config"].items():
-        if name not in MOVABLE and value != description[name]:
-            raise CheckpointError(
-                f"{path} is of another run: {name} is {value!r} there and {description[name]!r} in config.json"
-            )
+    checkpoint = read_checkpoint(path, IN_CHECKPOINT)
+    if unlike := difference(checkpoint["classes"], description["classes"], "the checkpoint", "config.json"):
+        raise CheckpointError(f"{path} is of another run: of the classes, {unlike}")
+    settings = {name: checkpoint["config"][name] for name in SETTINGS if name not in MOVABLE}
+    for name, value in {**settings, "mean": checkpoint["mean"], "std": checkpoint["std"]}.items():
+        if value != description[name]:
+            there, here = shown(value), shown(description[name])
+            raise CheckpointError(f"{path} is of another run: {name} is {there} there and {here} in config.json")
+    if checkpoint["epoch"] > description["epochs"]:
+        raise CheckpointError(f"{path} is of epoch {checkpoint['epoch']} of {description['epochs']}")
     return checkpoint
 
 

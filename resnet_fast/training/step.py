@@ -26,6 +26,7 @@ from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
+from resnet_fast.training.structure import copy_into, difference
 
 
 def training_step(
@@ -235,12 +236,15 @@ class TrainingStep:
         return {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = next(self.model.parameters()).device
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = torch.tensor(0.0, device=device)
-            if "capturable" in group:  # of the device that it was saved on
-                group["capturable"] = device.type == "cuda"
+        """Go on from a saved state; the settings of the optimizer stay those of the recipe.
+
+        Raises:
+            ValueError: it is that of another model or recipe; nothing has changed.
+        """
+        own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
+        if unlike := difference(own, saved, "step"):
+            raise ValueError(f"the state does not fit the model and its recipe: {unlike}")
+        copy_into(own["optimizer"], saved["optimizer"])
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -1,0 +1,149 @@
+"""What config.json and a checkpoint must hold: one rule for each entry, whichever of the two files it is in.
+
+    check_entries(checkpoint, IN_CHECKPOINT)
+    check_settings(checkpoint["config"])
+
+Whoever changes a file can sign it anew, so that a whole file need not be a right one. Every ValueError is the reason,
+after the name of the file.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.archive import one_line
+from resnet_fast.checks import is_integer, shown
+from resnet_fast.training.config import MAX_IMAGE_SIZE, TrainConfig
+from resnet_fast.training.metrics import EpochMetrics
+
+SETTINGS = tuple(field.name for field in fields(TrainConfig))
+METRICS = {field.name for field in fields(EpochMetrics)}
+LARGE = 1e300  # of a finite number: one near the end of a float's range overflows when it is added or shown
+
+
+def _is_number(value: Any, least: float = -LARGE, most: float = LARGE) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_count(value: Any, least: int = 0, most: int = 2**53) -> bool:
+    return is_integer(value) and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a file's name and a picture can hold."""
+    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def _is_setting(value: Any) -> bool:
+    """A value that compares; TrainConfig knows the rest."""
+    return isinstance(value, bool) or _is_text(value) or _is_number(value)
+
+
+def _are_channels(value: Any, least: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(one, least, 1) for one in value)
+
+
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, Tensor) and isinstance(k, str) for k, v in value.items())
+
+
+def _is_step(value: Any) -> bool:
+    optimizer = value.get("optimizer") if isinstance(value, dict) else None
+    return isinstance(optimizer, dict) and "state" in optimizer and _is_count(value.get("n_done"))
+
+
+def _are_epochs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and row.keys() == METRICS and all(map(_is_number, row.values())) and row["epoch"] == i
+        for i, row in enumerate(value, start=1)
+    )
+
+
+def _are_random_states(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_random_state, value))
+
+
+def _is_random_state(value: Any) -> bool:
+    """Python and torch check theirs when they are set; numpy reads wherever its position points to."""
+    if not isinstance(value, dict) or not {"python", "numpy", "torch"} <= value.keys():
+        return False
+    numpy = value["numpy"]
+    if not isinstance(numpy, tuple) or len(numpy) != 5 or not isinstance(numpy[1], Tensor):
+        return False
+    name, keys, position, has_gauss, gauss = numpy
+    is_state = keys.shape == (624,) and keys.dtype == torch.int64 and keys.layout == torch.strided and not keys.is_meta
+    return (
+        is_state
+        and shown(name) == "'MT19937'"
+        and _is_count(position, 0, 624)
+        and (_is_count(has_gauss, 0, 1) and _is_number(gauss))
+    )
+
+
+Rule = tuple[Callable[[Any], bool], str]
+_COUNT: Rule = (lambda value: _is_count(value, 1), "an integer of at least 1")
+_IMAGE_SIZE: Rule = (lambda value: _is_count(value, 8, MAX_IMAGE_SIZE), f"an integer in 8 … {MAX_IMAGE_SIZE}")
+SETTING_RULES: dict[str, Rule] = {
+    **dict.fromkeys(SETTINGS, (_is_setting, "a number, text, True or False")),
+    "device": (
+        lambda value: isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", value)),
+        "cpu or cuda:N",
+    ),
+    "image_size": _IMAGE_SIZE,
+}
+RULES: dict[str, Rule] = {
+    "classes": (_are_classes, "a list of different names"),
+    "mean": (lambda value: _are_channels(value, 0), "3 numbers in 0 … 1"),
+    "std": (lambda value: _are_channels(value, 1e-3), "3 numbers in 0.001 … 1"),
+    "image_size": _IMAGE_SIZE,
+    "train_images": _COUNT,
+    "test_images": _COUNT,
+    "epoch": _COUNT,
+    "seconds": (lambda value: _is_number(value, 0), "a number of at least 0"),
+    "history": (_are_epochs, "a list of each epoch's metrics, numbers"),
+    "config": (lambda value: isinstance(value, dict), "a dict of settings"),
+    "model": (_are_weights, "a dict of tensors"),
+    "trained_model": (lambda value: value is None or _are_weights(value), "None or a dict of tensors"),
+    "step": (_is_step, "the state of a TrainingStep"),
+    "random": (_are_random_states, "a list of random states"),
+}
+IN_CONFIG_JSON = ("classes", "mean", "std", "train_images", "test_images")
+TO_PREDICT = ("config", "classes", "mean", "std", "image_size", "epoch", "model")
+IN_CHECKPOINT = (*TO_PREDICT, "trained_model", "step", "random", "seconds", "history")
+
+
+def check_entries(entries: Any, names: Iterable[str], rules: Mapping[str, Rule] = RULES) -> None:
+    """Raise ValueError unless `entries` holds all of these, each by its rule."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"holds no entries by name, but {shown(entries)}")
+    if missing := [name for name in names if name not in entries]:
+        few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"holds no {few}: it is of an earlier version of this program")
+    for name in names:
+        follows, rule = rules[name]
+        if not follows(entries[name]):
+            raise ValueError(f"is not valid: {name} must be {rule}, got {shown(entries[name])}")
+    if rules is RULES and "config" in names:
+        check_entries(entries["config"], SETTINGS, SETTING_RULES)
+    if rules is RULES and "history" in names and len(entries["history"]) != entries["epoch"]:
+        raise ValueError(f"is of epoch {entries['epoch']} and holds the metrics of {len(entries['history'])}")
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ValueError unless these are the settings of a run; its device need not be here."""
+    check_entries(settings, SETTINGS, SETTING_RULES)
+    if wrong := [name for name in ("graph", "sync_bn") if not isinstance(settings[name], bool)]:
+        raise ValueError(f"is not valid: {wrong[0]} must be True or False, got {shown(settings[wrong[0]])}")
+    elsewhere = {"device": "cpu", "graph": False, "sync_bn": False}
+    try:
+        TrainConfig(**{**{name: settings[name] for name in SETTINGS}, **elsewhere})
+    except Exception as error:  # whatever it raises: the values are those of a file
+        raise ValueError(f"is not valid: {one_line(error)}") from error

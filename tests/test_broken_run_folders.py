@@ -1,0 +1,262 @@
+"""A config.json or a signed checkpoint with any other content gives one line, and nothing is written."""
+
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_run import Stop, make_dataset, stop, use_tiny
+from trained_run import invoke
+
+from resnet_fast.cli import evaluate
+from resnet_fast.inference import CheckpointError, load_trained, trained
+from resnet_fast.training import ResumeError, load_run, network, prepare, resume
+from resnet_fast.training.checkpoint import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny(monkeypatch.setattr)
+    monkeypatch.setattr(trained, "MODELS", network.MODELS)
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args, **kwargs: make_dataset())
+    monkeypatch.setattr(evaluate, "write_pictures", lambda *args: [])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiny(monkeypatch.setattr)
+        return stop(tmp_path_factory.mktemp("runs") / "run", 3, ema=0.5)
+
+
+@pytest.fixture
+def broken(run: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, to be broken."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, 0, -1, 10**9, 10**400, -1.5, float("nan"), float("inf"), 1e308),
+    *("", "x", "\ud800", "\0", "\x1b[31m\n", "auto", "cuda:99", [], [0.5, 0.5], ["a", "a"], {}, {"a": 1}, nested(90)),
+)
+TENSORS = (
+    *(torch.zeros(()), torch.zeros(1).expand(2**40), torch.full((4,), float("nan")), torch.zeros(3, dtype=torch.int64)),
+    *(torch.eye(3).to_sparse(), (1, 2, 3)),
+)
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(min(len(value), 3)):
+            yield from places(value[key], (*path, key))
+
+
+def mutated(content: dict, values: tuple, seed: int) -> dict:
+    """Change, drop or add an entry; each at the top is as likely, however much it holds."""
+    generator = random.Random(seed)
+    top = generator.choice(list(content))
+    *way, last = generator.choice([path for path in places(content) if path[:1] == (top,)])
+    content = copy.deepcopy(content)
+    holder: Any = content
+    for key in way:
+        holder = holder[key]
+    kind = generator.randrange(5)
+    if kind == 0:
+        del holder[last]
+    elif kind == 1 and isinstance(holder, dict):
+        holder["extra"] = holder.pop(last)
+    elif isinstance(old := holder[last], torch.Tensor) and kind == 2:
+        holder[last] = generator.choice(
+            [old.double(), old[None], torch.cat([old.flatten()] * 2), torch.full_like(old, 7)]
+        )
+    else:
+        holder[last] = generator.choice(values)
+    return content
+
+
+def write_config(folder: Path, content: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def write_signed(folder: Path, content: dict) -> None:
+    write_checkpoint(folder / "checkpoint.pt", content, None)
+
+
+def outcome(folder: Path, read: Callable[[Path], object], *command: object) -> int:
+    """Read the folder; run the command on what can be read. Any failure is one line, and then nothing is written."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    try:
+        read(folder)
+    except (ResumeError, CheckpointError) as error:
+        assert str(error).startswith(str(folder)) and str(error).isprintable() and len(str(error)) < 900, str(error)
+        return 1
+    result = invoke(*command)
+    assert result.exception is None or isinstance(result.exception, SystemExit), (command, result.exc_info)
+    if result.exit_code:
+        assert result.exit_code in (1, 2) and result.stderr.startswith("resnet-fast: error: "), result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    return result.exit_code
+
+
+def test_any_other_config_gives_one_line(run: Path, broken: Path):
+    content, codes = json.loads((run / "config.json").read_text()), []
+    for seed in range(150):
+        shutil.copytree(run, broken, dirs_exist_ok=True)
+        write_config(broken, mutated(content, VALUES, seed))
+        codes.append(outcome(broken, load_run, "train", "--resume", broken))
+    assert codes.count(1) > 100
+
+
+def test_any_other_checkpoint_gives_one_line(run: Path, broken: Path, image: Path):
+    uses: tuple[Any, ...] = (
+        (load_run, "train", "--resume", broken),
+        (load_trained, "eval", broken),
+        (load_trained, "predict", broken, image),
+    )
+    content, codes = torch.load(run / "checkpoint.pt", weights_only=True), []
+    del content["format"]
+    for seed in range(150):
+        shutil.copytree(run, broken, dirs_exist_ok=True)
+        write_signed(broken, mutated(content, (*VALUES, *TENSORS), seed))
+        codes.append(outcome(broken, *uses[seed % 3]))
+    assert codes.count(1) > 70
+
+
+def changed(content: Any, path: str, change: Callable[[Any], Any]) -> None:
+    *way, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+    for key in way:
+        content = content[key]
+    content[last] = change(content[last])
+
+
+UNFIT = {
+    "weights of another shape": ("model/fc.weight", lambda w: w[:2], "checkpoint.model.fc.weight must be float32"),
+    "weights of another type": ("trained_model/fc.bias", lambda w: w.double(), "got float64 [3]"),
+    "an average that is none": ("trained_model", lambda w: None, "checkpoint.trained_model must be a dict, got None"),
+    "momentum of another shape": (
+        "step/optimizer/state",
+        lambda state: {**state, 0: {"momentum_buffer": torch.zeros(1)}},
+        "step.optimizer.state.0.momentum_buffer must be float32",
+    ),
+    "momentum that is missing": (
+        "step/optimizer/state",
+        lambda state: {key: state[key] for key in list(state)[1:]},
+        "step.optimizer.state holds no 0",
+    ),
+    "a number too many in numpy's state": (
+        "random/0/numpy",
+        lambda state: (*state[:2], 10**6, *state[3:]),
+        "random must be a list of random states",
+    ),
+    "python's state cut": ("random/0/python", lambda state: (3, state[1][:9], None), "does not fit its settings"),
+    "torch's state cut": ("random/0/torch", lambda state: state[:9], "does not fit its settings"),
+    "an epoch too many": ("epoch", lambda epoch: epoch + 1, "is of epoch 3 and holds the metrics of 2"),
+    "metrics without one": ("history/0", lambda row: {"epoch": 1}, "history must be a list of each epoch's metrics"),
+    "two means": ("mean", lambda mean: mean[:2], "mean must be 3 numbers in 0 … 1, got [0.5, 0.5]"),
+    "a huge image": ("image_size", lambda size: 10**9, "image_size must be an integer in 8 … 4096, got 1000000000"),
+    "a class twice": (
+        "classes",
+        lambda names: ["a", "a", "b"],
+        "classes must be a list of different names, got ['a', 'a'",
+    ),
+    "another class": (
+        "classes",
+        lambda names: ["a", "b", "d"],
+        "only the checkpoint has 'd'; only config.json has 'c'",
+    ),
+    "400 digits": (
+        "config/epochs",
+        lambda n: 10**400,
+        "epochs must be a number, text, True or False, got an integer of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_checkpoint_that_does_not_fit_is_named(case: str, broken: Path):
+    path, change, reason = UNFIT[case]
+    content = torch.load(broken / "checkpoint.pt", weights_only=True)
+    del content["format"]
+    changed(content, path, change)
+    write_signed(broken, content)
+    before = {file.name: file.read_bytes() for file in broken.iterdir()}
+    with pytest.raises(ResumeError) as caught:
+        resume(broken, Stop(3))
+    assert reason in str(caught.value), str(caught.value)
+    assert {file.name: file.read_bytes() for file in broken.iterdir()} == before
+
+
+def test_the_settings_of_the_optimizer_are_those_of_config(broken: Path):
+    """A file cannot change what a run computes: its groups are not read."""
+    content = torch.load(broken / "checkpoint.pt", weights_only=True)
+    del content["format"]
+    expected = resume(Path(shutil.copytree(broken, broken.with_name("as it was"))))
+    content["step"]["optimizer"]["param_groups"][0].update(momentum=0.0, weight_decay=1e3, maximize=True)
+    write_signed(broken, content)
+    found = resume(broken)
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value), name
+
+
+CONFIGS = {
+    "nested": ("[" * 100_000, "is no JSON"),
+    "a list": ("[]", "holds no entries by name, but"),
+    "too large": ('{"x": "' + "x" * 2**24 + '"}', "bytes, and at most 16,777,216 are read"),
+    "not UTF-8": (b"\xff\xfe\xfd", "is no JSON"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_none(case: str, broken: Path):
+    text, reason = CONFIGS[case]
+    (broken / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ResumeError, match=f"config.json is not as .* writes it: it .*{reason}"):
+        resume(broken)
+
+
+def test_a_fifo_in_place_of_a_file_is_named(broken: Path):
+    for name in ("checkpoint.pt", "config.json"):
+        (broken / name).unlink()
+        os.mkfifo(broken / name)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no regular file"):
+        load_trained(broken / "checkpoint.pt")
+    with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is no regular file"):
+        resume(broken)
+
+
+def test_classes_that_differ_late_are_named(broken: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare, "load_dataset", lambda *a, **k: replace(make_dataset(), classes=("a", "c", "b")))
+    with pytest.raises(ResumeError, match="of the classes, the order differs from number 2 on: the data set has 'c'"):
+        resume(broken)
+
+
+def test_a_network_whose_output_is_not_finite_is_not_drawn(broken: Path, image: Path):
+    content = torch.load(broken / "checkpoint.pt", weights_only=True)
+    content["model"]["fc.bias"] *= float("nan")
+    del content["format"]
+    write_signed(broken, content)
+    result = invoke("predict", broken, image)
+    assert result.exit_code == 1 and "image.png is not finite" in result.stderr
