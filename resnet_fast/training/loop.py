@@ -109,10 +109,10 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
     folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
     own = processes.together(lambda: own_part(config, dataset, processes))
     run = prepare(config, dataset, own, augmentation, processes, reporter if processes.is_first else Reporter())
-    if saved is None:
-        processes.first_only(folder.start)
     with processes.signals_together(), ExitStack() as stack:
-        processes.first_only(lambda: stack.enter_context(folder.hold()))
+        processes.first_only(lambda: stack.enter_context(folder.hold(is_new=saved is None)))
+        if saved is None:
+            processes.first_only(folder.start)  # which looks again whether the folder is empty
         return _train(run, folder, saved)
 
 
