@@ -11,7 +11,7 @@ A split keeps its images as bytes. Cropping, flipping and normalizing happen on 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Batch(NamedTuple):
         )
 
 
+@runtime_checkable
 class Split(Protocol):
     """The training or the test part of a data set."""
 

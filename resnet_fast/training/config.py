@@ -1,16 +1,15 @@
 """What a training run is: every setting, its default, and the one place where settings are checked."""
 
 import itertools
-import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resnet_fast.checks import check_integer
+from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
 from resnet_fast.models.registry import MODELS, check_name, check_stem
@@ -35,17 +34,30 @@ CHOICES = {
     "images": IMAGES,
     "precision": PRECISIONS,
 }
-LEAST_INTEGERS = {
-    "epochs": 1,
-    "batch_size": 2,  # batch norm cannot take statistics over a single value
-    "crop": 0,
-    "cutout": 0,
-    "ghost_batch_size": 0,
-    "image_size": 8,
-    "holdout": 0,
-    "accumulate": 1,
-    "workers": 0,
-    "seed": 0,
+INTEGERS = {  # the least, and the first that is too large
+    "epochs": (1, 2**32),
+    "batch_size": (2, 2**32),  # batch norm cannot take statistics over a single value
+    "crop": (0, 2**32),
+    "cutout": (0, 2**32),
+    "ghost_batch_size": (0, 2**32),
+    "image_size": (8, 2**14),
+    "holdout": (0, 2**32),
+    "accumulate": (1, 2**32),
+    "workers": (0, 2**10),
+    "seed": (0, 2**32),
+}
+POSITIVE = ("a positive finite number", lambda value: value > 0)
+NOT_NEGATIVE = ("a finite number, 0 or more", lambda value: value >= 0)
+FRACTION = ("in [0, 1)", lambda value: 0 <= value < 1)
+NUMBERS = {
+    "lr": POSITIVE,
+    "bn_bias_lr": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": NOT_NEGATIVE,
+    "time_budget": NOT_NEGATIVE,
+    "momentum": FRACTION,
+    "ema": FRACTION,
+    "label_smoothing": FRACTION,
 }
 SWITCHES = ("nesterov", "zero_gamma", "dirac", "whiten", "graph", "sync_bn", "deterministic", "tensorboard")
 
@@ -109,9 +121,9 @@ class TrainConfig(Recipe):
     def __post_init__(self) -> None:
         check_name(self.model)
         self._fill_in("stem", MODELS[self.model].stems[0])
-        _check_choice("dataset", self.dataset, DATASETS)
+        check_choice("dataset", self.dataset, DATASETS)
         recipe_name = DEFAULT_RECIPES[self.dataset] if self.recipe is None else self.recipe
-        _check_choice("recipe", recipe_name, RECIPES)
+        check_choice("recipe", recipe_name, RECIPES)
         recipe = RECIPES[recipe_name]
         if self.dataset in NOT_MIRRORED:
             recipe = replace(recipe, flip="none")
@@ -123,9 +135,13 @@ class TrainConfig(Recipe):
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._set("device", str(device))
-        self._set("data_dir", Path(self.data_dir).expanduser())
-        self._set("out", Path(self.out).expanduser())
-        self._check()
+        for name in ("data_dir", "out"):
+            self._set(name, check_path(name, getattr(self, name)))
+        # Plain values: strings and numbers of numpy would not be read again from a checkpoint.
+        strings = {name: str.__str__(value) for name, value in vars(self).items() if isinstance(value, str)}
+        for name, value in {**strings, **check_fields(self)}.items():
+            self._set(name, value)
+        self._check_combinations()
         if self.precision == "auto":
             self._set("precision", choose_precision(device))
 
@@ -135,28 +151,6 @@ class TrainConfig(Recipe):
     def _fill_in(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             self._set(name, value)
-
-    def _check(self) -> None:
-        for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        for name, least in LEAST_INTEGERS.items():
-            if name != "crop" or self.crop is not None:
-                check_integer(name, getattr(self, name), least)
-        for name in ("lr", "bn_bias_lr"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "clip_norm", "time_budget"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
-        for name in ("momentum", "ema", "label_smoothing"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.accumulate > self.batch_size // 2:
@@ -193,20 +187,43 @@ class TrainConfig(Recipe):
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
+def check_fields(settings: Recipe) -> dict[str, Any]:
+    """Check the numbers, choices and switches of a recipe, or of all settings; return the numbers as Python's own.
+
+    Raises:
+        ValueError: one breaks its rule.
+    """
+    plain: dict[str, Any] = {}
+    for name in (field.name for field in fields(settings)):
+        value = getattr(settings, name)
+        if name in CHOICES:
+            check_choice(name, value, CHOICES[name])
+        elif name in INTEGERS and not (name == "crop" and value is None):
+            plain[name] = check_integer(name, value, *INTEGERS[name])
+        elif name in NUMBERS:
+            rule, is_kept = NUMBERS[name]
+            if not (is_number(value) and is_kept(value)):
+                raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+            plain[name] = float(value)
+        elif name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return plain
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the first GPU where there is one.
 
     Raises:
         ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
+        device = torch.device(name) if isinstance(name, str | torch.device) else None
+    except (RuntimeError, ValueError):
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -231,12 +248,3 @@ def free_folder(name: str) -> Path:
     """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
     candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
     return next(folder for folder in candidates if not folder.exists())
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,11 +12,13 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from resnet_fast.checks import check_type
 from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
@@ -52,12 +54,14 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     Raises:
         FileExistsError: the run folder already holds something.
         ValueError: the settings do not suit the data or the processes.
+        TypeError: an argument is of another type.
         TensorBoardError: `tensorboard` is asked for and not installed.
         DataError: the data set is not available, or damaged.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
         OtherProcessError, LostProcessError: another process failed or ended.
     """
-    return _run(config, None, reporter or Reporter())
+    check_type("config", config, TrainConfig)
+    return _run(config, None, reporter)
 
 
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
@@ -83,15 +87,19 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
         BlockingIOError: another process is at this run.
         DataError, DivergedError: as for `train`.
     """
+    check_type("run", run, SavedRun, str, PathLike)
     if not isinstance(run, SavedRun):
         run = load_run(run, **moved)
-    return _run(run.config, run, reporter or Reporter())
+    elif moved:
+        raise ValueError(f"run must be a path for it to move, got a SavedRun and {', '.join(moved)}")
+    return _run(run.config, run, reporter)
 
 
-def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
+def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
+    check_type("reporter", reporter, Reporter, type(None))
     with join(config.device) as processes, torch_settings(config, processes.device):
-        return _run_joined(config, saved, reporter, processes)
+        return _run_joined(config, saved, reporter or Reporter(), processes)
 
 
 def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
