@@ -64,7 +64,7 @@ SWITCHES = ("nesterov", "zero_gamma", "dirac", "whiten", "graph", "sync_bn", "de
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """All settings of a run. Once made, every field holds the value that will be used, but for a `crop` of None.
+    """All settings of a run. Once made, every field but `crop` and `weights` holds the value that will be used.
 
     Args:
         recipe: a name in RECIPES; None: see DEFAULT_RECIPES. It gives the settings that `Recipe` lists, each of which
@@ -82,6 +82,8 @@ class TrainConfig(Recipe):
         holdout: so many of the training images are validated on instead of the test images; 0: test.
         accumulate: parts in which a batch is computed one after the other, for less memory.
         sync_bn: on several processes, batch statistics over all of them.
+        weights: start from these instead of new ones: a run folder, or a file that resnet_fast.load_checkpoint reads. A
+            last layer of another number of classes stays new.
         seed: of the initial weights, the order of the images and the augmentation.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
@@ -109,6 +111,7 @@ class TrainConfig(Recipe):
     holdout: int = 0
     accumulate: int = 1
     sync_bn: bool = False
+    weights: Path | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -135,8 +138,9 @@ class TrainConfig(Recipe):
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._set("device", str(device))
-        for name in ("data_dir", "out"):
-            self._set(name, check_path(name, getattr(self, name)))
+        for name in ("data_dir", "out", "weights"):
+            if name != "weights" or self.weights is not None:
+                self._set(name, check_path(name, getattr(self, name)))
         # Plain values: strings and numbers of numpy would not be read again from a checkpoint.
         strings = {name: str.__str__(value) for name, value in vars(self).items() if isinstance(value, str)}
         for name, value in {**strings, **check_fields(self)}.items():
@@ -175,6 +179,9 @@ class TrainConfig(Recipe):
         for name, reason in model.refused.items():
             if getattr(self, name):
                 raise ValueError(f"{name} must be False for {self.model}, got True: {reason}")
+        for name in ("zero_gamma", "dirac", "whiten"):
+            if self.weights is not None and getattr(self, name):
+                raise ValueError(f"{name} must be False with weights, got True: it would overwrite some of them")
         if self.graph and torch.device(self.device).type != "cuda":
             raise ValueError(f"graph needs a CUDA device, got {self.device}")
         if self.graph and world_size() > 1:

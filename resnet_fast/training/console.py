@@ -101,11 +101,16 @@ def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
     return [*lines, f"{seconds.mean:.1f} ± {seconds.std:.1f} s of training", f"summary.csv: {out}"]
 
 
-def format_resumed(n_done: int, n_epochs: int) -> str:
-    """Return the line between the rows of before and those to come."""
-    if n_done == n_epochs:
-        return "resumed: the run was finished already, nothing is trained"
-    return f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"
+def format_resumed(n_done: int, config: TrainConfig) -> list[str]:
+    """Return the lines between the rows of before and those to come."""
+    if n_done == config.epochs:
+        return ["resumed: the run was finished already, nothing is trained", format_train_on(config.out)]
+    return [f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"]
+
+
+def format_train_on(run: Path) -> str:
+    """Return how to train a finished run for more epochs."""
+    return f"to train on from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"
 
 
 def wants_live_output(stream: TextIO) -> bool:
@@ -116,22 +121,26 @@ def wants_live_output(stream: TextIO) -> bool:
 class PlainReporter(Reporter):
     """Prints a line per epoch, without control codes: for files, pipes and logs."""
 
+    def note(self, line: str) -> None:
+        print(line, flush=True)
+
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.n_epochs = config.epochs
+        self.config = config
         for line in [*format_start(config, dataset), format_header(config)]:
-            print(line, flush=True)
+            self.note(line)
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:
             self.end_epoch(metrics)
-        print(format_resumed(len(history), self.n_epochs), flush=True)
+        for line in format_resumed(len(history), self.config):
+            self.note(line)
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        print(format_row(metrics, self.n_epochs), flush=True)
+        self.note(format_row(metrics, self.config.epochs))
 
     def finish(self, result: Result) -> None:
         for line in format_end(result):
-            print(line, flush=True)
+            self.note(line)
 
     def close(self) -> None:
         """Leave the terminal as it was; may be called more than once."""
@@ -152,8 +161,11 @@ class LiveReporter(Reporter):
             expand=True,
         )
 
+    def note(self, line: str) -> None:
+        self._print(line, "dim")
+
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.n_epochs = config.epochs
+        self.config = config
         self.first: int | None = None  # epoch that is trained here
         first, *rest = format_start(config, dataset)
         self._print(first, "bold")
@@ -166,14 +178,15 @@ class LiveReporter(Reporter):
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:
             self.end_epoch(metrics)
-        self._print(format_resumed(len(history), self.n_epochs), "dim")
+        for line in format_resumed(len(history), self.config):
+            self.note(line)
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         if self.first is None:
             self.first, self.began = epoch, time.monotonic()
         self.epoch, self.n_steps = epoch, n_steps
         self.progress.reset(
-            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", so_far=""
+            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.config.epochs}", so_far=""
         )
 
     def step(self, done: int, progress: EpochProgress | None) -> None:
@@ -185,11 +198,11 @@ class LiveReporter(Reporter):
     def _seconds_left(self, done: int) -> float:
         """Of the whole run, at the speed of its steps so far, evaluations and files included."""
         since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
-        to_come = (self.n_epochs - self.epoch + 1) * self.n_steps - done
+        to_come = (self.config.epochs - self.epoch + 1) * self.n_steps - done
         return (time.monotonic() - self.began) / since_start * to_come
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        self._print(format_row(metrics, self.n_epochs))
+        self._print(format_row(metrics, self.config.epochs))
 
     def finish(self, result: Result) -> None:
         self.close()

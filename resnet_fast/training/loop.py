@@ -32,6 +32,7 @@ from resnet_fast.training.run_folder import RunFolder, check_is_free
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
 from resnet_fast.training.tensorboard import need_tensorboard
+from resnet_fast.training.weights import weights_file
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -57,6 +58,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
         TypeError: an argument is of another type.
         TensorBoardError: `tensorboard` is asked for and not installed.
         DataError: the data set is not available, or damaged.
+        CheckpointMismatch, CheckpointError: `weights` are of another network, or damaged; nothing is written.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
         OtherProcessError, LostProcessError: another process failed or ended.
     """
@@ -110,17 +112,21 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
         need_tensorboard()
     if saved is None:
         processes.first_only(lambda: check_is_free(config.out))
+        if config.weights is not None:
+            processes.first_only(partial(weights_file, config.weights))  # before data are downloaded
     dataset = processes.first_goes_first(lambda: load(config))
     augmentation = augmentation_of(config, dataset)
     of_first = processes.of_first((dataset.classes, len(dataset.train), len(dataset.test), augmentation))
     processes.together(lambda: check_data(dataset, augmentation, processes, saved, of_first))
     folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
     own = processes.together(lambda: own_part(config, dataset, processes))
-    run = prepare(config, dataset, own, augmentation, processes, reporter if processes.is_first else Reporter())
+    reporter = reporter if processes.is_first else Reporter()
+    run = prepare(config, dataset, own, augmentation, processes, reporter, saved)
     with processes.signals_together(), ExitStack() as stack:
         processes.first_only(lambda: stack.enter_context(folder.hold(is_new=saved is None)))
         if saved is None:
-            processes.first_only(folder.start)  # which looks again whether the folder is empty
+            # This looks again whether the folder is empty.
+            processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
         return _train(run, folder, saved)
 
 
@@ -129,6 +135,8 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     config, processes, step = run.config, run.processes, run.step
     if saved is not None:
         processes.first_only(folder.clean)
+    if run.origin is not None:
+        run.reporter.note(str(run.origin))
     run.reporter.start(config, folder.dataset)
     history: list[EpochMetrics] = []
     start = begin = time.perf_counter()

@@ -65,14 +65,20 @@ class RunFolder:
         self.drawn = -math.inf  # when the curves were drawn last
         self.board: TensorBoard | None = None
 
-    def start(self) -> None:
+    def start(self, weights_sha256: str | None = None) -> None:
         """Write config.json, the first file, into the folder that `hold` has made.
+
+        Args:
+            weights_sha256: of the file of weights that the run starts from, for config.json.
 
         Raises:
             FileExistsError: the folder holds something already.
         """
         check_is_free(self.config.out)
-        text = json.dumps(describe(self.config, self.dataset, self.augmentation), indent=2, ensure_ascii=False) + "\n"
+        values = describe(self.config, self.dataset, self.augmentation)
+        if weights_sha256 is not None:
+            values["weights_sha256"] = weights_sha256
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
 
