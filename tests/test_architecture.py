@@ -18,6 +18,7 @@ LAYERS = (
     *(
         "checks",
         "files",
+        "terminal",
         "signature",
         "machine",
         "timing",

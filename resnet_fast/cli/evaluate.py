@@ -8,10 +8,11 @@ import typer
 from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.text import WIDTH, clean, fit, head
+from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.evaluation import Predictions, image_paths, predict_split, write_pictures, write_predictions
 from resnet_fast.inference import CheckpointError, Trained, load_trained
+from resnet_fast.terminal import clean
 from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
 
 SPLITS = ("test", "train", "validation")
@@ -82,7 +83,7 @@ def evaluate(
         if config["holdout"] and split != "test":
             dataset = dataset.hold_out(config["holdout"])
         images = dataset.train if split == "train" else dataset.test
-        print(clean(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes"))
+        print(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes")
         print(f"{chosen}, {used}, batch {at_once}\n", flush=True)
         found = predict_split(
             trained.model,
@@ -105,7 +106,7 @@ def evaluate(
         stop(130, "interrupted")
     except (DataError, OSError, torch.OutOfMemoryError) as error:
         stop(1, f"error: {error}")
-    print(f"\n{', '.join([*names, table])}: {clean(str(out))}")
+    print(f"\n{', '.join([*names, table])}: {out}")
 
 
 def format_evaluation(found: Predictions, trained: Trained) -> list[str]:

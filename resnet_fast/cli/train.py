@@ -152,7 +152,8 @@ def _failures_told(config: TrainConfig) -> Iterator[None]:
     except FileExistsError as error:
         stop(2, f"error: {error}")
     except CheckpointMismatch as error:  # of --weights
-        stop(1, f"error: {error}")
+        first, *rest = str(error).split("\n")
+        stop(1, f"error: {first}", *rest)
     except ValueError as error:
         _stop_all(2, f"error: {error}")
     except (KeyboardInterrupt, _Terminated) as arrived:
@@ -218,7 +219,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _is_started(out: Path) -> bool:
-    return (out / "config.json").exists()
+    return (out / "config.json").is_file()
 
 
 def _how_to_go_on(out: Path) -> str:
@@ -229,7 +230,7 @@ def _what_is_kept(out: Path) -> str:
     """Say which files of a run that did not reach its end are there."""
     if not _is_started(out):
         return "nothing was written"
-    if not (out / "metrics.csv").exists():
+    if not (out / "metrics.csv").is_file():
         return f"no epoch was finished, {out} keeps config.json only"
-    epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
+    epochs = (out / "metrics.csv").read_bytes().count(b"\n") - 1
     return f"{out} keeps the checkpoint, metrics and curves up to epoch {epochs}"

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from resnet_fast.data import ImageDataset
+from resnet_fast.terminal import clean, clean_output, unfiltered
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.processes import command, is_first_process, world_size
@@ -122,7 +124,7 @@ class PlainReporter(Reporter):
     """Prints a line per epoch, without control codes: for files, pipes and logs."""
 
     def note(self, line: str) -> None:
-        print(line, flush=True)
+        print(clean(line), flush=True)
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.config = config
@@ -150,7 +152,8 @@ class LiveReporter(Reporter):
     """Prints the table row by row, above a progress bar of the running epoch."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(file=unfiltered(sys.stdout), highlight=False)
+        self.cleaning = ExitStack()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="dark_orange", finished_style="dark_orange"),
@@ -174,6 +177,7 @@ class LiveReporter(Reporter):
         self._print(format_header(config), "bold")
         self.task = self.progress.add_task("", total=None, visible=False, so_far="")
         self.progress.start()
+        self.cleaning.enter_context(clean_output())  # what others write meanwhile goes through the console
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:
@@ -214,11 +218,12 @@ class LiveReporter(Reporter):
 
     def close(self) -> None:
         """Leave the terminal as it was; may be called more than once."""
+        self.cleaning.close()
         self.progress.stop()
 
     def _print(self, line: str, style: str | None = None) -> None:
         # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
-        self.console.print(line, style=style, markup=False, soft_wrap=True)
+        self.console.print(clean(line), style=style, markup=False, soft_wrap=True)
 
 
 class SilentReporter(Reporter):
