@@ -47,14 +47,9 @@ class Loader:
     ) -> None:
         check_type("split", split, Split)
         check_type("augmentation", augmentation, Augmentation)
-        for name, number, at_least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("rank", rank, 0),
-            ("world_size", world_size, 1),
-        ):
-            check_integer(name, number, at_least)
-        check_integer("rank", rank, 0, below=world_size)
+        batch_size, seed = check_integer("batch_size", batch_size), check_integer("seed", seed, 0)
+        world_size = check_integer("world_size", world_size)
+        rank = check_integer("rank", rank, 0, below=world_size)
         least = 2 * world_size
         if batch_size < least:
             raise ValueError(f"batch_size must be at least {least}, 2 for each process, got {batch_size}")

@@ -203,9 +203,11 @@ def check_fields(settings: Recipe) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name in (field.name for field in fields(settings)):
         value = getattr(settings, name)
+        if name == "crop" and value is None:
+            continue
         if name in CHOICES:
             check_choice(name, value, CHOICES[name])
-        elif name in INTEGERS and not (name == "crop" and value is None):
+        elif name in INTEGERS:
             plain[name] = check_integer(name, value, *INTEGERS[name])
         elif name in NUMBERS:
             rule, is_kept = NUMBERS[name]

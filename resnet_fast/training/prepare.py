@@ -28,7 +28,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs."""
+    """What an epoch needs, and where the first weights are from, if they are not new."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     tested: nn.Module
     processes: Processes
     reporter: Reporter
-    origin: Origin | None
+    origin: Origin | None = None
 
 
 def load(config: TrainConfig) -> ImageDataset:
