@@ -1,37 +1,79 @@
-"""What checks of arguments share, from models to commands: one rule for counts, one phrase for misspelt names."""
+"""What checks of arguments share, from models to commands: one rule for each kind of value, one phrase for misspelt
+names. The message names the rule and the value."""
 
 import difflib
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+import numbers
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+MAX_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """Return a value as a message has it: in one line, of a bounded length."""
+    if isinstance(value, list | tuple | dict) and len(value) > 4:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of 5,000 digits, deep nesting, or whatever somebody's class raises
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer, of Python or numpy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_integer(name: str, value: object, at_least: int = 1) -> None:
-    """Raise ValueError unless `value` is an integer of at least so much."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number, of Python or numpy."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def check_integer(name: str, value: Any, at_least: int = 1, below: int | None = None) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer from `at_least` on and, if given, `below`."""
+    if not is_integer(value) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {shown(value)}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be below {below:,}, got {shown(value)}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of the names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return `value` as a Path, the home folder in place of ~; raise ValueError unless it is a path in UTF-8."""
+    try:
+        path = Path(value).expanduser()
+        is_path = b"\0" not in str(path).encode()
+    except (TypeError, ValueError, RuntimeError):  # no path, not UTF-8, ~ of somebody who is not known
+        is_path = False
+    if not is_path:
+        raise ValueError(f"{name} must be a path in UTF-8, got {shown(value)}")
+    return path
+
+
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Raise TypeError unless `value` is of one of these types."""
+    if not isinstance(value, kinds):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be of type {expected}, got {type(value).__name__}")
 
 
 def did_you_mean(name: str, known: Iterable[str], at_most: int = 3) -> str:
     """Return the end of a message about a name that is not known: the nearest that are, or nothing."""
     nearest = difflib.get_close_matches(name, list(known), at_most)
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-
-
-def shown(value: object) -> str:
-    """Return a value from a file as a message shows it: short, on one line, without codes for a terminal."""
-    if value is None or isinstance(value, bool | float | str):
-        text = repr(value)
-    elif isinstance(value, int):
-        text = str(value) if abs(value) < 10**50 else f"an integer of {value.bit_length()} bits"
-    elif isinstance(value, list) and len(value) <= 4 and not any(isinstance(one, list) for one in value):
-        text = f"[{', '.join(map(shown, value))}]"
-    else:
-        text = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple | dict) else "")
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def difference(ours: Sequence[str], theirs: Sequence[str], us: str, them: str) -> str:

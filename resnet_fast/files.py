@@ -1,6 +1,8 @@
 """Files that are there as a whole or not at all, and folders that one process writes to."""
 
+import glob
 import os
+import secrets
 import signal
 import threading
 import time
@@ -24,25 +26,45 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     An exception or a full disk on the way leaves what was there before. SIGINT and SIGTERM wait until it is written, so
     that no unfinished file stays behind.
+
+    Raises:
+        OSError: it cannot be written; `filename` is `path`.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = unfinished_name(path)
     with _signals_wait():
         try:
-            with open(unfinished, "wb") as file:
+            with open(unfinished, "xb") as file:  # O_EXCL, which follows no link, either
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
-        except BaseException:
+        except BaseException as error:
             unfinished.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(unfinished)):
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # a full disk names no file
             raise
 
 
+def unfinished_name(path: Path) -> Path:
+    """Return a name beside `path` that nobody can foresee; `delete_unfinished` finds it after a kill."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def delete_unfinished(path: Path) -> None:
+    """Delete what processes left that were killed while they wrote `path`."""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        unfinished.unlink(missing_ok=True)
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Hold the folder for this process until the end of the block; the system lets go of it however the process ends.
 
     Where there are no such locks (Windows, some network file systems) nothing is held.
+
+    Args:
+        folder: that exists.
+        patience: seconds to wait for another process.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -52,19 +74,19 @@ def only_writer(folder: Path) -> Iterator[None]:
         return
     number = os.open(folder, os.O_RDONLY)
     try:
-        _lock(number, folder)
+        _lock(number, folder, patience)
         yield
     finally:
         os.close(number)
 
 
-def _lock(number: int, folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
+def _lock(number: int, folder: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
     while True:
         try:
             return fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise BlockingIOError(f"another process writes to {folder}") from None
         except OSError:  # not supported there
             return

@@ -39,6 +39,7 @@ EQUAL: dict[str, tuple[int, bool, dict[str, Any]]] = {
         {"batch_size": 9, "optimizer": "adam", "lr": 1e-3, "label_smoothing": 0.1, "clip_norm": 0.5, "ema": 0.9},
     ),
     "three processes": (3, True, {"batch_size": 10, "bn_bias_lr": 4.0}),
+    "from weights": (2, True, {"batch_size": 9, "weights": "../../weights.pt"}),
     "accumulated": (2, True, {"batch_size": 11, "accumulate": 2}),
     "accumulated, where the larger share has more parts": (2, True, {"batch_size": 7, "accumulate": 2}),
     "statistics of each share": (2, False, {"batch_size": 9, "ema": 0.9}),
@@ -201,6 +202,8 @@ def returned(result: Result) -> dict[str, Any]:
 
 def run_equal(folder: Path) -> None:
     """Each case in its processes, and in one."""
+    folder.mkdir()
+    torch.save({name: value + 1 for name, value in Double().state_dict().items()}, folder / "weights.pt")
     for name, (n_processes, sync_bn, settings) in EQUAL.items():
 
         def several(rank: int, sync_bn: bool = sync_bn, settings: dict = settings) -> object:

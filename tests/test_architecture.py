@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "resnet_fast"
 
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network, on
-# the kernel that augments.
+# the kernel that augments, and on what all checks share.
 LAYERS = (
     *(
         "checks",
         "files",
+        "terminal",
         "signature",
         "archive",
         "machine",
@@ -94,7 +95,7 @@ def test_the_test_above_sees_imports():
     assert imported_layers(PACKAGE / "models/blocks.py") == {"convolution", "nn"}
     assert imported_layers(PACKAGE / "models/resnet.py") == {"nn", "models"}
     assert imported_layers(PACKAGE / "models/pretrained.py") == {"checks"}
-    assert imported_layers(PACKAGE / "training/evaluation.py") == {"data", "evaluation", "training"}
+    assert imported_layers(PACKAGE / "training/evaluation.py") == {"checks", "data", "evaluation", "training"}
     assert "models" in imported_layers(PACKAGE / "training/config.py")
     assert "ops" in imported_layers(PACKAGE / "data/dataset.py")
 

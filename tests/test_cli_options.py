@@ -77,6 +77,7 @@ def test_options_reach_the_config(configs: list[TrainConfig]):
         (["--no-graph"], {"graph": False}),
         (["--sync-bn"], {"sync_bn": True}),
         (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
+        (["--weights", "runs/one"], {"weights": Path("runs/one")}),
         (["--time-budget", "90"], {"time_budget": 90.0}),
         (["--time-budget", "1.5m"], {"time_budget": 90.0}),
         (["--time-budget", "2h"], {"time_budget": 7200.0}),
@@ -89,7 +90,7 @@ def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
 
 
 def test_every_setting_has_an_option():
-    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget"}
+    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights"}
     assert known == {field.name for field in fields(TrainConfig)} == set(HELP)
 
 

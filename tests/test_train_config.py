@@ -102,6 +102,12 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
         ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images to each part of a batch of 8, got 5"),
         ({"ghost_batch_size": 8, "backend": "eager"}, "ghost_batch_size needs backend fused, got eager"),
         ({"ghost_batch_size": 8, "sync_bn": True}, "ghost_batch_size and sync_bn exclude each other"),
+        (
+            {"weights": "w.pt", "zero_gamma": True},
+            "zero_gamma must be False with weights, got True: it would overwrite",
+        ),
+        ({"weights": "w.pt", "dirac": True}, "dirac must be False with weights, got True: it would overwrite"),
+        ({"weights": "w.pt", "whiten": True}, "whiten must be False with weights, got True: it would overwrite"),
         ({"whiten": True, "stem": "imagenet"}, "whiten needs a 3x3 stem, stem cifar, of 54 .*, got imagenet of 64"),
         ({"whiten": True, "model": "article"}, "whiten needs a 3x3 stem, .*, got imagenet of 64"),
         ({"stem": "cifar", "model": "article"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
@@ -163,7 +169,8 @@ def test_everything_is_resolved():
     assert config.out == Path.home() / "run" and config.workers == 0
     values = TrainConfig(device="cpu", images="memory", dataset="folder").as_dict()
     assert "auto" not in values.values()
-    assert [name for name, value in values.items() if value is None] == ["crop"]  # the data set says
+    # The data set says how far to crop; without `weights` they are new.
+    assert [name for name, value in values.items() if value is None] == ["crop", "weights"]
     json.dumps(values)
 
 

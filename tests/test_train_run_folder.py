@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from PIL import Image
 
 from resnet_fast.data import Augmentation, ImageDataset, TensorSplit
 from resnet_fast.files import whole_file
-from resnet_fast.training import EpochMetrics, TrainConfig, curves, run_folder
+from resnet_fast.training import EpochMetrics, TrainConfig, curves, loop, run_folder, train
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 
 # Not the data set's mean and std, nor its crop: what is used, not what the data set says.
@@ -40,7 +41,8 @@ def make_state() -> dict:
 
 def start_folder(config: TrainConfig) -> RunFolder:
     folder = RunFolder(config, make_dataset(), AUGMENTATION)
-    folder.start()
+    with folder.hold(is_new=True):
+        folder.start()
     return folder
 
 
@@ -111,7 +113,7 @@ def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainC
     assert (values["epochs"], values["batch_size"], values["lr"]) == (config.epochs, config.batch_size, config.lr)
     assert values["versions"]["torch"] == torch.__version__ and "resnet_fast" in values["versions"]
     assert [name for name, value in values.items() if value == "auto"] == ["images"]  # as the memory allows
-    assert None not in values.values()
+    assert [name for name, value in values.items() if value is None] == ["weights"]
 
 
 def test_a_second_run_does_not_enter_the_folder_of_the_first(config: TrainConfig):
@@ -238,7 +240,7 @@ def test_the_curves_say_whether_images_are_augmented(change: dict, label: str, c
     figures = []
     monkeypatch.setattr(curves.Figure, "savefig", lambda figure, file, format: figures.append(figure))
     folder = RunFolder(config, make_dataset(), replace(AUGMENTATION, **{"crop": 0, **change}))
-    folder.start()
+    config.out.mkdir(parents=True)
     folder.write_epoch(make_history(1), make_state())
     for axes in figures[0].axes[:2]:
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [label, "test"]
@@ -289,3 +291,32 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path: Path, monkeypatch: pyt
         "runs/digits-resnet18-now",
         "runs/digits-resnet18-now-2",
     )
+
+
+def test_of_two_runs_that_find_a_folder_empty_one_gets_it(config: TrainConfig):
+    first, second = (RunFolder(config, make_dataset(), AUGMENTATION) for _ in range(2))
+    check_is_free(config.out)  # for both
+    with first.hold(is_new=True):
+        # Before config.json is there, and after.
+        with pytest.raises(FileExistsError, match="out must be a folder of its own, another process writes to"):
+            with second.hold(is_new=True):
+                pass
+        first.start()
+    with second.hold(is_new=True), pytest.raises(FileExistsError, match="already holds config.json"):
+        second.start()
+
+
+def test_a_run_that_was_faster_is_not_trained_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny_run.use_tiny(monkeypatch.setattr)
+    out, before = tmp_path / "run", []
+
+    def check_and_lose(folder: Path) -> None:
+        check_is_free(folder)
+        monkeypatch.setattr(loop, "check_is_free", check_is_free)
+        train(tiny_run.config_for(out, seed=1))
+        before.extend(path.read_bytes() for path in sorted(out.iterdir()))
+
+    monkeypatch.setattr(loop, "check_is_free", check_and_lose)
+    with pytest.raises(FileExistsError, match="out must be a new or an empty folder, .* already holds"):
+        train(tiny_run.config_for(out, seed=2))
+    assert len(before) == 5 and [path.read_bytes() for path in sorted(out.iterdir())] == before

@@ -1,27 +1,41 @@
 """The command line's frame, and what its commands share."""
 
-import io
-import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
+
+from resnet_fast.terminal import clean, clean_output
+
+
+class CleanGroup(TyperGroup):
+    """Its commands, and typer's own messages, write clean text alone."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with clean_output():
+            return super().main(*args, **kwargs)
+
 
 # Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
-app = typer.Typer(name="resnet-fast", add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(name="resnet-fast", cls=CleanGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def main() -> None:
     """Fast ResNets for images like CIFAR-10."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of classes and files hold any characters, and not every terminal or log takes them.
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def choices(names: object) -> str:
     return "|".join(names)  # type: ignore[arg-type]
 
 
-def stop(code: int, message: str) -> NoReturn:
-    typer.echo(f"resnet-fast: {message}", err=True)
+def complain(line: str) -> None:
+    """Write a line to standard error, one line whatever names are in it."""
+    typer.echo(clean(line.replace("\n", " ")), err=True)
+
+
+def stop(code: int, message: str, *more: str) -> NoReturn:
+    """End the command with a message, which may have more lines than one."""
+    for line in (f"resnet-fast: {message}", *more):
+        complain(line)
     raise typer.Exit(code)

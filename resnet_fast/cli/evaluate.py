@@ -9,10 +9,11 @@ from rich.cells import cell_len
 
 from resnet_fast.checks import difference
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.text import WIDTH, clean, fit, head
+from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.evaluation import Predictions, image_paths, predict_split, write_pictures, write_predictions
 from resnet_fast.inference import CheckpointError, Trained, load_trained
+from resnet_fast.terminal import clean
 from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
 
 SPLITS = ("test", "train", "validation")
@@ -91,8 +92,8 @@ def evaluate(
         if config["holdout"] and split != "test":
             dataset = dataset.hold_out(config["holdout"])
         images = dataset.train if split == "train" else dataset.test
-        print(clean(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes"))
-        print(f"{chosen}, {used}, batch {at_once}", *(clean(f"note: {note}") for note in dataset.notes), sep="\n")
+        print(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes")
+        print(f"{chosen}, {used}, batch {at_once}", *(f"note: {note}" for note in dataset.notes), sep="\n")
         print(flush=True)
         found = predict_split(
             trained.model,
@@ -115,7 +116,7 @@ def evaluate(
         stop(130, "interrupted")
     except (DataError, OSError, torch.OutOfMemoryError) as error:
         stop(1, f"error: {error}")
-    print(f"\n{', '.join([*names, table])}: {clean(str(out))}")
+    print(f"\n{', '.join([*names, table])}: {out}")
 
 
 def format_evaluation(found: Predictions, trained: Trained) -> list[str]:

@@ -7,7 +7,6 @@ import torch
 import typer
 
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.text import clean
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.data.cifar10 import unpacked_folder
 from resnet_fast.data.dataset import check_no_file
@@ -57,7 +56,7 @@ def export(
     out = out or trained.path.parent
     real = real_images(trained, data_dir)
     size, n_classes, number = trained.image_size, len(trained.classes), batch_size or "N"
-    print(clean(trained.description))
+    print(trained.description)
     print(f"images, float32 [{number}, 3, {size}, {size}] in [0, 1] -> logits, float32 [{number}, {n_classes}]")
     beside = "no real ones: the data are not there" if real is None else f"{len(real)} real ones"
     print(f"largest difference of a logit from fp64, on random images and {beside}:\n", flush=True)
@@ -74,7 +73,7 @@ def export(
         stop(130, "interrupted")
     except (ExportError, OSError) as error:
         stop(1, f"error: {error}")
-    print(f"\n{', '.join(FORMATS[name][0] for name in formats)}: {clean(str(out))}")
+    print(f"\n{', '.join(FORMATS[name][0] for name in formats)}: {out}")
 
 
 def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:

@@ -7,9 +7,10 @@ import torch
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, stop
-from resnet_fast.cli.text import WIDTH, can_show, clean, fit, fit_path
+from resnet_fast.cli.app import app, complain, stop
+from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
 from resnet_fast.inference import CheckpointError, ImageError, Trained, classify, load_trained, read_image
+from resnet_fast.terminal import clean
 from resnet_fast.training.config import choose_device
 
 BAR = 30  # columns
@@ -42,7 +43,7 @@ def predict(
             try:
                 image = read_image(path, trained.image_size)
             except ImageError as error:
-                typer.echo(f"resnet-fast: error: {clean(str(error))}", err=True)
+                complain(f"resnet-fast: error: {error}")
                 n_failed += 1
                 continue
             probabilities = classify(trained, image)

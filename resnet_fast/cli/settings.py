@@ -35,6 +35,8 @@ HELP = {
     "holdout": "Validate on so many of the training images, and leave the test images alone.",
     "accumulate": "Parts in which a batch is computed one after the other, for less memory.",
     "sync_bn": "On several processes, batch statistics over all of them.",
+    "weights": "Start from these weights: a run folder, a checkpoint, or a file of torchvision, timm … "
+    "With another number of classes the last layer is new.",
     "seed": "Of weights, order and augmentation.",
     "device": "auto, cpu, cuda or cuda:N.",
     "precision": "auto: bf16 where the processor computes in it.",
@@ -114,7 +116,7 @@ def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
         f"{flag}/--no-{flag[2:]}" if is_switch else flag,
         help=text,
         # The networks are too many for the left column.
-        metavar="NAME" if name == "model" else choices(names) if names else None,
+        metavar={"model": "NAME", "weights": "RUN|FILE"}.get(name) or (choices(names) if names else None),
         show_default=False,
     )
     return inspect.Parameter(

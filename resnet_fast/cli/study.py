@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from resnet_fast.cli.app import app, stop
-from resnet_fast.cli.text import clean
 from resnet_fast.data import DataError
 from resnet_fast.data.cifar10 import WITHOUT_NETWORK
 from resnet_fast.study import Trained, format_table, format_verdict, full_study, run_study, small_study
@@ -51,7 +50,7 @@ def skip(
         dataset = found.load()
         folder = StudyFolder(found, dataset, augmentation_of(found.config, dataset))
         folder.start()
-        print(f"{clean(folder.title)}\n{len(dataset.train):,} training and {len(dataset.test):,} test images\n")
+        print(f"{folder.title}\n{len(dataset.train):,} training and {len(dataset.test):,} test images\n")
         for trained in run_study(found, dataset):
             done.append(trained)
             folder.write_tables(done)
@@ -70,7 +69,7 @@ def skip(
     over = "mean and standard deviation over the seeds" if seeds > 1 else "one seed"
     print(f"(after the last epoch, {over})\n")
     print("\n".join(format_verdict(rows, found.networks)))
-    print(f"\n{', '.join(NAMES)}: {clean(str(folder.out))}")
+    print(f"\n{', '.join(NAMES)}: {folder.out}")
 
 
 def format_run(trained: Trained) -> str:

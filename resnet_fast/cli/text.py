@@ -7,11 +7,6 @@ from rich.cells import cell_len
 WIDTH = 80
 
 
-def clean(text: str) -> str:
-    """Return the text without what moves the cursor or cannot be written, which file names may hold."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def fit(text: str, width: int) -> str:
     """Return the text, cut at the end, filled up to `width` columns."""
     return _pad(head(text, width - 3) + "..." if cell_len(text) > width else text, width)

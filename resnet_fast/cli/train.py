@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from resnet_fast.checkpoints import CheckpointMismatch
 from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.settings import parse_seconds, with_settings
 from resnet_fast.data import DataError
@@ -26,7 +27,8 @@ from resnet_fast.training import (
 )
 from resnet_fast.training import resume as resume_training
 from resnet_fast.training import train as run_training
-from resnet_fast.training.console import format_repeated, make_reporter
+from resnet_fast.training.checkpoint import CheckpointError
+from resnet_fast.training.console import format_repeated, format_train_on, make_reporter
 from resnet_fast.training.processes import (
     LostProcessError,
     OtherProcessError,
@@ -93,10 +95,11 @@ def _resume(given: dict[str, Any], repeat: int, path: Path) -> None:
     """Go on with the run in `path`."""
     refused = [name for name in given if name not in BESIDE_RESUME] + (["repeat"] if repeat > 1 else [])
     if refused:
+        train_on = f"; {format_train_on(path)}" if "epochs" in refused else ""
         _stop_all(
             2,
             f"error: --resume keeps the settings of the run; beside it only {_option_names(BESIDE_RESUME)} may be "
-            f"given, got {_option_names(refused)}",
+            f"given, got {_option_names(refused)}{train_on}",
         )
     try:
         saved = load_run(path, **given)
@@ -148,6 +151,9 @@ def _failures_told(config: TrainConfig) -> Iterator[None]:
         yield
     except FileExistsError as error:
         stop(2, f"error: {error}")
+    except CheckpointMismatch as error:  # of --weights
+        first, *rest = str(error).split("\n")
+        stop(1, f"error: {first}", *rest)
     except ValueError as error:
         _stop_all(2, f"error: {error}")
     except (KeyboardInterrupt, _Terminated) as arrived:
@@ -163,7 +169,7 @@ def _failures_told(config: TrainConfig) -> Iterator[None]:
     except LostProcessError as error:
         kept = f"error: {error}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}"
         _stop_all(1, kept if is_first_process() else None)
-    except (ResumeError, TensorBoardError, BlockingIOError) as error:
+    except (ResumeError, CheckpointError, TensorBoardError, BlockingIOError) as error:
         stop(1, f"error: {error}")
     except torch.OutOfMemoryError:
         hint = "the device is out of memory: try a smaller --batch-size, or --accumulate"
@@ -213,7 +219,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _is_started(out: Path) -> bool:
-    return (out / "config.json").exists()
+    return (out / "config.json").is_file()
 
 
 def _how_to_go_on(out: Path) -> str:
@@ -224,7 +230,7 @@ def _what_is_kept(out: Path) -> str:
     """Say which files of a run that did not reach its end are there."""
     if not _is_started(out):
         return "nothing was written"
-    if not (out / "metrics.csv").exists():
+    if not (out / "metrics.csv").is_file():
         return f"no epoch was finished, {out} keeps config.json only"
-    epochs = len((out / "metrics.csv").read_text().splitlines()) - 1
+    epochs = (out / "metrics.csv").read_bytes().count(b"\n") - 1
     return f"{out} keeps the checkpoint, metrics and curves up to epoch {epochs}"

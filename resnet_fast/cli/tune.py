@@ -10,7 +10,6 @@ import typer
 from resnet_fast.checks import check_integer
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.cli.text import clean
 from resnet_fast.models.registry import STEMS
 from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
 from resnet_fast.ops.choice_format import Environment
@@ -70,10 +69,10 @@ def tune(
         stop(2, f"error: {error}")
     except OSError as error:
         stop(1, f"error: no table can be written: {error}")
-    _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {clean(environment.gpu)}")
+    _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {environment.gpu}")
     _print(f"{len(problems)} problems, {rounds} timed runs of each candidate")
     if replaced:
-        _print(f"The table that is there is replaced: {clean(replaced)}")
+        _print(f"The table that is there is replaced: {replaced}")
     try:
         for i, problem in enumerate(problems):
             if i == 0 or heading(problem) != heading(problems[i - 1]):
@@ -91,7 +90,7 @@ def tune(
         stop(1, f"error: {error}; {_kept(path, n_kept, len(problems))}")
     print()
     print("\n".join(format_end(outcomes)))
-    print(f"Written: {clean(str(path))}")
+    print(f"Written: {path}")
     if tables.others:
         _print(f"Tables of other versions for this GPU, which are not used here: {_names(tables.others)}")
     if is_off():
@@ -120,7 +119,7 @@ def _keep(path: Path, environment: Environment, outcomes: list[Outcome]) -> int:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(clean(path.name) for path in paths)
+    return ", ".join(path.name for path in paths)
 
 
 def _print(text: str) -> None:
@@ -130,4 +129,4 @@ def _print(text: str) -> None:
 def _kept(path: Path, n_kept: int, n_problems: int) -> str:
     if n_kept == 0:
         return "nothing was written"
-    return f"{clean(str(path))} keeps {n_kept} of {n_problems} problems"
+    return f"{path} keeps {n_kept} of {n_problems} problems"

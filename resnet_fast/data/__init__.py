@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from resnet_fast.checks import check_choice, check_integer, check_path
 from resnet_fast.data.augment import Augmentation, epoch_plan, normalize
 from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit
@@ -50,13 +51,13 @@ def load_dataset(
         skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
 
     Raises:
-        ValueError: no such data set.
+        ValueError: no such data set, or another argument is not of its type.
         DataError: it is not available, or damaged.
     """
+    check_choice("dataset", name, DATASETS)
+    data_dir = check_path("data_dir", data_dir)
+    check_integer("image_size", image_size)
+    check_integer("workers", workers, 0)
     if name == "cifar10":
-        return load_cifar10(Path(data_dir))
-    if name == "digits":
-        return load_digits()
-    if name == "folder":
-        return load_folder(Path(data_dir), image_size, workers, skip_unreadable)
-    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+        return load_cifar10(data_dir)
+    return load_digits() if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)

@@ -6,12 +6,14 @@ The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same 
 however often an epoch is computed. `Batch.augmented` (dataset.py) makes images of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from resnet_fast.checks import check_choice, check_integer, check_type, is_number, shown
 from resnet_fast.ops.augment import per_channel
 
 FLIPS = ("none", "random", "alternating")
@@ -44,18 +46,21 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, choices in (("flip", FLIPS), ("padding", PADDINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         for name in ("crop", "cutout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std must be three values, std above 0, got {self.mean} and {self.std}")
+            check_integer(name, getattr(self, name), 0)
+        if not (_are_three(self.mean) and _are_three(self.std) and min(self.std) > 0):
+            got = f"{shown(self.mean)} and {shown(self.std)}"
+            raise ValueError(f"mean and std must be three values, std above 0, got {got}")
 
     @property
     def changes_nothing(self) -> bool:
         """Whether a network is trained on the images as they are, normalized like those that it is tested on."""
         return self.crop == 0 and self.flip == "none" and self.cutout == 0
+
+
+def _are_three(values: object) -> bool:
+    return isinstance(values, Sequence) and len(values) == 3 and all(map(is_number, values))
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -76,7 +81,17 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
 
     Returns:
         [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or a number is negative.
     """
+    check_type("augmentation", augmentation, Augmentation)
+    check_type("size", size, tuple, list)
+    if len(size) != 2:
+        raise ValueError(f"size must be height and width, got {shown(size)}")
+    for name, number in (("n_images", n_images), ("height", size[0]), ("width", size[1]), ("seed", seed)):
+        check_integer(name, number, 0)
+    check_integer("epoch", epoch, 0)
     generator = seeded(seed, epoch)
     order = torch.randperm(n_images, generator=generator)
     shifts = torch.randint(2 * augmentation.crop + 1, (n_images, 2), generator=generator)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Batch(NamedTuple):
         )
 
 
+@runtime_checkable
 class Split(Protocol):
     """The training or the test part of a data set."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from resnet_fast.checks import check_integer, check_type
 from resnet_fast.data.augment import Augmentation, epoch_plan
 from resnet_fast.data.dataset import Batch, Split
 
@@ -30,7 +31,9 @@ class Loader:
             less than others.
 
     Raises:
-        ValueError: batch_size is less than 2 images for each process, or the split is smaller than that.
+        ValueError: batch_size is less than 2 images for each process, or the split is smaller than that; or a number
+            is none, or out of its range.
+        TypeError: split or augmentation is of another type.
     """
 
     def __init__(
@@ -42,6 +45,11 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        check_type("split", split, Split)
+        check_type("augmentation", augmentation, Augmentation)
+        batch_size, seed = check_integer("batch_size", batch_size), check_integer("seed", seed, 0)
+        world_size = check_integer("world_size", world_size)
+        rank = check_integer("rank", rank, 0, below=world_size)
         least = 2 * world_size
         if batch_size < least:
             raise ValueError(f"batch_size must be at least {least}, 2 for each process, got {batch_size}")

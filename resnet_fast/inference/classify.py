@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from resnet_fast.checks import check_type
 from resnet_fast.data import normalize
 from resnet_fast.inference.trained import Trained
 
@@ -17,7 +18,14 @@ def classify(trained: Trained, image: Tensor) -> Tensor:
 
     Returns:
         [classes], fp32, on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or the image of another shape.
     """
+    check_type("trained", trained, Trained)
+    check_type("image", image, Tensor)
+    if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8:
+        raise ValueError(f"image must be [3, H, W], torch.uint8, got {list(image.shape)}, {image.dtype}")
     device = next(trained.model.parameters()).device
     images = normalize(image[None].to(device), trained.mean, trained.std)
     return trained.model(images)[0].float().softmax(0).cpu()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
-from ..checks import did_you_mean
+from ..checks import check_choice, check_integer, did_you_mean, shown
 from . import cifar, resnet
 from .article import STEM_CHANNELS, article
 
@@ -134,11 +134,17 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
             that the network has.
 
     Raises:
-        ValueError: there is no such network, or it has no such stem; the message names those that there are.
-        TypeError: it takes no such keyword; the message names those that it takes, and the nearest.
+        ValueError: there is no such network, or it has no such stem; the message names those that there are. Or
+            `num_classes` is no number of classes.
+        TypeError: it takes no such keyword; the message names those that it takes, and the nearest. Or `norm_layer`
+            makes no layers.
     """
     check_name(name)
     _check_keywords(name, kwargs)
+    if "num_classes" in kwargs:
+        check_integer("num_classes", kwargs["num_classes"], 0)
+    if not callable(kwargs.get("norm_layer") or nn.BatchNorm2d):
+        raise TypeError(f"norm_layer must be callable or None, got {type(kwargs['norm_layer']).__name__}")
     if "stem" in kwargs:
         check_stem(name, kwargs["stem"])
         if len(MODELS[name].stems) == 1:
@@ -149,7 +155,8 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
 def check_name(name: object) -> None:
     """Raise ValueError unless a network is called `name`; the message has the nearest names and all."""
     if not isinstance(name, str) or name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}{did_you_mean(str(name), MODELS)}")
+        hint = did_you_mean(name, MODELS) if isinstance(name, str) else ""
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {shown(name)}{hint}")
 
 
 def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
@@ -166,7 +173,6 @@ def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
 def check_stem(name: str, stem: object) -> None:
     """Raise ValueError unless the network called `name` has this stem."""
     stems = MODELS[name].stems
-    if stem not in STEMS:
-        raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+    check_choice("stem", stem, STEMS)
     if stem not in stems:
         raise ValueError(f"stem must be {' or '.join(stems)} for {name}, which has no other, got {stem!r}")

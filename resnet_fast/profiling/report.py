@@ -16,6 +16,7 @@ from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LO
 from resnet_fast.profiling.measure import N_STEPS, WARM_UP
 from resnet_fast.profiling.picture import format_ms
 from resnet_fast.profiling.recording import Part, StepProfile, rest_of
+from resnet_fast.terminal import clean, unfiltered
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.console import wants_live_output
 
@@ -37,7 +38,12 @@ class Report:
         self.n_steps = N_STEPS if n_steps is None else n_steps
         live = wants_live_output(sys.stdout)
         self.console = Console(
-            highlight=False, width=WIDTH, force_terminal=live, color_system="auto" if live else None, emoji=False
+            file=unfiltered(sys.stdout) if live else None,
+            highlight=False,
+            width=WIDTH,
+            force_terminal=live,
+            color_system="auto" if live else None,
+            emoji=False,
         )
 
     def start(self) -> None:
@@ -143,7 +149,7 @@ class Report:
 
     def _print(self, line: str, style: str | None = None) -> None:
         # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
-        self.console.print(line, style=style, markup=False, soft_wrap=True)
+        self.console.print(clean(line), style=style, markup=False, soft_wrap=True)
 
 
 def label(part: Part) -> str:

@@ -17,7 +17,7 @@ import torch
 from resnet_fast import __version__
 from resnet_fast.archive import ArchiveError, load_values, one_line, read_regular
 from resnet_fast.checks import shown
-from resnet_fast.files import whole_file
+from resnet_fast.files import unfinished_name, whole_file
 from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
 from resnet_fast.training.schema import check_entries
 
@@ -111,8 +111,7 @@ def _what_else(data: bytes) -> str:
 
 def _copy(path: Path, copy: Path) -> None:
     """Give a file a second name, or, where the file system has no links, copy it; whole at every moment."""
-    link = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    link.unlink(missing_ok=True)
+    link = unfinished_name(copy)
     try:
         os.link(path, link)
     except OSError:

@@ -1,16 +1,15 @@
 """What a training run is: every setting, its default, and the one place where settings are checked."""
 
 import itertools
-import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resnet_fast.checks import check_integer
+from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
 from resnet_fast.models.registry import MODELS, check_name, check_stem
@@ -35,19 +34,32 @@ CHOICES = {
     "images": IMAGES,
     "precision": PRECISIONS,
 }
-LEAST_INTEGERS = {
-    "epochs": 1,
-    "batch_size": 2,  # batch norm cannot take statistics over a single value
-    "crop": 0,
-    "cutout": 0,
-    "ghost_batch_size": 0,
-    "image_size": 8,
-    "holdout": 0,
-    "accumulate": 1,
-    "workers": 0,
-    "seed": 0,
-}
 MAX_IMAGE_SIZE = 4096
+INTEGERS = {  # the least, and the first that is too large
+    "epochs": (1, 2**32),
+    "batch_size": (2, 2**32),  # batch norm cannot take statistics over a single value
+    "crop": (0, 2**32),
+    "cutout": (0, 2**32),
+    "ghost_batch_size": (0, 2**32),
+    "image_size": (8, MAX_IMAGE_SIZE + 1),
+    "holdout": (0, 2**32),
+    "accumulate": (1, 2**32),
+    "workers": (0, 2**10),
+    "seed": (0, 2**32),
+}
+POSITIVE = ("a positive finite number", lambda value: value > 0)
+NOT_NEGATIVE = ("a finite number, 0 or more", lambda value: value >= 0)
+FRACTION = ("in [0, 1)", lambda value: 0 <= value < 1)
+NUMBERS = {
+    "lr": POSITIVE,
+    "bn_bias_lr": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": NOT_NEGATIVE,
+    "time_budget": NOT_NEGATIVE,
+    "momentum": FRACTION,
+    "ema": FRACTION,
+    "label_smoothing": FRACTION,
+}
 SWITCHES = (
     "nesterov",
     "zero_gamma",
@@ -63,7 +75,7 @@ SWITCHES = (
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """All settings of a run. Once made, every field holds the value that will be used, but for a `crop` of None.
+    """All settings of a run. Once made, every field but `crop` and `weights` holds the value that will be used.
 
     Args:
         recipe: a name in RECIPES; None: see DEFAULT_RECIPES. It gives the settings that `Recipe` lists, each of which
@@ -82,6 +94,8 @@ class TrainConfig(Recipe):
         holdout: so many of the training images are validated on instead of the test images; 0: test.
         accumulate: parts in which a batch is computed one after the other, for less memory.
         sync_bn: on several processes, batch statistics over all of them.
+        weights: start from these instead of new ones: a run folder, or a file that resnet_fast.load_checkpoint reads. A
+            last layer of another number of classes stays new.
         seed: of the initial weights, the order of the images and the augmentation.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
@@ -110,6 +124,7 @@ class TrainConfig(Recipe):
     holdout: int = 0
     accumulate: int = 1
     sync_bn: bool = False
+    weights: Path | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -122,9 +137,9 @@ class TrainConfig(Recipe):
     def __post_init__(self) -> None:
         check_name(self.model)
         self._fill_in("stem", MODELS[self.model].stems[0])
-        _check_choice("dataset", self.dataset, DATASETS)
+        check_choice("dataset", self.dataset, DATASETS)
         recipe_name = DEFAULT_RECIPES[self.dataset] if self.recipe is None else self.recipe
-        _check_choice("recipe", recipe_name, RECIPES)
+        check_choice("recipe", recipe_name, RECIPES)
         recipe = RECIPES[recipe_name]
         if self.dataset in NOT_MIRRORED:
             recipe = replace(recipe, flip="none")
@@ -136,9 +151,14 @@ class TrainConfig(Recipe):
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._set("device", str(device))
-        self._set("data_dir", Path(self.data_dir).expanduser())
-        self._set("out", Path(self.out).expanduser())
-        self._check()
+        for name in ("data_dir", "out", "weights"):
+            if name != "weights" or self.weights is not None:
+                self._set(name, check_path(name, getattr(self, name)))
+        # Plain values: strings and numbers of numpy would not be read again from a checkpoint.
+        strings = {name: str.__str__(value) for name, value in vars(self).items() if isinstance(value, str)}
+        for name, value in {**strings, **check_fields(self)}.items():
+            self._set(name, value)
+        self._check_combinations()
         if self.precision == "auto":
             self._set("precision", choose_precision(device))
 
@@ -148,30 +168,6 @@ class TrainConfig(Recipe):
     def _fill_in(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             self._set(name, value)
-
-    def _check(self) -> None:
-        for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        for name, least in LEAST_INTEGERS.items():
-            if name != "crop" or self.crop is not None:
-                check_integer(name, getattr(self, name), least)
-        for name in ("lr", "bn_bias_lr"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "clip_norm", "time_budget"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)!r}")
-        for name in ("momentum", "ema", "label_smoothing"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.image_size > MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE}, got {self.image_size}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.accumulate > self.batch_size // 2:
@@ -196,6 +192,9 @@ class TrainConfig(Recipe):
         for name, reason in model.refused.items():
             if getattr(self, name):
                 raise ValueError(f"{name} must be False for {self.model}, got True: {reason}")
+        for name in ("zero_gamma", "dirac", "whiten"):
+            if self.weights is not None and getattr(self, name):
+                raise ValueError(f"{name} must be False with weights, got True: it would overwrite some of them")
         if self.graph and torch.device(self.device).type != "cuda":
             raise ValueError(f"graph needs a CUDA device, got {self.device}")
         if self.graph and world_size() > 1:
@@ -210,20 +209,45 @@ class TrainConfig(Recipe):
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
+def check_fields(settings: Recipe) -> dict[str, Any]:
+    """Check the numbers, choices and switches of a recipe, or of all settings; return the numbers as Python's own.
+
+    Raises:
+        ValueError: one breaks its rule.
+    """
+    plain: dict[str, Any] = {}
+    for name in (field.name for field in fields(settings)):
+        value = getattr(settings, name)
+        if name == "crop" and value is None:
+            continue
+        if name in CHOICES:
+            check_choice(name, value, CHOICES[name])
+        elif name in INTEGERS:
+            plain[name] = check_integer(name, value, *INTEGERS[name])
+        elif name in NUMBERS:
+            rule, is_kept = NUMBERS[name]
+            if not (is_number(value) and is_kept(value)):
+                raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+            plain[name] = float(value)
+        elif name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return plain
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the first GPU where there is one.
 
     Raises:
         ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
+        device = torch.device(name) if isinstance(name, str | torch.device) else None
+    except (RuntimeError, ValueError):
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -248,12 +272,3 @@ def free_folder(name: str) -> Path:
     """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
     candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
     return next(folder for folder in candidates if not folder.exists())
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from resnet_fast.data import ImageDataset
+from resnet_fast.terminal import clean, clean_output, unfiltered
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.processes import command, is_first_process, world_size
@@ -102,11 +104,16 @@ def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
     return [*lines, f"{seconds.mean:.1f} ± {seconds.std:.1f} s of training", f"summary.csv: {out}"]
 
 
-def format_resumed(n_done: int, n_epochs: int) -> str:
-    """Return the line between the rows of before and those to come."""
-    if n_done == n_epochs:
-        return "resumed: the run was finished already, nothing is trained"
-    return f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"
+def format_resumed(n_done: int, config: TrainConfig) -> list[str]:
+    """Return the lines between the rows of before and those to come."""
+    if n_done == config.epochs:
+        return ["resumed: the run was finished already, nothing is trained", format_train_on(config.out)]
+    return [f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"]
+
+
+def format_train_on(run: Path) -> str:
+    """Return how to train a finished run for more epochs."""
+    return f"to train on from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"
 
 
 def wants_live_output(stream: TextIO) -> bool:
@@ -117,22 +124,26 @@ def wants_live_output(stream: TextIO) -> bool:
 class PlainReporter(Reporter):
     """Prints a line per epoch, without control codes: for files, pipes and logs."""
 
+    def note(self, line: str) -> None:
+        print(clean(line), flush=True)
+
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.n_epochs = config.epochs
+        self.config = config
         for line in [*format_start(config, dataset), format_header(config)]:
-            print(line, flush=True)
+            self.note(line)
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:
             self.end_epoch(metrics)
-        print(format_resumed(len(history), self.n_epochs), flush=True)
+        for line in format_resumed(len(history), self.config):
+            self.note(line)
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        print(format_row(metrics, self.n_epochs), flush=True)
+        self.note(format_row(metrics, self.config.epochs))
 
     def finish(self, result: Result) -> None:
         for line in format_end(result):
-            print(line, flush=True)
+            self.note(line)
 
     def close(self) -> None:
         """Leave the terminal as it was; may be called more than once."""
@@ -142,7 +153,8 @@ class LiveReporter(Reporter):
     """Prints the table row by row, above a progress bar of the running epoch."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(file=unfiltered(sys.stdout), highlight=False)
+        self.cleaning = ExitStack()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="dark_orange", finished_style="dark_orange"),
@@ -153,8 +165,11 @@ class LiveReporter(Reporter):
             expand=True,
         )
 
+    def note(self, line: str) -> None:
+        self._print(line, "dim")
+
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.n_epochs = config.epochs
+        self.config = config
         self.first: int | None = None  # epoch that is trained here
         first, *rest = format_start(config, dataset)
         self._print(first, "bold")
@@ -163,18 +178,20 @@ class LiveReporter(Reporter):
         self._print(format_header(config), "bold")
         self.task = self.progress.add_task("", total=None, visible=False, so_far="")
         self.progress.start()
+        self.cleaning.enter_context(clean_output())  # what others write meanwhile goes through the console
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:
             self.end_epoch(metrics)
-        self._print(format_resumed(len(history), self.n_epochs), "dim")
+        for line in format_resumed(len(history), self.config):
+            self.note(line)
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         if self.first is None:
             self.first, self.began = epoch, time.monotonic()
         self.epoch, self.n_steps = epoch, n_steps
         self.progress.reset(
-            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.n_epochs}", so_far=""
+            self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.config.epochs}", so_far=""
         )
 
     def step(self, done: int, progress: EpochProgress | None) -> None:
@@ -186,11 +203,11 @@ class LiveReporter(Reporter):
     def _seconds_left(self, done: int) -> float:
         """Of the whole run, at the speed of its steps so far, evaluations and files included."""
         since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
-        to_come = (self.n_epochs - self.epoch + 1) * self.n_steps - done
+        to_come = (self.config.epochs - self.epoch + 1) * self.n_steps - done
         return (time.monotonic() - self.began) / since_start * to_come
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        self._print(format_row(metrics, self.n_epochs))
+        self._print(format_row(metrics, self.config.epochs))
 
     def finish(self, result: Result) -> None:
         self.close()
@@ -202,11 +219,12 @@ class LiveReporter(Reporter):
 
     def close(self) -> None:
         """Leave the terminal as it was; may be called more than once."""
+        self.cleaning.close()
         self.progress.stop()
 
     def _print(self, line: str, style: str | None = None) -> None:
         # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
-        self.console.print(line, style=style, markup=False, soft_wrap=True)
+        self.console.print(clean(line), style=style, markup=False, soft_wrap=True)
 
 
 class SilentReporter(Reporter):

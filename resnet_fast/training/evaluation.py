@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resnet_fast.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Split
 from resnet_fast.evaluation import logits_of
 from resnet_fast.training.processes import Processes
@@ -42,7 +43,17 @@ def evaluate(
         batch_size: images computed together.
         precision: "fp32" or "bf16".
         processes: that test together; None: this one alone.
+
+    Raises:
+        ValueError: batch_size is no number of images, precision is another, or there are no images.
+        TypeError: another argument is of another type.
     """
+    check_type("model", model, nn.Module)
+    check_type("split", split, Split)
+    check_type("augmentation", augmentation, Augmentation)
+    check_integer("batch_size", batch_size)
+    check_choice("precision", precision, ("fp32", "bf16"))
+    check_type("processes", processes, Processes, type(None))
     model.eval()
     if processes is not None:
         processes.share_buffers(model)
@@ -55,4 +66,6 @@ def evaluate(
     if processes is not None:
         totals = processes.sum(totals)
     loss, n_correct, n_images = totals.tolist()
+    if n_images == 0:
+        raise ValueError("split must hold an image at least, got none")
     return Scores(loss / n_images, n_correct / n_images)

@@ -12,12 +12,14 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from resnet_fast.archive import one_line
+from resnet_fast.checks import check_type
 from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
@@ -32,6 +34,7 @@ from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
 from resnet_fast.training.structure import difference
 from resnet_fast.training.tensorboard import need_tensorboard
+from resnet_fast.training.weights import weights_file
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -54,12 +57,15 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     Raises:
         FileExistsError: the run folder already holds something.
         ValueError: the settings do not suit the data or the processes.
+        TypeError: an argument is of another type.
         TensorBoardError: `tensorboard` is asked for and not installed.
         DataError: the data set is not available, or damaged.
+        CheckpointMismatch, CheckpointError: `weights` are of another network, or damaged; nothing is written.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
         OtherProcessError, LostProcessError: another process failed or ended.
     """
-    return _run(config, None, reporter or Reporter())
+    check_type("config", config, TrainConfig)
+    return _run(config, None, reporter)
 
 
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
@@ -85,15 +91,19 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
         BlockingIOError: another process is at this run.
         DataError, DivergedError: as for `train`.
     """
+    check_type("run", run, SavedRun, str, PathLike)
     if not isinstance(run, SavedRun):
         run = load_run(run, **moved)
-    return _run(run.config, run, reporter or Reporter())
+    elif moved:
+        raise ValueError(f"run must be a path for it to move, got a SavedRun and {', '.join(moved)}")
+    return _run(run.config, run, reporter)
 
 
-def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter) -> Result:
+def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
+    check_type("reporter", reporter, Reporter, type(None))
     with join(config.device) as processes, torch_settings(config, processes.device):
-        return _run_joined(config, saved, reporter, processes)
+        return _run_joined(config, saved, reporter or Reporter(), processes)
 
 
 def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
@@ -104,17 +114,21 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
         need_tensorboard()
     if saved is None:
         processes.first_only(lambda: check_is_free(config.out))
+        if config.weights is not None:
+            processes.first_only(partial(weights_file, config.weights))  # before data are downloaded
     dataset = processes.first_goes_first(lambda: load(config))
     augmentation = augmentation_of(config, dataset)
     of_first = processes.of_first((dataset.classes, len(dataset.train), len(dataset.test), augmentation))
     processes.together(lambda: check_data(dataset, augmentation, processes, saved, of_first))
     folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
     own = processes.together(lambda: own_part(config, dataset, processes))
-    run = prepare(config, dataset, own, augmentation, processes, reporter if processes.is_first else Reporter())
-    if saved is None:
-        processes.first_only(folder.start)
+    reporter = reporter if processes.is_first else Reporter()
+    run = prepare(config, dataset, own, augmentation, processes, reporter, saved)
     with processes.signals_together(), ExitStack() as stack:
-        processes.first_only(lambda: stack.enter_context(folder.hold()))
+        processes.first_only(lambda: stack.enter_context(folder.hold(is_new=saved is None)))
+        if saved is None:
+            # This looks again whether the folder is empty.
+            processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
         return _train(run, folder, saved)
 
 
@@ -126,6 +140,8 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
         history = _restore(run, saved.checkpoint)
     if saved is not None:
         processes.first_only(folder.clean)
+    if run.origin is not None:
+        run.reporter.note(str(run.origin))
     run.reporter.start(config, folder.dataset)
     start = begin = time.perf_counter()
     if saved is not None and saved.checkpoint is not None:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +25,11 @@ from resnet_fast.training.reporter import Reporter
 from resnet_fast.training.run_folder import describe
 from resnet_fast.training.saved_run import ResumeError, SavedRun
 from resnet_fast.training.step import TrainingStep
+from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs."""
+    """What an epoch needs, and where the first weights are from, if they are not new."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -35,6 +38,7 @@ class Run(NamedTuple):
     tested: nn.Module
     processes: Processes
     reporter: Reporter
+    origin: Origin | None = None
 
 
 def load(config: TrainConfig) -> ImageDataset:
@@ -77,6 +81,7 @@ def prepare(
     augmentation: Augmentation,
     processes: Processes,
     reporter: Reporter,
+    saved: SavedRun | None,
 ) -> Run:
     """Make the network and all that trains it."""
     device, rank, size = processes.device, processes.rank, processes.size
@@ -85,6 +90,10 @@ def prepare(
     model = make_network(config, len(dataset.classes))
     if config.whiten:
         whiten_stem(model.conv1, dataset, augmentation.mean, augmentation.std)  # type: ignore[arg-type]
+    origin = None
+    if config.weights is not None and (saved is None or saved.checkpoint is None):
+        # DistributedDataParallel gives them to the other processes.
+        origin = processes.first_only(partial(first_weights, model, config.weights, saved))
     seed_everything(config.seed, rank)  # each process draws its own dropout
     if config.sync_bn:
         convert = convert_sync_batchnorm if config.backend == "fused" else nn.SyncBatchNorm.convert_sync_batchnorm
@@ -107,7 +116,15 @@ def prepare(
         world_size=size,
     )
     tested = copy.deepcopy(model) if config.ema else model
-    return Run(config, own, loader, step, tested, processes, reporter)
+    return Run(config, own, loader, step, tested, processes, reporter, origin)
+
+
+def first_weights(model: nn.Module, path: Path, saved: SavedRun | None) -> Origin:
+    """Load the weights that a run starts from; raise ResumeError if it started from others before."""
+    origin = load_weights(model, path)
+    if saved is not None and saved.description.get("weights_sha256") != origin.sha256:
+        raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 is another")
+    return origin
 
 
 def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:

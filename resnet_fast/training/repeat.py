@@ -3,13 +3,14 @@
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from resnet_fast.checks import check_integer
 from resnet_fast.files import whole_file
-from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.config import INTEGERS, TrainConfig
 from resnet_fast.training.metrics import Result
 
 
@@ -24,14 +25,15 @@ class Spread(NamedTuple):
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
-def repeated(config: TrainConfig, n_runs: int) -> list[TrainConfig]:
-    """Return the settings of each run: seeds from config.seed on, folders seed-<number> in config.out.
+def repeated(config: TrainConfig, n_runs: int) -> Iterator[TrainConfig]:
+    """Return the settings of each run, one by one: seeds from config.seed on, folders seed-<number> in config.out.
 
     Raises:
         ValueError: a seed would be too large.
     """
     seeds = range(config.seed, config.seed + n_runs)
-    return [replace(config, seed=seed, out=config.out / f"seed-{seed}") for seed in seeds]
+    check_integer("seed + repeat - 1", seeds.stop - 1, *INTEGERS["seed"])
+    return (replace(config, seed=seed, out=config.out / f"seed-{seed}") for seed in seeds)
 
 
 def write_summary(out: Path, results: Sequence[Result]) -> None:

@@ -24,6 +24,9 @@ class EpochProgress(NamedTuple):
 class Reporter:
     """Is told how a run goes. This one says nothing; the terminal output derives from it."""
 
+    def note(self, line: str) -> None:
+        """Before `start`: something to know about the run, such as where its first weights are from."""
+
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         """The data are loaded; training begins."""
 

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from resnet_fast import __version__
 from resnet_fast.data import Augmentation, ImageDataset
 from resnet_fast.evaluation import Predictions, write_pictures
-from resnet_fast.files import only_writer, whole_file
+from resnet_fast.files import PATIENCE, delete_unfinished, only_writer, whole_file
 from resnet_fast.machine import device_name
 from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
@@ -65,22 +65,44 @@ class RunFolder:
         self.drawn = -math.inf  # when the curves were drawn last
         self.board: TensorBoard | None = None
 
-    def start(self) -> None:
-        """Make the folder and write config.json.
+    def start(self, weights_sha256: str | None = None) -> None:
+        """Write config.json, the first file, into the folder that `hold` has made.
+
+        Args:
+            weights_sha256: of the file of weights that the run starts from, for config.json.
 
         Raises:
             FileExistsError: the folder holds something already.
         """
         check_is_free(self.config.out)
-        self.config.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(self.config, self.dataset, self.augmentation), indent=2, ensure_ascii=False) + "\n"
+        values = describe(self.config, self.dataset, self.augmentation)
+        if weights_sha256 is not None:
+            values["weights_sha256"] = weights_sha256
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         with whole_file(self.config.out / "config.json") as file:
             file.write(text.encode())
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep other processes out until the end of the block; raises BlockingIOError if one is there."""
-        with only_writer(self.config.out):
+    def hold(self, is_new: bool = False) -> Iterator[None]:
+        """Keep other processes out until the end of the block.
+
+        Args:
+            is_new: make the folder, and let a process that was faster have it.
+
+        Raises:
+            FileExistsError: it is to be new, and another process is there.
+            BlockingIOError: another process is at this run.
+        """
+        out = self.config.out
+        with ExitStack() as stack:
+            if is_new:
+                out.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(only_writer(out, patience=0 if is_new else PATIENCE))
+            except BlockingIOError as error:
+                if not is_new:
+                    raise
+                raise FileExistsError(f"out must be a folder of its own, {error}; name another one") from None
             try:
                 yield
             finally:
@@ -90,8 +112,7 @@ class RunFolder:
     def clean(self) -> None:
         """Delete what a killed process left unfinished."""
         for name in ("config.json", CHECKPOINT, PREVIOUS, "metrics.csv", "curves.png", "confusion.png", "mistakes.png"):
-            for path in self.config.out.glob(f".{name}.*.tmp"):
-                path.unlink(missing_ok=True)
+            delete_unfinished(self.config.out / name)
 
     def write_epoch(self, history: Sequence[EpochMetrics], state: dict[str, Any]) -> None:
         """Replace the checkpoint, the table and the curves by those of the last epoch of `history`."""

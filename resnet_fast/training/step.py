@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_fast.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
 from resnet_fast.ops.batch_norm import device_guard
 from resnet_fast.training.average import Average
+from resnet_fast.training.config import check_fields
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
@@ -103,7 +105,9 @@ class TrainingStep:
         make_graph: records a function.
 
     Raises:
-        ValueError: an unknown precision, n_steps below 1, or a graph with several processes, or of a model on a CPU.
+        ValueError: an unknown precision, n_steps below 1, a model without parameters, a recipe whose field breaks its
+            rule, or a graph with several processes, or of a model on a CPU.
+        TypeError: an argument is of another type.
 
     A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
     and random state as they were. Between steps weights may be changed in place, not replaced.
@@ -123,10 +127,19 @@ class TrainingStep:
         world_size: int = 1,
         make_graph: MakeGraph = CudaGraph,
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-        if n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {n_steps}")
+        check_type("model", model, nn.Module)
+        check_type("recipe", recipe, Recipe)
+        check_type("augmentation", augmentation, Augmentation)
+        check_type("graph", graph, bool)
+        check_choice("precision", precision, ("fp32", "bf16"))
+        for name, number in (("n_steps", n_steps), ("accumulate", accumulate), ("world_size", world_size)):
+            check_integer(name, number, below=2**63)
+        for name, function in (("forward", forward), ("make_graph", make_graph)):
+            if not (callable(function) or (function is None and name == "forward")):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        check_fields(recipe)
+        if next(model.parameters(), None) is None:
+            raise ValueError(f"model must have parameters, {type(model).__name__} has none")
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward

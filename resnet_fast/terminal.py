@@ -1,0 +1,59 @@
+"""What reaches a terminal. Names of files and classes, paths, and strings in a file hold any characters; escape codes
+among them would move the cursor, rename the window, or hide a line.
+
+    with clean_output():    # around a command: print, warnings and usage errors are clean
+        ...
+
+What draws on a terminal itself, as a progress bar, writes to `unfiltered(sys.stdout)` and cleans its texts.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+def clean(text: str, keep: str = "") -> str:
+    """Return the text with "?" for what moves the cursor or cannot be written, line breaks included."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() or character in keep else "?" for character in text)
+
+
+class CleanStream:
+    """A text stream that cleans what is written to it, and is the stream beneath it in all else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        line = text.lstrip("\r")  # with which a bar begins, as that of a download
+        self.stream.write(text[: len(text) - len(line)] + clean(line, keep="\n\t"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":  # a way around
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def clean_output() -> Iterator[None]:
+    """Clean what is written to standard output and standard error in the block."""
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal or log takes every character
+    cleaning: tuple[Any, Any] = CleanStream(sys.stdout), CleanStream(sys.stderr)
+    sys.stdout, sys.stderr = cleaning
+    try:
+        yield
+    finally:
+        # After a closed pipe typer puts streams there that are silent about it.
+        if (sys.stdout, sys.stderr) == cleaning:
+            sys.stdout, sys.stderr = before
+
+
+def unfiltered(stream: Any) -> TextIO:
+    """Return the stream beneath a CleanStream; another one as it is."""
+    return stream.stream if isinstance(stream, CleanStream) else stream
