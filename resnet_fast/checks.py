@@ -9,16 +9,18 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-MAX_SHOWN = 100
+MAX_SHOWN = 60  # characters of a value
 
 
 def shown(value: object) -> str:
     """Return a value as a message has it: in one line, of a bounded length."""
     if isinstance(value, list | tuple | dict) and len(value) > 4:
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 10**50:
+        return f"an integer of {value.bit_length()} bits"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # an integer of 5,000 digits, deep nesting, or whatever somebody's class raises
+    except Exception:  # deep nesting, or whatever somebody's class raises
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 

@@ -260,3 +260,17 @@ def test_a_network_whose_output_is_not_finite_is_not_drawn(broken: Path, image: 
     write_signed(broken, content)
     result = invoke("predict", broken, image)
     assert result.exit_code == 1 and "image.png is not finite" in result.stderr
+
+
+def test_a_run_of_an_earlier_version_goes_on(broken: Path):
+    """What there was no setting for then is off."""
+    content = json.loads((broken / "config.json").read_text())
+    checkpoint = torch.load(broken / "checkpoint.pt", weights_only=True)
+    del checkpoint["format"]
+    for name in ("weights", "skip_unreadable"):
+        del content[name], checkpoint["config"][name]
+    write_config(broken, content)
+    write_signed(broken, checkpoint)
+    config = resume(broken).config
+    assert config.weights is None and config.skip_unreadable is False
+    assert load_trained(broken).epoch == 3

@@ -61,7 +61,9 @@ OPTIONS = {
     "normalize": "dataset",
     "ema": 0.99,
 }
-SWITCHES = {name: True for name in ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard")}
+SWITCHES = dict.fromkeys(
+    ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "skip_unreadable"), True
+)
 
 
 def test_options_reach_the_config(configs: list[TrainConfig]):

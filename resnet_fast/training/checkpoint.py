@@ -19,7 +19,7 @@ from resnet_fast.archive import ArchiveError, load_values, one_line, read_regula
 from resnet_fast.checks import shown
 from resnet_fast.files import unfinished_name, whole_file
 from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
-from resnet_fast.training.schema import check_entries
+from resnet_fast.training.schema import check_entries, fill_in
 
 FORMAT = 2
 
@@ -95,7 +95,7 @@ def _read(data: bytes) -> dict[str, Any]:
             f"has format {shown(number)}, resnet_fast {__version__} reads format {FORMAT}: "
             "the version that wrote it goes on with it"
         )
-    return state
+    return {name: fill_in(value) if name == "config" else value for name, value in state.items()}
 
 
 def _what_else(data: bytes) -> str:

@@ -15,7 +15,7 @@ from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
-from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS, check_entries, check_settings
+from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS, check_entries, check_settings, fill_in
 
 # Where a run goes on, not what it computes: these may be others than before.
 MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
@@ -84,7 +84,7 @@ def _describe(path: Path) -> dict[str, Any]:
         data = read_regular(path)
         if len(data) > MAX_CONFIG_BYTES:
             raise ValueError(f"has {len(data):,} bytes, and at most {MAX_CONFIG_BYTES:,} are read")
-        description = _parse(data)
+        description = fill_in(_parse(data))
         check_settings(description)
         check_entries(description, IN_CONFIG_JSON)
     except ValueError as error:

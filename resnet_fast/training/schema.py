@@ -21,6 +21,7 @@ from resnet_fast.training.config import MAX_IMAGE_SIZE, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 
 SETTINGS = tuple(field.name for field in fields(TrainConfig))
+ADDED = {"weights": None, "skip_unreadable": False}  # settings that there were not when format 2 began
 METRICS = {field.name for field in fields(EpochMetrics)}
 LARGE = 1e300  # of a finite number: one near the end of a float's range overflows when it is added or shown
 
@@ -98,6 +99,7 @@ SETTING_RULES: dict[str, Rule] = {
         "cpu or cuda:N",
     ),
     "image_size": _IMAGE_SIZE,
+    "weights": (lambda value: value is None or _is_text(value), "None or text"),
 }
 RULES: dict[str, Rule] = {
     "classes": (_are_classes, "a list of different names"),
@@ -135,6 +137,11 @@ def check_entries(entries: Any, names: Iterable[str], rules: Mapping[str, Rule] 
         check_entries(entries["config"], SETTINGS, SETTING_RULES)
     if rules is RULES and "history" in names and len(entries["history"]) != entries["epoch"]:
         raise ValueError(f"is of epoch {entries['epoch']} and holds the metrics of {len(entries['history'])}")
+
+
+def fill_in(settings: Any) -> Any:
+    """Return the settings of a run, also of one that an earlier version began."""
+    return {**ADDED, **settings} if isinstance(settings, dict) else settings
 
 
 def check_settings(settings: Any) -> None:
