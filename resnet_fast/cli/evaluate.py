@@ -83,7 +83,7 @@ def evaluate(
             data_dir or config["data_dir"],
             image_size=trained.image_size,
             workers=workers,
-            skip_unreadable=config.get("skip_unreadable", False) if skip_unreadable is None else skip_unreadable,
+            skip_unreadable=config["skip_unreadable"] if skip_unreadable is None else skip_unreadable,
         )
         if unlike := difference(trained.classes, dataset.classes, "the network", "the data folder"):
             raise DataError(
@@ -114,6 +114,8 @@ def evaluate(
         print("\n".join(format_evaluation(found, trained)), flush=True)
     except KeyboardInterrupt:
         stop(130, "interrupted")
+    except ValueError as error:
+        stop(2, f"error: {error}")
     except (DataError, OSError, torch.OutOfMemoryError) as error:
         stop(1, f"error: {error}")
     print(f"\n{', '.join([*names, table])}: {out}")

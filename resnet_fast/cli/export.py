@@ -47,6 +47,7 @@ def export(
             check_no_file(data_dir)
         if "onnx" in formats:
             need_onnx()
+        real = real_images(trained, data_dir)
     except ValueError as error:
         stop(2, f"error: {error}")
     except ExportError as error:
@@ -54,11 +55,10 @@ def export(
     except (CheckpointError, DataError, OSError) as error:
         stop(1, f"error: {error}")
     out = out or trained.path.parent
-    real = real_images(trained, data_dir)
     size, n_classes, number = trained.image_size, len(trained.classes), batch_size or "N"
     print(trained.description)
     print(f"images, float32 [{number}, 3, {size}, {size}] in [0, 1] -> logits, float32 [{number}, {n_classes}]")
-    beside = "no real ones: the data are not there" if real is None else f"{len(real)} real ones"
+    beside = "no real ones: the data are not there, or of another size" if real is None else f"{len(real)} real ones"
     print(f"largest difference of a logit from fp64, on random images and {beside}:\n", flush=True)
     try:
         for name in formats:
@@ -77,7 +77,7 @@ def export(
 
 
 def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
-    """Return some test images, None where the data are not there; nothing is downloaded for it."""
+    """Return some test images, None where there are none of this size; nothing is downloaded for it."""
     folder = Path(data_dir or trained.config["data_dir"])
     if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():
         return None
@@ -86,8 +86,9 @@ def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
             trained.config["dataset"],
             folder,
             image_size=trained.image_size,
-            skip_unreadable=trained.config.get("skip_unreadable", False),
+            skip_unreadable=trained.config["skip_unreadable"],
         )
-        return next(iter(dataset.test.batches(N_REAL)))[0]
+        images = next(iter(dataset.test.batches(N_REAL)))[0]
     except DataError:
         return None
+    return images if images.shape[2:] == (trained.image_size, trained.image_size) else None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from resnet_fast.checks import check_choice, check_integer, check_path
+from resnet_fast.checks import check_choice, check_integer, check_path, check_type
 from resnet_fast.data.augment import Augmentation, epoch_plan, normalize
 from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit
@@ -51,13 +51,14 @@ def load_dataset(
         skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
 
     Raises:
-        ValueError: no such data set, or another argument is not of its type.
+        TypeError, ValueError: there is no such data set, or another argument is not of its type.
         DataError: it is not available, or damaged.
     """
     check_choice("dataset", name, DATASETS)
     data_dir = check_path("data_dir", data_dir)
     check_integer("image_size", image_size)
     check_integer("workers", workers, 0)
+    check_type("skip_unreadable", skip_unreadable, bool)
     if name == "cifar10":
         return load_cifar10(data_dir)
     return load_digits() if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)

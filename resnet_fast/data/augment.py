@@ -49,9 +49,7 @@ class Augmentation:
             check_choice(name, getattr(self, name), choices)
         for name in ("crop", "cutout"):
             check_integer(name, getattr(self, name), 0)
-        if not (_are_three(self.mean) and _are_three(self.std) and min(self.std) > 0):
-            got = f"{shown(self.mean)} and {shown(self.std)}"
-            raise ValueError(f"mean and std must be three values, std above 0, got {got}")
+        _check_channels(self.mean, self.std)
 
     @property
     def changes_nothing(self) -> bool:
@@ -59,8 +57,12 @@ class Augmentation:
         return self.crop == 0 and self.flip == "none" and self.cutout == 0
 
 
-def _are_three(values: object) -> bool:
-    return isinstance(values, Sequence) and len(values) == 3 and all(map(is_number, values))
+def _check_channels(mean: object, std: object) -> None:
+    for values in (mean, std):
+        if not (isinstance(values, Sequence) and len(values) == 3 and all(map(is_number, values))):
+            raise ValueError(f"mean and std must be three values each, got {shown(mean)} and {shown(std)}")
+    if min(std) <= 0:  # type: ignore[call-overload]
+        raise ValueError(f"std must be above 0, got {shown(std)}")
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -116,7 +118,12 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
     Returns:
         [N, 3, H, W], fp32, channels_last; the bits that `ops.augment` gives images that it leaves in place.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or mean and std are not three values, std above 0.
     """
+    check_type("images", images, Tensor)
+    _check_channels(mean, std)
     shift = per_channel(tuple(255 * value for value in mean), images.device)
     scale = per_channel(tuple(1 / (255 * value) for value in std), images.device)
     images = images.to(dtype=torch.float32, memory_format=torch.channels_last)

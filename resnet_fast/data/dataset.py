@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from resnet_fast.checks import check_type
 from resnet_fast.data.augment import Augmentation, seeded
 from resnet_fast.ops.augment import augment
 
@@ -113,13 +114,15 @@ class TensorSplit:
         labels: [N], int64.
 
     Raises:
-        ValueError: images or labels have another shape or dtype.
+        TypeError, ValueError: images or labels are no tensors, or have another shape or dtype.
     """
 
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_type("images", self.images, Tensor)
+        check_type("labels", self.labels, Tensor)
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
             got = f"{list(self.images.shape)}, {self.images.dtype}"
             raise ValueError(f"images must be [N, 3, H, W], torch.uint8, got {got}")

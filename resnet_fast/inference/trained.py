@@ -1,5 +1,6 @@
 """A trained network and what is needed to use it, from the checkpoint of a run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fast.checks import shown
+from resnet_fast.checks import check_type, shown
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
@@ -56,6 +57,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         CheckpointError: the checkpoint is missing, damaged, of another program or of an earlier version, or its weights
             do not fit the network that it names.
     """
+    check_type("path", path, str, os.PathLike)
     path = Path(path).expanduser()
     if path.is_dir():
         folder, path = path, path / CHECKPOINT

@@ -4,13 +4,14 @@ The newest checkpoint is taken or refused, never replaced in silence by the one 
 """
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resnet_fast.archive import one_line, read_regular
-from resnet_fast.checks import difference, shown
+from resnet_fast.checks import check_type, difference, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
@@ -58,6 +59,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     kept = [name for name in moved if name not in MOVABLE or name == "out"]
     if kept:
         raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
+    check_type("path", path, str, os.PathLike)
     path = Path(path).expanduser()
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name
