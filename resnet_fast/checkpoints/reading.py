@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..archive import ArchiveError, load_values, member_names, one_line, read_regular
+from ..archive import ArchiveError, load_values, member_names, read_regular
+from ..checks import one_line
 from ..signature import is_signed, is_whole
 
 # timm and torchvision's reference scripts save the command line's settings beside the weights. A Namespace runs

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_fast.checks import check_integer
+from resnet_fast.checks import check_integer, few
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
 from resnet_fast.data.images import ImageError, read_pixels, without_warnings
-from resnet_fast.data.listing import PARTS, Listing, check_layout, list_images, no_images, some
+from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images, no_images
 
 READ_TOGETHER = 256  # images to a message of a worker, when all are read
 MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
@@ -43,16 +43,15 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
         DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     check_integer("workers", workers, 0)
     check_layout(folder)
     train, test = (list_images(folder, part) for part in PARTS)
     if train.classes != test.classes:
-        only_train = sorted(set(train.classes) - set(test.classes))
-        only_test = sorted(set(test.classes) - set(train.classes))
-        found = [f"only in train/: {some(only_train)}"] if only_train else []
-        found += [f"only in test/: {some(only_test)}"] if only_test else []
-        raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(found)}")
+        in_train, in_test = set(train.classes), set(test.classes)
+        alone = (("train/", sorted(in_train - in_test)), ("test/", sorted(in_test - in_train)))
+        reasons = [f"only in {part}: {few(names, N_NAMED)}" for part, names in alone if names]
+        raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(reasons)}")
     if len(train.classes) < 2:
         raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {''.join(train.classes)}")
 
@@ -92,7 +91,7 @@ def _notes(folder: Path, train: Listing, test: Listing, unreadable: list[str], s
         (unreadable, f"{n_images:,} images", "which cannot be read"),
     ):
         if files:
-            names = some([name.removeprefix(f"{folder}{os.sep}") for name in files], "; ")
+            names = few([name.removeprefix(f"{folder}{os.sep}") for name in files], N_NAMED, "; ")
             yield f"{len(files):,} of {total} left out, {reason}: {names}"
     flat = [name for name, value in zip(("red", "green", "blue"), std, strict=True) if value <= LEAST_STD]
     if flat:
@@ -225,5 +224,5 @@ class FolderSplit:
         errors += [error for _, error in failures if error not in errors]  # it may have been there meanwhile
         return DataError(
             f"{len(errors):,} of {len(self.checked):,} images cannot be read (--skip-unreadable leaves them out): "
-            f"{some(errors, '; ')}"
+            f"{few(errors, N_NAMED, '; ')}"
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resnet_fast.checks import check_integer
 
-DEEP = ("I", "F")  # and I;16 in any order of bytes: more than 8 bits to a pixel
+DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
 # PNG's transparent color is in the bits of the file, Pillow's pixels are in 8. (Of 16-bit colors Pillow keeps the upper
 # half, so a color that differs in the lower half alone becomes transparent, too.)
 TRANSPARENT_COLOR = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
@@ -39,7 +39,7 @@ class ImageError(RuntimeError):
 
 
 def read_image(path: Path | str, image_size: int) -> Tensor:
-    """Return the image of a file, of any size and in any format that Pillow reads; of several, the first.
+    """Return the first image of a file of any size and in any format that Pillow reads.
 
     Args:
         path: a regular file, or a link to one.
@@ -53,14 +53,14 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
         ImageError: there is no such file, it cannot be read, or nothing says which of its values is white: integers
             outside of 0 … 65535, floating-point numbers outside of [0, 1].
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     with without_warnings():
         return torch.from_numpy(read_pixels(path, image_size)).permute(2, 0, 1)
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep Pillow's warnings of large images and odd metadata to itself: what can be read is read."""
+    """Suppress Pillow's warnings of large images and odd metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -105,7 +105,7 @@ def _load(image: Image.Image) -> None:
     codec, *_, mode = (getattr(image, "tile", None) or [("", "")])[0]
     with _libtiff_is_quiet() if codec == "libtiff" else nullcontext():
         image.load()
-    with suppress(Exception):  # a damaged note of the orientation is no reason to refuse the pixels
+    with suppress(Exception):  # the pixels count, even if the note of the orientation is damaged
         ImageOps.exif_transpose(image, in_place=True)
     scale, color = TRANSPARENT_COLOR.get(mode) if image.format == "PNG" else None, image.info.get("transparency")
     if scale and color is not None:
@@ -114,7 +114,7 @@ def _load(image: Image.Image) -> None:
 
 @contextmanager
 def _libtiff_is_quiet() -> Iterator[None]:
-    """Keep what libtiff itself prints from the terminal: Pillow raises an error for it."""
+    """Keep libtiff's own messages from the terminal; Pillow raises an error for each."""
     with _stderr_lock:  # else the second thread would take the first one's /dev/null for the terminal
         try:
             terminal = os.dup(2)

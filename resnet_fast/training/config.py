@@ -151,10 +151,9 @@ class TrainConfig(Recipe):
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._set("device", str(device))
-        for name in ("data_dir", "out", "weights"):
-            if name != "weights" or self.weights is not None:
-                self._set(name, check_path(name, getattr(self, name)))
-        # Plain values: strings and numbers of numpy would not be read again from a checkpoint.
+        for name in ("data_dir", "out") if self.weights is None else ("data_dir", "out", "weights"):
+            self._set(name, check_path(name, getattr(self, name)))
+        # Plain values: a checkpoint with strings or numbers of numpy could not be read again.
         strings = {name: str.__str__(value) for name, value in vars(self).items() if isinstance(value, str)}
         for name, value in {**strings, **check_fields(self)}.items():
             self._set(name, value)
