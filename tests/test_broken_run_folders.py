@@ -17,6 +17,7 @@ from tiny_run import Stop, make_dataset, stop, use_tiny
 from trained_run import invoke
 
 from resnet_fast.cli import evaluate
+from resnet_fast.cli.train import _what_is_kept
 from resnet_fast.inference import CheckpointError, load_trained, trained
 from resnet_fast.training import ResumeError, load_run, network, prepare, resume
 from resnet_fast.training.checkpoint import write_checkpoint
@@ -237,14 +238,23 @@ def test_a_config_that_is_none(case: str, broken: Path):
         resume(broken)
 
 
-def test_a_fifo_in_place_of_a_file_is_named(broken: Path):
-    for name in ("checkpoint.pt", "config.json"):
-        (broken / name).unlink()
-        os.mkfifo(broken / name)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no regular file"):
-        load_trained(broken / "checkpoint.pt")
+def test_a_fifo_in_place_of_config_is_named(broken: Path):
+    (broken / "config.json").unlink()
+    os.mkfifo(broken / "config.json")
     with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is no regular file"):
         resume(broken)
+
+
+def test_what_is_kept_of_a_run_does_not_wait_for_a_fifo(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.json")
+    assert _what_is_kept(tmp_path) == "nothing was written"
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").touch()
+    os.mkfifo(tmp_path / "metrics.csv")
+    assert _what_is_kept(tmp_path).startswith("no epoch was finished")
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").write_bytes(b"epoch\n\xff\n")  # no text
+    assert _what_is_kept(tmp_path).endswith("up to epoch 1")
 
 
 def test_classes_that_differ_late_are_named(broken: Path, monkeypatch: pytest.MonkeyPatch):
