@@ -95,7 +95,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         raise TypeError(f"path must be a str or os.PathLike[str], got {type(path).__name__}")
     if not isinstance(entry, str | None):
         raise TypeError(f"entry must be a str or None, got {type(entry).__name__}")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     state = model.state_dict()
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     on_meta = next((name for name, value in own.items() if value.is_meta), None)

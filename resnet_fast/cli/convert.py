@@ -96,8 +96,8 @@ def _make(target: str, arguments: list[str]) -> nn.Module:
 
 def _import(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
-    path = Path(name).expanduser()
-    if path.suffix == ".py" and not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".py" and not os.path.isfile(path):
         raise ValueError(f"{path} is no file")
     try:
         return _run(path) if path.suffix == ".py" else importlib.import_module(name)

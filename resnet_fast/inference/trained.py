@@ -1,5 +1,6 @@
 """A trained network and what is needed to use it, from the checkpoint of a run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         CheckpointError: the checkpoint is missing, damaged, of another program or of an earlier version, or its weights
             do not fit the network that it names.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         folder, path = path, path / CHECKPOINT
         if not path.exists() and not (folder / PREVIOUS).exists():

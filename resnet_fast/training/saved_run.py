@@ -4,6 +4,7 @@ The newest checkpoint is taken or refused, never replaced in silence by the one 
 """
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     kept = [name for name in moved if name not in MOVABLE or name == "out"]
     if kept:
         raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name
     if not (out / "config.json").exists():
