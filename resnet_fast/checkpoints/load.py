@@ -85,7 +85,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
             are on the meta device.
         FileNotFoundError, OSError: the file is not there, or cannot be read.
         ModuleNotFoundError: the file is of safetensors, which is not installed.
-        TypeError: `model` is no module, `path` no path, or `entry` no name.
+        TypeError: `model` is no module, `path` no path, or `entry` no string.
 
     A value that is not finite is loaded, with a warning.
     """

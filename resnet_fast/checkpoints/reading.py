@@ -31,8 +31,8 @@ def read_file(path: Path) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the system does not let it be read.
-        ValueError: it is a folder, a fifo, empty, damaged, something else than weights, would run code, or would take
-            more memory than it has bytes.
+        ValueError: the file is a folder, a fifo, empty, damaged, something else than weights, would run code, or would
+            take more memory than it has bytes.
         ModuleNotFoundError: it is of safetensors, which is not installed.
     """
     if path.is_dir():

@@ -43,7 +43,7 @@ def convert(
 ) -> None:
     """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay.
 
-    It imports MODULE and calls FUNCTION, which run as any program does: name only code that you trust.
+    It imports MODULE and calls FUNCTION, so name only code that you trust.
     """
     before = list(sys.path)
     try:

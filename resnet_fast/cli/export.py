@@ -91,5 +91,5 @@ def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
             skip_unreadable=trained.config["skip_unreadable"],
         )
         return next(iter(dataset.test.batches(N_REAL)))[0]
-    except (DataError, OSError):  # the latter: a name that is too long, a folder that cannot be listed
+    except (DataError, OSError):  # OSError: a name that is too long, a folder that cannot be listed
         return None

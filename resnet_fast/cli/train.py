@@ -219,7 +219,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _is_started(out: Path) -> bool:
-    return os.path.isfile(out / "config.json")  # False, too, where Path.is_file() raises: a name may be too long
+    return os.path.isfile(out / "config.json")  # Path.is_file() raises for a long name
 
 
 def _how_to_go_on(out: Path) -> str:

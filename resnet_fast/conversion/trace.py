@@ -138,8 +138,8 @@ def trace(
     Args:
         module: a container; nothing in it is changed.
         opaque: modules within that are called as a whole.
-        frozen: of evaluation alone, with mode and settings as they are now, run as eager runs it. A branch that only
-            raises an error becomes a step that checks its condition.
+        frozen: follow the forward in evaluation mode, with the present settings. A branch that only raises an error
+            becomes a step that checks its condition.
         closed: beginnings of the names of Python modules whose classes are called as they are.
 
     Raises:

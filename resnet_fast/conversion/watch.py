@@ -71,7 +71,7 @@ class Watch:
         self.frozen = frozen
         self.settings: dict[tuple[int, str], Setting] = {}
         self.screened: dict[CodeType, tuple[str, ...]] = {}
-        self.made: set[nn.Module] = set()  # nn.ReLUs alone, which hold nothing
+        self.made: set[nn.Module] = set()  # the nn.ReLUs that the forward makes
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Watch:
             except AttributeError:
                 is_own = name in OWN or name.startswith("__")
                 if not watch.frozen and not is_own and not any(name in held for held in _held(module)):
-                    watch.note(module, name, None)  # which the forward may find out by hasattr
+                    watch.note(module, name, None)  # hasattr may tell the forward
                 raise
             if name not in OWN and not name.startswith("__") and module not in watch.made:
                 watch.note_attribute(module, name, value)
@@ -138,10 +138,10 @@ class Watch:
             self.settings[id(owner), name] = Setting(owner, name, value)
 
     def screen(self, frame: FrameType) -> tuple[str, ...]:
-        """Refuse a function of the forward whose code does what a graph would not show.
+        """Refuse a function whose code does something that a graph would not show.
 
         Returns:
-            Its arguments that it compares with None.
+            The arguments that it compares with None.
         """
         code, namespace = frame.f_code, frame.f_globals
         if is_library(frame):
@@ -150,7 +150,7 @@ class Watch:
         opcodes = [instruction.opname for instruction in instructions]
         n_arguments = code.co_argcount + code.co_kwonlyargcount
         takes_any = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-        # A function that is given nothing has no stand-ins, on which it would fail.
+        # A function without arguments gets no stand-ins, so none of them can make it fail.
         if n_arguments or takes_any or code.co_freevars:
             if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
                 raise UntraceableError("its forward has a try statement")

@@ -28,15 +28,15 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
     """Return the images of `folder`, resized to image_size x image_size (the aspect ratio is not kept).
 
     Augmentation: a crop with a shift of up to an eighth of the size (4 pixels at 32, as for CIFAR-10) and a flip.
-    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result say which files are
-    left out, and whether the images show anything.
+    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result name files that are
+    left out, and channels that hardly vary.
 
     Args:
         folder: holds train/ and test/.
         image_size: pixels, in height and width.
         workers: processes that read; 0: this one.
         skip_unreadable: read every image once, and leave out those that cannot be read. Otherwise the first of them
-            raises DataError, now or later, which names all.
+            raises a DataError that names all, now or when it is read later.
 
     Raises:
         ValueError: image_size or workers is not an integer, or too small.
@@ -153,7 +153,7 @@ def _load(images: _Images, parts: Sequence[Tensor], workers: int, pin_memory: bo
 def _find_unreadable(images: _Images, workers: int) -> dict[int, str]:
     """Read every image; return the index and the error of each that cannot be read."""
     parts = torch.arange(len(images)).split(READ_TOGETHER)
-    tiny = replace(images, image_size=1)  # decoded as a whole all the same
+    tiny = replace(images, image_size=1)  # whole images are decoded nevertheless
     return {index: error for *_, failures in _load(tiny, parts, workers) for index, error in failures}
 
 
@@ -163,7 +163,7 @@ class FolderSplit:
 
     Args:
         images: those of the split.
-        checked: those of the whole data set, which are all checked once one of the split cannot be read.
+        checked: those of the whole data set, which the error of an unreadable image is about.
         workers: processes that read.
         device: where the batches go.
     """
@@ -221,7 +221,7 @@ class FolderSplit:
     def _unreadable(self, failures: list[tuple[int, str]]) -> DataError:
         """Return the error that names all images of the data set that cannot be read."""
         errors = list(_find_unreadable(self.checked, self.workers).values())
-        errors += [error for _, error in failures if error not in errors]  # it may have been there meanwhile
+        errors += [error for _, error in failures if error not in errors]  # it may be readable again
         return DataError(
             f"{len(errors):,} of {len(self.checked):,} images cannot be read (--skip-unreadable leaves them out): "
             f"{few(errors, N_NAMED, '; ')}"

@@ -91,7 +91,7 @@ def check_layout(folder: Path) -> None:
 
 
 def no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
-    """Return the error of a part of which some class has no image."""
+    """Return the error of a part in which a class has no image."""
     return DataError(f"no images to use in {folder / part}: {few(reasons, N_NAMED)}; {_expected(folder)}")
 
 
@@ -112,7 +112,7 @@ def _expected(folder: Path) -> str:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder in `folder`, and the paths of its files; links that loop lead nowhere new."""
+    """Yield `folder` and each folder in it, with the paths of its files; each once, so that loops of links end."""
     seen, pending = set(), [folder]
     while pending:
         current = pending.pop()

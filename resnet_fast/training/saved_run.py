@@ -21,7 +21,7 @@ from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS,
 # Where a run goes on, not what it computes: these may be others than before.
 MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
 
-MAX_CONFIG_BYTES = 2**24  # names of 100,000 classes; parsed, a file takes ten times its bytes
+MAX_CONFIG_BYTES = 2**24  # enough for 100,000 classes; a parsed file takes ten times its size
 
 
 class ResumeError(RuntimeError):
@@ -80,7 +80,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Return what a config.json holds; raise ResumeError if it breaks a rule."""
+    """Return the entries of a config.json; raise ResumeError if one breaks its rule."""
     try:
         data = read_regular(path)
         if len(data) > MAX_CONFIG_BYTES:

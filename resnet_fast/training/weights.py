@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, path: Path) -> Origin:
     """Put the weights and running statistics of a run or a file into a new network.
 
     Args:
-        model: of any family; its last layer stays as it is if the file has another number of classes.
+        model: a network of any family. Its last layer stays unchanged if the file has another number of classes.
         path: a run folder, or what `load_checkpoint` reads.
 
     Raises:
