@@ -282,8 +282,9 @@ def test_a_data_dir_of_any_length_has_no_images_to_export(dataset: str, broken: 
     assert real_images(replace(whole, config={**whole.config, "dataset": dataset, "data_dir": LONG}), None) is None
 
 
-def test_an_out_of_any_length_is_told():
-    result = invoke("train", "--dataset", "digits", "--device", "cpu", "--out", LONG)
+@pytest.mark.parametrize("command", [("train", "--dataset", "digits"), ("study", "skip")])
+def test_an_out_of_any_length_is_told(command: tuple[str, ...]):
+    result = invoke(*command, "--device", "cpu", "--out", LONG)
     assert result.exit_code == 1 and "File name too long" in result.stderr
 
 
