@@ -1,9 +1,9 @@
-"""A file of torch.save to plain values: no code in it runs, and it takes no more memory than it has bytes.
+"""Read a file of torch.save as plain values: no code in it runs, and it takes no more memory than it has bytes.
 
     values = load_values(read_regular(path))
 
-torch.load(weights_only=True) runs no code of the file, but inflates members that torch.save never compresses, and calls
-functions that make gigabytes of a few bytes. Both are refused before it sees the file.
+torch.load(weights_only=True) runs no code of the file. But it inflates compressed members, which torch.save never
+writes, and calls functions that turn a few bytes into gigabytes. Both are refused before torch.load sees the file.
 """
 
 import io
@@ -19,26 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.checks import one_line
+
 # A ResNet-152 with its optimizer takes 100,000; the costliest step makes an empty set of 216 bytes.
 MAX_STEPS = 1_000_000
 MAX_DEPTH = 100  # of values within values
-# `bytearray(10**10)` is filled, and a tensor of one value that stands for 10**10 is copied to its device.
+# `bytearray(10**10)` fills memory; the other two copy a tensor, which may be an expanded one of 10**10 values.
 GROWING = ("bytearray", "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy")
-# Each doubles bytes, or nearly so; torch.save writes bytes by _codecs.encode(text, "latin1").
+# Each nearly doubles its input. torch.save itself writes bytes as _codecs.encode(text, "latin1").
 GROWING_CODECS = {"hex", "hex_codec", "base64", "base64_codec", "base_64", "uu", "uu_codec", "quopri", "quopri_codec"}
 GROWING_CODECS |= {"quoted_printable", "quotedprintable"}
 
 
 class ArchiveError(ValueError):
-    """A file is not read; the message is the reason, after the name of the file."""
+    """A file is refused; the message is the reason, to be put after the name of the file."""
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file; a fifo would keep the program waiting, a device might never end.
+    """Return the bytes of a regular file. Reading a fifo might wait forever, reading a device never end.
 
     Raises:
-        ArchiveError: it is no regular file, or larger than the memory.
-        OSError: it is not there, or cannot be read.
+        ArchiveError: the file is no regular one, or larger than the memory.
+        OSError: the file does not exist, or cannot be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ArchiveError("is no regular file")
@@ -57,12 +59,12 @@ def load_values(data: bytes, permitted: Iterable[Any] = ()) -> Any:
     """Return what torch.save wrote, on the CPU: tensors in dicts, lists, tuples and sets, without attributes.
 
     Args:
-        data: of a zip archive, or of the format before it.
-        permitted: classes that may be in it beside tensors and plain values.
+        data: the bytes of a zip archive, or of torch.save's older format.
+        permitted: classes that the file may hold in addition to tensors and plain values.
 
     Raises:
-        ArchiveError: it would take more memory than it has bytes, or is nested too deep.
-        pickle.UnpicklingError: it holds more than that, and reading it would run code.
+        ArchiveError: the values would take more memory than the file has bytes, or are nested too deep.
+        pickle.UnpicklingError: the file holds other classes or functions, and reading it would run code.
         Exception: torch.load raises any for a damaged file.
     """
     if data.startswith(b"PK"):
@@ -77,15 +79,10 @@ def load_values(data: bytes, permitted: Iterable[Any] = ()) -> Any:
         return _plain(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {})
 
 
-def one_line(error: Exception) -> str:
-    """Return an exception's message on one line of at most 150 characters."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-
 def _open(data: bytes) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(io.BytesIO(data))
-    except Exception as error:  # names that are no text, a version that there is not
+    except Exception as error:  # such as names that are no text, or an unknown version
         raise ArchiveError(f"is damaged: {one_line(error)}") from error
 
 
@@ -95,10 +92,10 @@ def _check_members(archive: zipfile.ZipFile, n_bytes: int) -> None:
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise ArchiveError(f"holds compressed data ({member.filename[:50]!r}), which torch.save never writes")
-        # With bytes before the first one, another reader may find another table of contents.
+        # With bytes before the first member, another reader may find another table of contents.
         if member.header_offset < end or (end == 0 and member.header_offset > 0):
             raise ArchiveError("is damaged: its members do not stand one behind the other")
-        end = member.header_offset + 30 + member.file_size  # behind a header of 30 bytes or more
+        end = member.header_offset + 30 + member.file_size  # a header has at least 30 bytes
     if end > n_bytes:
         raise ArchiveError("is damaged: its members are larger than the file")
     if len(set(archive.namelist())) < len(archive.namelist()):
@@ -133,10 +130,10 @@ def _steps(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """Rebuild a value from the built-in types: what a file sets on an object could hide its methods.
+    """Rebuild a value from built-in types: attributes that a file sets on an object could hide its methods.
 
     Args:
-        seen: by id, what was rebuilt already, for values that are in several places.
+        seen: results by the id of their source, for values that are in several places.
     """
     if isinstance(value, Tensor):
         if value.is_nested:
@@ -147,7 +144,7 @@ def _plain(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
     if id(value) not in seen:
         if depth == MAX_DEPTH:
             raise ArchiveError(f"holds values nested more than {MAX_DEPTH} deep, or within themselves")
-        # Kept beside the result, for ids are those of living objects.
+        # The source is kept, too: only ids of living objects are unique.
         if isinstance(value, dict):
             items = dict.items(value)
             seen[id(value)] = value, {key: _plain(inner, seen, depth + 1) for key, inner in items}

@@ -1,5 +1,4 @@
-"""What checks of arguments share, from models to commands: one rule for each kind of value, one phrase for misspelt
-names. The message names the rule and the value."""
+"""Checks of arguments, and the phrases of their messages: a message names the rule and the value, in one line."""
 
 import difflib
 import itertools
@@ -13,16 +12,35 @@ MAX_SHOWN = 60  # characters of a value
 
 
 def shown(value: object) -> str:
-    """Return a value as a message has it: in one line, of a bounded length."""
+    """Return a value in one line of at most 60 characters, for a message."""
     if isinstance(value, list | tuple | dict) and len(value) > 4:
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and abs(value) > 10**50:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # deep nesting, or whatever somebody's class raises
+    except Exception:  # deep nesting, or the error of somebody's class
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def one_line(error: Exception, at_most: int = 150) -> str:
+    """Return an exception's message in one line of at most `at_most` characters; its type if it has none."""
+    return " ".join(str(error).split())[:at_most] or type(error).__name__
+
+
+def few(names: Sequence[str], at_most: int, separator: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - at_most:,} more" if len(names) > at_most else ""
+    return separator.join(names[:at_most]) + more
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that the name of a file can hold: UTF-8, without NUL."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def is_integer(value: object) -> bool:
@@ -57,10 +75,9 @@ def check_path(name: str, value: Any) -> Path:
     """Return `value` as a Path, the home folder in place of ~; raise ValueError unless it is a path in UTF-8."""
     try:
         path = Path(value).expanduser()
-        is_path = b"\0" not in str(path).encode()
-    except (TypeError, ValueError, RuntimeError):  # no path, not UTF-8, ~ of somebody who is not known
-        is_path = False
-    if not is_path:
+    except (TypeError, ValueError, RuntimeError):  # no path, or ~ of an unknown user
+        path = None
+    if path is None or not is_text(str(path)):
         raise ValueError(f"{name} must be a path in UTF-8, got {shown(value)}")
     return path
 
@@ -73,24 +90,23 @@ def check_type(name: str, value: object, *kinds: type) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], at_most: int = 3) -> str:
-    """Return the end of a message about a name that is not known: the nearest that are, or nothing."""
+    """Return the end of a message about an unknown name: the nearest known ones, or nothing."""
     nearest = difflib.get_close_matches(name, list(known), at_most)
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def difference(ours: Sequence[str], theirs: Sequence[str], us: str, them: str) -> str:
-    """Return in which names two lists differ, however long they are; "" where they do not.
+    """Return in one line how two lists of names differ; "" if they are equal.
 
     Args:
-        ours, theirs: the names.
-        us, them: who has them, "the network" and "the data".
+        ours, theirs: the names, any number.
+        us, them: who has them, such as "the network" and "the data".
     """
     parts = []
     for names, others, who in ((ours, theirs, us), (theirs, ours, them)):
-        known = set(others)
-        if alone := [name for name in names if name not in known]:
-            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-            parts.append(f"only {who} has {', '.join(map(shown, alone[:3]))}{more}")
+        in_others = set(others)
+        if alone := [name for name in names if name not in in_others]:
+            parts.append(f"only {who} has {few([shown(name) for name in alone], 3)}")
     if parts:
         return "; ".join(parts)
     for i, (our, their) in enumerate(itertools.zip_longest(ours, theirs)):

@@ -33,7 +33,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     unfinished = unfinished_name(path)
     with _signals_wait():
         try:
-            with open(unfinished, "xb") as file:  # O_EXCL, which follows no link, either
+            with open(unfinished, "xb") as file:  # O_EXCL, which follows no link
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -46,12 +46,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a name beside `path` that nobody can foresee; `delete_unfinished` finds it after a kill."""
+    """Return an unpredictable name beside `path`, which `delete_unfinished` recognizes after a kill."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def delete_unfinished(path: Path) -> None:
-    """Delete what processes left that were killed while they wrote `path`."""
+    """Delete the files of processes that were killed while they wrote `path`."""
     for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         unfinished.unlink(missing_ok=True)
 
@@ -63,7 +63,7 @@ def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     Where there are no such locks (Windows, some network file systems) nothing is held.
 
     Args:
-        folder: that exists.
+        folder: an existing one.
         patience: seconds to wait for another process.
 
     Raises:

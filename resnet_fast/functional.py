@@ -164,7 +164,7 @@ def check_arguments(
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> None:
-    """Raise what `batch_norm_add_relu` documents, of two faults the one that F.batch_norm names."""
+    """Raise what `batch_norm_add_relu` documents, in the order of F.batch_norm."""
     check_ghost_batch_size(ghost_batch_size)
     if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
         raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
@@ -232,7 +232,7 @@ def _group_sizes(x: Tensor, ghost_batch_size: int | None) -> tuple[int, int]:
 
 
 def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
-    """Check the numbers, and that vectors are tensors; `prefix` says whose they are."""
+    """Check the numbers, and that vectors are tensors; `prefix` names their norm."""
     if not isinstance(norm.eps, NUMBERS):
         raise TypeError(f"{prefix}eps must be a number, got {norm.eps!r}")
     if norm.training and norm.eps <= 0:
@@ -247,7 +247,7 @@ def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
 
 
 def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
-    """Check the vectors against x; `prefix` says whose they are."""
+    """Check the vectors against x; `prefix` names their norm."""
     n_channels = x.shape[1] if x.dim() > 1 else 0
     given = {name: vector for name, vector in zip(VECTORS, norm[:4], strict=True) if vector is not None}
     for name, vector in given.items():

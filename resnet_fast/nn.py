@@ -31,7 +31,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         TypeError, ValueError: ghost_batch_size is no int, or less than 1.
     """
 
-    # What modules have that were pickled before there was one, or change class.
+    # Defaults of modules that were pickled by an earlier version, or that change class.
     ghost_batch_size: int | None = None
     _name = ""  # in the model that was converted
 
@@ -168,8 +168,8 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
     mode, without `torch.distributed`, or with one process, it is FusedBatchNorm2d. Runs on CPU (gloo) and GPU (NCCL).
 
     Every process must take part in every training step. As torch says of nn.SyncBatchNorm, `model.join()` and `Join` do
-    not support collectives in the forward pass: where one process may run out of batches before the others, give them
-    `throw_on_early_termination=True`. Without it the others wait until the process group's timeout.
+    not support collectives in the forward pass. If one process may run out of batches before the others, use
+    `throw_on_early_termination=True`; without it the others wait until the process group's timeout.
 
     Args:
         process_group: the processes to synchronize; None for all.

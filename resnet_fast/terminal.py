@@ -1,10 +1,10 @@
-"""What reaches a terminal. Names of files and classes, paths, and strings in a file hold any characters; escape codes
-among them would move the cursor, rename the window, or hide a line.
+"""Keep escape codes from the terminal. Names, paths and strings of a file may hold them; they would move the cursor,
+rename the window, or hide a line.
 
     with clean_output():    # around a command: print, warnings and usage errors are clean
         ...
 
-What draws on a terminal itself, as a progress bar, writes to `unfiltered(sys.stdout)` and cleans its texts.
+A progress bar, which itself writes escape codes, writes to `unfiltered(sys.stdout)` and cleans its texts.
 """
 
 import io
@@ -15,25 +15,25 @@ from typing import Any, TextIO
 
 
 def clean(text: str, keep: str = "") -> str:
-    """Return the text with "?" for what moves the cursor or cannot be written, line breaks included."""
+    """Return the text with "?" for each unprintable character, line breaks included, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() or character in keep else "?" for character in text)
 
 
 class CleanStream:
-    """A text stream that cleans what is written to it, and is the stream beneath it in all else."""
+    """A text stream that cleans what is written to it; everything else goes to the stream beneath."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        line = text.lstrip("\r")  # with which a bar begins, as that of a download
+        line = text.lstrip("\r")  # a download's progress bar begins with it
         self.stream.write(text[: len(text) - len(line)] + clean(line, keep="\n\t"))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "buffer":  # a way around
+        if name == "buffer":  # typer would write bytes to it
             raise AttributeError(name)
         return getattr(self.stream, name)
 
@@ -49,11 +49,11 @@ def clean_output() -> Iterator[None]:
     try:
         yield
     finally:
-        # After a closed pipe typer puts streams there that are silent about it.
+        # After a closed pipe typer puts other streams there, which stay.
         if (sys.stdout, sys.stderr) == cleaning:
             sys.stdout, sys.stderr = before
 
 
 def unfiltered(stream: Any) -> TextIO:
-    """Return the stream beneath a CleanStream; another one as it is."""
+    """Return the stream beneath a CleanStream; any other stream unchanged."""
     return stream.stream if isinstance(stream, CleanStream) else stream

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_fast import load_checkpoint
 from resnet_fast.data import Augmentation, Loader, TensorSplit, epoch_plan, load_dataset
 from resnet_fast.inference import Trained, classify
 from resnet_fast.models import get_model
@@ -200,7 +201,8 @@ CALLS: list[tuple[Callable, dict[str, Any], dict[str, list]]] = [
         {"config": TrainConfig(dataset="digits"), "reporter": None},
         {"config": [None, "digits", {}], "reporter": [print, "plain"]},
     ),
-    (resume, {"run": "nowhere"}, {"run": [None, 3, b"runs"], "reporter": []}),
+    (resume, {"run": "nowhere"}, {"run": [None, 3, b"runs"]}),
+    (load_checkpoint, {"model": MODEL, "path": "nowhere"}, {"path": [None, 3, b"x.pt"], "entry": [3]}),
 ]
 CASES = [
     pytest.param(call, {**right, name: value}, name, id=f"{call.__name__}-{name}-{i}")
@@ -221,7 +223,7 @@ def test_an_argument_of_a_wrong_type_is_named(call: Callable, arguments: dict[st
 
 
 @pytest.mark.parametrize(
-    ("call", "right"), [(call, right) for call, right, _ in CALLS if call not in (load_dataset, train, resume)]
+    ("call", "right"), [(call, right) for call, right, _ in CALLS if call not in (train, resume, load_checkpoint)]
 )
 def test_the_right_arguments_are_taken(call: Callable, right: dict[str, Any]):
     call(**right)

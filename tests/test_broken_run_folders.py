@@ -15,9 +15,13 @@ from tiny_run import Stop, make_dataset, stop, use_tiny
 from trained_run import invoke
 
 from resnet_fast.cli import evaluate
-from resnet_fast.inference import CheckpointError, load_trained, trained
+from resnet_fast.cli.export import real_images
+from resnet_fast.cli.train import _what_is_kept
+from resnet_fast.inference import load_trained, trained
 from resnet_fast.training import ResumeError, network, prepare, resume
 from resnet_fast.training.checkpoint import write_checkpoint
+
+NOBODYS, LONG = "~nobody-of-that-name/x", "a" * 5000
 
 
 @pytest.fixture(autouse=True)
@@ -147,14 +151,51 @@ def test_a_config_that_is_none(case: str, broken: Path):
         resume(broken)
 
 
-def test_a_fifo_in_place_of_a_file_is_named(broken: Path):
-    for name in ("checkpoint.pt", "config.json"):
-        (broken / name).unlink()
-        os.mkfifo(broken / name)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no regular file"):
-        load_trained(broken / "checkpoint.pt")
+def test_a_fifo_in_place_of_config_is_named(broken: Path):
+    (broken / "config.json").unlink()
+    os.mkfifo(broken / "config.json")
     with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is no regular file"):
         resume(broken)
+
+
+def test_what_is_kept_of_a_run_does_not_wait_for_a_fifo(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.json")
+    assert _what_is_kept(tmp_path) == "nothing was written"
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").touch()
+    os.mkfifo(tmp_path / "metrics.csv")
+    assert _what_is_kept(tmp_path).startswith("no epoch was finished")
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").write_bytes(b"epoch\n\xff\n")  # no text
+    assert _what_is_kept(tmp_path).endswith("up to epoch 1")
+
+
+@pytest.mark.parametrize(
+    "command", [("eval", NOBODYS), ("predict", NOBODYS, "x.png"), ("export", NOBODYS), ("train", "--resume", NOBODYS)]
+)
+def test_the_home_of_nobody_is_no_run(command: tuple[str, ...]):
+    result = invoke(*command)
+    assert result.exit_code == 2 and result.stderr.startswith("resnet-fast: error: ") and NOBODYS in result.stderr
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+@pytest.mark.parametrize("data_dir", [NOBODYS, "caf\udce9"], ids=["home of nobody", "not UTF-8"])
+def test_a_data_dir_that_is_no_path_is_named(command: str, data_dir: str, broken: Path):
+    result = invoke(command, broken, "--data-dir", data_dir)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("resnet-fast: error: data_dir must be a path in UTF-8, got ")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "folder"])
+def test_a_data_dir_of_any_length_has_no_images_to_export(dataset: str, broken: Path):
+    whole = load_trained(broken)
+    assert real_images(replace(whole, config={**whole.config, "dataset": dataset, "data_dir": LONG}), None) is None
+
+
+@pytest.mark.parametrize("command", [("train", "--dataset", "digits"), ("study", "skip")])
+def test_an_out_of_any_length_is_told(command: tuple[str, ...]):
+    result = invoke(*command, "--device", "cpu", "--out", LONG)
+    assert result.exit_code == 1 and "File name too long" in result.stderr
 
 
 def test_classes_that_differ_late_are_named(broken: Path, monkeypatch: pytest.MonkeyPatch):

@@ -133,6 +133,8 @@ WRONG = {
     ),
     "misspelt": (("mine.py:thim",), 2, "mine.py has no 'thim'; did you mean thin?"),
     "no file": (("yours.py:thin",), 2, "yours.py is no file"),
+    "home of nobody": (("~nobody-of-that-name/yours.py:thin",), 2, "yours.py is no file"),
+    "a long name": ((f"{'a' * 5000}.py:thin",), 2, "a.py is no file"),
     "no module": (("nothing.here:thin",), 2, "nothing.here cannot be imported: ModuleNotFoundError"),
     "fails": (("mine.py:fails",), 2, "mine.py:fails fails: KeyError: 'no\\nsuch thing'"),
     "no model": (("mine.py:makes_a_number",), 2, "mine.py:makes_a_number must make an nn.Module, got int"),

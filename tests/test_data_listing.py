@@ -94,7 +94,7 @@ def test_of_many_files_the_first_twenty_are_named(root: Path):
     for i in range(23):
         put(root / "train" / "cat" / f"{i:02}.txt")
     (note,) = load_folder(root, 8).notes
-    assert note.endswith("; train/cat/19.txt and 3 others") and note.count(".txt") == 20
+    assert note.endswith("; train/cat/19.txt and 3 more") and note.count(".txt") == 20
 
 
 @pytest.mark.parametrize("target", [".", "..", "../.."], ids=str)
@@ -151,7 +151,7 @@ def test_all_unreadable_images_are_named_at_once(workers: int, damaged: Path):
 def test_of_many_unreadable_images_twenty_are_named(root: Path):
     for i in range(33):
         (root / "train" / "cat" / f"x{i:02}.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"^33 of 41 images .*x19\.png: [^;]* and 13 others$"):
+    with pytest.raises(DataError, match=r"^33 of 41 images .*x19\.png: [^;]* and 13 more$"):
         load_folder(root, 8)
 
 

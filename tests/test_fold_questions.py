@@ -125,14 +125,6 @@ class MakesText(Asserts):
         return y * 3 if f"{y.dtype}" == "torch.float32" else y
 
 
-class Tries(Asserts):
-    def forward(self, x):
-        try:
-            return self.first(x)
-        except RuntimeError:
-            return x
-
-
 class MayBeNone(Asserts):
     """What is required may be None when the folded model is called."""
 
@@ -144,7 +136,6 @@ REASONS = {
     DependsOnShapes: "values or shapes decide what it computes",
     FailsOnStandIns: "torch.fx cannot follow its forward",
     MakesText: "makes text of a value",
-    Tries: "has a try statement",
     MayBeNone: "asks whether a value is None",
 }
 

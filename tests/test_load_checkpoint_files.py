@@ -146,6 +146,7 @@ def test_a_folder_names_the_files_in_it(tmp_path: Path):
 
 def test_no_file(tmp_path: Path):
     assert refusal(tmp_path / "absent.pth", FileNotFoundError).endswith("absent.pth does not exist")
+    assert refusal(Path("~nobody-of-that-name/x.pth"), FileNotFoundError).endswith("x.pth does not exist")
 
 
 def test_a_model_that_is_none(tmp_path: Path):

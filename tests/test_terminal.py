@@ -1,7 +1,6 @@
 """No escape code in a name, a path or a file's strings reaches the terminal, from whichever command."""
 
 import io
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -141,17 +140,3 @@ def test_a_live_display_cleans_its_lines_and_what_others_print(monkeypatch: pyte
     shown = terminal.getvalue()
     assert "\x1b[" in shown and not set(shown) & set("\x07\x9b\u202e\x7f") and "\x1b[2J" not in shown
     assert f"weights of {clean(CODES)}" in shown and f"of others: {clean(CODES)}" in shown
-
-
-def test_what_is_kept_of_a_run_does_not_wait_for_a_fifo(tmp_path: Path):
-    from resnet_fast.cli.train import _what_is_kept
-
-    os.mkfifo(tmp_path / "config.json")
-    assert _what_is_kept(tmp_path) == "nothing was written"
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").touch()
-    os.mkfifo(tmp_path / "metrics.csv")
-    assert _what_is_kept(tmp_path).startswith("no epoch was finished")
-    (tmp_path / "metrics.csv").unlink()
-    (tmp_path / "metrics.csv").write_bytes(b"epoch\n\xff\n")  # no text
-    assert _what_is_kept(tmp_path).endswith("up to epoch 1")

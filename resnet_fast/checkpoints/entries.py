@@ -54,7 +54,7 @@ def find_weights(path: Path, content: Any, entry: str | None) -> Weights:
 
 
 def _holds_weights(value: Any, depth: int = 4) -> bool:
-    """Not deeper: a small file can hold one dict in itself, or in a thousand places."""
+    """Return whether there are tensors within `depth` dicts; a small file can hold a dict in itself."""
     if not isinstance(value, Mapping) or depth == 0:
         return False
     has_tensors = any(isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items())

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .entries import find_weights
+from ..checks import few
+from .entries import N_SHOWN, find_weights
 from .mismatch import CheckpointMismatch, known_causes
 from .names import forms, is_counter, match
 from .reading import read_file
@@ -50,11 +51,11 @@ class Loaded:
         parts += [f"from its entry {self.entry!r}"] if self.entry else []
         parts += [f"without the prefixes {', '.join(self.stripped)}"] if self.stripped else []
         parts += [f"with the prefixes {', '.join(self.added)}"] if self.added else []
-        parts += [_few(tuple(f"{old} read as {new}" for old, new in self.translated))] if self.translated else []
+        parts += [few([f"{old} read as {new}" for old, new in self.translated], N_SHOWN)] if self.translated else []
         parts += [f"{str(old)[6:]} cast to {str(new)[6:]}" for old, new in self.cast]
-        parts += [f"not in the file and kept: {_few(self.kept)}"] if self.kept else []
-        parts += [f"ignored in the file: {_few(self.ignored)}"] if self.ignored else []
-        parts += [f"NOT FINITE: {_few(self.not_finite)}"] if self.not_finite else []
+        parts += [f"not in the file and kept: {_shortened(self.kept)}"] if self.kept else []
+        parts += [f"ignored in the file: {_shortened(self.ignored)}"] if self.ignored else []
+        parts += [f"NOT FINITE: {_shortened(self.not_finite)}"] if self.not_finite else []
         return "; ".join(parts)
 
 
@@ -84,7 +85,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
             are on the meta device.
         FileNotFoundError, OSError: the file is not there, or cannot be read.
         ModuleNotFoundError: the file is of safetensors, which is not installed.
-        TypeError: `model` is no module, `path` no path, or `entry` no name.
+        TypeError: `model` is no module, `path` no path, or `entry` no string.
 
     A value that is not finite is loaded, with a warning.
     """
@@ -94,7 +95,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         raise TypeError(f"path must be a str or os.PathLike[str], got {type(path).__name__}")
     if not isinstance(entry, str | None):
         raise TypeError(f"entry must be a str or None, got {type(entry).__name__}")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     state = model.state_dict()
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     on_meta = next((name for name, value in own.items() if value.is_meta), None)
@@ -132,7 +133,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         not_finite=tuple(name for name, value in values.items() if not bool(value.isfinite().all())),
     )
     if loaded.not_finite:
-        warnings.warn(f"{path} holds values that are not finite: {_few(loaded.not_finite)}", stacklevel=2)
+        warnings.warn(f"{path} holds values that are not finite: {_shortened(loaded.not_finite)}", stacklevel=2)
     return loaded
 
 
@@ -178,8 +179,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items() if not is_counter(name)}
 
 
-def _few(names: tuple[str, ...]) -> str:
-    """Some of the names; the counters of batch norms, of which a ResNet-152 has 155, as one."""
+def _shortened(names: tuple[str, ...]) -> str:
+    """Return the first names, with the counters of batch norms, of which a ResNet-152 has 155, as one."""
     kinds = Counter(name.rpartition(".")[2] if "num_batches_tracked" in name else name for name in names)
     shown = [name if count == 1 else f"{count} {name}" for name, count in kinds.items()]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+    return few(shown, N_SHOWN)

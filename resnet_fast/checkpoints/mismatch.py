@@ -41,7 +41,7 @@ class CheckpointMismatch(ValueError):
         lines += _listed("not in the model", unexpected[:N_SHOWN], unexpected)
         shown = [f"{name}: {file} in the file, {model} in the model" for name, file, model in unlike[:N_SHOWN]]
         lines += _listed("of another shape or type", shown, unlike)
-        # A name with a line's end or a code for the terminal is shown with escapes.
+        # Names may hold line breaks and codes for the terminal, which are shown as escapes.
         super().__init__("\n".join(line if line.isprintable() else repr(line)[1:-1] for line in lines))
 
     def __reduce__(self):
@@ -67,7 +67,7 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     Args:
         file, model: shapes by name, in torchvision's words.
     """
-    kinds = (_of_a_prefix, _of_the_blocks, _of_the_shortcuts, _of_the_stem)
+    kinds = (_prefix_hints, _block_hints, _shortcut_hints, _stem_hints)
     hints = [hint for kind in kinds for hint in kind(file, model)]
     missing = set(model) - set(file)
     if missing and all(name.startswith("fc.") for name in missing):
@@ -83,7 +83,7 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     return hints
 
 
-def _of_a_prefix(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+def _prefix_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
     """A network that was a part of another one, or is one now."""
     first = next(iter(model), "")
     prefix = next((name.removesuffix(first) for name in file if name.endswith(f".{first}")), "")
@@ -97,7 +97,7 @@ def _of_a_prefix(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     ]
 
 
-def _of_the_blocks(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+def _block_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
     theirs, ours = _network(file), _network(model)
     if not theirs or not ours:
         return []
@@ -124,8 +124,8 @@ def _network(shapes: Mapping[str, Shape]) -> str:
     return f"ResNet-{depth} ({'Bottleneck' if bottleneck else 'BasicBlock'}, {' + '.join(map(str, per_stage))} blocks)"
 
 
-def _of_the_shortcuts(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
-    """Of the 6n+2 networks of He et al., whose shortcuts may have weights (option B) or none (option A)."""
+def _shortcut_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+    """Compare the shortcuts of two 6n+2 networks of He et al.: with weights (option B) or without (option A)."""
     if not _has_three_stages(file) or not _has_three_stages(model):
         return []
     theirs, ours = (any(re.match(r"layer\d\.0\.downsample\.", name) for name in shapes) for shapes in (file, model))
@@ -140,10 +140,11 @@ def _of_the_shortcuts(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> 
 
 
 def _has_three_stages(shapes: Mapping[str, Shape]) -> bool:
-    return {found[1] for name in shapes if (found := re.match(r"layer(\d)\.\d+\.conv2\.weight$", name))} == {*"123"}
+    blocks = (re.match(r"layer(\d)\.\d+\.conv2\.weight$", name) for name in shapes)
+    return {block[1] for block in blocks if block} == {*"123"}
 
 
-def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
+def _stem_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
     theirs, ours = _rare_parts(file), _rare_parts(model)
     if theirs != ours:
         side, parts = ("file is of", theirs) if theirs else ("model is", ours)
@@ -170,7 +171,7 @@ def _of_the_stem(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
 
 
 def _rare_parts(shapes: Mapping[str, Shape]) -> list[str]:
-    """Name the parts of timm's variants: a stem of three convolutions, and shortcuts that begin by pooling."""
+    """Name the parts that only timm's variants have: a stem of three convolutions, shortcuts that begin by pooling."""
     stem = [shapes.get(f"conv1.{i}.weight", ()) for i in (0, 3, 6)]
     is_deep = all(len(shape) == 4 for shape in stem) and all(a[0] == b[1] for a, b in itertools.pairwise(stem))
     is_pooled = len(shapes.get("layer2.0.downsample.1.weight", ())) == 4

@@ -15,10 +15,10 @@ from functools import lru_cache
 WRAPPERS = ("module", "_orig_mod")  # DataParallel, DistributedDataParallel and AveragedModel; torch.compile
 ROOTS = ("model", "net")  # a LightningModule's attribute
 BLOCK = r"(?:(?<=\.\d\.)|(?<=\.\d\d\.)|(?<=\.\d\d\d\.))"  # behind a block's number in its stage
-# Where conv1 is convolution, batch norm and ReLU in one.
+# If conv1 is a Sequential of convolution, batch norm and ReLU.
 STEM = ((r"^conv1\.0(?=\.)", "conv1"), (r"^conv1\.1(?=\.)", "bn1"))
-# What others write, and torchvision's words for it. All of these networks compute what torchvision's with the same
-# shapes does, which names and shapes alone would not tell.
+# Other spellings (patterns) and torchvision's. Each of these networks computes what torchvision's network of the same
+# shapes computes, which names and shapes alone would not tell.
 SPELLINGS = (
     # kuangliu/pytorch-cifar, akamaster/pytorch_resnet_cifar10
     (rf"{BLOCK}shortcut(?=\.\d)", "downsample"),
@@ -130,7 +130,7 @@ def _without_root(names: list[str]) -> list[str]:
 
 
 def _without_sequential_stem(names: list[str]) -> list[str]:
-    """Name the layers of a stem that is a Sequential; with more convolutions in it, it is a deep stem."""
+    """Name the layers of a stem that is a Sequential of one convolution; one of several is a deep stem."""
     if any(re.match(r"conv1\.[2-9]\.", name) for name in names):
         return names
     return [_spelled(name, STEM) for name in names]
@@ -145,24 +145,20 @@ def _spelled(name: str, spellings: tuple[tuple[str, str], ...]) -> str:
 
 
 def _words(name: str) -> dict[str, str]:
-    """Return the words of a name that are not torchvision's, to torchvision's."""
+    """Return the words of a name that are not torchvision's, each with torchvision's."""
     return _spell(_without_root(_without_wrappers([name]))[0], (*STEM, *SPELLINGS))[1]
 
 
-@lru_cache(maxsize=4096)  # of four rules half try each name
+@lru_cache(maxsize=4096)  # match() tries the rules in all combinations
 def _spell(name: str, spellings: tuple[tuple[str, str], ...]) -> tuple[str, dict[str, str]]:
-    """Return the name in torchvision's words, and which were others."""
+    """Return the name in torchvision's words, and each word that was replaced with its replacement."""
     words = {}
     for pattern, word in spellings:
-        if found := re.search(pattern, name):
-            words[found[0]] = word
-            name = name[: found.start()] + word + name[found.end() :]
+        if part := re.search(pattern, name):
+            words[part[0]] = word
+            name = name[: part.start()] + word + name[part.end() :]
     return name, words
 
 
-RULES = (
-    _without_wrappers,
-    _without_root,
-    _without_sequential_stem,
-    _translated,
-)  # in the order in which they are applied
+# In the order in which they are applied.
+RULES = (_without_wrappers, _without_root, _without_sequential_stem, _translated)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..archive import ArchiveError, load_values, member_names, one_line, read_regular
+from ..archive import ArchiveError, load_values, member_names, read_regular
+from ..checks import one_line
 from ..signature import is_signed, is_whole
 
 # timm and torchvision's reference scripts save the command line's settings beside the weights. A Namespace runs
@@ -30,8 +31,8 @@ def read_file(path: Path) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the system does not let it be read.
-        ValueError: it is a folder, a fifo, empty, damaged, something else than weights, would run code, or would take
-            more memory than it has bytes.
+        ValueError: the file is a folder, a fifo, empty, damaged, something else than weights, would run code, or would
+            take more memory than it has bytes.
         ModuleNotFoundError: it is of safetensors, which is not installed.
     """
     if path.is_dir():

@@ -9,7 +9,7 @@ from resnet_fast.terminal import clean, clean_output
 
 
 class CleanGroup(TyperGroup):
-    """Its commands, and typer's own messages, write clean text alone."""
+    """A group whose commands, like typer's own messages, write clean text only."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with clean_output():
@@ -30,12 +30,12 @@ def choices(names: object) -> str:
 
 
 def complain(line: str) -> None:
-    """Write a line to standard error, one line whatever names are in it."""
+    """Write one line to standard error, even if a name in it holds a line break."""
     typer.echo(clean(line.replace("\n", " ")), err=True)
 
 
 def stop(code: int, message: str, *more: str) -> NoReturn:
-    """End the command with a message, which may have more lines than one."""
+    """End the command with a message of one line or more."""
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
     raise typer.Exit(code)

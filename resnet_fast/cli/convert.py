@@ -43,7 +43,7 @@ def convert(
 ) -> None:
     """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay.
 
-    It imports MODULE and calls FUNCTION, which run as any program does: name only code that you trust.
+    It imports MODULE and calls FUNCTION, so name only code that you trust.
     """
     before = list(sys.path)
     try:
@@ -96,8 +96,8 @@ def _make(target: str, arguments: list[str]) -> nn.Module:
 
 def _import(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
-    path = Path(name).expanduser()
-    if path.suffix == ".py" and not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".py" and not os.path.isfile(path):
         raise ValueError(f"{path} is no file")
     try:
         return _run(path) if path.suffix == ".py" else importlib.import_module(name)

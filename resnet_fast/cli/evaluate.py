@@ -7,7 +7,7 @@ import torch
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.checks import difference
+from resnet_fast.checks import check_path, difference
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.data import DataError, load_dataset
@@ -60,6 +60,8 @@ def evaluate(
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if data_dir is not None:
+            data_dir = check_path("data_dir", data_dir)
         chosen = choose_device(device)
         trained = load_trained(run, chosen)
     except ValueError as error:

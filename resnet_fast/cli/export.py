@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
+from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.data.cifar10 import unpacked_folder
@@ -44,6 +45,7 @@ def export(
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, both, got {unknown[0]!r}")
         trained = load_trained(run)
         if data_dir is not None:
+            data_dir = check_path("data_dir", data_dir)
             check_no_file(data_dir)
         if "onnx" in formats:
             need_onnx()
@@ -77,11 +79,11 @@ def export(
 
 
 def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
-    """Return some test images, None where there are none of this size; nothing is downloaded for it."""
+    """Return some test images; None if the data are not there, or of another size. Nothing is downloaded."""
     folder = Path(data_dir or trained.config["data_dir"])
-    if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():
-        return None
     try:
+        if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():
+            return None
         dataset = load_dataset(
             trained.config["dataset"],
             folder,
@@ -89,6 +91,6 @@ def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
             skip_unreadable=trained.config["skip_unreadable"],
         )
         images = next(iter(dataset.test.batches(N_REAL)))[0]
-    except DataError:
+    except (DataError, OSError):  # OSError: a name that is too long, a folder that cannot be listed
         return None
     return images if images.shape[2:] == (trained.image_size, trained.image_size) else None

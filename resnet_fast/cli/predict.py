@@ -28,8 +28,8 @@ def predict(
 ) -> None:
     """Name what is on image files: the most probable classes.
 
-    An image is read as the training reads those of a folder: resized to the size of the training images, bilinearly,
-    whatever its aspect ratio. It is asked about as it is, in fp32.
+    An image is read as training reads those of a folder, and resized bilinearly to the size of the training images; its
+    aspect ratio is not kept. The network runs on it in fp32, without augmentation.
     """
     try:
         trained = load_trained(run, choose_device(device))

@@ -1,5 +1,6 @@
 """`resnet-fast study skip`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +84,7 @@ def format_run(trained: Trained) -> str:
 
 def _what_is_kept(folder: StudyFolder | None, done: list[Trained], n_runs: int) -> str:
     """Say which files of a study that did not reach its end are there."""
-    if folder is None or not (folder.out / "config.json").exists():
+    if folder is None or not os.path.isfile(folder.out / "config.json"):
         return "nothing was written"
     if not done:
         return f"no network was finished, {folder.out} keeps config.json only"

@@ -219,7 +219,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _is_started(out: Path) -> bool:
-    return (out / "config.json").is_file()
+    return os.path.isfile(out / "config.json")  # Path.is_file() raises for a long name
 
 
 def _how_to_go_on(out: Path) -> str:

@@ -258,10 +258,11 @@ def trace_all(
     traced, opaque = {}, {}
     for module in reversed(list(model.modules())):
         if is_container(module, closed):
-            # Given lists of tensors, say, a forward may be followed that on its own is not.
-            for within in [{}, opaque] if frozen and any(inner in opaque for inner in module.modules()) else [opaque]:
+            # Some forwards can be followed only with their caller's arguments, such as a list of tensors.
+            look_inside = frozen and any(inner in opaque for inner in module.modules())
+            for called_whole in ({}, opaque) if look_inside else (opaque,):
                 try:
-                    traced[module] = trace(module, within, frozen=frozen, closed=closed)
+                    traced[module] = trace(module, called_whole, frozen=frozen, closed=closed)
                     break
                 except UntraceableError as error:
                     reason = str(error)
@@ -325,7 +326,7 @@ def _outcomes(
 
 
 def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
-    """Name the innermost module around one that has no graph, and why it has none; "" where each has one."""
+    """Name the innermost module around `name` that has no graph, and the reason; "" if each has one."""
     while name:
         name = name.rpartition(".")[0]
         if (around := model.get_submodule(name)) in opaque:
@@ -335,8 +336,7 @@ def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> 
 
 def _why_it_ends(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
     """Say why nothing follows a batch norm that the forward of `name` ends with."""
-    reason = why_opaque(model, name, opaque)
-    if reason:
+    if reason := why_opaque(model, name, opaque):
         return f"what follows {name} is not known ({reason})"
     return f"{name} returns its output, and no forward that was traced calls it" if name else "model returns its output"
 

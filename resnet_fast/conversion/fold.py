@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
+from ..checks import few
 from ..models.blocks import has_own_hook
 from .convert import check_is_module, check_is_not_compiled, make_fused, restore, trace_all, why_opaque
 from .rewrite import add, changes_nothing, fuse, put_in_place
@@ -125,9 +126,7 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
     if not _fold_graph(copied, graph):
         norms = [(name, module) for name, module in copied.named_modules() if isinstance(module, _BatchNorm)]
         reasons = list(dict.fromkeys(_why_not(copied, name, norm, opaque) for name, norm in norms))
-        more = f"; and {len(reasons) - MOST_REASONS} more" * (len(reasons) > MOST_REASONS)
-        why = "; ".join(reasons[:MOST_REASONS]) + more or "it has no batch norm"
-        raise ValueError(f"model cannot be folded: {why}")
+        raise ValueError(f"model cannot be folded: {few(reasons, MOST_REASONS, '; ') or 'it has no batch norm'}")
     return fx.GraphModule(copied, graph).eval()
 
 
@@ -136,8 +135,9 @@ def _why_not(model: nn.Module, name: str, norm: _BatchNorm, opaque: Mapping[nn.M
         return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
     if norm.running_mean is None:
         return f"{name} has no running statistics"
-    why = f"{name} is not called behind an nn.Conv2d that is called once and that nothing else reads"
-    return why_opaque(model, name, opaque) or why
+    if reason := why_opaque(model, name, opaque):
+        return reason
+    return f"{name} is not called behind an nn.Conv2d that is called once and whose output nothing else reads"
 
 
 def _fold_graph(root: nn.Module, graph: fx.Graph) -> int:

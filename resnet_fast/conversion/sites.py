@@ -39,7 +39,7 @@ class Site:
         residual_norm: the call of the batch norm that only the addition reads.
         relu: the ReLU behind.
         between: calls of nn.Identity on the way, which go away with the rest.
-        why: the reason where there is neither addition nor ReLU; "" also where the forward ends with the norm.
+        why: the reason if neither an addition nor a ReLU follows; "" if the forward ends with the norm.
     """
 
     norm: fx.Node
@@ -186,7 +186,7 @@ class _Finder:
         return node.op == "call_function" and node.target in FRESH
 
     def named(self, node: fx.Node) -> str:
-        """A step, as a reader of the report knows it."""
+        """Return the name of a step for the report."""
         if node.op == "call_module":
             return type(self.modules[str(node.target)]).__name__
         if node.op != "call_function":

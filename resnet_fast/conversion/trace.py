@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from ..checks import one_line
 from .stand_ins import STAND_INS, Input, UntraceableError, Value
 from .watch import Setting, Watch, is_library, is_plain, left_as_it_was
 
@@ -48,7 +49,7 @@ class _UnansweredError(Exception):
 
 @fx.has_side_effect
 def check_that(value: Any, answer: bool, kind: str, message: str) -> None:
-    """Raise the error of a forward that goes on only where a value is true, or false."""
+    """Raise the error that a forward raises unless the truth of `value` is `answer`."""
     if isinstance(value, fx.Proxy):  # torch.fx traces a GraphModule anew to unpickle it
         value.tracer.create_proxy("call_function", check_that, (value, answer, kind, message), {})
     elif bool(value) is not answer:
@@ -137,8 +138,8 @@ def trace(
     Args:
         module: a container; nothing in it is changed.
         opaque: modules within that are called as a whole.
-        frozen: of evaluation alone, with mode and settings as they are now, run as eager runs it. A branch that only
-            raises an error becomes a step that checks its condition.
+        frozen: follow the forward in evaluation mode, with the present settings. A branch that only raises an error
+            becomes a step that checks its condition.
         closed: beginnings of the names of Python modules whose classes are called as they are.
 
     Raises:
@@ -160,8 +161,7 @@ def trace(
             except UntraceableError:
                 raise
             except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
-                reason = " ".join(str(error).split())[:80]
-                raise UntraceableError(f"torch.fx cannot follow its forward ({reason})") from error
+                raise UntraceableError(f"torch.fx cannot follow its forward ({one_line(error, 80)})") from error
             found.append(Traced(followed[0], tuple(watch.settings.values())))
     if str(found[0].graph) != str(found[1].graph):
         raise UntraceableError("its forward does not do the same with gradients as without, or twice")
@@ -171,8 +171,9 @@ def trace(
 def _follow(
     module: nn.Module, tracer: Callable[..., _Tracer], answers: tuple[bool, ...] | None
 ) -> tuple[fx.Graph, list[fx.Node]] | Exception:
-    """Return the graph that a forward has if its first questions are answered so, whatever it asks after them, and the
-    steps that check the answers; or the error that it raises then in any case.
+    """Return the graph of a forward whose first questions get these answers, and the steps that check all answers.
+
+    Later questions get the answer that does not end in an error. If every answer does, return the error.
     """
     tracing = tracer(answers)
     try:
@@ -200,7 +201,7 @@ def _follow(
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether it is the forward that raised an error, by a statement."""
+    """Whether a raise statement of the forward raised it."""
     step: Any = error.__traceback__
     while step.tb_next:
         step = step.tb_next

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .stand_ins import STAND_INS, UntraceableError
 
-# Whose code is not looked at, but for what it does to stand-ins.
+# Their code is not screened; the stand-ins see what it does to them.
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "resnet_fast"}
 # Plain values, and what is called but hardly ever changed.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
@@ -71,7 +71,7 @@ class Watch:
         self.frozen = frozen
         self.settings: dict[tuple[int, str], Setting] = {}
         self.screened: dict[CodeType, tuple[str, ...]] = {}
-        self.made: set[nn.Module] = set()  # nn.ReLUs alone, which hold nothing
+        self.made: set[nn.Module] = set()  # the nn.ReLUs that the forward makes
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,17 +84,18 @@ class Watch:
             except AttributeError:
                 is_own = name in OWN or name.startswith("__")
                 if not watch.frozen and not is_own and not any(name in held for held in _held(module)):
-                    watch.note(module, name, None)  # which the forward may find out by hasattr
+                    watch.note(module, name, None)  # hasattr may tell the forward
                 raise
             if name not in OWN and not name.startswith("__") and module not in watch.made:
                 watch.note_attribute(module, name, value)
             return value
 
         def called(frame: FrameType, event: str, argument: Any) -> None:
-            if event == "call" and frame.f_code not in watch.screened and not _is_importing(frame):
+            if event != "call":
+                return
+            if frame.f_code not in watch.screened:
                 watch.screened[frame.f_code] = watch.screen(frame)
-            asked = watch.screened.get(frame.f_code, ()) if event == "call" else ()
-            if any(watch.may_be_none(frame.f_locals[name]) for name in asked):
+            if any(watch.may_be_none(frame.f_locals[name]) for name in watch.screened[frame.f_code]):
                 raise UntraceableError("its forward asks whether a value is None")
 
         def write(module: nn.Module, name: str, value: Any = None) -> None:
@@ -137,10 +138,10 @@ class Watch:
             self.settings[id(owner), name] = Setting(owner, name, value)
 
     def screen(self, frame: FrameType) -> tuple[str, ...]:
-        """Refuse a function of the forward whose code does what a graph would not show.
+        """Refuse a function whose code does something that a graph would not show.
 
         Returns:
-            Its arguments that it compares with None.
+            The arguments that it compares with None.
         """
         code, namespace = frame.f_code, frame.f_globals
         if is_library(frame):
@@ -149,7 +150,7 @@ class Watch:
         opcodes = [instruction.opname for instruction in instructions]
         n_arguments = code.co_argcount + code.co_kwonlyargcount
         takes_any = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-        # A function that is given nothing has no stand-ins, on which it would fail.
+        # A function without arguments gets no stand-ins, so none of them can make it fail.
         if n_arguments or takes_any or code.co_freevars:
             if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
                 raise UntraceableError("its forward has a try statement")
@@ -175,31 +176,22 @@ class Watch:
         return tuple(asked)
 
     def may_be_none(self, value: Any) -> bool:
-        """Whether a stand-in may be one for None, as the outputs of opaque modules may."""
+        """Whether a stand-in may stand for None, as the outputs of opaque modules may."""
         if type(value) not in STAND_INS:
             return False
         node = value.node
         if node.op == "placeholder":
-            return self.frozen  # else looked at whenever the graph is used
+            return self.frozen  # else the input is checked whenever the graph is used
         if node.op == "call_module":
             return type(value.tracer.root.get_submodule(node.target)) not in GIVE_TENSORS
-        name = getattr(node.target, "__name__", "getitem")
+        name = getattr(node.target, "__name__", "")
         return name == "getitem" or all(getattr(space, name, None) is not node.target for space in (torch, F, operator))
 
 
 def is_library(frame: FrameType) -> bool:
-    """Whether it runs code that a forward uses and nobody wrote for it."""
+    """Whether it runs code of a library, which was not written for this forward."""
     library, _, _ = frame.f_globals.get("__name__", "").partition(".")
     return library in LIBRARIES or library.startswith("namedtuple_")  # the latter: what collections.namedtuple wrote
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a forward imports something, as some questions to torch do: this has nothing to do with stand-ins."""
-    while frame and frame.f_globals.get("__name__") != "torch.fx._symbolic_trace":
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -207,15 +199,13 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _compared(instructions: list[dis.Instruction]) -> set[Any]:
-    """The local variables that are compared with None; both, where it is two that are compared."""
+    """Return the local variables that are compared with None, and each pair of them that is compared."""
     compared = set()
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
             operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            names = tuple(
-                operand.argval for operand in operands if operand.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-            )
-            compared |= {names} if len(names) > 1 else {*names}
+            names = [one.argval for one in operands if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
+            compared |= {tuple(names)} if len(names) > 1 else {*names}
     return compared
 
 

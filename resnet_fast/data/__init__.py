@@ -51,7 +51,7 @@ def load_dataset(
         skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
 
     Raises:
-        TypeError, ValueError: there is no such data set, or another argument is not of its type.
+        TypeError, ValueError: there is no such data set, or another argument breaks its rule.
         DataError: it is not available, or damaged.
     """
     check_choice("dataset", name, DATASETS)

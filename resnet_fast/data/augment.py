@@ -85,15 +85,15 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
         [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x.
 
     Raises:
-        TypeError, ValueError: an argument is of another type, or a number is negative.
+        TypeError, ValueError: an argument has another type, or a number is negative.
     """
     check_type("augmentation", augmentation, Augmentation)
     check_type("size", size, tuple, list)
     if len(size) != 2:
         raise ValueError(f"size must be height and width, got {shown(size)}")
-    for name, number in (("n_images", n_images), ("height", size[0]), ("width", size[1]), ("seed", seed)):
+    numbers = {"n_images": n_images, "height": size[0], "width": size[1], "seed": seed, "epoch": epoch}
+    for name, number in numbers.items():
         check_integer(name, number, 0)
-    check_integer("epoch", epoch, 0)
     generator = seeded(seed, epoch)
     order = torch.randperm(n_images, generator=generator)
     shifts = torch.randint(2 * augmentation.crop + 1, (n_images, 2), generator=generator)

@@ -52,14 +52,14 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
 
 
 def unpacked_folder(data_dir: Path) -> Path:
-    """Return where the batches lie or will lie: in `data_dir`, or it is that folder itself, under any name."""
+    """Return the folder of the batches: one in `data_dir`, which need not exist yet, or `data_dir` itself."""
     inside = data_dir / CIFAR10.base_folder
     is_itself = data_dir.name == CIFAR10.base_folder or (data_dir / CIFAR10.meta["filename"]).exists()
     return data_dir if is_itself and not inside.exists() else inside
 
 
 class _Unpacked(CIFAR10):
-    """CIFAR-10 in the folder that is named itself."""
+    """CIFAR-10 whose root is the folder of the batches itself."""
 
     base_folder = ""
 

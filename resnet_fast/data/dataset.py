@@ -22,7 +22,7 @@ from resnet_fast.checks import check_type
 from resnet_fast.data.augment import Augmentation, seeded
 from resnet_fast.ops.augment import augment
 
-# A channel that never changes would divide by zero: half a grey level is below what bytes can tell apart.
+# A constant channel would divide by zero. Half a gray level is below the resolution of bytes.
 LEAST_STD = 0.5 / 255
 HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
 
@@ -32,7 +32,7 @@ class DataError(RuntimeError):
 
 
 def check_no_file(folder: Path) -> None:
-    """Raise DataError if `folder`, or one that it would lie in, is there as something else."""
+    """Raise DataError if `folder`, or a folder above it, exists and is no folder."""
     for path in (folder, *folder.parents):
         if path.is_dir():
             return
@@ -167,7 +167,7 @@ class ImageDataset:
         mean, std: per channel, of the training images scaled to [0, 1].
         crop_padding: pixels that a random crop may usefully reach beyond each edge; 0 for no crop.
         flip: whether a mirrored image still shows its class.
-        notes: lines for the user: which files of a folder are left out, and whether its images show anything.
+        notes: lines for the user about files that are left out, and images that show nothing.
     """
 
     name: str

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_fast.checks import check_integer
+from resnet_fast.checks import check_integer, few
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
 from resnet_fast.data.images import ImageError, read_pixels, without_warnings
-from resnet_fast.data.listing import PARTS, Listing, check_layout, list_images, no_images, some
+from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images, no_images
 
 READ_TOGETHER = 256  # images to a message of a worker, when all are read
 MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
@@ -28,31 +28,30 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
     """Return the images of `folder`, resized to image_size x image_size (the aspect ratio is not kept).
 
     Augmentation: a crop with a shift of up to an eighth of the size (4 pixels at 32, as for CIFAR-10) and a flip.
-    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result say which files are
-    left out, and whether the images show anything.
+    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result name files that are
+    left out, and channels that hardly vary.
 
     Args:
         folder: holds train/ and test/.
         image_size: pixels, in height and width.
         workers: processes that read; 0: this one.
         skip_unreadable: read every image once, and leave out those that cannot be read. Otherwise the first of them
-            raises DataError, now or later, which names all.
+            raises a DataError that names all, now or when it is read later.
 
     Raises:
         ValueError: image_size or workers is not an integer, or too small.
         DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     check_integer("workers", workers, 0)
     check_layout(folder)
     train, test = (list_images(folder, part) for part in PARTS)
     if train.classes != test.classes:
-        only_train = sorted(set(train.classes) - set(test.classes))
-        only_test = sorted(set(test.classes) - set(train.classes))
-        found = [f"only in train/: {some(only_train)}"] if only_train else []
-        found += [f"only in test/: {some(only_test)}"] if only_test else []
-        raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(found)}")
+        in_train, in_test = set(train.classes), set(test.classes)
+        alone = (("train/", sorted(in_train - in_test)), ("test/", sorted(in_test - in_train)))
+        reasons = [f"only in {part}: {few(names, N_NAMED)}" for part, names in alone if names]
+        raise DataError(f"train/ and test/ of {folder} must hold the same classes; {'; '.join(reasons)}")
     if len(train.classes) < 2:
         raise DataError(f"a classifier needs at least 2 classes, {folder / 'train'} has only {''.join(train.classes)}")
 
@@ -92,7 +91,7 @@ def _notes(folder: Path, train: Listing, test: Listing, unreadable: list[str], s
         (unreadable, f"{n_images:,} images", "which cannot be read"),
     ):
         if files:
-            names = some([name.removeprefix(f"{folder}{os.sep}") for name in files], "; ")
+            names = few([name.removeprefix(f"{folder}{os.sep}") for name in files], N_NAMED, "; ")
             yield f"{len(files):,} of {total} left out, {reason}: {names}"
     flat = [name for name, value in zip(("red", "green", "blue"), std, strict=True) if value <= LEAST_STD]
     if flat:
@@ -154,7 +153,7 @@ def _load(images: _Images, parts: Sequence[Tensor], workers: int, pin_memory: bo
 def _find_unreadable(images: _Images, workers: int) -> dict[int, str]:
     """Read every image; return the index and the error of each that cannot be read."""
     parts = torch.arange(len(images)).split(READ_TOGETHER)
-    tiny = replace(images, image_size=1)  # decoded as a whole all the same
+    tiny = replace(images, image_size=1)  # whole images are decoded nevertheless
     return {index: error for *_, failures in _load(tiny, parts, workers) for index, error in failures}
 
 
@@ -164,7 +163,7 @@ class FolderSplit:
 
     Args:
         images: those of the split.
-        checked: those of the whole data set, which are all checked once one of the split cannot be read.
+        checked: those of the whole data set, which the error of an unreadable image is about.
         workers: processes that read.
         device: where the batches go.
     """
@@ -222,8 +221,8 @@ class FolderSplit:
     def _unreadable(self, failures: list[tuple[int, str]]) -> DataError:
         """Return the error that names all images of the data set that cannot be read."""
         errors = list(_find_unreadable(self.checked, self.workers).values())
-        errors += [error for _, error in failures if error not in errors]  # it may have been there meanwhile
+        errors += [error for _, error in failures if error not in errors]  # it may be readable again
         return DataError(
             f"{len(errors):,} of {len(self.checked):,} images cannot be read (--skip-unreadable leaves them out): "
-            f"{some(errors, '; ')}"
+            f"{few(errors, N_NAMED, '; ')}"
         )

@@ -4,8 +4,8 @@
 
 Pillow decodes the file. Integers of 16 bits and floating-point numbers are scaled to 8 bits, the orientation that a
 camera noted (EXIF) is applied, transparent pixels are composited over black (the padding of a crop is black, too), and
-the result is resized by Pillow's bilinear filter, which averages over all pixels where it shrinks. The aspect ratio is
-not kept. Of several frames the first is taken. docs/images.md lists formats and modes.
+the result is resized by Pillow's bilinear filter, which averages over all pixels when it shrinks. The aspect ratio is
+not kept. Of several frames the first is read. docs/images.md lists formats and modes.
 """
 
 import logging
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from resnet_fast.checks import check_integer
 
-DEEP = ("I", "F")  # and I;16 in any order of bytes: more than 8 bits to a pixel
-# PNG's transparent color is in the bits of the file, Pillow's pixels are in 8. (Of 16-bit colors Pillow keeps the upper
-# half, so a color that differs in the lower half alone becomes transparent, too.)
+DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
+# PNG gives its transparent color in the file's bit depth, Pillow gives pixels in 8 bits. (Of 16 bits Pillow keeps the
+# upper 8, so a color that differs only in the lower 8 becomes transparent, too.)
 TRANSPARENT_COLOR = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 # Without any handler Python would print Pillow's records to the terminal.
@@ -39,7 +39,7 @@ class ImageError(RuntimeError):
 
 
 def read_image(path: Path | str, image_size: int) -> Tensor:
-    """Return the image of a file, of any size and in any format that Pillow reads; of several, the first.
+    """Return the first image of a file of any size and in any format that Pillow reads.
 
     Args:
         path: a regular file, or a link to one.
@@ -50,17 +50,17 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
 
     Raises:
         ValueError: image_size is not an integer above 0.
-        ImageError: there is no such file, it cannot be read, or nothing says which of its values is white: integers
-            outside of 0 … 65535, floating-point numbers outside of [0, 1].
+        ImageError: there is no such file, it cannot be read, or its white is unknown: integers outside 0 … 65535,
+            floating-point numbers outside [0, 1].
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     with without_warnings():
         return torch.from_numpy(read_pixels(path, image_size)).permute(2, 0, 1)
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep Pillow's warnings of large images and odd metadata to itself: what can be read is read."""
+    """Suppress Pillow's warnings of large images and odd metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -105,7 +105,7 @@ def _load(image: Image.Image) -> None:
     codec, *_, mode = (getattr(image, "tile", None) or [("", "")])[0]
     with _libtiff_is_quiet() if codec == "libtiff" else nullcontext():
         image.load()
-    with suppress(Exception):  # a damaged note of the orientation is no reason to refuse the pixels
+    with suppress(Exception):  # the pixels count, even if the note of the orientation is damaged
         ImageOps.exif_transpose(image, in_place=True)
     scale, color = TRANSPARENT_COLOR.get(mode) if image.format == "PNG" else None, image.info.get("transparency")
     if scale and color is not None:
@@ -114,8 +114,8 @@ def _load(image: Image.Image) -> None:
 
 @contextmanager
 def _libtiff_is_quiet() -> Iterator[None]:
-    """Keep what libtiff itself prints from the terminal: Pillow raises an error for it."""
-    with _stderr_lock:  # else the second thread would take the first one's /dev/null for the terminal
+    """Keep libtiff's own messages from the terminal; Pillow raises an error for each."""
+    with _stderr_lock:  # else a second thread would save the first one's /dev/null as the terminal
         try:
             terminal = os.dup(2)
         except OSError:  # closed
@@ -153,7 +153,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         kind = "floating-point numbers" if image.mode == "F" else "integers"
         raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}; those of 0 to {white} can be read")
     gray = np.rint(values * (255 / white)).astype(np.uint8)
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white, which Pillow turns round for 8 bits alone
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts this only for 8 bits
         gray = 255 - gray
     color = image.info.get("transparency")
     if color is not None:

@@ -1,7 +1,7 @@
 """Which files of a folder are images, and of which class: <folder>/<part>/<class>/…/<image>.
 
-Classes and images are sorted by name, as torchvision's ImageFolder sorts them. Files and folders that hide are passed
-over; other files that are no image of a class are counted, so that somebody can be told.
+Classes and images are sorted by name, as torchvision's ImageFolder sorts them. Hidden files and folders are passed
+over; other files that are no image of a class are listed, so that the user can be told.
 """
 
 import os
@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from resnet_fast.checks import few, is_text
 from resnet_fast.data.dataset import DataError, check_no_file
 
 PARTS = ("train", "test")
 OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "eval")}
 HIDDEN = ("thumbs.db", "desktop.ini", "__macosx")  # beside names with a dot in front
-N_NAMED = 20  # of files and classes, in a message about all of them
+N_NAMED = 20  # files or classes that a message names
 
 
 class Listing(NamedTuple):
@@ -26,7 +27,7 @@ class Listing(NamedTuple):
     Args:
         classes: names of its folders, sorted.
         samples: path and label of each image, class by class.
-        other_endings: paths of files in class folders that no image's ending has.
+        other_endings: paths of files in class folders without an image's ending.
         without_class: paths of files beside the class folders.
     """
 
@@ -45,16 +46,16 @@ def list_images(folder: Path, part: str) -> Listing:
     """
     folders, files = _entries(str(folder / part))
     for name in folders:
-        if not _is_utf8(name):
-            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-            raise DataError(f"the name of the class folder {folder / part}/{shown} is not UTF-8; rename it")
+        if not is_text(name):
+            readable = os.fsencode(name).decode("utf-8", "backslashreplace")
+            raise DataError(f"the name of the class folder {folder / part}/{readable} is not UTF-8; rename it")
     listing = Listing(tuple(folders), [], [], [os.path.join(folder, part, name) for name in files])
     without_images = []
     for label, name in enumerate(folders):
         paths = [path for _, paths in sorted(_walk(os.path.join(folder, part, name))) for path in paths]
-        images = [(path, label) for path in paths if os.path.splitext(path)[1].lower() in image_endings()]
-        others = [path for path in paths if os.path.splitext(path)[1].lower() not in image_endings()]
-        listing.samples.extend(images)
+        images = [path for path in paths if _is_image(path)]
+        others = [path for path in paths if not _is_image(path)]
+        listing.samples.extend((path, label) for path in images)
         listing.other_endings.extend(others)
         if not images:
             reason = f"of {len(others)} files none with an image's ending" if others else "no file that is not hidden"
@@ -85,19 +86,13 @@ def check_layout(folder: Path) -> None:
     elif (above / "train").is_dir():
         reason += f"; the folder above has: --data-dir {above}"
     elif folders:
-        reason += f", only {some([f'{name}/' for name in folders])}"
+        reason += f", only {few([f'{name}/' for name in folders], N_NAMED)}"
     raise DataError(f"{reason}; {_expected(folder)}")
 
 
 def no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
-    """Return the error of a part of which some class has no image."""
-    return DataError(f"no images to use in {folder / part}: {some(reasons)}; {_expected(folder)}")
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first names, and how many others there are."""
-    shown = separator.join(names[:N_NAMED])
-    return shown + (f" and {len(names) - N_NAMED:,} others" if len(names) > N_NAMED else "")
+    """Return the error of a part in which a class has no image."""
+    return DataError(f"no images to use in {folder / part}: {few(reasons, N_NAMED)}; {_expected(folder)}")
 
 
 @cache
@@ -108,20 +103,16 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in endings.items() if kind in opened)
 
 
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_endings()
+
+
 def _expected(folder: Path) -> str:
     return f"expected {folder}/train/<class>/<image> and {folder}/test/<class>/<image>"
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is none
-        return False
-    return True
-
-
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder in `folder`, and the paths of its files; links that loop lead nowhere new."""
+    """Yield `folder` and each folder in it, with the paths of its files; each once, so that loops of links end."""
     seen, pending = set(), [folder]
     while pending:
         current = pending.pop()
@@ -135,7 +126,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of folders and of files that do not hide, sorted."""
+    """Return the names of the folders and of the files that are not hidden, sorted."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -32,8 +32,8 @@ class Loader:
 
     Raises:
         ValueError: batch_size is less than 2 images for each process, or the split is smaller than that; or a number
-            is none, or out of its range.
-        TypeError: split or augmentation is of another type.
+            is no integer, or out of range.
+        TypeError: split or augmentation has another type.
     """
 
     def __init__(

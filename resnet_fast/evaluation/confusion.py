@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
+from resnet_fast.terminal import clean
+
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", "#f6b48f", "#c2410c", "#7c2708"])
 # Pale: what is right must not outshine what is wrong.
 RIGHT = LinearSegmentedColormap.from_list("right", ["#ffffff", "#a9c3dd"])
@@ -72,7 +74,7 @@ def draw_confusion(file: BinaryIO, matrix: Tensor, classes: Sequence[str], title
 
 def shorten(name: str, length: int) -> str:
     """Return a name of at most `length` characters; nothing in it that moves a line."""
-    name = "".join(character if character.isprintable() else "?" for character in name)
+    name = clean(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

@@ -20,7 +20,7 @@ def classify(trained: Trained, image: Tensor) -> Tensor:
         [classes], fp32, on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument is of another type, or the image of another shape.
+        TypeError, ValueError: an argument has another type, or the image another shape.
     """
     check_type("trained", trained, Trained)
     check_type("image", image, Tensor)

@@ -13,7 +13,7 @@ from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
 from resnet_fast.training.schema import TO_PREDICT, check_settings
-from resnet_fast.training.structure import difference
+from resnet_fast.training.structure import first_difference
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
             do not fit the network that it names.
     """
     check_type("path", path, str, os.PathLike)
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         folder, path = path, path / CHECKPOINT
         if not path.exists() and not (folder / PREVIOUS).exists():
@@ -97,7 +97,7 @@ def _build(path: Path, state: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"{path} {error}") from error
     with torch.device("meta"):  # of a file of a million classes no memory is taken before it fits
         described = MODELS[name].make(len(state["classes"]), stem).state_dict()
-    if unlike := difference(described, state["model"], "model"):
+    if unlike := first_difference(described, state["model"], "model"):
         raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {unlike}")
     model = MODELS[name].make(len(state["classes"]), stem)
     model.load_state_dict(state["model"])

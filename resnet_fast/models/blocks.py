@@ -21,7 +21,7 @@ from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 
 
 def to_channels_last(x: Any) -> Any:
-    """Return a network's input in channels_last, in which each layer then computes, in whatever layout its weights are.
+    """Return a network's input in channels_last; each layer then computes in it, whatever the layout of its weights.
 
     Anything but a 4-D strided tensor is returned unchanged, for the first layer's own error. So is a tensor under
     torch.func, whose transforms know no layouts and run ATen.

@@ -134,10 +134,10 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
             that the network has.
 
     Raises:
-        ValueError: there is no such network, or it has no such stem; the message names those that there are. Or
-            `num_classes` is no number of classes.
-        TypeError: it takes no such keyword; the message names those that it takes, and the nearest. Or `norm_layer`
-            makes no layers.
+        ValueError: there is no such network, or it has no such stem; the message names those that there are. Also if
+            `num_classes` is no integer, or negative.
+        TypeError: it takes no such keyword; the message names those that it takes, and the nearest. Also if
+            `norm_layer` is not callable.
     """
     check_name(name)
     _check_keywords(name, kwargs)

@@ -8,15 +8,15 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from resnet_fast import __version__
-from resnet_fast.archive import ArchiveError, load_values, one_line, read_regular
-from resnet_fast.checks import shown
+from resnet_fast.archive import ArchiveError, load_values, read_regular
+from resnet_fast.checks import one_line, shown
 from resnet_fast.files import unfinished_name, whole_file
 from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
 from resnet_fast.training.schema import check_entries, fill_in
@@ -51,16 +51,16 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -
             _copy(path, previous)
 
 
-def read_checkpoint(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what `write_checkpoint` wrote, after checking every byte and, by the rules of schema.py, what is needed.
+def read_checkpoint(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """Return what `write_checkpoint` wrote, after checking every byte and the entries that are needed.
 
     Args:
         path: of the checkpoint.
-        needed: names of entries.
+        needed: names of entries, which schema.py has rules for.
 
     Raises:
-        CheckpointError: the file is missing, cut short, damaged, of another program, or of another format, or an entry
-            that is needed is missing or breaks its rule.
+        CheckpointError: the file is missing, cut short, damaged, or of another program or format; or a needed entry is
+            missing or breaks its rule.
     """
     try:
         data = read_regular(path)
@@ -76,7 +76,7 @@ def read_checkpoint(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _read(data: bytes) -> dict[str, Any]:
-    """Return the values; raise ValueError, the reason after the name of the file."""
+    """Return the values; raise ValueError with the reason, to be put after the name of the file."""
     if not is_signed(data):
         raise ValueError(_what_else(data))
     if not is_whole(data):

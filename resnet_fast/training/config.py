@@ -90,12 +90,12 @@ class TrainConfig(Recipe):
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
         image_size: pixels to which the images of "folder" are resized, 8 … 4096.
         images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
-        skip_unreadable: of "folder": leave out the images that cannot be read, instead of an error that names them.
+        skip_unreadable: of "folder": leave out images that cannot be read, instead of raising an error.
         holdout: so many of the training images are validated on instead of the test images; 0: test.
         accumulate: parts in which a batch is computed one after the other, for less memory.
         sync_bn: on several processes, batch statistics over all of them.
-        weights: start from these instead of new ones: a run folder, or a file that resnet_fast.load_checkpoint reads. A
-            last layer of another number of classes stays new.
+        weights: where the first weights are from: a run folder, or a file that resnet_fast.load_checkpoint reads. With
+            another number of classes the last layer is new. None: all are new.
         seed: of the initial weights, the order of the images and the augmentation.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
@@ -151,10 +151,9 @@ class TrainConfig(Recipe):
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._set("device", str(device))
-        for name in ("data_dir", "out", "weights"):
-            if name != "weights" or self.weights is not None:
-                self._set(name, check_path(name, getattr(self, name)))
-        # Plain values: strings and numbers of numpy would not be read again from a checkpoint.
+        for name in ("data_dir", "out") if self.weights is None else ("data_dir", "out", "weights"):
+            self._set(name, check_path(name, getattr(self, name)))
+        # Plain values: a checkpoint with strings or numbers of numpy could not be read again.
         strings = {name: str.__str__(value) for name, value in vars(self).items() if isinstance(value, str)}
         for name, value in {**strings, **check_fields(self)}.items():
             self._set(name, value)

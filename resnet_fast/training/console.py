@@ -178,7 +178,7 @@ class LiveReporter(Reporter):
         self._print(format_header(config), "bold")
         self.task = self.progress.add_task("", total=None, visible=False, so_far="")
         self.progress.start()
-        self.cleaning.enter_context(clean_output())  # what others write meanwhile goes through the console
+        self.cleaning.enter_context(clean_output())  # around the console's own redirection
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
         for metrics in history:

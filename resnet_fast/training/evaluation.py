@@ -45,8 +45,8 @@ def evaluate(
         processes: that test together; None: this one alone.
 
     Raises:
-        ValueError: batch_size is no number of images, precision is another, or there are no images.
-        TypeError: another argument is of another type.
+        ValueError: batch_size is no positive integer, precision is neither of the two, or there are no images.
+        TypeError: another argument has another type.
     """
     check_type("model", model, nn.Module)
     check_type("split", split, Split)

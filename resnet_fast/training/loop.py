@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast.archive import one_line
-from resnet_fast.checks import check_type
+from resnet_fast.checks import check_type, one_line
 from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
@@ -32,7 +31,7 @@ from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.run_folder import RunFolder, check_is_free
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
-from resnet_fast.training.structure import difference
+from resnet_fast.training.structure import first_difference
 from resnet_fast.training.tensorboard import need_tensorboard
 from resnet_fast.training.weights import weights_file
 
@@ -57,10 +56,10 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
     Raises:
         FileExistsError: the run folder already holds something.
         ValueError: the settings do not suit the data or the processes.
-        TypeError: an argument is of another type.
+        TypeError: an argument has another type.
         TensorBoardError: `tensorboard` is asked for and not installed.
         DataError: the data set is not available, or damaged.
-        CheckpointMismatch, CheckpointError: `weights` are of another network, or damaged; nothing is written.
+        CheckpointMismatch, CheckpointError: `weights` belong to another network, or are damaged; nothing is written.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
         OtherProcessError, LostProcessError: another process failed or ended.
     """
@@ -201,10 +200,10 @@ def _restore(run: Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
 
 
 def _set_back(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Raise ResumeError where the checkpoint does not fit the network, the optimizer or the generators."""
+    """Load the checkpoint; raise ResumeError if it does not fit the network, the optimizer or the generators."""
     trained = bare(run.step.model)
     own = {"model": run.tested.state_dict(), "trained_model": trained.state_dict() if run.config.ema else None}
-    unlike = difference(own, {name: checkpoint[name] for name in own}, "checkpoint")
+    unlike = first_difference(own, {name: checkpoint[name] for name in own}, "checkpoint")
     try:
         if unlike:
             raise ValueError(unlike)

@@ -29,7 +29,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs, and where the first weights are from, if they are not new."""
+    """What an epoch needs, and the origin of the first weights, if they are not new."""
 
     config: TrainConfig
     dataset: ImageDataset

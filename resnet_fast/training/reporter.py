@@ -25,7 +25,7 @@ class Reporter:
     """Is told how a run goes. This one says nothing; the terminal output derives from it."""
 
     def note(self, line: str) -> None:
-        """Before `start`: something to know about the run, such as where its first weights are from."""
+        """Before `start`: a line about the run, such as the origin of its first weights."""
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         """The data are loaded; training begins."""

@@ -69,7 +69,7 @@ class RunFolder:
         """Write config.json, the first file, into the folder that `hold` has made.
 
         Args:
-            weights_sha256: of the file of weights that the run starts from, for config.json.
+            weights_sha256: digest of the file that the first weights are from; None if they are new.
 
         Raises:
             FileExistsError: the folder holds something already.
@@ -87,10 +87,10 @@ class RunFolder:
         """Keep other processes out until the end of the block.
 
         Args:
-            is_new: make the folder, and let a process that was faster have it.
+            is_new: make the folder, and leave it to another process that holds it already.
 
         Raises:
-            FileExistsError: it is to be new, and another process is there.
+            FileExistsError: is_new, and another process holds the folder.
             BlockingIOError: another process is at this run.
         """
         out = self.config.out

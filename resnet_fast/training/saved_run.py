@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_fast.archive import one_line, read_regular
-from resnet_fast.checks import check_type, difference, shown
+from resnet_fast.archive import read_regular
+from resnet_fast.checks import check_type, difference, one_line, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
@@ -21,7 +21,7 @@ from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS,
 # Where a run goes on, not what it computes: these may be others than before.
 MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
 
-MAX_CONFIG_BYTES = 2**24  # names of 100,000 classes; parsed, a file takes ten times its bytes
+MAX_CONFIG_BYTES = 2**24  # enough for 100,000 classes; a parsed file takes ten times its size
 
 
 class ResumeError(RuntimeError):
@@ -60,7 +60,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     if kept:
         raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
     check_type("path", path, str, os.PathLike)
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     out = path if path.is_dir() else path.parent
     name = CHECKPOINT if path.is_dir() else path.name
     if not (out / "config.json").exists():
@@ -81,7 +81,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Return what a config.json holds; raise ResumeError if it breaks a rule."""
+    """Return the entries of a config.json; raise ResumeError if one breaks its rule."""
     try:
         data = read_regular(path)
         if len(data) > MAX_CONFIG_BYTES:

@@ -3,45 +3,43 @@
     check_entries(checkpoint, IN_CHECKPOINT)
     check_settings(checkpoint["config"])
 
-Whoever changes a file can sign it anew, so that a whole file need not be a right one. Every ValueError is the reason,
-after the name of the file.
+Anybody who changes a checkpoint can sign it again, so a valid signature says nothing about its values. Each ValueError
+is the reason, to be put after the name of the file.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fast.archive import one_line
-from resnet_fast.checks import is_integer, shown
+from resnet_fast.checks import few, is_integer, is_number, is_text, one_line, shown
 from resnet_fast.training.config import MAX_IMAGE_SIZE, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 
 SETTINGS = tuple(field.name for field in fields(TrainConfig))
 ADDED = {"weights": None, "skip_unreadable": False}  # settings that there were not when format 2 began
 METRICS = {field.name for field in fields(EpochMetrics)}
-LARGE = 1e300  # of a finite number: one near the end of a float's range overflows when it is added or shown
+LARGE = 1e300  # a larger number may overflow when it is added or shown
 
 
 def _is_number(value: Any, least: float = -LARGE, most: float = LARGE) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    return is_number(value) and least <= value <= most
 
 
 def _is_count(value: Any, least: int = 0, most: int = 2**53) -> bool:
     return is_integer(value) and least <= value <= most
 
 
-def _is_text(value: Any) -> bool:
-    """Text that a file's name and a picture can hold."""
-    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_setting(value: Any) -> bool:
-    """A value that compares; TrainConfig knows the rest."""
-    return isinstance(value, bool) or _is_text(value) or _is_number(value)
+    """Whether it can be compared; TrainConfig checks the rest."""
+    return _is_switch(value) or is_text(value) or _is_number(value)
 
 
 def _are_channels(value: Any, least: float) -> bool:
@@ -49,7 +47,7 @@ def _are_channels(value: Any, least: float) -> bool:
 
 
 def _are_classes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value)) and len(set(value)) == len(value)
+    return isinstance(value, list) and len(value) > 0 and all(map(is_text, value)) and len(set(value)) == len(value)
 
 
 def _are_weights(value: Any) -> bool:
@@ -83,13 +81,16 @@ def _is_random_state(value: Any) -> bool:
     is_state = keys.shape == (624,) and keys.dtype == torch.int64 and keys.layout == torch.strided and not keys.is_meta
     return (
         is_state
-        and shown(name) == "'MT19937'"
+        and isinstance(name, str)
+        and name == "MT19937"
         and _is_count(position, 0, 624)
-        and (_is_count(has_gauss, 0, 1) and _is_number(gauss))
+        and _is_count(has_gauss, 0, 1)
+        and _is_number(gauss)
     )
 
 
 Rule = tuple[Callable[[Any], bool], str]
+_SWITCH: Rule = (_is_switch, "True or False")
 _COUNT: Rule = (lambda value: _is_count(value, 1), "an integer of at least 1")
 _IMAGE_SIZE: Rule = (lambda value: _is_count(value, 8, MAX_IMAGE_SIZE), f"an integer in 8 … {MAX_IMAGE_SIZE}")
 SETTING_RULES: dict[str, Rule] = {
@@ -98,8 +99,10 @@ SETTING_RULES: dict[str, Rule] = {
         lambda value: isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", value)),
         "cpu or cuda:N",
     ),
+    "graph": _SWITCH,
+    "sync_bn": _SWITCH,
     "image_size": _IMAGE_SIZE,
-    "weights": (lambda value: value is None or _is_text(value), "None or text"),
+    "weights": (lambda value: value is None or is_text(value), "None or text"),
 }
 RULES: dict[str, Rule] = {
     "classes": (_are_classes, "a list of different names"),
@@ -122,35 +125,36 @@ TO_PREDICT = ("config", "classes", "mean", "std", "image_size", "epoch", "model"
 IN_CHECKPOINT = (*TO_PREDICT, "trained_model", "step", "random", "seconds", "history")
 
 
-def check_entries(entries: Any, names: Iterable[str], rules: Mapping[str, Rule] = RULES) -> None:
-    """Raise ValueError unless `entries` holds all of these, each by its rule."""
+def check_entries(entries: Any, names: Collection[str]) -> None:
+    """Raise ValueError unless `entries` holds these names of RULES, each with a value that follows its rule."""
+    _check(entries, names, RULES)
+    if "config" in names:
+        _check(entries["config"], SETTINGS, SETTING_RULES)
+    if "history" in names and len(entries["history"]) != entries["epoch"]:
+        raise ValueError(f"is of epoch {entries['epoch']} and holds the metrics of {len(entries['history'])}")
+
+
+def _check(entries: Any, names: Collection[str], rules: Mapping[str, Rule]) -> None:
     if not isinstance(entries, dict):
         raise ValueError(f"holds no entries by name, but {shown(entries)}")
     if missing := [name for name in names if name not in entries]:
-        few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"holds no {few}: it is of an earlier version of this program")
+        raise ValueError(f"holds no {few(missing, 5)}: it is of an earlier version of this program")
     for name in names:
         follows, rule = rules[name]
         if not follows(entries[name]):
             raise ValueError(f"is not valid: {name} must be {rule}, got {shown(entries[name])}")
-    if rules is RULES and "config" in names:
-        check_entries(entries["config"], SETTINGS, SETTING_RULES)
-    if rules is RULES and "history" in names and len(entries["history"]) != entries["epoch"]:
-        raise ValueError(f"is of epoch {entries['epoch']} and holds the metrics of {len(entries['history'])}")
 
 
 def fill_in(settings: Any) -> Any:
-    """Return the settings of a run, also of one that an earlier version began."""
+    """Return the settings of a run, with those that an earlier version did not have."""
     return {**ADDED, **settings} if isinstance(settings, dict) else settings
 
 
 def check_settings(settings: Any) -> None:
-    """Raise ValueError unless these are the settings of a run; its device need not be here."""
-    check_entries(settings, SETTINGS, SETTING_RULES)
-    if wrong := [name for name in ("graph", "sync_bn") if not isinstance(settings[name], bool)]:
-        raise ValueError(f"is not valid: {wrong[0]} must be True or False, got {shown(settings[wrong[0]])}")
+    """Raise ValueError unless these are the settings of a run; its device need not exist here."""
+    _check(settings, SETTINGS, SETTING_RULES)
     elsewhere = {"device": "cpu", "graph": False, "sync_bn": False}
     try:
         TrainConfig(**{**{name: settings[name] for name in SETTINGS}, **elsewhere})
-    except Exception as error:  # whatever it raises: the values are those of a file
+    except Exception as error:  # values of a file may raise anything
         raise ValueError(f"is not valid: {one_line(error)}") from error

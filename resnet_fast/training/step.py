@@ -28,7 +28,7 @@ from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
-from resnet_fast.training.structure import copy_into, difference
+from resnet_fast.training.structure import copy_into, first_difference
 
 
 def training_step(
@@ -107,7 +107,7 @@ class TrainingStep:
     Raises:
         ValueError: an unknown precision, n_steps below 1, a model without parameters, a recipe whose field breaks its
             rule, or a graph with several processes, or of a model on a CPU.
-        TypeError: an argument is of another type.
+        TypeError: an argument has another type.
 
     A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
     and random state as they were. Between steps weights may be changed in place, not replaced.
@@ -249,13 +249,13 @@ class TrainingStep:
         return {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; the settings of the optimizer stay those of the recipe.
+        """Continue from a saved state; the optimizer keeps the settings of the recipe.
 
         Raises:
-            ValueError: it is that of another model or recipe; nothing has changed.
+            ValueError: the state belongs to another model or recipe; nothing has changed.
         """
         own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
-        if unlike := difference(own, saved, "step"):
+        if unlike := first_difference(own, saved, "step"):
             raise ValueError(f"the state does not fit the model and its recipe: {unlike}")
         copy_into(own["optimizer"], saved["optimizer"])
         self.n_done = state["n_done"]

@@ -1,4 +1,4 @@
-"""Whether saved tensors are built as those that they go into: names, shapes and types, before any is copied."""
+"""Compare names, shapes and types of saved tensors with those of their targets, before any is copied."""
 
 from typing import Any
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from resnet_fast.checks import shown
 
 
-def difference(own: Any, saved: Any, name: str) -> str:
-    """Return the first place where `saved` is not built as `own`, in words; "" where there is none.
+def first_difference(own: Any, saved: Any, name: str) -> str:
+    """Return in words the first place where `saved` is not built as `own`; "" if there is none.
 
     Args:
-        own: tensors, and other values of which only the type counts, in dicts.
-        saved: what must have its names, shapes and types.
-        name: of it.
+        own: tensors and other values in dicts; of other values only the type counts.
+        saved: must have the names, shapes and types of `own`.
+        name: what the message calls them.
     """
     if isinstance(own, Tensor):
-        if not isinstance(saved, Tensor) or _kind(saved) != _kind(own) or _is_meta(saved):
-            return f"{name} must be {_describe(own)}, got {'no values' if _is_meta(saved) else _describe(saved)}"
+        if not isinstance(saved, Tensor):
+            return f"{name} must be {_describe(own)}, got {shown(saved)}"
+        if saved.is_meta or _describe(saved) != _describe(own):
+            return f"{name} must be {_describe(own)}, got {'no values' if saved.is_meta else _describe(saved)}"
     elif isinstance(own, dict):
         if not isinstance(saved, dict):
             return f"{name} must be a dict, got {shown(saved)}"
@@ -26,7 +28,7 @@ def difference(own: Any, saved: Any, name: str) -> str:
             return f"{name} holds no {missing[0]}"
         if more := [key for key in saved if key not in own]:
             return f"{name} holds {shown(more[0])}, which does not belong there"
-        return next(filter(None, (difference(own[key], saved[key], f"{name}.{key}") for key in own)), "")
+        return next(filter(None, (first_difference(own[key], saved[key], f"{name}.{key}") for key in own)), "")
     elif type(own) is not type(saved):
         return f"{name} must be {shown(own)}, got {shown(saved)}"
     return ""
@@ -42,15 +44,6 @@ def copy_into(own: Any, saved: Any) -> None:
             copy_into(own[key], saved[key])
 
 
-def _kind(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.dtype, tensor.layout
-
-
-def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return shown(value)
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
+def _describe(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{tensor.dtype} {list(tensor.shape)}{layout}".replace("torch.", "")

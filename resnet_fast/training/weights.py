@@ -18,9 +18,9 @@ class Origin(NamedTuple):
     """Where the first weights are from; its str() is for people.
 
     Args:
-        path: of the file.
-        sha256: of its bytes.
-        n_there, n_here: classes of the file and of the run; where they differ the last layer is new.
+        path: the file.
+        sha256: the digest of its bytes.
+        n_there, n_here: numbers of classes of the file and of the run; if they differ, the last layer is new.
     """
 
     path: Path
@@ -51,14 +51,14 @@ def load_weights(model: nn.Module, path: Path) -> Origin:
     """Put the weights and running statistics of a run or a file into a new network.
 
     Args:
-        model: of any family; its last layer stays as it is if the file has another number of classes.
+        model: a network of any family. Its last layer stays unchanged if the file has another number of classes.
         path: a run folder, or what `load_checkpoint` reads.
 
     Raises:
         ValueError: there is no such file.
-        CheckpointMismatch: they are not of this network.
+        CheckpointMismatch: the weights belong to another network.
         CheckpointError: the file is damaged, or holds no weights.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = weights_file(path)
     *_, (name, head) = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -81,7 +81,7 @@ def load_weights(model: nn.Module, path: Path) -> Origin:
 
 
 def _classes_there(mismatch: CheckpointMismatch, name: str, head: nn.Linear) -> int:
-    """Return the classes of the file, if they are all that does not fit; else raise the mismatch again."""
+    """Return the file's number of classes if nothing else differs; otherwise raise the mismatch again."""
     in_file = {row[0]: row[1] for row in mismatch.unlike}
     is_head_alone = set(in_file) == {f"{name}.weight", f"{name}.bias"} and not (mismatch.missing or mismatch.unexpected)
     shape = re.fullmatch(rf"\[(\d+), {head.in_features}\]", in_file.get(f"{name}.weight", ""))
