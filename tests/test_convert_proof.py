@@ -205,6 +205,28 @@ class CatchesExceptions(Block):
             return self.steps(x)
 
 
+@contextlib.contextmanager
+def quiet():
+    try:
+        yield
+    except Exception:
+        pass
+
+
+class IsQuiet(Block):
+    def forward(self, x):
+        y = self.steps(x)
+        with quiet():
+            y = y * 2 if x.shape[0] > 1 else y
+        return y
+
+
+class ComparesByIdentity(Block):
+    def forward(self, x):
+        y = self.steps(x)
+        return y * 2 if y.contiguous() is y else y
+
+
 class SuppressesExceptions(Block):
     def forward(self, x):
         y = self.steps(x)
@@ -392,10 +414,12 @@ CASES = {
     MatchesTypes: "type of an intermediate",
     AsksForTheExactType: "asks for types",
     AsksForAnAttribute: "'logits', which no graph can hold",
-    AsksWhetherThereIsAnAttribute: "'logits', which no graph can hold",
-    AsksWhetherThereIsAShape: "asks a value whether it has 'shape'",
+    AsksWhetherThereIsAnAttribute: "asks for types or attributes (hasattr)",
+    AsksWhetherThereIsAShape: "asks for types or attributes (hasattr)",
     AsksForGradients: "asks how it is run (is_grad_enabled)",
     CatchesExceptions: "has a try statement",
+    IsQuiet: "has a try statement",
+    ComparesByIdentity: "asks whether a value is None or another one",
     SuppressesExceptions: "catches exceptions (suppress)",
     Prints: "prints or reads",
     SwitchesGradientsOff: "switches gradients",
@@ -428,7 +452,7 @@ CASES = {
     FreezesAndBack: "writes attributes of modules (training)",
     AsksTheEnvironment: "asks how it is run (environ)",
     GivesAnOrderedDict: "makes a OrderedDict",
-    MakesAConstant: "uses a tensor that is neither its input nor any module's",
+    MakesAConstant: "uses a tensor that is neither its input nor a module's attribute",
     MakesADropout: "makes a Dropout",
     MakesASigmoid: "calls a Sigmoid that it does not hold",
     KeepsAReLU: "writes attributes of modules (relu)",

@@ -125,6 +125,19 @@ class MakesText(Asserts):
         return y * 3 if f"{y.dtype}" == "torch.float32" else y
 
 
+class WrongSizeError(ValueError):
+    pass
+
+
+class RaisesItsOwn(Asserts):
+    """An error that the folded model could not raise again."""
+
+    def forward(self, x):
+        if x.shape[2] % 4:
+            raise WrongSizeError("wrong size")
+        return self.first(x)
+
+
 class MayBeNone(Asserts):
     """What is required may be None when the folded model is called."""
 
@@ -136,6 +149,7 @@ REASONS = {
     DependsOnShapes: "values or shapes decide what it computes",
     FailsOnStandIns: "torch.fx cannot follow its forward",
     MakesText: "makes text of a value",
+    RaisesItsOwn: "raises a WrongSizeError",
     MayBeNone: "asks whether a value is None",
 }
 

@@ -32,8 +32,9 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if not callable(getattr(Tensor, k, None)) and k not in ATTRIBUTES:
             raise UntraceableError(f"its forward asks a value for {k!r}, which no graph can hold")
-        code = sys._getframe(1).f_code
-        if "hasattr" in code.co_names and (k in code.co_consts or k not in code.co_names):
+        frame = sys._getframe(1)
+        is_read = dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("LOAD_")
+        if "hasattr" in frame.f_code.co_names and not is_read:
             raise UntraceableError(f"its forward asks a value whether it has {k!r}")
         return _Attribute(self, k)  # type: ignore[call-arg, arg-type]
 

@@ -33,6 +33,8 @@ DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 # Whose modules are called as they are. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
 CLOSED = (*FOREIGN, "resnet_fast.")
+# Errors that a check can raise again, from a name and a message.
+RAISED = ("ValueError", "TypeError", "RuntimeError", "AssertionError", "NotImplementedError", "IndexError")
 MOST_QUESTIONS = 6  # of one forward: each may double the times that it is traced
 
 
@@ -53,7 +55,7 @@ def check_that(value: Any, answer: bool, kind: str, message: str) -> None:
     if isinstance(value, fx.Proxy):  # torch.fx traces a GraphModule anew to unpickle it
         value.tracer.create_proxy("call_function", check_that, (value, answer, kind, message), {})
     elif bool(value) is not answer:
-        raise getattr(builtins, kind, RuntimeError)(message)
+        raise getattr(builtins, kind)(message)
 
 
 class _Tracer(fx.Tracer):
@@ -79,7 +81,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         if m in self.made:
-            return forward(*args, **kwargs)
+            return m.forward(*args, **kwargs)
         # Not `forward`, which runs the hooks of the module: these are not to see stand-ins.
         return super().call_module(m, m.forward, args, kwargs)
 
@@ -196,7 +198,10 @@ def _follow(
     if len(errors) == 0:
         raise UntraceableError("torch.fx cannot follow its forward (values or shapes decide what it computes)")
     check = graphs[0][1][len(answers)]
-    check.args = (*check.args, type(errors[0]).__name__, str(errors[0]))
+    kind = type(errors[0]).__name__
+    if kind not in RAISED:
+        raise UntraceableError(f"its forward raises a {kind}")
+    check.args = (*check.args, kind, str(errors[0]))
     return graphs[0]
 
 

@@ -27,12 +27,12 @@ CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, par
 # Every module's own attributes, of which a forward may read all but the mode.
 OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
 # Questions that torch.fx's tracing answers as eager does; torch.jit.is_scripting() is never true in Python.
-EAGER = frozenset(
-    "is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
-)
+EAGER = "is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
+# What a frozen forward may ask, of which the answer stays the same.
+FROZEN = frozenset((*EAGER, "hasattr"))
 # Names in the code of a forward, and what it does with them.
 QUESTIONS = {
-    **dict.fromkeys(("type", "__class__", "vars", "builtins"), "asks for types or attributes"),
+    **dict.fromkeys(("type", "__class__", "vars", "builtins", "hasattr"), "asks for types or attributes"),
     **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), "asks how it is run"),
     **dict.fromkeys(("is_fx_tracing", "is_fx_symbolic_tracing", *EAGER), "asks how it is run"),
     **dict.fromkeys(("is_initialized", "is_available", "backends"), "asks how it is run"),
@@ -41,6 +41,8 @@ QUESTIONS = {
     "suppress": "catches exceptions",
     **dict.fromkeys(("exec", "globals", "locals", "functional_call", "apply"), "runs what a graph does not show"),
 }
+# Functions that take any arguments, or go on when they are asked for more.
+MAY_BE_GIVEN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 # Modules whose outputs are never None.
 GIVE_TENSORS = (nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -79,13 +81,7 @@ class Watch:
         watch, before = self, sys.getprofile()
 
         def read(module: nn.Module, name: str) -> Any:
-            try:
-                value = object.__getattribute__(module, name)
-            except AttributeError:
-                is_own = name in OWN or name.startswith("__")
-                if not watch.frozen and not is_own and not any(name in held for held in _held(module)):
-                    watch.note(module, name, None)  # hasattr may tell the forward
-                raise
+            value = object.__getattribute__(module, name)
             if name not in OWN and not name.startswith("__") and module not in watch.made:
                 watch.note_attribute(module, name, value)
             return value
@@ -101,7 +97,7 @@ class Watch:
         def write(module: nn.Module, name: str, value: Any = None) -> None:
             is_made = sys._getframe(1).f_code.co_name == "__init__"
             if name.startswith("_tensor_constant"):  # torch.fx writes it
-                raise UntraceableError("its forward uses a tensor that is neither its input nor any module's")
+                raise UntraceableError("its forward uses a tensor that is neither its input nor a module's attribute")
             if not is_made or type(module) is not nn.ReLU:
                 does = f"makes a {type(module).__name__}" if is_made else f"writes attributes of modules ({name})"
                 raise UntraceableError(f"its forward {does}")
@@ -141,29 +137,28 @@ class Watch:
         """Refuse a function whose code does something that a graph would not show.
 
         Returns:
-            The arguments that it compares with None.
+            The arguments that it compares with None, if it is frozen.
         """
         code, namespace = frame.f_code, frame.f_globals
         if is_library(frame):
             return ()
         instructions = list(dis.get_instructions(code))
         opcodes = [instruction.opname for instruction in instructions]
-        n_arguments = code.co_argcount + code.co_kwonlyargcount
-        takes_any = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-        # A function without arguments gets no stand-ins, so none of them can make it fail.
-        if n_arguments or takes_any or code.co_freevars:
-            if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START"):
-                raise UntraceableError("its forward has a try statement")
+        # A function that gets nothing and gives its result at once has no stand-ins, which could make it fail.
+        is_given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars) > 0 or code.co_flags & MAY_BE_GIVEN
+        if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START") and (is_given or not self.frozen):
+            raise UntraceableError("its forward has a try statement")
         if "STORE_GLOBAL" in opcodes or "DELETE_GLOBAL" in opcodes:
             raise UntraceableError("its forward writes global variables")
         stored = {instruction.argval for instruction in instructions if instruction.opname.startswith("STORE_")}
+        arguments = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
         asked = _compared(instructions)
-        if not asked <= {*code.co_varnames[:n_arguments]} - stored:
+        if asked and not (self.frozen and asked <= arguments - stored - {*code.co_cellvars}):
             raise UntraceableError("its forward asks whether a value is None or another one")
         loaded = {instruction.argval for instruction in instructions if instruction.opname == "LOAD_GLOBAL"}
         for name in code.co_names:
             is_meant = name in loaded or name not in vars(builtins)  # not x.type(dtype)
-            if name in QUESTIONS and is_meant and not (self.frozen and name in EAGER):
+            if name in QUESTIONS and is_meant and not (self.frozen and name in FROZEN):
                 raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
         for name in code.co_freevars:
             value = frame.f_locals.get(name)
@@ -180,11 +175,11 @@ class Watch:
         if type(value) not in STAND_INS:
             return False
         node = value.node
-        if node.op == "placeholder":
-            return self.frozen  # else the input is checked whenever the graph is used
         if node.op == "call_module":
             return type(value.tracer.root.get_submodule(node.target)) not in GIVE_TENSORS
         name = getattr(node.target, "__name__", "")
+        if node.op == "placeholder":
+            return True
         return name == "getitem" or all(getattr(space, name, None) is not node.target for space in (torch, F, operator))
 
 
@@ -194,18 +189,15 @@ def is_library(frame: FrameType) -> bool:
     return library in LIBRARIES or library.startswith("namedtuple_")  # the latter: what collections.namedtuple wrote
 
 
-def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return tuple(vars(module).get(kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
-
-
 def _compared(instructions: list[dis.Instruction]) -> set[Any]:
-    """Return the local variables that are compared with None, and each pair of them that is compared."""
+    """Return the local variables that are compared with None, and "" for one that is compared with something else."""
     compared = set()
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
             operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            names = [one.argval for one in operands if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
-            compared |= {tuple(names)} if len(names) > 1 else {*names}
+            names = {one.argval for one in operands if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))}
+            is_none = instruction.opname != "IS_OP" or any(one.argval is None for one in operands)
+            compared |= names if is_none or not names else {""}
     return compared
 
 
