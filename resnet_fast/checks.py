@@ -56,11 +56,11 @@ def is_number(value: object) -> bool:
         return False
 
 
-def check_integer(name: str, value: Any, at_least: int = 1, below: int | None = None) -> int:
-    """Return `value` as an int; raise ValueError unless it is an integer from `at_least` on and, if given, `below`."""
+def check_integer(name: str, value: Any, at_least: int = 1, below: int = 2**63) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer from `at_least` on and less than `below`."""
     if not is_integer(value) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {shown(value)}")
-    if below is not None and value >= below:
+    if value >= below:
         raise ValueError(f"{name} must be below {below:,}, got {shown(value)}")
     return int(value)
 
@@ -73,12 +73,15 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_path(name: str, value: Any) -> Path:
     """Return `value` as a Path, the home folder in place of ~; raise ValueError unless it is a path in UTF-8."""
+    got = shown(str(value) if isinstance(value, Path) else value)
     try:
         path = Path(value).expanduser()
-    except (TypeError, ValueError, RuntimeError):  # no path, or ~ of an unknown user
+    except RuntimeError:
+        raise ValueError(f"{name} must name a user who is known, got {got}") from None
+    except (TypeError, ValueError):
         path = None
     if path is None or not is_text(str(path)):
-        raise ValueError(f"{name} must be a path in UTF-8, got {shown(value)}")
+        raise ValueError(f"{name} must be a path in UTF-8, got {got}")
     return path
 
 

@@ -217,7 +217,7 @@ def test_an_argument_of_a_wrong_type_is_named(call: Callable, arguments: dict[st
     with pytest.raises((TypeError, ValueError)) as caught:
         call(**arguments)
     # `name` of a data set or network is what the options call it.
-    said = {"name": "dataset|model", "mean": "mean and std", "std": "mean and std"}.get(name, name)
+    said = {"name": "dataset|model", "mean": "mean and std", "std": "mean and std|std"}.get(name, name)
     assert re.match(rf"({said}) must ", str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -128,11 +128,11 @@ UNREADABLE = {
     "cut.jpg": (saved(picture(), "JPEG")[:-200], "truncated"),
     "bomb.png": (BOMB, "no image|decompression bomb"),
     "damaged.tif": (LZW[:300] + bytes(500) + LZW[800:], "decoder error"),
-    "negative.tiff": (tiff(16, struct.pack("<h", -1) * 6, sample_format=2), "integers from -1 to -1; those of 0 to"),
-    "deep.tiff": (saved(deep(70_000, np.int32), "TIFF"), "integers from 70000 to 70000; those of 0 to 65535"),
-    "float.tiff": (saved(deep(1.5, np.float32), "TIFF"), r"floating-point numbers from 1\.5 to 1\.5; those of 0 to 1"),
-    "nan.tiff": (saved(deep(np.nan, np.float32), "TIFF"), "floating-point numbers from nan to nan"),
-    "infinite.tiff": (saved(deep(np.inf, np.float32), "TIFF"), "floating-point numbers from inf to inf"),
+    "negative.tiff": (tiff(16, struct.pack("<h", -1) * 6, sample_format=2), "integers, not all of them in 0 … 65535"),
+    "deep.tiff": (saved(deep(70_000, np.int32), "TIFF"), "integers, not all of them in 0 … 65535"),
+    "float.tiff": (saved(deep(1.5, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1:"),
+    "nan.tiff": (saved(deep(np.nan, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1"),
+    "infinite.tiff": (saved(deep(np.inf, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1"),
 }
 
 

@@ -44,6 +44,7 @@ def assert_is_clean(result: CliResult) -> None:
 
 def test_a_run_of_hostile_names_and_what_is_done_with_it(tmp_path: Path):
     data = make_image_folder(tmp_path / f"data{CODES}", classes=(f"a{CODES}", f"b{CODES}"), n_train=2)
+    (data / "train" / f"a{CODES}" / f"left out{FORGED}.txt").touch()
     out = tmp_path / f"run{CODES}"
     options = ("--device", "cpu", "--data-dir", data)
     trained = invoke("train", "--dataset", "folder", *options, "--out", out, "--epochs", 1, "--batch-size", 2)

@@ -102,6 +102,12 @@ def test_a_file_is_no_run_folder(tmp_path: Path):
         check_is_free(tmp_path / "run")
 
 
+def test_a_folder_cannot_be_made_in_a_file(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="out must be a folder, .*/file is a file"):
+        check_is_free(tmp_path / "file/runs/1")
+
+
 def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainConfig):
     start_folder(config)
     assert [path.name for path in config.out.iterdir()] == ["config.json"]

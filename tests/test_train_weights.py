@@ -65,9 +65,35 @@ def test_every_family_gets_all_weights_and_statistics_but_a_new_last_layer(name:
     torch.save({"model": theirs.state_dict()}, tmp_path / "weights.pt")
     head = dict(list(ours.state_dict().items())[-2:])
     head = {key: value.clone() for key, value in head.items()}
-    assert str(load_weights(ours, tmp_path / "weights.pt")).endswith("new last layer: 10 classes there, 3 here")
+    assert str(load_weights(ours, tmp_path / "weights.pt", name)).endswith("new last layer: 10 classes there, 3 here")
     for key, value in ours.state_dict().items():
         assert torch.equal(value, head[key] if key in head else theirs.state_dict()[key]), key
+
+
+def test_a_file_without_a_last_layer_leaves_the_network_its_own(tmp_path: Path):
+    theirs, ours = Tiny(3), Tiny(3)
+    weights, head = theirs.state_dict(), ours.fc.weight.clone()
+    torch.save({key: value for key, value in weights.items() if "fc" not in key}, tmp_path / "weights.pt")
+    assert str(load_weights(ours, tmp_path / "weights.pt", "resnet18")).endswith("no classes there, 3 here")
+    assert torch.equal(ours.conv.weight, theirs.conv.weight) and torch.equal(ours.fc.weight, head)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    torch.save({**Tiny(3).state_dict(), "fc.bias": torch.full((3,), torch.nan)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="not finite: fc.bias"):
+        load_weights(Tiny(3), tmp_path / "weights.pt", "resnet18")
+
+
+def test_a_last_layer_of_more_values_than_the_file_has_bytes_is_refused(tmp_path: Path):
+    head = {"fc.weight": torch.zeros(1, 4).expand(10**6, 4), "fc.bias": torch.zeros(1).expand(10**6)}
+    torch.save({**Tiny(3).state_dict(), **head}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointMismatch):
+        load_weights(Tiny(3), tmp_path / "weights.pt", "resnet18")
+
+
+def test_a_run_of_another_network_is_refused_though_its_names_fit(source: Result):
+    with pytest.raises(ValueError, match="network of the run, plain20; those of .* are of resnet18"):
+        load_weights(Tiny(3), source.out, "plain20")
 
 
 def test_another_number_of_classes_gets_a_new_seeded_last_layer(source: Result, tmp_path: Path, monkeypatch):
@@ -154,7 +180,7 @@ def test_a_mismatch_is_told_whole_and_nothing_is_written(tmp_path: Path):
 def test_a_last_layer_is_not_replaced_where_more_differs(tmp_path: Path):
     torch.save(Wider(10).state_dict(), tmp_path / "wider.pt")
     with pytest.raises(CheckpointMismatch, match="conv.weight"):
-        load_weights(Tiny(3), tmp_path / "wider.pt")
+        load_weights(Tiny(3), tmp_path / "wider.pt", "resnet18")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def evaluate(
             dataset = dataset.hold_out(config["holdout"])
         images = dataset.train if split == "train" else dataset.test
         print(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes")
-        print(f"{chosen}, {used}, batch {at_once}", *(f"note: {note}" for note in dataset.notes), sep="\n")
+        print(f"{chosen}, {used}, batch {at_once}", *(clean(f"note: {note}") for note in dataset.notes), sep="\n")
         print(flush=True)
         found = predict_split(
             trained.model,

@@ -8,7 +8,7 @@ from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import Batch, DataError, ImageDataset, Split, TensorSplit
 from resnet_fast.data.digits import load_digits
 from resnet_fast.data.folder import load_folder
-from resnet_fast.data.images import ImageError, read_image
+from resnet_fast.data.images import MAX_IMAGE_SIZE, ImageError, read_image
 from resnet_fast.data.loader import Loader
 
 DATASETS = ("cifar10", "digits", "folder")
@@ -56,7 +56,7 @@ def load_dataset(
     """
     check_choice("dataset", name, DATASETS)
     data_dir = check_path("data_dir", data_dir)
-    check_integer("image_size", image_size)
+    check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     check_integer("workers", workers, 0)
     check_type("skip_unreadable", skip_unreadable, bool)
     if name == "cifar10":

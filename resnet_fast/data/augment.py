@@ -62,7 +62,7 @@ def _check_channels(mean: object, std: object) -> None:
         if not (isinstance(values, Sequence) and len(values) == 3 and all(map(is_number, values))):
             raise ValueError(f"mean and std must be three values each, got {shown(mean)} and {shown(std)}")
     if min(std) <= 0:  # type: ignore[call-overload]
-        raise ValueError(f"std must be above 0, got {shown(std)}")
+        raise ValueError(f"std must be three values above 0, got {shown(std)}")
 
 
 def seeded(*numbers: int) -> torch.Generator:

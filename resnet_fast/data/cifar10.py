@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from resnet_fast.checks import check_path
 from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, check_no_file
 
 # Of the training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
@@ -22,7 +23,7 @@ STD = (0.2470, 0.2435, 0.2616)
 WITHOUT_NETWORK = "--dataset digits needs no network."
 
 
-def load_cifar10(data_dir: Path) -> ImageDataset:
+def load_cifar10(data_dir: Path | str) -> ImageDataset:
     """Return CIFAR-10, downloaded to `data_dir` where it is not there yet.
 
     Args:
@@ -31,6 +32,7 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
     Raises:
         DataError: it is neither there nor to be downloaded, or what is there is damaged.
     """
+    data_dir = check_path("data_dir", data_dir)
     check_no_file(data_dir)
     folder = unpacked_folder(data_dir)
     if not folder.exists():
@@ -38,7 +40,9 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
     try:
         train, test = (_Unpacked(str(folder), train=train) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{folder} is not a whole CIFAR-10 ({error}); remove that folder and start again") from error
+        # torchvision's own reason, a RuntimeError, advises an argument of its own.
+        reason = error if isinstance(error, OSError) else "a file is missing, or its MD5 is another"
+        raise DataError(f"{folder} is not a whole CIFAR-10 ({reason}); remove that folder and start again") from error
     return ImageDataset(
         name="cifar10",
         classes=tuple(train.classes),

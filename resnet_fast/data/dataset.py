@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import check_type
+from resnet_fast.checks import check_type, is_integer, shown
 from resnet_fast.data.augment import Augmentation, seeded
 from resnet_fast.ops.augment import augment
 
@@ -190,8 +190,9 @@ class ImageDataset:
         Raises:
             ValueError: fewer than 1, or no 2 images would be left to train on.
         """
-        if not 1 <= n_images <= len(self.train) - 2:
-            raise ValueError(f"holdout must be 1 to {len(self.train) - 2} of {len(self.train)} images, got {n_images}")
+        if not is_integer(n_images) or not 1 <= n_images <= len(self.train) - 2:
+            most, got = len(self.train) - 2, shown(n_images)
+            raise ValueError(f"holdout must be 1 to {most} of {len(self.train)} images, got {got}")
         order = torch.randperm(len(self.train), generator=seeded(HOLDOUT_SEED))
         held_out, train = order[:n_images].sort().values, order[n_images:].sort().values
         return replace(self, train=self.train.subset(train), test=self.train.subset(held_out))

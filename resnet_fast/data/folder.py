@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_fast.checks import check_integer, few
+from resnet_fast.checks import check_integer, check_path, few
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
-from resnet_fast.data.images import ImageError, read_pixels, without_warnings
-from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images, no_images
+from resnet_fast.data.images import MAX_IMAGE_SIZE, ImageError, read_pixels, without_warnings
+from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images
 
 READ_TOGETHER = 256  # images to a message of a worker, when all are read
 MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
 STATISTICS_IMAGES = 2048  # enough for mean and std to three digits; reading all of a large folder would take minutes
 
 
-def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unreadable: bool = False) -> ImageDataset:
+def load_folder(
+    folder: Path | str, image_size: int = 32, workers: int = 0, skip_unreadable: bool = False
+) -> ImageDataset:
     """Return the images of `folder`, resized to image_size x image_size (the aspect ratio is not kept).
 
     Augmentation: a crop with a shift of up to an eighth of the size (4 pixels at 32, as for CIFAR-10) and a flip.
@@ -43,7 +45,8 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
         DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
-    check_integer("image_size", image_size)
+    folder = check_path("folder", folder)
+    check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     check_integer("workers", workers, 0)
     check_layout(folder)
     train, test = (list_images(folder, part) for part in PARTS)
@@ -64,7 +67,9 @@ def load_folder(folder: Path, image_size: int = 32, workers: int = 0, skip_unrea
     for name, part in zip(PARTS, parts, strict=True):
         lost = set(range(len(train.classes))) - {label for _, label in part.samples}
         if lost:
-            raise no_images(folder, name, [f"{train.classes[label]}/ (no image can be read)" for label in sorted(lost)])
+            names = few([f"{train.classes[label]}/" for label in sorted(lost)], N_NAMED)
+            first = next(error for i, error in unreadable.items() if images.samples[i][1] in lost)
+            raise DataError(f"no image can be read in {names} of {folder / name}: {first}")
     checked = replace(images, samples=parts[0].samples + parts[1].samples)
     train_split, test_split = (FolderSplit(part, checked, workers) for part in parts)
     mean, std = _statistics(train_split)

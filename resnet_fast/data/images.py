@@ -24,6 +24,7 @@ from torch import Tensor
 
 from resnet_fast.checks import check_integer
 
+MAX_IMAGE_SIZE = 1024  # pixels, in height and width
 DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
 # PNG gives its transparent color in the file's bit depth, Pillow gives pixels in 8 bits. (Of 16 bits Pillow keeps the
 # upper 8, so a color that differs only in the lower 8 becomes transparent, too.)
@@ -49,11 +50,11 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
         [3, image_size, image_size], uint8.
 
     Raises:
-        ValueError: image_size is not an integer above 0.
+        ValueError: image_size is not an integer in 1 … 1024.
         ImageError: there is no such file, it cannot be read, or its white is unknown: integers outside 0 … 65535,
             floating-point numbers outside [0, 1].
     """
-    check_integer("image_size", image_size)
+    check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     with without_warnings():
         return torch.from_numpy(read_pixels(path, image_size)).permute(2, 0, 1)
 
@@ -151,7 +152,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= white):  # so that NaN is refused
         kind = "floating-point numbers" if image.mode == "F" else "integers"
-        raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}; those of 0 to {white} can be read")
+        raise ValueError(f"its pixels are {kind}, not all of them in 0 … {white}: nothing says which is white")
     gray = np.rint(values * (255 / white)).astype(np.uint8)
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts this only for 8 bits
         gray = 255 - gray

@@ -61,9 +61,9 @@ def list_images(folder: Path, part: str) -> Listing:
             reason = f"of {len(others)} files none with an image's ending" if others else "no file that is not hidden"
             without_images.append(f"{name}/ ({reason})")
     if not folders:
-        raise no_images(folder, part, ["no class folder"])
+        raise _no_images(folder, part, ["no class folder"])
     if without_images:
-        raise no_images(folder, part, without_images)
+        raise _no_images(folder, part, without_images)
     return listing
 
 
@@ -90,7 +90,7 @@ def check_layout(folder: Path) -> None:
     raise DataError(f"{reason}; {_expected(folder)}")
 
 
-def no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
+def _no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
     """Return the error of a part in which a class has no image."""
     return DataError(f"no images to use in {folder / part}: {few(reasons, N_NAMED)}; {_expected(folder)}")
 

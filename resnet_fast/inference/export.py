@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import __version__
+from resnet_fast.checks import check_path, check_type
 from resnet_fast.files import whole_file
 from resnet_fast.inference.trained import Trained
 
@@ -80,7 +81,7 @@ class Checked:
 
 
 def export_onnx(
-    trained: Trained, path: Path, *, batch_size: int | None = None, images: Tensor | None = None
+    trained: Trained, path: Path | str, *, batch_size: int | None = None, images: Tensor | None = None
 ) -> Checked:
     """Write an ONNX file with the input `images` and the output `logits`, after onnxruntime has run it.
 
@@ -95,6 +96,8 @@ def export_onnx(
     Raises:
         ExportError: a package is missing, or the file computes something else.
     """
+    check_type("trained", trained, Trained)
+    path = check_path("path", path)
     need_onnx()
     import onnx
     import onnxruntime
@@ -124,13 +127,15 @@ def export_onnx(
 
 
 def export_program(
-    trained: Trained, path: Path, *, batch_size: int | None = None, images: Tensor | None = None
+    trained: Trained, path: Path | str, *, batch_size: int | None = None, images: Tensor | None = None
 ) -> Checked:
     """Write a program that `torch.export.load(path).module()` runs, after it was loaded and run.
 
     Its extra file resnet_fast.json holds classes, mean and std, and what the input is. The arguments and what is raised
     are those of `export_onnx`; no package beside torch is needed.
     """
+    check_type("trained", trained, Trained)
+    path = check_path("path", path)
     model = _normalized(trained)
     with _quiet():
         program = torch.export.export(

@@ -11,6 +11,7 @@ from torch import nn
 from resnet_fast.checks import check_type, shown
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
+from resnet_fast.training.config import check_device
 from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
 from resnet_fast.training.schema import TO_PREDICT, check_settings
 from resnet_fast.training.structure import first_difference
@@ -58,6 +59,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
             do not fit the network that it names.
     """
     check_type("path", path, str, os.PathLike)
+    device = check_device(device)
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         folder, path = path, path / CHECKPOINT
@@ -74,7 +76,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         if path.name != CHECKPOINT or not previous.exists():
             raise
         raise CheckpointError(f"{error}; {previous} is of the epoch before") from error
-    model = _build(path, state).to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _build(path, state).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(
         model=model.eval(),
         classes=tuple(state["classes"]),

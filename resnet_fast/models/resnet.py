@@ -19,6 +19,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import handle_legacy_interface
 
+from ..checks import check_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused, to_channels_last
 from .pretrained import check_fit, verify
@@ -49,7 +50,7 @@ class ResNet(torchvision_resnet.ResNet):
     Input [N, 3, H, W] in any layout; output [N, num_classes].
 
     Raises:
-        ValueError: unknown stem.
+        ValueError: an unknown stem, or num_classes is no integer of at least 0.
 
     He et al. 2015, arXiv:1512.03385, table 1; section 4.2 for the CIFAR stem.
     """
@@ -75,7 +76,7 @@ class ResNet(torchvision_resnet.ResNet):
         super().__init__(
             block,
             layers,
-            num_classes,
+            check_integer("num_classes", num_classes, 0),
             zero_init_residual,
             groups,
             width_per_group,

@@ -12,6 +12,7 @@ import torch
 from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
+from resnet_fast.data.images import MAX_IMAGE_SIZE
 from resnet_fast.models.registry import MODELS, check_name, check_stem
 from resnet_fast.training.processes import world_size
 from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
@@ -34,7 +35,6 @@ CHOICES = {
     "images": IMAGES,
     "precision": PRECISIONS,
 }
-MAX_IMAGE_SIZE = 4096
 INTEGERS = {  # the least, and the first that is too large
     "epochs": (1, 2**32),
     "batch_size": (2, 2**32),  # batch norm cannot take statistics over a single value
@@ -88,7 +88,7 @@ class TrainConfig(Recipe):
         graph: run the step as a CUDA graph; None: on a GPU, if it is one process.
         dataset: "cifar10", "digits" or "folder".
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
-        image_size: pixels to which the images of "folder" are resized, 8 … 4096.
+        image_size: pixels to which the images of "folder" are resized, 8 … 1024.
         images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
         skip_unreadable: of "folder": leave out images that cannot be read, instead of raising an error.
         holdout: so many of the training images are validated on instead of the test images; 0: test.
@@ -256,9 +256,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_device(device: Any) -> torch.device:
+    """Return torch's device of that name; raise ValueError if there is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch, got {shown(device)}") from None
+
+
 def choose_precision(device: torch.device | str) -> str:
     """Return "bf16" where the processor has instructions for it, "fp32" where bf16 would be emulated and slower."""
-    device = torch.device(device)
+    device = check_device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

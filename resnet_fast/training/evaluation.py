@@ -54,6 +54,8 @@ def evaluate(
     check_integer("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))
     check_type("processes", processes, Processes, type(None))
+    if next(model.parameters(), None) is None:
+        raise ValueError("model must have parameters, which say where it computes")
     model.eval()
     if processes is not None:
         processes.share_buffers(model)

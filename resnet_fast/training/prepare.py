@@ -93,7 +93,7 @@ def prepare(
     origin = None
     if config.weights is not None and (saved is None or saved.checkpoint is None):
         # DistributedDataParallel gives them to the other processes.
-        origin = processes.first_only(partial(first_weights, model, config.weights, saved))
+        origin = processes.first_only(partial(first_weights, model, config.weights, config.model, saved))
     seed_everything(config.seed, rank)  # each process draws its own dropout
     if config.sync_bn:
         convert = convert_sync_batchnorm if config.backend == "fused" else nn.SyncBatchNorm.convert_sync_batchnorm
@@ -119,9 +119,9 @@ def prepare(
     return Run(config, own, loader, step, tested, processes, reporter, origin)
 
 
-def first_weights(model: nn.Module, path: Path, saved: SavedRun | None) -> Origin:
+def first_weights(model: nn.Module, path: Path, model_name: str, saved: SavedRun | None) -> Origin:
     """Load the weights that a run starts from; raise ResumeError if it started from others before."""
-    origin = load_weights(model, path)
+    origin = load_weights(model, path, model_name)
     if saved is not None and saved.description.get("weights_sha256") != origin.sha256:
         raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 is another")
     return origin

@@ -37,11 +37,12 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def check_is_free(out: Path) -> None:
-    """Raise FileExistsError unless `out` is an empty folder or not there."""
-    if not os.path.lexists(out):
+    """Raise FileExistsError unless `out` is an empty folder or can be made."""
+    there = next(path for path in (out, *out.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise FileExistsError(f"out must be a folder, {there} is a file")
+    if there != out:
         return
-    if not out.is_dir():
-        raise FileExistsError(f"out must be a folder, {out} is a file")
     names = sorted(path.name for path in out.iterdir())
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -2,16 +2,16 @@
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from resnet_fast.checkpoints import CheckpointMismatch, load_checkpoint
-from resnet_fast.training.checkpoint import CheckpointError
+from resnet_fast.checkpoints import CheckpointMismatch, Loaded, load_checkpoint
+from resnet_fast.checks import few
+from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.run_folder import CHECKPOINT
-
-MAX_CLASSES = 10**6  # of a file whose last layer is replaced
 
 
 class Origin(NamedTuple):
@@ -20,7 +20,8 @@ class Origin(NamedTuple):
     Args:
         path: the file.
         sha256: the digest of its bytes.
-        n_there, n_here: numbers of classes of the file and of the run; if they differ, the last layer is new.
+        n_there, n_here: numbers of classes of the file, 0 if it has no last layer, and of the run; if they differ, the
+            last layer is new.
     """
 
     path: Path
@@ -31,7 +32,7 @@ class Origin(NamedTuple):
     def __str__(self) -> str:
         line = f"weights of {self.path}"
         if self.n_there != self.n_here:
-            line += f"; new last layer: {self.n_there} classes there, {self.n_here} here"
+            line += f"; new last layer: {self.n_there or 'no'} classes there, {self.n_here} here"
         return line
 
 
@@ -47,30 +48,34 @@ def weights_file(path: Path) -> Path:
     return file
 
 
-def load_weights(model: nn.Module, path: Path) -> Origin:
+def load_weights(model: nn.Module, path: Path, model_name: str) -> Origin:
     """Put the weights and running statistics of a run or a file into a new network.
 
     Args:
-        model: a network of any family. Its last layer stays unchanged if the file has another number of classes.
+        model: a network of any family. Its last layer stays unchanged if the file has none, or one of other classes.
         path: a run folder, or what `load_checkpoint` reads.
+        model_name: the name of the network.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or a run of another network wrote it.
         CheckpointMismatch: the weights belong to another network.
-        CheckpointError: the file is damaged, or holds no weights.
+        CheckpointError: the file is damaged, or holds no weights, or some that are not finite.
         OSError: the file cannot be read.
     """
     path = weights_file(path)
+    _check_network(path, model_name)
     *_, (name, head) = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     n_there = head.out_features
     try:
         try:
-            load_checkpoint(model, path)
+            loaded = _load(model, path)
         except CheckpointMismatch as mismatch:
             n_there = _classes_there(mismatch, name, head)
-            model.set_submodule(name, nn.Linear(head.in_features, n_there))
-            load_checkpoint(model, path)
+            model.set_submodule(name, nn.Linear(head.in_features, n_there) if n_there else nn.Identity())
+            loaded = _load(model, path)
             model.set_submodule(name, head)
+        if loaded.not_finite:
+            raise ValueError(f"{path} holds values that are not finite: {few(loaded.not_finite, 3)}")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except CheckpointMismatch:
@@ -80,11 +85,31 @@ def load_weights(model: nn.Module, path: Path) -> Origin:
     return Origin(path, digest, n_there, head.out_features)
 
 
+def _check_network(path: Path, model_name: str) -> None:
+    """Raise ValueError if the file is of a run of another network: names and shapes alone may be the same."""
+    try:
+        theirs = read_checkpoint(path, ("config",))["config"]["model"]
+    except CheckpointError:  # from elsewhere, or damaged, which load_checkpoint says
+        return
+    if theirs != model_name:
+        raise ValueError(f"weights must be of the network of the run, {model_name}; those of {path} are of {theirs}")
+
+
+def _load(model: nn.Module, path: Path) -> Loaded:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are not finite, which are refused
+        return load_checkpoint(model, path)
+
+
 def _classes_there(mismatch: CheckpointMismatch, name: str, head: nn.Linear) -> int:
     """Return the file's number of classes if nothing else differs; otherwise raise the mismatch again."""
-    in_file = {row[0]: row[1] for row in mismatch.unlike}
-    is_head_alone = set(in_file) == {f"{name}.weight", f"{name}.bias"} and not (mismatch.missing or mismatch.unexpected)
+    in_file, own = {row[0]: row[1] for row in mismatch.unlike}, {f"{name}.weight", f"{name}.bias"}
+    if set(mismatch.missing) == own and not (in_file or mismatch.unexpected):
+        return 0
     shape = re.fullmatch(rf"\[(\d+), {head.in_features}\]", in_file.get(f"{name}.weight", ""))
-    if not is_head_alone or shape is None or int(shape[1]) > MAX_CLASSES:
+    if set(in_file) != own or mismatch.missing or mismatch.unexpected or shape is None:
+        raise mismatch
+    # A view that stands for more values than the file has bytes would take the memory of all of them.
+    if int(shape[1]) == 0 or int(shape[1]) * head.in_features > mismatch.path.stat().st_size:
         raise mismatch
     return int(shape[1])
