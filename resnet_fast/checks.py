@@ -56,7 +56,7 @@ def is_number(value: object) -> bool:
         return False
 
 
-def check_integer(name: str, value: Any, at_least: int = 1, below: int = 2**63) -> int:
+def check_integer(name: str, value: Any, at_least: int = 1, below: int = 2**100) -> int:
     """Return `value` as an int; raise ValueError unless it is an integer from `at_least` on and less than `below`."""
     if not is_integer(value) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {shown(value)}")

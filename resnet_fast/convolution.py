@@ -19,7 +19,7 @@ from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS
 
 from .ops import choose_backend
 from .ops.arguments import PartialStatistics, Saved
-from .ops.batch_norm import conv3x3, dense, device_guard, refuse_forward_mode
+from .ops.batch_norm import conv3x3, dense, device_guard
 from .ops.choices import CUDNN, DTYPES, Choice, Operation, Problem, choose, is_empty
 
 
@@ -186,8 +186,6 @@ class _Conv3x3(torch.autograd.Function):
             if of_weight and weight_tiles is not None:
                 dweight = conv3x3.weight_gradient(x, dy, weight_tiles, weight.dtype)
         return dx, dweight, dtoken, *rest
-
-    jvp = staticmethod(refuse_forward_mode)
 
 
 def library_gradients(

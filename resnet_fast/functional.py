@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
@@ -17,7 +18,6 @@ from .ops.batch_norm import (
     forward_op,
     forward_with_statistics,
     recompute_y,
-    refuse_forward_mode,
 )
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
@@ -122,6 +122,8 @@ def run(
     if group is None and choose_backend(x, backend) == "aten":
         y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu, group_images)
         return (y, y) if fork else y
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        _refuse_forward_mode(x, residual, *norm[:4], *(residual_norm or ())[:4])
     x = dense(x)
     join = join_of(residual, residual_norm)
     if residual is not None:
@@ -154,6 +156,15 @@ def _copy_back(given: Tensor | None, used: Tensor | None) -> None:
     """What was updated in a contiguous copy, to the caller's running statistic."""
     if given is not None and used is not None and not given.is_contiguous():
         given.copy_(used)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if one is a dual tensor, of which the kernels know no tangent."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            'forward-mode differentiation does not go through the Triton kernels: pass backend="aten" to '
+            "batch_norm_add_relu, or use torch.func.jvp, under which modules, too, run on ATen"
+        )
 
 
 def check_arguments(
@@ -342,8 +353,6 @@ class _BatchNormAddReLU(torch.autograd.Function):
         returned = (dx, dresidual, *of_norm, *of_residual_norm)
         returned += (None,) * (len(ctx.needs_input_grad) - len(returned))
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
-
-    jvp = staticmethod(refuse_forward_mode)
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -359,7 +359,7 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tm
     result = run("--resume", tmp_path / "run", *args)
     assert result.exit_code == 2
     name = "--nesterov" if args[0] == "--no-nesterov" else args[0]
-    assert f"beside it only {BESIDE} may be given, got {name}\n" in result.stderr
+    assert f"beside it only {BESIDE} may be given, got {name}" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

@@ -80,14 +80,6 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     return "triton" if reason is None else "aten"
 
 
-def refuse_forward_mode(ctx: Any, *grad_inputs: Any) -> Any:
-    """Raise in place of the `jvp` that an autograd.Function on the kernels does not have."""
-    raise NotImplementedError(
-        'forward-mode differentiation does not go through the Triton kernels: pass backend="aten" to '
-        "batch_norm_add_relu, or use torch.func.jvp, under which modules, too, run on ATen"
-    )
-
-
 def device_guard(x: Tensor):
     """Makes x's device the current one, where kernels are launched."""
     return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
