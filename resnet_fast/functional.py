@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .checks import check_type
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
 from .ops.batch_norm import (
@@ -93,6 +94,8 @@ def batch_norm_add_relu(
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2; Hoffer et al. 2017,
     arXiv:1705.08741, algorithm 1, for ghost batches.
     """
+    check_type("relu", relu, bool)
+    check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
     check_arguments(x, norm, residual, residual_norm, ghost_batch_size=ghost_batch_size)
     return run(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)

@@ -120,7 +120,7 @@ def _run(path: Path) -> ModuleType:
 
 def _reason(error: BaseException) -> str:
     """The kind of an error and its message, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
 def _parse(arguments: list[str]) -> tuple[list[Any], dict[str, Any]]:

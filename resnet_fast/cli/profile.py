@@ -41,7 +41,7 @@ def profile(
     try:
         config = profile_config(model, stem, batch_size, precision, device, image_size, out)
         check_is_free(config.out)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         stop(2, f"error: {error}")
     report = Report(config, steps)
     report.start()

@@ -19,8 +19,10 @@ N_CLASSES = 10
 def summary(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = TrainConfig.model,
     stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels, in height and width.")] = TrainConfig.image_size,
-    num_classes: Annotated[int, typer.Option(min=1, help="Outputs of the last layer.")] = N_CLASSES,
+    image_size: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")
+    ] = TrainConfig.image_size,
+    num_classes: Annotated[int, typer.Option(min=1, max=2**31, help="Outputs of the last layer.")] = N_CLASSES,
 ) -> None:
     """Print the layers of a network with output shapes and parameters, and what they add up to."""
     try:

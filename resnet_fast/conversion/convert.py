@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checks import check_type
 from ..models.blocks import has_own_hook, is_observed
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from .report import Outcome, Report
@@ -176,10 +177,11 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
         `model`, or (`model`, Report) with `report`.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is no nn.Module, or report no bool.
         ValueError: it is, or holds, a module compiled by torch.compile or TorchScript. Nothing is changed then.
     """
     check_is_module(model)
+    check_type("report", report, bool)
     check_is_not_compiled(model)
     restore(model)  # so that a model which has changed since is looked at as it is
     traced, opaque = trace_all(model)

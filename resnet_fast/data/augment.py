@@ -93,7 +93,7 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
         raise ValueError(f"size must be height and width, got {shown(size)}")
     numbers = {"n_images": n_images, "height": size[0], "width": size[1], "seed": seed, "epoch": epoch}
     for name, number in numbers.items():
-        check_integer(name, number, 0)
+        check_integer(name, number, 0, 2**100 if name in ("seed", "epoch") else 2**31)
     generator = seeded(seed, epoch)
     order = torch.randperm(n_images, generator=generator)
     shifts = torch.randint(2 * augmentation.crop + 1, (n_images, 2), generator=generator)
@@ -123,6 +123,8 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
         TypeError, ValueError: an argument is of another type, or mean and std are not three values, std above 0.
     """
     check_type("images", images, Tensor)
+    if images.ndim != 4:
+        raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
     _check_channels(mean, std)
     shift = per_channel(tuple(255 * value for value in mean), images.device)
     scale = per_channel(tuple(1 / (255 * value) for value in std), images.device)

@@ -22,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from resnet_fast.checks import check_integer
+from resnet_fast.checks import check_integer, check_type
 
 MAX_IMAGE_SIZE = 1024  # pixels, in height and width
 DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
@@ -50,10 +50,12 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
         [3, image_size, image_size], uint8.
 
     Raises:
+        TypeError: path is no path.
         ValueError: image_size is not an integer in 1 … 1024.
         ImageError: there is no such file, it cannot be read, or its white is unknown: integers outside 0 … 65535,
             floating-point numbers outside [0, 1].
     """
+    check_type("path", path, str, os.PathLike)
     check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     with without_warnings():
         return torch.from_numpy(read_pixels(path, image_size)).permute(2, 0, 1)

@@ -86,7 +86,7 @@ class SkipStudy:
     def __post_init__(self) -> None:
         if world_size() > 1:
             raise ValueError(f"a study needs a single process, got {world_size()}")
-        check_integer("seeds", self.n_seeds)
+        check_integer("seeds", self.n_seeds, 1, 1001)
         check_integer("width", self.width)
         if self.config.seed + self.n_seeds > 2**32:
             raise ValueError(f"seed + seeds must be at most 2**32, got {self.config.seed} + {self.n_seeds}")

@@ -233,7 +233,7 @@ def check_fields(settings: Recipe) -> dict[str, Any]:
     return plain
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """Return the device called `name`; "auto" is the first GPU where there is one.
 
     Raises:
@@ -251,7 +251,7 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(
-                f"device {name!r} asks for a GPU that is not there: torch {torch.__version__} sees {count}"
+                f"device '{name}' asks for a GPU that is not there: torch {torch.__version__} sees {count}"
             )
     return device
 
@@ -259,9 +259,10 @@ def choose_device(name: str) -> torch.device:
 def check_device(device: Any) -> torch.device:
     """Return torch's device of that name; raise ValueError if there is none."""
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError):
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device must be a device of torch, got {shown(device)}") from None
+    return choose_device(found) if found.type == "cuda" else found
 
 
 def choose_precision(device: torch.device | str) -> str:

@@ -51,7 +51,7 @@ def evaluate(
     check_type("model", model, nn.Module)
     check_type("split", split, Split)
     check_type("augmentation", augmentation, Augmentation)
-    check_integer("batch_size", batch_size)
+    check_integer("batch_size", batch_size, 1, 2**32)
     check_choice("precision", precision, ("fp32", "bf16"))
     check_type("processes", processes, Processes, type(None))
     if next(model.parameters(), None) is None:

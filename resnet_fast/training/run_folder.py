@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +37,9 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def check_is_free(out: Path) -> None:
-    """Raise FileExistsError unless `out` is an empty folder or can be made."""
+    """Raise FileExistsError unless `out` is an empty folder or not there, OSError if it cannot be there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        out.lstat()  # lexists hides that a name is too long
     there = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise FileExistsError(f"out must be a folder, {there} is a file")
