@@ -189,7 +189,8 @@ def test_a_study_of_one_seed_says_so(tmp_path: Path):
 @pytest.mark.parametrize("shortcut", ("A", "B", None))
 def test_gradient_norms_are_those_of_autograd(shortcut):
     torch.manual_seed(0)
-    model = resnet20(shortcut=shortcut, width=4).eval()
+    # torch 2.13 on AVX2 corrupts the heap in the backward of a 1x1 convolution of 3 or 4 channels in channels_last.
+    model = resnet20(shortcut=shortcut, width=8).eval()
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
     before = copy.deepcopy(model.state_dict())
     found = gradient_norms(model, images, labels)
