@@ -223,12 +223,11 @@ def test_ctrl_c_while_writing_says_what_is_kept(tmp_path: Path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.csv", "profile.png"}
 
 
-def test_a_folder_that_cannot_be_made_exits_with_1(tmp_path: Path, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_profiled(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
-    profiles = [made_up("eager", 2.0, CPU), made_up("fused", 1.0, CPU)]
-    monkeypatch.setattr(profile_command, "profile_steps", lambda config, n_steps: profiles)
+    monkeypatch.setattr(profile_command, "profile_steps", lambda config, n_steps: pytest.fail("a step was profiled"))
     result = run("--device", "cpu", "--out", tmp_path / "file" / "out")
-    assert result.exit_code == 1 and "error: " in result.stderr and "Traceback" not in result.output
+    assert result.exit_code == 2 and "out must be a folder, " in result.stderr and "Traceback" not in result.output
 
 
 # A process of its own, without the interpreter in which tests without a GPU run the kernels.
