@@ -98,6 +98,7 @@ def _no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
 @cache
 def image_endings() -> frozenset[str]:
     """Return the endings of all formats that Pillow opens, in lower case, with their dot."""
+    Image.preinit()  # first the common formats, which Pillow then tries first
     endings = Image.registered_extensions()  # loads all formats
     opened = {*Image.OPEN, "MPO"}  # JPEG's opener opens a JPEG of several frames, too
     return frozenset(ending for ending, kind in endings.items() if kind in opened)
