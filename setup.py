@@ -26,6 +26,7 @@ setup(
         "resnet_fast",
         "resnet_fast.checkpoints",
         "resnet_fast.cli",
+        "resnet_fast.common",
         "resnet_fast.conversion",
         "resnet_fast.data",
         "resnet_fast.evaluation",

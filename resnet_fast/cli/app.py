@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from resnet_fast.terminal import clean, clean_output
+from resnet_fast.common.terminal import clean, clean_output
 
 
 class CleanGroup(TyperGroup):

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from resnet_fast.checks import did_you_mean
 from resnet_fast.cli.app import app, stop
+from resnet_fast.common.checks import did_you_mean
 from resnet_fast.conversion import convert as convert_model
 from resnet_fast.conversion.check import MAX_DIFFERENCE, difference
 

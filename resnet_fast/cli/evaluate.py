@@ -7,13 +7,13 @@ import torch
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.checks import check_path, difference
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.text import WIDTH, fit, head
+from resnet_fast.common.checks import check_path, difference
+from resnet_fast.common.terminal import clean
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.evaluation import Predictions, image_paths, predict_split, write_pictures, write_predictions
 from resnet_fast.inference import CheckpointError, Trained, load_trained
-from resnet_fast.terminal import clean
 from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
 
 SPLITS = ("test", "train", "validation")

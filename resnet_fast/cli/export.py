@@ -6,8 +6,8 @@ from typing import Annotated
 import torch
 import typer
 
-from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.common.checks import check_path
 from resnet_fast.data import DataError, load_dataset
 from resnet_fast.data.cifar10 import unpacked_folder
 from resnet_fast.data.dataset import check_no_file

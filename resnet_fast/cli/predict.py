@@ -9,8 +9,8 @@ from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, complain, stop
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
+from resnet_fast.common.terminal import clean
 from resnet_fast.inference import CheckpointError, ImageError, Trained, classify, load_trained, read_image
-from resnet_fast.terminal import clean
 from resnet_fast.training.config import choose_device
 
 BAR = 30  # columns

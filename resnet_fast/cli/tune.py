@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from resnet_fast.checks import check_integer
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
+from resnet_fast.common.checks import check_integer
 from resnet_fast.models.registry import STEMS
 from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
 from resnet_fast.ops.choice_format import Environment

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
-from ..checks import check_choice, check_integer, did_you_mean, shown
+from ..common.checks import check_choice, check_integer, did_you_mean, shown
 from . import cifar, resnet
 from .article import STEM_CHANNELS, article
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from resnet_fast.checks import check_integer
+from resnet_fast.common.checks import check_integer
 from resnet_fast.data import ImageDataset, TensorSplit, load_dataset
 from resnet_fast.data.dataset import channel_statistics
 from resnet_fast.models import CifarResNet

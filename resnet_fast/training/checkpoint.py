@@ -1,6 +1,6 @@
 """A checkpoint: all that a run needs to go on, in one file that shows any damage.
 
-It is a signed archive of torch.save (signature.py), which `torch.load(path, weights_only=True)` reads as any other.
+It is a signed archive of torch.save (checkpoints/signature.py): `torch.load(path, weights_only=True)` reads it, too.
 """
 
 import io
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from resnet_fast import __version__
-from resnet_fast.archive import ArchiveError, load_values, read_regular
-from resnet_fast.checks import one_line, shown
-from resnet_fast.files import unfinished_name, whole_file
-from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
+from resnet_fast.checkpoints.archive import ArchiveError, load_values, read_regular
+from resnet_fast.checkpoints.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
+from resnet_fast.common.checks import one_line, shown
+from resnet_fast.common.files import unfinished_name, whole_file
 from resnet_fast.training.schema import check_entries, fill_in
 
 FORMAT = 2

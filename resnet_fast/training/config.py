@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
+from resnet_fast.common.checks import check_choice, check_integer, check_path, is_number, shown
 from resnet_fast.data import DATASETS
 from resnet_fast.data.augment import FLIPS, PADDINGS
 from resnet_fast.data.images import MAX_IMAGE_SIZE

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_fast.checks import check_integer
-from resnet_fast.files import whole_file
+from resnet_fast.common.checks import check_integer
+from resnet_fast.common.files import whole_file
 from resnet_fast.training.config import INTEGERS, TrainConfig
 from resnet_fast.training.metrics import Result
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_fast.archive import read_regular
-from resnet_fast.checks import check_type, difference, one_line, shown
+from resnet_fast.checkpoints.archive import read_regular
+from resnet_fast.common.checks import check_type, difference, one_line, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.processes import world_size
