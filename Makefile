@@ -39,7 +39,7 @@ kernels: .venv/dev
 	PYTHONPATH=. TRITON_INTERPRET=0 $(BIN)/python tests/kernels_page.py
 
 # Stamp files: one per set of extras.
-.venv/train .venv/dev: setup.py constraints.txt
+.venv/train .venv/dev: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@

@@ -29,7 +29,7 @@ from .ops import batch_norm, choice_files
 from .training.config import choose_device, choose_precision
 from .tuning import why_not
 
-# As in setup.py; the library works without the optional ones.
+# As in pyproject.toml; the library works without the optional ones.
 TORCH, TRITON = "2.11", "3.6"
 NEEDED = {"torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
 OPTIONAL = {"matplotlib": "3.8", "rich": "13", "scikit-learn": "1.4", "typer": "0.12"}

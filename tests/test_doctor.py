@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,7 +276,7 @@ def test_long_findings_fit_80_columns():
 
 
 def test_the_versions_asked_for_are_those_of_the_package():
-    text = (ROOT / "setup.py").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {"torch": doctor.TORCH, "triton": doctor.TRITON} | doctor.NEEDED | doctor.OPTIONAL
-    train, install = re.search(r"TRAIN = \[(.*)\]", text)[1], re.search(r"install_requires=\[(.*?)\]", text, re.S)[1]
-    assert dict(re.findall(r"([\w-]+)>=([\d.]+)", train + install)) == asked
+    ours = " ".join(project["dependencies"] + project["optional-dependencies"]["train"])
+    assert dict(re.findall(r"([\w-]+)>=([\d.]+)", ours)) == asked

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast import __version__
+from resnet_fast._version import __version__
 from resnet_fast.checkpoints.archive import ArchiveError, load_values, read_regular
 from resnet_fast.checkpoints.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
 from resnet_fast.common.checks import one_line, shown

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast import FusedBatchNorm2d
 from resnet_fast.data import ImageDataset, normalize
 from resnet_fast.models.registry import MODELS
+from resnet_fast.nn import FusedBatchNorm2d
 from resnet_fast.training.config import N_WHITENING, TrainConfig
 
 WHITENING_IMAGES = 5000

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fast import convert_sync_batchnorm
 from resnet_fast.common.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
+from resnet_fast.nn import convert_sync_batchnorm
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.network import make_network, whiten_stem
 from resnet_fast.training.processes import Processes
