@@ -24,8 +24,8 @@ from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
-from resnet_fast.ops import choices
-from resnet_fast.ops.choices import Choice
+from resnet_fast.ops import implementations
+from resnet_fast.ops.implementations import Choice
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
 
@@ -205,23 +205,26 @@ def is_single_read(kernel: str, arguments: dict[str, Any]) -> bool:
     return kernel.startswith("single_read")
 
 
-def problems_of(setting: Setting) -> list[choices.Problem]:
+def problems_of(setting: Setting) -> list[implementations.Problem]:
     """What the table of choices calls the setting: forward, which a fork does not change, and backward."""
     operation, n_channels = operation_of(setting), setting.shape[0]
     of = (setting.precision, setting.batch_size, n_channels, n_channels, setting.shape[1], operation.join)
-    return [choices.Problem("batch norm", *of), choices.Problem("batch norm backward", *of, operation.fork)]
+    return [
+        implementations.Problem("batch norm", *of),
+        implementations.Problem("batch norm backward", *of, operation.fork),
+    ]
 
 
 def chosen(implementation: str, is_it: IsIt) -> Provider:
-    """The provider for which both directions of the operation run as `implementation` of ops/choices.py."""
+    """The provider for which both directions of the operation run as `implementation` of ops/implementations.py."""
 
-    def entries(setting: Setting, device: torch.device) -> dict[choices.Problem, Choice]:
+    def entries(setting: Setting, device: torch.device) -> dict[implementations.Problem, Choice]:
         return dict.fromkeys(problems_of(setting), Choice(implementation))
 
     def why_not(setting: Setting, device: torch.device) -> str | None:
         if (reason := on_cuda(setting, device)) is not None:
             return reason
-        if setting.precision not in choices.DTYPES.values() or setting.layout != "channels_last":
+        if setting.precision not in implementations.DTYPES.values() or setting.layout != "channels_last":
             return "there are choices for 16-bit types in channels_last alone"
         if implementation == "single read" and not fits_single_read(setting, device):
             return "does not fit into the registers of the GPU"

@@ -31,7 +31,7 @@ from benchmarks.networks import (
 )
 from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
-from resnet_fast.ops import choices
+from resnet_fast.ops import choices, implementations
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.measure import LEARNING_RATE
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
@@ -117,7 +117,7 @@ def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return observe(model, loss.detach(), before)
 
 
-def tuned(setting: Setting, device: torch.device) -> Mapping[choices.Problem, choices.Choice]:
+def tuned(setting: Setting, device: torch.device) -> Mapping[implementations.Problem, implementations.Choice]:
     """What `resnet-fast tune` has chosen on this GPU for the setting."""
     entries = choices.table(device).items()
     of = (setting.precision, setting.batch_size)
@@ -127,7 +127,7 @@ def tuned(setting: Setting, device: torch.device) -> Mapping[choices.Problem, ch
 def tuned_why_not(setting: Setting, device: torch.device) -> str | None:
     if (reason := on_cuda(setting, device)) is not None:
         return reason
-    if setting.precision not in choices.DTYPES.values():
+    if setting.precision not in implementations.DTYPES.values():
         return f"there are no choices in {setting.precision}"
     if tuned(setting, device):
         return None

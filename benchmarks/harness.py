@@ -19,7 +19,7 @@ from torch._functorch import config as functorch_config
 from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
 from benchmarks.work import Work
-from resnet_fast.ops import choices
+from resnet_fast.ops import choices, implementations
 from resnet_fast.tuning.timing import alternate, percentiles
 
 SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
@@ -97,21 +97,23 @@ class Provider(NamedTuple):
     why_not: Callable[[Setting, torch.device], str | None] = lambda setting, device: None
     slow_on: tuple[str, ...] = ()
     has_peak: bool = True
-    entries: Callable[[Setting, torch.device], Mapping[choices.Problem, choices.Choice]] = lambda setting, device: {}
+    entries: Callable[[Setting, torch.device], Mapping[implementations.Problem, implementations.Choice]] = (
+        lambda setting, device: {}
+    )
 
 
-class Entries(Mapping[choices.Problem, choices.Choice]):
+class Entries(Mapping[implementations.Problem, implementations.Choice]):
     """Entries of a table of choices, which tells whether any has been looked up."""
 
-    def __init__(self, entries: Mapping[choices.Problem, choices.Choice]) -> None:
+    def __init__(self, entries: Mapping[implementations.Problem, implementations.Choice]) -> None:
         self.entries, self.are_used = entries, False
 
-    def __getitem__(self, problem: choices.Problem) -> choices.Choice:
+    def __getitem__(self, problem: implementations.Problem) -> implementations.Choice:
         found = self.entries[problem]
         self.are_used = True
         return found
 
-    def __iter__(self) -> Iterator[choices.Problem]:
+    def __iter__(self) -> Iterator[implementations.Problem]:
         return iter(self.entries)
 
     def __len__(self) -> int:

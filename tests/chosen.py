@@ -11,7 +11,7 @@ from resnet_fast import FusedBatchNorm2d
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.models.blocks import BasicBlock, blocks_to_fuse, run_fused
 from resnet_fast.ops import launch
-from resnet_fast.ops.choices import CONV3X3, Choice, Problem
+from resnet_fast.ops.implementations import CONV3X3, Choice, Problem
 
 CONVOLUTIONS = ("convolution", "data gradient", "weight gradient")
 TILES = ConvTiles(64, 16, 16, 2, False, 4, 3)

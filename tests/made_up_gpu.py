@@ -7,7 +7,7 @@ import torch
 
 from resnet_fast.ops import choice_files, choices
 from resnet_fast.ops.choice_format import Entries, Environment, Measured
-from resnet_fast.ops.choices import CONV3X3, Choice, Problem, tiles_of
+from resnet_fast.ops.implementations import CONV3X3, Choice, Problem, tiles_of
 
 GPU = torch.device("cuda:0")
 ENVIRONMENT = Environment("NVIDIA Made-Up 80GB", "2.13.0+cu130", "3.7.1", 91002, "0.1.0", "0123456789abcdef")

@@ -8,7 +8,7 @@ from chosen import launched
 from fused_op import Case
 
 from resnet_fast.ops import choices
-from resnet_fast.ops.choices import DTYPES, Choice, Operation, Problem
+from resnet_fast.ops.implementations import DTYPES, Choice, Operation, Problem
 
 FORWARD, BACKWARD = "single_read_forward_kernel", "single_read_backward_kernel"
 BOTH: tuple[Operation, ...] = ("batch norm", "batch norm backward")

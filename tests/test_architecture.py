@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,48 +25,54 @@ MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
 THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def sources() -> dict[str, Path]:
+    """The files of the package by the name of their module; the kernels stand behind a link."""
+    paths = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))
+    return {".".join(path.with_suffix("").relative_to(ROOT).parts).removesuffix(".__init__"): path for path in paths}
 
 
-def sources() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))]
+SOURCES = sources()
 
 
-def imported_layers(path: Path) -> set[str]:
-    """The layers of resnet_fast that a module imports from."""
-    package = ["resnet_fast", *path.relative_to(PACKAGE).parts[:-1]]
+def imports(path: Path) -> set[str]:
+    """The modules of resnet_fast that a file imports, at any place in it."""
+    package = path.relative_to(ROOT).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = base + (node.module.split(".") if node.module else [])
-            names = [module + [alias.name] for alias in node.names] if len(module) == 1 else [module]
+            module = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            module = module if node.level else node.module
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in SOURCES else module for name in names}
         elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-        else:
-            continue
-        found |= {name[1] for name in names if name[0] == "resnet_fast" and len(name) > 1}
-    return found - {"_torchvision", "_version"}
+            found |= {alias.name for alias in node.names}
+    return found & {*SOURCES, "resnet_fast.kernels"}
+
+
+def layers(modules: Iterable[str]) -> set[str]:
+    return {module.split(".")[1] for module in modules if module != "resnet_fast"} & set(LAYERS)
 
 
 def test_imports_point_one_way():
-    for path in sources():
-        layer = layer_of(path)
-        if layer not in LAYERS:
-            continue
-        allowed = DATA_MAY_IMPORT if layer == "data" else set(LAYERS[: LAYERS.index(layer) + 1])
-        assert imported_layers(path) <= allowed, path.relative_to(ROOT)
+    for module, path in SOURCES.items():
+        for layer in layers([module]):
+            allowed = DATA_MAY_IMPORT if layer == "data" else set(LAYERS[: LAYERS.index(layer) + 1])
+            assert layers(imports(path)) <= allowed, module
 
 
-def test_the_test_above_sees_imports():
-    assert imported_layers(PACKAGE / "functional.py") == {"common", "ops"}
-    assert imported_layers(PACKAGE / "models/blocks.py") == {"convolution", "nn"}
-    assert imported_layers(PACKAGE / "models/resnet.py") == {"common", "nn", "models"}
-    assert imported_layers(PACKAGE / "models/pretrained.py") == {"common"}
-    assert imported_layers(PACKAGE / "training/evaluation.py") == {"common", "data", "evaluation", "training"}
-    assert "models" in imported_layers(PACKAGE / "training/config.py")
-    assert "ops" in imported_layers(PACKAGE / "data/dataset.py")
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: imports(path) - {module} for module, path in SOURCES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_tests_above_see_imports():
+    assert set(LAYERS) == layers(SOURCES)
+    assert layers(imports(PACKAGE / "functional.py")) == {"common", "ops"}
+    assert layers(imports(PACKAGE / "models/blocks.py")) == {"convolution", "nn"}
+    assert layers(imports(PACKAGE / "training/evaluation.py")) == {"common", "data", "evaluation", "training"}
+    assert "resnet_fast.models.registry" in imports(PACKAGE / "training/config.py")
+    assert "resnet_fast.ops.launch" in imports(PACKAGE / "ops/conv3x3.py")  # from . import launch
+    assert "resnet_fast.kernels.tiles" in imports(PACKAGE / "ops/launch.py")
 
 
 def test_kernels_import_triton_and_nothing_else():
@@ -77,7 +85,7 @@ def test_kernels_import_triton_and_nothing_else():
 
 
 def test_the_backend_is_chosen_in_one_place():
-    for path in sources():
+    for path in SOURCES.values():
         if path != THE_ONE_CHOICE:
             source = path.read_text()
             assert "is_cuda" not in source and "TRITON_INTERPRET" not in source, path.relative_to(ROOT)
@@ -104,7 +112,7 @@ def wheel(tmp_path_factory) -> list[str]:
 
 
 def test_the_wheel_holds_every_module(wheel):
-    expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in sources()} | {"resnet_fast/py.typed"}
+    expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in SOURCES.values()} | {"resnet_fast/py.typed"}
     assert expected <= set(wheel)
 
 

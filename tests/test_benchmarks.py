@@ -37,7 +37,7 @@ from benchmarks.replay import ReplayClock
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
 from resnet_fast.ops import choices, launch
-from resnet_fast.ops.choices import Choice, Problem
+from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.timing import alternate, percentiles
 
 ROOT = Path(__file__).parents[1]
@@ -359,7 +359,7 @@ def test_a_choice_that_runs_is_timed():
 
 @pytest.mark.parametrize("name", ("fused, two passes reversed", "fused, single read"))
 def test_a_choice_that_does_not_run_is_not_timed(name, monkeypatch):
-    monkeypatch.setattr(choices, "choose", lambda problem, device: choices.DEFAULTS[problem.operation])
+    monkeypatch.setattr(choices, "choose", lambda problem, device: DEFAULTS[problem.operation])
     measured = harness.measure(choosing(name), CHOOSING, CPU, [name], rounds=1)
     assert measured.times.keys() == {"eager"}
     assert "0 of forward and backward ran as chosen" in str(measured.refused[name])

@@ -13,7 +13,8 @@ from made_up_gpu import ENVIRONMENT, GPU, conv3x3, entries, make_up_gpu
 
 from resnet_fast.ops import choice_files, choice_format, choices
 from resnet_fast.ops.choice_files import add, check_can_add, find_tables, read_file
-from resnet_fast.ops.choices import Choice, choose
+from resnet_fast.ops.choices import choose
+from resnet_fast.ops.implementations import Choice
 
 ROOT = Path(__file__).parents[1]
 CONVOLUTION = next(iter(entries()))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnet_fast import FusedBatchNorm2d
 from resnet_fast.ops import choices, conv3x3
-from resnet_fast.ops.choices import Problem
+from resnet_fast.ops.implementations import Problem
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from fused_op import Case, make_operands, ours, results
 
 from resnet_fast.ops import choices, launch
-from resnet_fast.ops.choices import Choice, Problem
+from resnet_fast.ops.implementations import Choice, Problem
 
 CASE = Case("several tiles", (3, 24, 9, 9), fork=True)
 

@@ -19,7 +19,7 @@ from resnet_fast.cli import app
 from resnet_fast.cli import tune as command
 from resnet_fast.ops import choice_files
 from resnet_fast.ops.choice_files import add, read_file
-from resnet_fast.ops.choices import DEFAULTS, IMPLEMENTATIONS, Choice, Problem, tiles_of
+from resnet_fast.ops.implementations import DEFAULTS, IMPLEMENTATIONS, Choice, Problem, tiles_of
 from resnet_fast.tuning import Candidate, Outcome, Prepared, find_problems, inputs, measure, why_not
 from resnet_fast.tuning.candidates import candidates
 from resnet_fast.tuning.measurement import choose_fastest

@@ -13,7 +13,8 @@ from resnet_fast.common.checks import check_integer
 from resnet_fast.models.registry import STEMS
 from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
 from resnet_fast.ops.choice_format import Environment
-from resnet_fast.ops.choices import DTYPES, Problem, using
+from resnet_fast.ops.choices import using
+from resnet_fast.ops.implementations import DTYPES, Problem
 from resnet_fast.training import TrainConfig, choose_device
 from resnet_fast.tuning import Outcome, find_problems, measure, why_not
 from resnet_fast.tuning.candidates import candidates

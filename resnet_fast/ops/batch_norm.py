@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import choices
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type, join_of
-from .choices import REVERSED, SINGLE_READ, TWO_PASSES
+from .implementations import DTYPES, REVERSED, SINGLE_READ, TWO_PASSES, Operation, Problem
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
@@ -161,15 +161,15 @@ def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, 
 
 
 def _chosen(
-    operation: choices.Operation, x: Tensor, join: Join, fork: bool, batch_statistics: bool, ghost_batch_size: int
+    operation: Operation, x: Tensor, join: Join, fork: bool, batch_statistics: bool, ghost_batch_size: int
 ) -> str:
     """The implementation that runs: what the table names, unless it cannot run here."""
     n_images, n_channels, height, width = x.shape
-    if choices.is_empty(x.device) or x.dtype not in choices.DTYPES or height != width or not batch_statistics:
+    if choices.is_empty(x.device) or x.dtype not in DTYPES or height != width or not batch_statistics:
         return TWO_PASSES
     if not x.is_contiguous(memory_format=torch.channels_last):
         return TWO_PASSES
-    problem = choices.Problem(operation, choices.DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
+    problem = Problem(operation, DTYPES[x.dtype], n_images, n_channels, n_channels, width, join, fork)
     chosen = choices.choose(problem, x.device).implementation
     if chosen == SINGLE_READ and not single_read.fits(x, operation, join, ghost_batch_size):
         return TWO_PASSES

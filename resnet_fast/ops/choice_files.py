@@ -21,7 +21,7 @@ from resnet_fast.common.machine import device_name, slug, triton_version
 
 from . import choice_format
 from .choice_format import Entries, Environment, Measured
-from .choices import DEFAULTS, Choice, Problem
+from .implementations import DEFAULTS, Choice, Problem
 
 SWITCH = "RESNET_FAST_TUNED"  # the environment variable: "0" turns all tables off
 AGAIN = "run `resnet-fast tune` again, which replaces it"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 from resnet_fast.kernels.conv_tiles import ConvTiles
 
 from .arguments import Join
-from .choices import CONV3X3, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
+from .implementations import CONV3X3, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
 
 FORMAT = 1
 MAX_MILLISECONDS = 1e9

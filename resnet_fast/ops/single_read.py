@@ -14,7 +14,7 @@ from resnet_fast.kernels import batch_norm_single_read, tiles
 
 from . import launch
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, join_of
-from .choices import DTYPES, Operation
+from .implementations import DTYPES, Operation
 from .launch import Shape
 
 PRETENDED_MULTIPROCESSORS = 4  # of a CPU, in the interpreter

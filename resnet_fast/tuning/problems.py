@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from resnet_fast.convolution import has_kernels
 from resnet_fast.models.registry import MODELS, check_name, get_model
 from resnet_fast.nn import FusedBatchNorm2d
-from resnet_fast.ops.choices import IMPLEMENTATIONS, Operation, Problem
+from resnet_fast.ops.implementations import IMPLEMENTATIONS, Operation, Problem
 
 
 class _Norm(NamedTuple):

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from resnet_fast.ops.choice_files import count_changed
-from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
+from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.measurement import MIN_GAIN, Outcome
 
 WIDTH = 80
