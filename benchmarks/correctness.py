@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.ops.batch_norm import is_interpreted
+from resnet_fast.ops.backend import is_interpreted
 
 
 class WrongProviderError(RuntimeError):

@@ -19,9 +19,10 @@ from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS
 
 from .ops import choose_backend
 from .ops.arguments import PartialStatistics, Saved
-from .ops.batch_norm import conv3x3, dense, device_guard
+from .ops.backend import conv3x3, device_guard
 from .ops.choices import choose, is_empty
 from .ops.implementations import CUDNN, DTYPES, Choice, Operation, Problem
+from .ops.layout import dense
 
 
 class Convolved(NamedTuple):

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from . import _torchvision, parity
-from .ops import batch_norm, choice_files
+from .ops import choice_files
+from .ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
 from .training.config import choose_device, choose_precision
 from .tuning import why_not
 
@@ -227,23 +228,23 @@ def find_compiler(device: torch.device) -> list[Finding]:
     header = Path(sysconfig.get_config_var("INCLUDEPY") or sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         return [Finding(name, f"{path}, but no Python.h, which {uses} needs", advice="install Python's headers")]
-    if device.type != "cpu" and batch_norm.why_not_triton(device) is not None:
+    if device.type != "cpu" and why_not_triton(device) is not None:
         return [Finding(name, f"{path}, but torch.compile needs triton, too")]
     return [Finding(name, f"{path}, so {uses} can work")]
 
 
 def find_backend(device: torch.device) -> list[Finding]:
     """What computes the fused operation on `device`, as the operation itself chooses it."""
-    backend = batch_norm.choose_backend(torch.empty(1, device=device))
-    reason = batch_norm.why_not_triton(device)
+    backend = choose_backend(torch.empty(1, device=device))
+    reason = why_not_triton(device)
     value = f"{backend} on {device}"
     if backend == "aten":
         value += f", which is eager PyTorch's own steps; {reason}"
         if device.type == "cpu" and "interpreter" in str(reason):
             value += " (for tests: it is slow)"
-    if not batch_norm.is_interpreted():
+    if not is_interpreted():
         return [Finding("backend", value)]
-    advice = f"{batch_norm.INTERPRETER} is set: kernels are interpreted, which is for tests, and slow; unset it"
+    advice = f"{INTERPRETER} is set: kernels are interpreted, which is for tests, and slow; unset it"
     return [Finding("backend", value, advice=advice)]
 
 

@@ -11,15 +11,8 @@ from torch.autograd import forward_ad
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
-from .ops.batch_norm import (
-    as_image,
-    backward_op,
-    backward_with_sums,
-    dense,
-    forward_op,
-    forward_with_statistics,
-    recompute_y,
-)
+from .ops.batch_norm import backward_op, backward_with_sums, forward_op, forward_with_statistics, recompute_y
+from .ops.layout import as_image, dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 

@@ -22,7 +22,7 @@ LAYERS = (
 ).split()
 DATA_MAY_IMPORT = {"common", "data", "ops"}
 MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
-THE_ONE_CHOICE = PACKAGE / "ops/batch_norm.py"
+THE_ONE_CHOICE = PACKAGE / "ops/backend.py"
 
 
 def sources() -> dict[str, Path]:

@@ -3,7 +3,7 @@
 import depth_page
 from pages import DOCS, run_example, shown_tables
 
-from resnet_fast.ops import batch_norm
+from resnet_fast.ops import backend
 
 PAGE = DOCS / "depth.md"
 
@@ -18,7 +18,7 @@ def test_the_readme_shows_the_csv():
 
 
 def test_the_example_runs(capsys, monkeypatch):
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)  # of 56 layers it would take minutes
+    monkeypatch.setattr(backend, "_INTERPRETED", False)  # of 56 layers it would take minutes
     run_example(PAGE)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1] == "56 layers, 853,018 parameters, output [4, 10]"

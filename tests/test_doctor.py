@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from resnet_fast import doctor
 from resnet_fast.cli import app
 from resnet_fast.doctor import Finding, exit_code
-from resnet_fast.ops import batch_norm, choice_files
+from resnet_fast.ops import backend, choice_files
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -153,10 +153,10 @@ def test_the_driver_is_read_from_the_kernel_or_nvidia_smi(tmp_path: Path, monkey
 
 
 def test_the_interpreter_is_to_be_unset(monkeypatch):
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", True)
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
     (finding,) = doctor.find_backend(CPU)
     assert finding.ok and finding.value == "triton on cpu" and "TRITON_INTERPRET is set" in finding.advice
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
     (finding,) = doctor.find_backend(CPU)
     assert finding.value.startswith("aten on cpu") and finding.advice == ""
 

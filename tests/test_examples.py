@@ -16,7 +16,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast import data, resnet18, training
 from resnet_fast.models import resnet
-from resnet_fast.ops import batch_norm
+from resnet_fast.ops import backend
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"ten_lines": None, "plain_pytorch": None, "with_lightning": "lightning", "with_accelerate": "accelerate"}
@@ -41,7 +41,7 @@ def tiny_digits() -> data.ImageDataset:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch, one_thread):
     """No interpreted kernels."""
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
 
 
 @pytest.fixture(scope="module")

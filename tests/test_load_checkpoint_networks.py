@@ -9,13 +9,13 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 import resnet_fast
-from resnet_fast.ops import batch_norm
+from resnet_fast.ops import backend
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """No interpreted kernels."""
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
 
 
 def thin_timm() -> nn.Module:

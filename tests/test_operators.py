@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fused_op import LAYOUTS, Case, make_operands, same_layout
 
 from resnet_fast.ops import BatchNormArgs
-from resnet_fast.ops.batch_norm import dense
+from resnet_fast.ops.layout import dense
 
 OPS = torch.ops.resnet_fast
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

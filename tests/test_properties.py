@@ -13,7 +13,7 @@ from budget import ROUNDINGS
 from fused_op import LAYOUTS, VIEWS, Case, Operands, assert_agrees, make_operands, ours, results
 from hypothesis import HealthCheck, given, settings
 
-from resnet_fast.ops.batch_norm import layout as layout_of
+from resnet_fast.ops.layout import layout as layout_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

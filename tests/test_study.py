@@ -16,7 +16,7 @@ from resnet_fast import resnet20
 from resnet_fast.cli import app
 from resnet_fast.cli import study as command
 from resnet_fast.data import ImageDataset, cifar10, load_digits
-from resnet_fast.ops import batch_norm
+from resnet_fast.ops import backend
 from resnet_fast.study import (
     EpochRow,
     GradientRow,
@@ -55,7 +55,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
     monkeypatch.setattr(command, "small_study", small)
     monkeypatch.setattr(SkipStudy, "load", lambda self: tiny_digits())
-    monkeypatch.setattr(batch_norm, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
 
 
 def run(*args: object) -> CliResult:

@@ -1,6 +1,6 @@
 """Batch norm + residual + ReLU as operators: the reference, two backends, and the choice between them."""
 
 from .arguments import BatchNormArgs
-from .batch_norm import Backend, choose_backend, why_not_triton
+from .backend import Backend, choose_backend, why_not_triton
 
 __all__ = ["Backend", "BatchNormArgs", "choose_backend", "why_not_triton"]

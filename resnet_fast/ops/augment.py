@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .batch_norm import augment_launch, choose_backend, device_guard
+from .backend import augment_launch, choose_backend, device_guard
 
 N_DRAWS = 6  # int32 per image of a plan: index, shift_y, shift_x, mirror, cut_y, cut_x
 

@@ -1,125 +1,18 @@
-"""The two operators on the Triton kernels, their schemas and fakes, and the one choice between Triton and ATen.
+"""The two operators on the Triton kernels: schemas, implementations and fakes.
 
 `torch.ops.resnet_fast.batch_norm_add_relu` and its `_backward` take flat arguments, because a schema knows no tuples,
 and return empty tensors for what there is not. `ghost_batch_size` is the number of images that share batch statistics,
 0 for all. Users call resnet_fast.functional, the only caller of these.
 """
 
-from contextlib import nullcontext
-from typing import Any, Literal, get_args
-
 import torch
 from torch import Tensor
 
 from . import choices
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type, join_of
+from .backend import choose_backend, device_guard, launch, single_read
 from .implementations import DTYPES, REVERSED, SINGLE_READ, TWO_PASSES, Operation, Problem
-
-Backend = Literal["triton", "aten"]
-INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
-
-augment_launch: Any
-conv3x3: Any
-launch: Any
-single_read: Any
-try:
-    import triton
-except ImportError as error:  # a machine without triton works, on ATen
-    augment_launch = conv3x3 = launch = single_read = None
-    _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
-    _INTERPRETED = False
-else:
-    # All that imports triton, for the other modules, too.
-    from . import augment_launch, conv3x3, launch, single_read  # noqa: F401
-
-    _TRITON_MISSING = None
-    _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
-
-
-def why_not_triton(device: torch.device) -> str | None:
-    """None where the Triton kernels run for tensors on `device`, else the reason why they do not."""
-    if _TRITON_MISSING is not None:
-        return _TRITON_MISSING
-    if device.type in ("cuda", "xpu"):  # ROCm calls its devices cuda, too
-        return None
-    if device.type == "cpu":
-        if _INTERPRETED:
-            return None
-        return f"CPU tensors need Triton's interpreter: set {INTERPRETER}=1 before resnet_fast is imported"
-    return f"Triton has no backend for {device.type} tensors"
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, which is for tests, and slow."""
-    return _INTERPRETED
-
-
-def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
-    """The backend for x: the requested one, or Triton wherever it runs and there is something to compute, else ATen.
-
-    torch.export gets ATen, whose operators have gradients and run where this library is not installed, and so do the
-    transforms of torch.func, which need operators that transform.
-
-    Raises:
-        ValueError: `requested` is no backend.
-        RuntimeError: `requested` is "triton" and cannot run x; a named choice never falls back in silence.
-    """
-    if requested is not None and requested not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {requested!r}")
-    if requested == "aten":
-        return "aten"
-    # What torch.compiler.is_exporting() returns, which torch 2.11's compiler takes for true in torch.compile, too.
-    if torch.compiler._is_exporting_flag:
-        reason = "torch.export keeps ATen operators alone"
-    elif torch._C._are_functorch_transforms_active():  # as torch.autograd.Function asks
-        reason = "torch.func transforms ATen operators alone"
-    else:
-        reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
-    if requested == "triton" and reason is not None:
-        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
-    return "triton" if reason is None else "aten"
-
-
-def device_guard(x: Tensor):
-    """Makes x's device the current one, where kernels are launched."""
-    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
-
-
-def layout(x: Tensor) -> torch.memory_format:
-    """The layout in which x: [N, C, ...] is, or would best be made, dense: NCHW, or for 4-D and 5-D channels_last."""
-    if x.dim() not in (4, 5):
-        return torch.contiguous_format  # as F.batch_norm, whatever the strides
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    if x.is_contiguous() or not _has_channels_last_strides(x):
-        return torch.contiguous_format
-    return channels_last
-
-
-def _has_channels_last_strides(x: Tensor) -> bool:
-    """torch's rule for tensors with gaps (c10/core/MemoryFormat.h): from C outwards no stride falls short of what lies
-    inside it, and where nothing tells the layouts apart, or C is expanded, it is NCHW.
-    """
-    inside = 0
-    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.stride(dim) < inside or (dim == 0 and inside == x.stride(1)):
-            return False
-        inside = x.stride(dim) * x.shape[dim]
-    return x.stride(1) != 0
-
-
-def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x without gaps, in its own layout or in that of `like`."""
-    return x.contiguous(memory_format=layout(x if like is None else like))
-
-
-def as_image(x: Tensor) -> Tensor:
-    """Dense x: [N, C, ...] as [N, C, H, W] in the same memory."""
-    if x.dim() == 2:
-        return x[:, :, None, None]
-    return x[..., None] if x.dim() == 3 else x.flatten(2, -2)
-
+from .layout import dense
 
 _NORM = "Tensor({a}!)? {p}running_mean, Tensor({b}!)? {p}running_var, Tensor? {p}weight, Tensor? {p}bias, \
 bool {p}training, float {p}momentum, float {p}eps"

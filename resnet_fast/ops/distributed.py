@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import reference
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
-from .batch_norm import choose_backend, dense, device_guard, launch
+from .backend import choose_backend, device_guard, launch
+from .layout import dense
 
 
 class Group(NamedTuple):

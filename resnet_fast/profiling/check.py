@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.ops.batch_norm import is_interpreted
+from resnet_fast.ops.backend import is_interpreted
 from resnet_fast.profiling.recording import ProfileError
 from resnet_fast.training.config import TrainConfig
 

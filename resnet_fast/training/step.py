@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
-from resnet_fast.ops.batch_norm import device_guard
+from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
 from resnet_fast.training.config import check_fields
 from resnet_fast.training.graph import CudaGraph

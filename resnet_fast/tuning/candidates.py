@@ -17,7 +17,8 @@ from resnet_fast.convolution import library_gradients
 from resnet_fast.kernels.conv_tiles import ConvTiles
 from resnet_fast.ops import BatchNormArgs
 from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved, saved_of
-from resnet_fast.ops.batch_norm import backward_op, backward_with_sums, conv3x3, forward_op, launch, single_read
+from resnet_fast.ops.backend import conv3x3, launch, single_read
+from resnet_fast.ops.batch_norm import backward_op, backward_with_sums, forward_op
 from resnet_fast.ops.implementations import CONV3X3, CUDNN, REVERSED, SINGLE_READ, TWO_PASSES, Choice, Problem, tiles_of
 from resnet_fast.tuning.inputs import (
     EPS,

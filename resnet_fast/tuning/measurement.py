@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from resnet_fast.ops.arguments import accumulation_type
-from resnet_fast.ops.batch_norm import INTERPRETER, device_guard, is_interpreted, why_not_triton
+from resnet_fast.ops.backend import INTERPRETER, device_guard, is_interpreted, why_not_triton
 from resnet_fast.ops.choice_format import Measured
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.timing import alternate, percentiles
