@@ -18,7 +18,7 @@ PACKAGE = ROOT / "resnet_fast"
 # the kernel that augments.
 LAYERS = (
     "common kernels ops convolution functional nn checkpoints models conversion data evaluation training study "
-    "inference profiling tuning parity doctor cli"
+    "inference profiling tuning doctor cli"
 ).split()
 DATA_MAY_IMPORT = {"common", "data", "ops"}
 MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"

@@ -39,16 +39,20 @@ def check_gradients(models: Mapping[str, nn.Module], images: Tensor, labels: Ten
     Raises:
         ProfileError: they differ by more than MAX_DIFFERENCE of their size.
     """
-    found = {name: _gradients(model, images[:N_IMAGES], labels[:N_IMAGES]) for name, model in models.items()}
-    expected = next(iter(found.values()))
-    size = _norm(expected)
-    for name, values in found.items():
-        difference = _norm([value - other for value, other in zip(values, expected, strict=True)]) / size
+    (_, expected), *others = models.items()
+    for name, model in others:
+        difference = gradient_difference(model, expected, images[:N_IMAGES], labels[:N_IMAGES])
         if not difference <= MAX_DIFFERENCE:  # not "difference > MAX_DIFFERENCE", which NaN passes
             raise ProfileError(
                 f"{name} is wrong and is not profiled: in fp64 its gradients and running statistics must differ by at "
                 f"most {MAX_DIFFERENCE:g} of their size, got {difference:.3g}"
             )
+
+
+def gradient_difference(model: nn.Module, expected: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the relative L2 difference of two models' gradients and running statistics after a step in fp64."""
+    ours, theirs = (_gradients(module, images, labels) for module in (model, expected))
+    return _norm([our - their for our, their in zip(ours, theirs, strict=True)]) / _norm(theirs)
 
 
 def exact_logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""`resnet-fast doctor`: what runs on this machine and why, a self-check, and advice where something is missing."""
+
+from .diagnosis import Finding, diagnose, exit_code, format_end, format_finding
+
+__all__ = ["Finding", "diagnose", "exit_code", "format_end", "format_finding"]

@@ -1,0 +1,292 @@
+"""What is there, what runs on this machine and why, and what to do where something is missing.
+
+    findings = diagnose("auto")
+    exit_code(findings)  # 0, or 1 if a needed package is missing or broken, or a result is wrong
+
+Nothing on the machine is changed, except that Triton keeps the kernels that it compiles.
+"""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import _torchvision
+from ..ops import choice_files
+from ..ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
+from ..training.config import choose_device, choose_precision
+from ..tuning import why_not
+from . import parity
+
+# As in pyproject.toml; the library works without the optional ones.
+NEEDED = {"torch": "2.11", "torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
+OPTIONAL = {"matplotlib": "3.8", "rich": "13", "scikit-learn": "1.4", "typer": "0.12", "triton": "3.6"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}  # where the import has another name
+OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernels.md)
+NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
+INSTALL_TORCH = "choose the build at https://pytorch.org/get-started/locally and run the command shown there"
+WIDTH, NAME_WIDTH = 80, 14
+DEFAULTS_RUN = "convolutions are cuDNN's, batch norms take two passes"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what is, whether that is all right, and what to do. Advice beside `ok` is no failure."""
+
+    name: str
+    value: str
+    ok: bool = True
+    advice: str = ""
+
+
+def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
+    """Look at everything, then check what is computed on `device`; takes about 10 seconds at most.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N", as for training.
+        show: gets each finding as soon as there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    findings = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of old drivers and GPUs; the findings say so themselves
+        for name, probe in _probes(choose_device(device)).items():
+            try:
+                for finding in probe:
+                    show(finding)
+                    findings.append(finding)
+            except Exception as error:  # one line that fails leaves the others; what cannot be checked is not right
+                findings.append(Finding(name, f"cannot be told: {parity.first_line(error)}", ok=name != "parity"))
+                show(findings[-1])
+    return findings
+
+
+def _probes(device: torch.device) -> dict[str, Iterable[Finding]]:
+    """The probes, which begin when they are iterated over."""
+    python = Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    packages = {name: find_package(name, at_least) for name, at_least in (NEEDED | OPTIONAL).items()}
+    return (
+        {"Python": [python]}
+        | packages
+        | {
+            "GPU": find_gpus(),
+            "compiler": find_compiler(device),
+            "backend": find_backend(device),
+            "precision": find_precision(device),
+            "tuning": find_tuning(device),
+            "parity": check_parity(device),
+        }
+    )
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """0 where everything that has to work works, else 1."""
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def torch_build() -> str:
+    """What the installed torch was built for."""
+    versions = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
+    return next((f"{name} {version} build" for name, version in versions.items() if version is not None), "CPU build")
+
+
+def find_package(name: str, at_least: str) -> Iterator[Finding]:
+    """A package: imported, for only that tells whether it is whole, and not too old."""
+    advice, module_name = f"pip install '{name}>={at_least}'", MODULES.get(name, name)
+    try:
+        module = importlib.import_module(module_name)
+        value = version = getattr(module, "__version__", None) or metadata.version(name)
+        if name == "torch":
+            value, advice = f"{version}, {torch_build()}", INSTALL_TORCH
+        if _numbers(version) < _numbers(at_least):
+            value += f"; {at_least} or later is needed"
+        else:
+            if name == "torchvision" and hasattr(_torchvision, "_schemas"):
+                value += "; its compiled operators do not fit this torch, none is used here"
+            return (yield Finding(name, value))
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
+        value = "not installed" if missing else f"cannot be imported ({parity.first_line(error)})"
+    finding = Finding(name, value, name not in NEEDED, advice)
+    if name == "triton":  # without it ATen computes the same
+        finding = replace(finding, advice=f"{advice}; until then nothing is fused")
+        if platform.system() != "Linux":
+            finding = Finding(name, f"{value}; it is for Linux, ATen runs here")
+    yield finding
+
+
+def find_gpus() -> Iterator[Finding]:
+    """NVIDIA's driver and the GPUs that torch sees, or why it sees none."""
+    if (driver := nvidia_driver()) is not None:
+        yield Finding("driver", f"NVIDIA {driver}")
+    if torch.cuda.is_available():
+        yield from map(find_gpu, range(torch.cuda.device_count()))
+    elif driver is None:
+        yield Finding("GPU", "none found")
+    elif torch_build() == "CPU build":
+        yield Finding("GPU", "not usable: this torch is a CPU build", advice=INSTALL_TORCH)
+    else:
+        advice = f"update the driver, or take a torch that fits it: {INSTALL_TORCH}"
+        if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            advice = f"CUDA_VISIBLE_DEVICES={visible!r} is set, which may hide it: unset it"
+        reason = "for a reason that it does not give"
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            reason = parity.first_line(error)
+        yield Finding("GPU", f"not usable by torch ({reason})", advice=advice)
+
+
+def find_gpu(index: int) -> Finding:
+    """One GPU that torch sees."""
+    gpu = torch.cuda.get_device_properties(index)
+    value, advice = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", ""
+    if torch.version.hip is not None:
+        return Finding(f"cuda:{index}", f"{value}, {gpu.gcnArchName}")
+    if not has_code_for((gpu.major, gpu.minor), torch.cuda.get_arch_list()):
+        advice = f"this torch holds no code for it: {INSTALL_TORCH}"
+    elif (gpu.major, gpu.minor) < OLDEST_GPU:
+        advice = "older than 7.5, for which the kernels are not tested; use --device cpu"
+    return Finding(f"cuda:{index}", f"{value}, compute capability {gpu.major}.{gpu.minor}", advice=advice)
+
+
+def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a CUDA build runs on a GPU: sm_XY runs on X.Y and later minors of X, compute_XY on everything later."""
+    targets = [(kind, divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for))]
+    return not targets or any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in targets
+    )
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, None where there is none."""
+    if NVIDIA_MODULE.exists() and (match := re.search(r"\s(\d+\.[\d.]+)\s", NVIDIA_MODULE.read_text())):
+        return match[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def find_compiler(device: torch.device) -> Iterator[Finding]:
+    """What torch.compile needs: on a CPU a C++ compiler; on a GPU Triton, whose launcher a C compiler builds."""
+    name, variable, uses, usual = "C compiler", "CC", "Triton (and with it torch.compile)", ["gcc", "clang"]
+    if device.type == "cpu":
+        name, variable, uses = "C++ compiler", "CXX", "torch.compile"
+        usual = [{"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")]
+    candidates = [os.environ[variable]] if variable in os.environ else usual
+    path = next(filter(None, map(shutil.which, candidates)), None)
+    header = Path(sysconfig.get_config_var("INCLUDEPY") or sysconfig.get_path("include")) / "Python.h"
+    value, advice = f"{path}, so {uses} can work", ""
+    if path is None:
+        value, advice = f"no {' or '.join(candidates)}, which {uses} needs", f"install one, or set {variable} to one"
+    elif not header.exists():
+        value, advice = f"{path}, but no Python.h, which {uses} needs", "install Python's headers"
+    elif device.type != "cpu" and why_not_triton(device) is not None:
+        value = f"{path}, but torch.compile needs triton, too"
+    yield Finding(name, value, advice=advice)
+
+
+def find_backend(device: torch.device) -> Iterator[Finding]:
+    """What computes the fused operation on `device`, as the operation itself chooses it."""
+    backend, reason = choose_backend(torch.empty(1, device=device)), why_not_triton(device)
+    value, advice = f"{backend} on {device}", ""
+    if backend == "aten":
+        value += f", which is eager PyTorch's own steps; {reason}"
+        value += " (for tests: it is slow)" if device.type == "cpu" and "interpreter" in str(reason) else ""
+    if is_interpreted():
+        advice = f"{INTERPRETER} is set: kernels are interpreted, which is for tests, and slow; unset it"
+    yield Finding("backend", value, advice=advice)
+
+
+def find_precision(device: torch.device) -> Iterator[Finding]:
+    """What `train` computes in, and why."""
+    precision, reason = choose_precision(device), "this processor computes in it"
+    if precision == "fp32":
+        reason = "this processor has no bf16 instructions, so bf16 would be emulated and slower"
+    yield Finding("precision", f"{precision} for train: {reason}")
+
+
+def find_tuning(device: torch.device) -> Iterator[Finding]:
+    """By which table implementations are chosen, and the tables that are there and do not count."""
+    if (reason := why_not(device)) is not None:
+        return (yield Finding("tuning", reason))
+    if choice_files.is_off():
+        return (yield Finding("tuning", f"off: {DEFAULTS_RUN}", advice=f"{choice_files.SWITCH}=0 is set: unset it"))
+    tables = choice_files.find_tables(choice_files.environment_of(device))
+    built_in, own_advice = tables.built_in and tables.built_in.name, "`resnet-fast tune` makes one of your own"
+    if tables.problem:
+        yield Finding("tuning", f"{tables.own} is not used: {tables.problem}", advice=choice_files.AGAIN)
+    if tables.built_in_problem:
+        yield Finding("tuning", f"{tables.built_in} is not used: {tables.built_in_problem}", advice=own_advice)
+    used = [
+        f"{choice_files.count_changed(entries)} of {len(entries)} entries differ from the default, from {source}"
+        for source, entries in ((tables.own, tables.entries), (f"the built-in {built_in}", tables.built_in_entries))
+        if entries
+    ]
+    if used:
+        yield Finding("tuning", f"tuned: {'; and '.join(used)}")
+    elif not tables.problem and not tables.built_in_problem:
+        yield Finding("tuning", f"not tuned: {DEFAULTS_RUN}", advice="run `resnet-fast tune`")
+    if tables.others:
+        names = ", ".join(path.name for path in tables.others)
+        value = f"tables of other versions, not used: {names} in {tables.others[0].parent}"
+        yield Finding("tuning", value, advice="delete those whose versions are no longer installed")
+
+
+def check_parity(device: torch.device) -> Iterator[Finding]:
+    """Compute, and compare with the formula in fp64: one line where all is well, else one for each wrong case."""
+    half = torch.bfloat16 if choose_precision(device) == "bf16" else torch.float16
+    begin = time.perf_counter()
+    checks = parity.self_check(device, half)
+    seconds = time.perf_counter() - begin
+    wrong, advice = [check for check in checks if check.share > 1], ""
+    if wrong:
+        advice = "do not train on this device; please report it with this output"
+        yield Finding("parity", f"{len(wrong)} of {len(checks)} checks failed, in {seconds:.1f} s", False, advice)
+        yield from (Finding("", f"{check.case}: {check.result}", ok=False) for check in wrong)
+        return
+    value = f"right: {len(checks)} of {parity.N_CHECKS} checks, in fp32, {parity.NAMES[half]} and fp64, took at most "
+    value += f"{max(check.share for check in checks):.0%} of their error budget; {seconds:.1f} s"
+    if len(checks) < parity.N_CHECKS:
+        advice = "run again for the rest: compiling took the time, and is not repeated"
+    yield Finding("parity", value, advice=advice)
+
+
+def format_finding(finding: Finding) -> list[str]:
+    """The lines of a finding: aligned, at most 80 columns, plain."""
+    mark, indent = "FAIL" if not finding.ok else "note" if finding.advice else "ok", " " * (6 + NAME_WIDTH)
+    value = _wrap(finding.value, f"{mark:<6}{finding.name:<{NAME_WIDTH}}", indent)
+    return value + (_wrap(finding.advice, f"{indent}-> ", f"{indent}   ") if finding.advice else [])
+
+
+def format_end(findings: Iterable[Finding]) -> str:
+    """The last line: the result in one sentence."""
+    findings = list(findings)
+    if failed := dict.fromkeys(finding.name for finding in findings if not finding.ok and finding.name):
+        return f"Something is wrong: {', '.join(failed)}."
+    return "What is needed works; see the notes." if any(f.advice for f in findings) else "All is well."
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """ "2.11.0a0+git" -> (2, 11), enough to compare."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])
