@@ -128,7 +128,7 @@ class FusedRun(ConvRun):
         weight, direction = self.data.weight, self.data.direction
         if direction in (FORWARD, WITH_STATISTICS):
             y, parts = conv3x3.forward(x, weight, self.tiles)
-            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS, known=parts))
+            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS, partial_statistics=parts))
         if direction == WEIGHT:
             return (conv3x3.weight_gradient(x, dy, self.tiles, weight.dtype),)
         dx, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, True, dx_alias)

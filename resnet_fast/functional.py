@@ -104,12 +104,12 @@ def run(
     backend: Backend | None = None,
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
-    known: PartialStatistics | None = None,
-    link: bool = False,
+    partial_statistics: PartialStatistics | None = None,
+    to_convolution: bool = False,
 ) -> Any:
     """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes.
 
-    For convolutions around it (convolution.py): `known` are the statistics of x, in parts; with `link` returns y, the
+    For convolutions around it (convolution.py): `partial_statistics` are those of x; with `to_convolution` returns y, a
     token whose gradient are the backward's sums, and what computes them.
     """
     residual = None if residual is None else residual.to(x.dtype)
@@ -126,13 +126,13 @@ def run(
         residual = as_image(dense(residual, like=x))
     norms = (norm, residual_norm or BatchNormArgs(None, None))
     dense_norms = _dense_vectors(*norms)
-    settings = (join, relu, fork, group, group_images, known, link)
+    settings = (join, relu, fork, group, group_images, partial_statistics, to_convolution)
     y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], *settings)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
-    if link:
+    if to_convolution:
         y, token, *of_pass = y
         of_residual = None if residual is None else residual.detach()
         of_norms = (dense_norms[0], of_residual, dense_norms[1] if join == "bn" else None)
@@ -286,10 +286,12 @@ class _BatchNormAddReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork, ctx.group, ctx.ghost_batch_size, known, ctx.link = arguments[2 * n :]
+        join, relu, fork, ctx.group, ctx.ghost_batch_size, partial_statistics, ctx.to_convolution = arguments[2 * n :]
         is_bn_join = join == "bn"
-        if known is not None:
-            outputs = forward_with_statistics(x, norm, residual, residual_norm if is_bn_join else None, relu, known)
+        if partial_statistics is not None:
+            outputs = forward_with_statistics(
+                x, norm, residual, residual_norm if is_bn_join else None, relu, partial_statistics
+            )
         elif ctx.group is None:
             outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ctx.ghost_batch_size))
             if not relu or join == "none":
@@ -315,7 +317,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.settings = (join, relu, norm.training, residual_norm.training)
         ctx.eps = (norm.eps, residual_norm.eps)
         ctx.set_materialize_grads(False)
-        if ctx.link:
+        if ctx.to_convolution:
             of_pass = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
             ctx.mark_non_differentiable(*(tensor for tensor in of_pass if tensor is not None))
             return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *of_pass
@@ -323,7 +325,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, second: Tensor | None = None, *_):  # type: ignore[override]
-        dy_alias, sums = (None, second) if ctx.link else (second, None)
+        dy_alias, sums = (None, second) if ctx.to_convolution else (second, None)
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:

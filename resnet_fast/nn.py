@@ -86,9 +86,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             y: [N, C, H, W], or (y, alias of y) with `fork`. Where the consumer's backward is to compute this batch
             norm's sums, y is an `Activation`, and its alias None: the consumer makes one.
         """
-        known = None
+        partial_statistics = None
         if isinstance(x, Convolved):
-            x, known = x
+            x, partial_statistics = x
         self._check_input_dim(x)
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
         processes = self.group()
@@ -106,12 +106,14 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             if counter is not None:
                 counter.add_(count_groups(x, ghost_batch_size))
         if group is not None or ghost_batch_size is not None or not all(module.training for module in modules):
-            known = consumer = None  # no statistics of all rows, and no sums of them
+            partial_statistics = consumer = None  # no statistics of all rows, and no sums of them
         choice = choose_data_gradient(consumer, x, join_of(residual, residual_norm), fork)
         if choice.tiles is None:
             of_group = {"group": group, "ghost_batch_size": ghost_batch_size}
-            return run(x, norm, residual, residual_args, relu, fork, known=known, **of_group)
-        y, token, saved = run(x, norm, residual, residual_args, relu, False, known=known, link=True)
+            return run(x, norm, residual, residual_args, relu, fork, partial_statistics=partial_statistics, **of_group)
+        y, token, saved = run(
+            x, norm, residual, residual_args, relu, False, partial_statistics=partial_statistics, to_convolution=True
+        )
         linked = Activation(y, token, saved, relu, fork, choice)
         return (linked, None) if fork else linked
 

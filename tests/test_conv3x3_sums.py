@@ -21,7 +21,7 @@ def fresh_norm(n_channels: int, device: torch.device) -> BatchNormArgs:
 
 def statistics(y: Tensor, known: PartialStatistics | None) -> dict[str, Tensor]:
     norm, var = fresh_norm(y.shape[1], y.device), y.new_empty(1, y.shape[1], dtype=torch.float64)
-    mean, rstd = launch.statistics(y, norm, var, known=known)
+    mean, rstd = launch.statistics(y, norm, var, partial_statistics=known)
     found = {"mean": mean[0], "rstd": rstd[0], "var": var[0].float()}
     return found | {"running_mean": norm.running_mean, "running_var": norm.running_var}
 

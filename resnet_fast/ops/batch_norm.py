@@ -131,11 +131,11 @@ def forward_with_statistics(
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
     relu: bool,
-    known: PartialStatistics,
+    partial_statistics: PartialStatistics,
 ) -> Outputs:
     """The forward operator where what has computed x has computed its statistics, too."""
     with device_guard(x):
-        return launch.forward(x, norm, residual, residual_norm, relu, known=known)
+        return launch.forward(x, norm, residual, residual_norm, relu, partial_statistics=partial_statistics)
 
 
 def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:

@@ -43,30 +43,30 @@ def parts_of(x: Tensor, rows_per_block: int, blocks_per_part: int) -> tuple[int,
     return n_rows, rows_per_part, -(-n_rows // rows_per_part)
 
 
-def forward(x: Tensor, weight: Tensor, cut: ConvTiles) -> tuple[Tensor, PartialStatistics]:
+def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, PartialStatistics]:
     """The convolution of x: [N, C_in, H, W] with weight: [C_out, C_in, 3, 3], and its result's statistics, in parts."""
     n_images, n_summed_channels, height, width = x.shape
     n_channels = weight.shape[0]
-    n_rows, rows_per_program, n_parts = parts_of(x, cut.block_m, cut.per_program)
+    n_rows, rows_per_program, n_parts = parts_of(x, tiling.block_m, tiling.per_program)
     shape = (n_images, n_channels, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     partials = torch.empty(2, n_parts, n_channels, dtype=torch.float32, device=x.device)
     launch.run(
         conv3x3.conv3x3_kernel,
-        (n_parts * triton.cdiv(n_channels, cut.block_n),),
-        cut.options,
-        x_desc=box(x, cut.block_m, cut.block_k),
-        weight_desc=taps(weight, [cut.block_n, cut.block_k]),
-        y_desc=rows(y, cut.block_m, cut.block_n),
+        (n_parts * triton.cdiv(n_channels, tiling.block_n),),
+        tiling.options,
+        x_desc=box(x, tiling.block_m, tiling.block_k),
+        weight_desc=taps(weight, [tiling.block_n, tiling.block_k]),
+        y_desc=rows(y, tiling.block_m, tiling.block_n),
         partial_mean_ptr=partials[0],
         partial_m2_ptr=partials[1],
         n_rows=n_rows,
         rows_per_program=rows_per_program,
-        CHANNELS_AS_ROWS=cut.channels_as_rows,
+        CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
         CHANNELS=n_channels,
         WIDTH=width,
-        **cut.blocks,
+        **tiling.blocks,
     )
     return y, PartialStatistics(partials, rows_per_program)
 
@@ -74,7 +74,7 @@ def forward(x: Tensor, weight: Tensor, cut: ConvTiles) -> tuple[Tensor, PartialS
 def data_gradient(
     dy: Tensor,
     weight: Tensor,
-    cut: ConvTiles,
+    tiling: ConvTiles,
     saved: Saved | None = None,
     relu: bool = False,
     dx_alias: Tensor | None = None,
@@ -87,7 +87,7 @@ def data_gradient(
     """
     n_images, n_summed_channels, height, width = dy.shape
     n_channels = weight.shape[1]
-    n_rows, rows_per_program, n_parts = parts_of(dy, cut.block_m, cut.per_program)
+    n_rows, rows_per_program, n_parts = parts_of(dy, tiling.block_m, tiling.per_program)
     shape = (n_images, n_channels, height, width)
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     # All that is saved but for the last two, the residual's weight and bias.
@@ -97,52 +97,52 @@ def data_gradient(
         partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
     launch.run(
         conv3x3.conv3x3_data_gradient_kernel,
-        (n_parts * triton.cdiv(n_channels, cut.block_n),),
-        cut.options,
-        dy_desc=box(dy, cut.block_m, cut.block_k),
-        conv_weight_desc=taps(weight, [cut.block_k, cut.block_n]),
+        (n_parts * triton.cdiv(n_channels, tiling.block_n),),
+        tiling.options,
+        dy_desc=box(dy, tiling.block_m, tiling.block_k),
+        conv_weight_desc=taps(weight, [tiling.block_k, tiling.block_n]),
         dx_alias_ptr=dx_alias,
         **of_norm,
-        dx_desc=rows(dx, cut.block_m, cut.block_n),
+        dx_desc=rows(dx, tiling.block_m, tiling.block_n),
         partial_dz_ptr=None if partials is None else partials[0],
         partial_dz_xhat_ptr=None if partials is None else partials[1],
         partial_dz_rhat_ptr=None if partials is None or len(partials) == 2 else partials[2],
         n_rows=n_rows,
         rows_per_program=rows_per_program,
         RELU=relu,
-        CHANNELS_AS_ROWS=cut.channels_as_rows,
+        CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
         CHANNELS=n_channels,
         WIDTH=width,
-        **cut.blocks,
+        **tiling.blocks,
     )
     return dx, None if partials is None else launch.combine_gradients(partials, 1, n_parts)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, cut: ConvTiles, dtype: torch.dtype) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor, tiling: ConvTiles, dtype: torch.dtype) -> Tensor:
     """The gradient of the weight, [C_out, C_in, 3, 3] in `dtype` and channels_last: summed in fp32, rounded once."""
     n_in_channels, width = x.shape[1], x.shape[3]
     n_out_channels = dy.shape[1]
-    n_rows, rows_per_part, n_parts = parts_of(x, cut.block_k, cut.per_program)
+    n_rows, rows_per_part, n_parts = parts_of(x, tiling.block_k, tiling.per_program)
     shape = (n_out_channels, n_in_channels, 3, 3)
     dweight = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     partials = dweight
     if n_parts > 1:
         partials = torch.empty(n_parts, *shape, dtype=torch.float32, device=x.device)
-    n_tiles = triton.cdiv(n_out_channels, cut.block_m) * triton.cdiv(n_in_channels, cut.block_n)
+    n_tiles = triton.cdiv(n_out_channels, tiling.block_m) * triton.cdiv(n_in_channels, tiling.block_n)
     launch.run(
         conv3x3.conv3x3_weight_gradient_kernel,
         (n_parts * n_tiles * 9,),
-        cut.options,
-        dy_desc=rows(dy, cut.block_k, cut.block_m),
-        x_desc=box(x, cut.block_k, cut.block_n),
+        tiling.options,
+        dy_desc=rows(dy, tiling.block_k, tiling.block_m),
+        x_desc=box(x, tiling.block_k, tiling.block_n),
         partial_ptr=partials,
         n_rows=n_rows,
         n_in_channels=n_in_channels,
         n_out_channels=n_out_channels,
         rows_per_part=rows_per_part,
         WIDTH=width,
-        **cut.blocks,
+        **tiling.blocks,
     )
     if n_parts > 1:
         launch.run(

@@ -89,40 +89,41 @@ def statistics(
     norm: BatchNormArgs,
     var: Tensor | None = None,
     ghost_batch_size: int = 0,
-    known: PartialStatistics | None = None,
+    partial_statistics: PartialStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd [n_groups, C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
 
-    `var`: [n_groups, C] in fp64, receives the batch's biased variance. `known`: the batch's, one group's, in parts.
+    `var`: [n_groups, C] in fp64, receives the batch's biased variance. `partial_statistics`: the batch's, of one
+    group.
     """
     shape = Shape.of(x, ghost_batch_size)
-    cut = tiles.choose_tiles(*shape)
+    tiling = tiles.choose_tiles(*shape)
     mean = torch.empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     rstd = torch.empty_like(mean)
     partial_mean = partial_m2 = None
-    rows_per_split, group_splits = cut.rows_per_split, cut.group_splits
-    if known is not None:
-        partial_mean, partial_m2 = known.partials.unbind()
-        rows_per_split, group_splits = known.rows_per_part, len(partial_mean)
+    rows_per_split, group_splits = tiling.rows_per_split, tiling.group_splits
+    if partial_statistics is not None:
+        partial_mean, partial_m2 = partial_statistics.partials.unbind()
+        rows_per_split, group_splits = partial_statistics.rows_per_part, len(partial_mean)
     elif norm.training:
-        partial_mean, partial_m2 = mean.new_empty(2, cut.n_splits, shape.n_channels).unbind()
+        partial_mean, partial_m2 = mean.new_empty(2, tiling.n_splits, shape.n_channels).unbind()
         run(
             batch_norm_forward.statistics_kernel,
-            (cut.n_splits * cut.n_channel_tiles,),
+            (tiling.n_splits * tiling.n_channel_tiles,),
             x_ptr=x,
             partial_mean_ptr=partial_mean,
             partial_m2_ptr=partial_m2,
             **shape.sizes,
-            rows_per_split=cut.rows_per_split,
+            rows_per_split=tiling.rows_per_split,
             CHANNELS_LAST=shape.channels_last,
             CHANNEL_GROUP=shape.channel_group,
-            BLOCK_M=cut.block_m,
-            BLOCK_C=cut.block_c,
+            BLOCK_M=tiling.block_m,
+            BLOCK_C=tiling.block_c,
         )
     run(
         batch_norm_forward.combine_statistics_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
-        x_ptr=x if known is None else None,  # for the pivot, which is theirs alone
+        x_ptr=x if partial_statistics is None else None,  # for the pivot, which is theirs alone
         partial_mean_ptr=partial_mean,
         partial_m2_ptr=partial_m2,
         running_mean_ptr=norm.running_mean,
@@ -152,14 +153,14 @@ def forward(
     relu: bool,
     ghost_batch_size: int = 0,
     reverse: bool = False,
-    known: PartialStatistics | None = None,
+    partial_statistics: PartialStatistics | None = None,
 ) -> Outputs:
     """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
 
     `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all. `reverse`: whether the second
-    pass walks from the last tile to the first. `known`: the statistics of x, in parts, where they need no pass.
+    pass walks from the last tile to the first. `partial_statistics`: of x, if they need no pass.
     """
-    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size, known=known)
+    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size, partial_statistics=partial_statistics)
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
         residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)
@@ -182,14 +183,14 @@ def normalize(
 ) -> Outputs:
     """`forward` behind the statistics."""
     shape = Shape.of(x, ghost_batch_size)
-    cut = tiles.choose_tiles(*shape)
+    tiling = tiles.choose_tiles(*shape)
     y = torch.empty_like(x)
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
     run(
         batch_norm_forward.normalize_kernel,
-        (cut.n_row_tiles * cut.n_channel_tiles,),
+        (tiling.n_row_tiles * tiling.n_channel_tiles,),
         x_ptr=x,
         mean_ptr=mean,
         rstd_ptr=rstd,
@@ -207,8 +208,8 @@ def normalize(
         REVERSED=reverse,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
     )
     return Outputs(y, relu_mask, mean, rstd, residual_mean, residual_rstd)
 
@@ -241,15 +242,15 @@ def gradient_sums(
     the gradients of weight, bias, residual weight and residual bias.
     """
     shape = Shape.of(saved.x, ghost_batch_size)
-    cut = tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS)
+    tiling = tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
-    partials = saved.mean.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels)
+    partials = saved.mean.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels)
     run(
         batch_norm_backward.reduce_kernel,
-        (cut.n_splits * cut.n_channel_tiles,),
+        (tiling.n_splits * tiling.n_channel_tiles,),
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
         relu_mask_ptr=saved.relu_mask,
@@ -266,15 +267,15 @@ def gradient_sums(
         partial_dz_xhat_ptr=partials[1],
         partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
         **shape.sizes,
-        rows_per_split=cut.rows_per_split,
+        rows_per_split=tiling.rows_per_split,
         RELU=relu,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
     )
     gradients = empty_gradients(saved)
-    sums = combine_gradients(partials, shape.n_groups, cut.group_splits, gradients)
+    sums = combine_gradients(partials, shape.n_groups, tiling.group_splits, gradients)
     return dz, sums, gradients
 
 
@@ -331,13 +332,13 @@ def input_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """dx and dresidual from the `sums` of every group."""
     shape = Shape.of(saved.x, ghost_batch_size)
-    cut = tiles.choose_tiles(*shape)
+    tiling = tiles.choose_tiles(*shape)
     is_bn_join = join == "bn"
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if is_bn_join else None
     run(
         batch_norm_backward.input_gradients_kernel,
-        (cut.n_row_tiles * cut.n_channel_tiles,),
+        (tiling.n_row_tiles * tiling.n_channel_tiles,),
         dz_ptr=dy if dz is None else dz,
         x_ptr=saved.x,
         mean_ptr=saved.mean,
@@ -360,7 +361,7 @@ def input_gradients(
         REVERSED=reverse,
         CHANNELS_LAST=shape.channels_last,
         CHANNEL_GROUP=shape.channel_group,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
     )
     return dx, dz if join == "add" else dresidual

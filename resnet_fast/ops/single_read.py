@@ -107,8 +107,8 @@ def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0)
     shape = Shape.of(x, ghost_batch_size)
     if x.dtype not in DTYPES or not shape.channels_last or shape.n_groups > 1:
         return False
-    cut = choose_tiles(shape, operation, join, x.device)
-    return cut is not None and words_of(x.device).reserve(cut.n_channel_tiles)
+    tiling = choose_tiles(shape, operation, join, x.device)
+    return tiling is not None and words_of(x.device).reserve(tiling.n_channel_tiles)
 
 
 def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleReadTiles, Tensor]:
@@ -118,20 +118,20 @@ def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.Sing
         RuntimeError: its programs would not all run at once, or there are no words: see `fits`.
     """
     shape = Shape.of(x)
-    cut = choose_tiles(shape, operation, join, x.device)
+    tiling = choose_tiles(shape, operation, join, x.device)
     n_programs = multiprocessors(x.device)
-    if cut is None or cut.n_splits * cut.n_channel_tiles > n_programs:
+    if tiling is None or tiling.n_splits * tiling.n_channel_tiles > n_programs:
         raise RuntimeError(
             "all programs of a single-read batch norm must run at once, one on each multiprocessor: "
             f"{n_programs} cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
         )
     words = words_of(x.device)
-    if not words.reserve(cut.n_channel_tiles):
+    if not words.reserve(tiling.n_channel_tiles):
         raise RuntimeError(
-            f"a single-read batch norm needs {cut.n_channel_tiles} words for its barrier, and there are none left for "
-            "CUDA graphs, or the first single-read batch norm of the process is recorded into one"
+            f"a single-read batch norm needs {tiling.n_channel_tiles} words for its barrier, and there are none left "
+            "for CUDA graphs, or the first single-read batch norm of the process is recorded into one"
         )
-    return cut, words.take(cut.n_channel_tiles)
+    return tiling, words.take(tiling.n_channel_tiles)
 
 
 def forward(
@@ -143,10 +143,10 @@ def forward(
 ) -> Outputs:
     """relu(bn(x) + residual) with batch statistics."""
     shape = Shape.of(x)
-    cut, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
+    tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
     n_norms = 2 if is_bn_join else 1
-    partials = x.new_empty(2 * n_norms, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    partials = x.new_empty(2 * n_norms, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
     vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
     y = torch.empty_like(x)
     relu_mask = None
@@ -154,7 +154,7 @@ def forward(
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
     launch.run(
         batch_norm_single_read.single_read_forward_kernel,
-        (cut.n_splits * cut.n_channel_tiles,),
+        (tiling.n_splits * tiling.n_channel_tiles,),
         tiles.SINGLE_READ_OPTIONS,
         x_ptr=x,
         weight_ptr=norm.weight,
@@ -178,16 +178,16 @@ def forward(
         residual_mean_ptr=vectors[2] if is_bn_join else None,
         residual_rstd_ptr=vectors[3] if is_bn_join else None,
         n_rows=shape.n_rows,
-        n_splits=cut.n_splits,
+        n_splits=tiling.n_splits,
         momentum=norm.momentum,
         eps=norm.eps,
         residual_momentum=residual_norm.momentum if residual_norm else 0.0,
         residual_eps=residual_norm.eps if residual_norm else 0.0,
         RELU=relu,
         N_CHANNELS=shape.n_channels,
-        N_TILES=cut.n_tiles,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        N_TILES=tiling.n_tiles,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
     )
     residual_mean, residual_rstd = vectors[2:] if is_bn_join else (None, None)
     return Outputs(y, relu_mask, vectors[0], vectors[1], residual_mean, residual_rstd)
@@ -203,9 +203,9 @@ def backward(
     """Gradients of relu(bn(x) + residual) with batch statistics, of x and, in the bn join, of the residual."""
     x = saved.x
     shape = Shape.of(x)
-    cut, words = plan_launch(x, "batch norm backward", join)
+    tiling, words = plan_launch(x, "batch norm backward", join)
     is_bn_join = join == "bn"
-    partials = x.new_empty(3 if is_bn_join else 2, cut.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
     dz = torch.empty_like(x) if writes_dz else None
     dx = torch.empty_like(x)
@@ -213,7 +213,7 @@ def backward(
     gradients = launch.empty_gradients(saved)
     launch.run(
         batch_norm_single_read.single_read_backward_kernel,
-        (cut.n_splits * cut.n_channel_tiles,),
+        (tiling.n_splits * tiling.n_channel_tiles,),
         tiles.SINGLE_READ_OPTIONS,
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
@@ -239,12 +239,12 @@ def backward(
         dresidual_weight_ptr=gradients[2],
         dresidual_bias_ptr=gradients[3],
         n_rows=shape.n_rows,
-        n_splits=cut.n_splits,
+        n_splits=tiling.n_splits,
         RELU=relu,
         N_CHANNELS=shape.n_channels,
-        N_TILES=cut.n_tiles,
-        BLOCK_M=cut.block_m,
-        BLOCK_C=cut.block_c,
+        N_TILES=tiling.n_tiles,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
     )
     dweight, dbias, dresidual_weight, dresidual_bias = gradients
     return Gradients(dx, dweight, dbias, dz if join == "add" else dresidual, dresidual_weight, dresidual_bias)
