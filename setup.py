@@ -13,7 +13,7 @@ SAFETENSORS = ["safetensors>=0.5"]
 
 setup(
     name="resnet-fast",
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "resnet_fast/__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "resnet_fast/_version.py").read_text())[1],
     description="ResNets built to train faster: batch norm + residual add + ReLU as fused Triton kernels",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",

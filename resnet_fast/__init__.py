@@ -4,6 +4,7 @@
 """
 
 from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from ._version import __version__
 from .checkpoints import CheckpointMismatch, load_checkpoint
 from .conversion import convert, fold_batch_norm, restore
 from .functional import batch_norm_add_relu
@@ -27,8 +28,6 @@ from .models import (
     resnet152,
 )
 from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointMismatch",

@@ -75,7 +75,7 @@ def imported_layers(path: Path) -> set[str]:
             names = [alias.name.split(".") for alias in node.names]
         else:
             continue
-        inside = [name for name in names if name[0] == "resnet_fast" and len(name) > 1 and name[1] != "__version__"]
+        inside = [name for name in names if name[0] == "resnet_fast" and len(name) > 1]
         # The package's own names, as in `from resnet_fast import resnet18`, are those of its models and below.
         found |= {name[1] if _is_module(name[1]) else "models" for name in inside}
     return found & set(LAYERS)

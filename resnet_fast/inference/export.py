@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import __version__
+from resnet_fast._version import __version__
 from resnet_fast.checks import check_path, check_type
 from resnet_fast.files import whole_file
 from resnet_fast.inference.trained import Trained

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from resnet_fast._version import __version__
 from resnet_fast.files import only_writer, whole_file
 from resnet_fast.machine import device_name, slug, triton_version
 
@@ -78,8 +79,6 @@ def read_table(device: torch.device) -> Mapping[Problem, Choice]:
 
 def environment_of(device: torch.device) -> Environment:
     """With what a table for this GPU is measured now."""
-    from resnet_fast import __version__  # there only once all of the package is
-
     return Environment(
         gpu=device_name(device),
         torch=torch.__version__,

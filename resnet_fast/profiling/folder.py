@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_fast import __version__
+from resnet_fast._version import __version__
 from resnet_fast.files import whole_file
 from resnet_fast.machine import device_name, triton_version
 from resnet_fast.profiling.picture import draw_bars

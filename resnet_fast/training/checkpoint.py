@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast import __version__
+from resnet_fast._version import __version__
 from resnet_fast.archive import ArchiveError, load_values, read_regular
 from resnet_fast.checks import one_line, shown
 from resnet_fast.files import unfinished_name, whole_file

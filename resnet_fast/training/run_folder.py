@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast import __version__
+from resnet_fast._version import __version__
 from resnet_fast.data import Augmentation, ImageDataset
 from resnet_fast.evaluation import Predictions, write_pictures
 from resnet_fast.files import PATIENCE, delete_unfinished, only_writer, whole_file
