@@ -128,7 +128,7 @@ def find_package(name: str, at_least: str, needed: bool) -> list[Finding]:
         return [Finding(name, value, ok=not needed, advice=advice)]
     if _numbers(version) < _numbers(at_least):
         return [Finding(name, f"{version}; {at_least} or later is needed", ok=not needed, advice=advice)]
-    if name == "torchvision" and hasattr(_torchvision, "_schemas"):
+    if name == "torchvision" and _torchvision.schemas is not None:
         version += "; its compiled operators do not fit this torch, none is used here"
     return [Finding(name, version)]
 

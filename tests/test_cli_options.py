@@ -24,7 +24,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", stop)
     return seen
 
 

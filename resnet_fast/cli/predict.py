@@ -1,17 +1,21 @@
 """`resnet-fast predict`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, complain, stop
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
-from resnet_fast.inference import CheckpointError, ImageError, Trained, classify, load_trained, read_image
 from resnet_fast.terminal import clean
 from resnet_fast.training.config import choose_device
+from resnet_fast.training.paths import find_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet_fast.inference import Trained
 
 BAR = 30  # columns
 
@@ -32,7 +36,17 @@ def predict(
     aspect ratio is not kept. The network runs on it in fp32, without augmentation.
     """
     try:
-        trained = load_trained(run, choose_device(device))
+        find_checkpoint(run)
+        chosen = choose_device(device)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+
+    import torch
+
+    from resnet_fast.inference import CheckpointError, ImageError, classify, load_trained, read_image
+
+    try:
+        trained = load_trained(run, chosen)
     except ValueError as error:
         stop(2, f"error: {error}")
     except (CheckpointError, OSError) as error:
@@ -59,7 +73,7 @@ def predict(
         stop(1, f"{n_failed} of {len(images)} images could not be read")
 
 
-def format_prediction(path: Path, probabilities: torch.Tensor, trained: Trained, top: int) -> list[str]:
+def format_prediction(path: Path, probabilities: "torch.Tensor", trained: "Trained", top: int) -> list[str]:
     """Return the file's name and a line per class: name, probability, bar."""
     values, indices = probabilities.topk(min(top, len(trained.classes)))
     names = [clean(trained.classes[index]) for index in indices.tolist()]

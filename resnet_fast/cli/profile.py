@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
+from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
 from resnet_fast.models.registry import STEMS
-from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
-from resnet_fast.profiling.report import Report
-from resnet_fast.training import TrainConfig
-from resnet_fast.training.config import PRECISIONS
-from resnet_fast.training.run_folder import check_is_free
+from resnet_fast.profiling import profile_config
+from resnet_fast.training.config import PRECISIONS, TrainConfig
+from resnet_fast.training.paths import check_is_free
 
 
 @app.command()
@@ -39,10 +37,17 @@ def profile(
 ) -> None:
     """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
     try:
+        if out is not None:
+            check_is_free(check_path("out", out))
         config = profile_config(model, stem, batch_size, precision, device, image_size, out)
-        check_is_free(config.out)
     except (ValueError, OSError) as error:
         stop(2, f"error: {error}")
+
+    import torch
+
+    from resnet_fast.profiling import ProfileError, profile_steps, write_files
+    from resnet_fast.profiling.report import Report
+
     report = Report(config, steps)
     report.start()
     try:

@@ -8,11 +8,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from resnet_fast.cli.app import choices
-from resnet_fast.data import DATASETS
+from resnet_fast.data.options import DATASETS
 from resnet_fast.models.registry import MODELS, STEMS
-from resnet_fast.training import RECIPES, TrainConfig
-from resnet_fast.training.config import CHOICES
-from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
+from resnet_fast.training.config import CHOICES, TrainConfig
+from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS, RECIPES
 
 MODEL_HELP = f"The network: {', '.join(MODELS)}."
 STEM_HELP = (

@@ -1,22 +1,22 @@
 """What a training run is: every setting, its default, and the one place where settings are checked."""
 
-import itertools
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
-from resnet_fast.data import DATASETS
-from resnet_fast.data.augment import FLIPS, PADDINGS
-from resnet_fast.data.images import MAX_IMAGE_SIZE
+from resnet_fast.data.options import DATASETS, FLIPS, MAX_IMAGE_SIZE, PADDINGS
 from resnet_fast.models.registry import MODELS, check_name, check_stem
-from resnet_fast.training.processes import world_size
+from resnet_fast.training.paths import free_folder
 from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
 from resnet_fast.training.schedule import SCHEDULES
+from resnet_fast.training.torchrun import world_size
+
+if TYPE_CHECKING:
+    import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKENDS = ("fused", "eager", "compile")
@@ -71,6 +71,8 @@ SWITCHES = (
     "tensorboard",
     "skip_unreadable",
 )
+# Where a run goes on, not what it computes: these may be others than before.
+MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,9 @@ class TrainConfig(Recipe):
             recipe = replace(recipe, flip="none")
         for name in RECIPE_FIELDS:
             self._fill_in(name, getattr(recipe, name))
-        device = choose_device(self.device)
         self._fill_in("recipe", recipe_name)
-        self._fill_in("graph", device.type == "cuda" and world_size() == 1)
         self._fill_in("workers", min(4, os.cpu_count() or 1))
         self._fill_in("out", free_folder(f"{self.dataset}-{self.model}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        self._set("device", str(device))
         for name in ("data_dir", "out") if self.weights is None else ("data_dir", "out", "weights"):
             self._set(name, check_path(name, getattr(self, name)))
         # Plain values: a checkpoint with strings or numbers of numpy could not be read again.
@@ -158,8 +157,14 @@ class TrainConfig(Recipe):
         for name, value in {**strings, **check_fields(self)}.items():
             self._set(name, value)
         self._check_combinations()
+        self._set("device", find_device(self.device))  # may import torch, so all else is checked before
+        self._fill_in("graph", self.device != "cpu" and world_size() == 1)
+        if self.graph and self.device == "cpu":
+            raise ValueError("graph needs a CUDA device, got cpu")
+        if self.sync_bn and self.backend != "fused" and self.device == "cpu":
+            raise ValueError(f"sync_bn with backend {self.backend} needs GPUs: torch's SyncBatchNorm has no CPU kernel")
         if self.precision == "auto":
-            self._set("precision", choose_precision(device))
+            self._set("precision", choose_precision(self.device))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
@@ -179,8 +184,6 @@ class TrainConfig(Recipe):
             raise ValueError(f"ghost_batch_size needs backend fused, got {self.backend}")
         if self.ghost_batch_size and self.sync_bn:
             raise ValueError("ghost_batch_size and sync_bn exclude each other: groups of images, or all processes'")
-        if self.sync_bn and self.backend != "fused" and torch.device(self.device).type == "cpu":
-            raise ValueError(f"sync_bn with backend {self.backend} needs GPUs: torch's SyncBatchNorm has no CPU kernel")
         check_stem(self.model, self.stem)
         model = MODELS[self.model]
         if self.whiten and (self.stem != "cifar" or model.stem_width < N_WHITENING):
@@ -194,8 +197,6 @@ class TrainConfig(Recipe):
         for name in ("zero_gamma", "dirac", "whiten"):
             if self.weights is not None and getattr(self, name):
                 raise ValueError(f"{name} must be False with weights, got True: it would overwrite some of them")
-        if self.graph and torch.device(self.device).type != "cuda":
-            raise ValueError(f"graph needs a CUDA device, got {self.device}")
         if self.graph and world_size() > 1:
             raise ValueError(f"graph needs a single process, got {world_size()}")
         if self.images != "auto" and self.dataset != "folder":
@@ -217,7 +218,7 @@ def check_fields(settings: Recipe) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name in (field.name for field in fields(settings)):
         value = getattr(settings, name)
-        if name == "crop" and value is None:
+        if name in ("crop", "graph") and value is None:  # the data set and the device say
             continue
         if name in CHOICES:
             check_choice(name, value, CHOICES[name])
@@ -233,31 +234,40 @@ def check_fields(settings: Recipe) -> dict[str, Any]:
     return plain
 
 
-def choose_device(name: str | torch.device) -> torch.device:
+def choose_device(name: "str | torch.device") -> "torch.device":
     """Return the device called `name`; "auto" is the first GPU where there is one.
 
     Raises:
         ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
     """
-    if isinstance(name, str) and name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name) if isinstance(name, str | torch.device) else None
-    except (RuntimeError, ValueError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
+    found = find_device(name)
+    import torch
+
+    return torch.device(found)
+
+
+def find_device(name: object) -> str:
+    """Return the name of the device that `choose_device` returns; torch is imported where only it can tell."""
+    text = name if isinstance(name, str) else str(name) if type(name).__module__ == "torch" else ""
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", text):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(
-                f"device '{name}' asks for a GPU that is not there: torch {torch.__version__} sees {count}"
-            )
-    return device
+    if text == "cpu":
+        return text
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if text == "auto":
+        return "cuda" if has_gpu else "cpu"
+    count = torch.cuda.device_count() if has_gpu else 0
+    if int(text.partition(":")[2] or 0) >= count:
+        raise ValueError(f"device '{text}' asks for a GPU that is not there: torch {torch.__version__} sees {count}")
+    return text
 
 
-def check_device(device: Any) -> torch.device:
+def check_device(device: Any) -> "torch.device":
     """Return torch's device of that name; raise ValueError if there is none."""
+    import torch
+
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
@@ -265,8 +275,10 @@ def check_device(device: Any) -> torch.device:
     return choose_device(found) if found.type == "cuda" else found
 
 
-def choose_precision(device: torch.device | str) -> str:
+def choose_precision(device: "torch.device | str") -> str:
     """Return "bf16" where the processor has instructions for it, "fp32" where bf16 would be emulated and slower."""
+    import torch
+
     device = check_device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -274,9 +286,3 @@ def choose_precision(device: torch.device | str) -> str:
     # Private, but in each torch from 2.4 on; get_capabilities(), its public successor, came after 2.11.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "fp32"
-
-
-def free_folder(name: str) -> Path:
-    """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
-    candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
-    return next(folder for folder in candidates if not folder.exists())

@@ -20,8 +20,9 @@ from resnet_fast.ops.batch_norm import INTERPRETER, device_guard, is_interpreted
 from resnet_fast.ops.choice_format import Measured
 from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
 from resnet_fast.timing import alternate, percentiles
+from resnet_fast.tuning.options import ROUNDS
 
-ROUNDS, WARM_UP = 30, 10
+WARM_UP = 10
 # The share of the default's time that another choice must save. Chosen, not measured: two tunings of one machine
 # should agree, and what is lost of a step by leaving two hundredths of one operation is less than a step varies.
 MIN_GAIN = 0.02
