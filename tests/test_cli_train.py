@@ -347,7 +347,7 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp
     assert (tmp_path / "run" / "config.json").read_bytes() == config
 
 
-BESIDE = "--device, --data-dir, --workers, --images, --graph, --time-budget, --tensorboard"
+BESIDE = "--graph, --data-dir, --images, --device, --workers, --time-budget, --tensorboard"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ REFUSED = (
     "train --resume nowhere",
     "train --resume taken",
     "train --resume nowhere --epochs 3",
+    "train --resume run --device gpu",
+    "train --resume run --workers -1",
     "eval nowhere",
     "eval taken",
     "eval run --split all",

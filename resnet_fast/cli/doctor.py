@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.training.config import TrainConfig, find_device
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    device: Annotated[str, option("device")] = TrainConfig.device,
 ) -> None:
     """Say what runs here and why, check that it computes right, and say what to do where something is missing."""
 

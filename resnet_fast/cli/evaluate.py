@@ -8,9 +8,10 @@ from rich.cells import cell_len
 
 from resnet_fast.checks import check_choice, check_path, difference
 from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.terminal import clean
-from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
+from resnet_fast.training.config import SETTINGS, choose_device, choose_precision
 from resnet_fast.training.paths import find_checkpoint
 
 if TYPE_CHECKING:
@@ -31,15 +32,12 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(help="Where the data are. [default: as in training]", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Images at a time. [default: as the training evaluated]", show_default=False),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar=choices(PRECISIONS), help="[default: as in training]", show_default=False),
-    ] = None,
+    precision: Annotated[str | None, option("precision", "[default: as in training]")] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +60,7 @@ def evaluate(
         if split is not None:
             check_choice("split", split, SPLITS)
         if precision is not None:
-            check_choice("precision", precision, PRECISIONS)
+            SETTINGS["precision"].check(precision)
         if data_dir is not None:
             data_dir = check_path("data_dir", data_dir)
         find_checkpoint(run)

@@ -7,6 +7,7 @@ import typer
 from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, complain, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
 from resnet_fast.terminal import clean
 from resnet_fast.training.config import choose_device
@@ -28,7 +29,7 @@ def predict(
         typer.Argument(metavar="IMAGE", help="Files in any format that Pillow reads.", show_default=False),
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes shown, the most probable first.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
 ) -> None:
     """Name what is on image files: the most probable classes.
 

@@ -8,6 +8,7 @@ import typer
 
 from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.study import full_study, small_study
 from resnet_fast.training.paths import check_is_free
 
@@ -32,7 +33,7 @@ def skip(
     seeds: Annotated[int, typer.Option(help="Runs of each network, with --seed, --seed + 1, ...")] = 3,
     epochs: Annotated[int | None, typer.Option(help="[default: 10; --full: 164]", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
     data_dir: Annotated[Path, typer.Option(help="Where CIFAR-10 is or goes to.")] = Path("data"),
     out: Annotated[
         Path | None,

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem, get_model
-from resnet_fast.training.config import TrainConfig
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import option
+from resnet_fast.models.registry import MODELS, check_name, check_stem, get_model
+from resnet_fast.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from resnet_fast.models.summary import Summary
@@ -17,8 +17,8 @@ N_CLASSES = 10
 
 @app.command()
 def summary(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = TrainConfig.model,
-    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=SETTINGS["model"].help)] = TrainConfig.model,
+    stem: Annotated[str | None, option("stem")] = None,
     image_size: Annotated[
         int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")
     ] = TrainConfig.image_size,

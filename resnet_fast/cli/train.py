@@ -9,7 +9,7 @@ import typer
 from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, stop, stop_all
 from resnet_fast.cli.settings import parse_seconds, with_settings
-from resnet_fast.training.config import MOVABLE, TrainConfig
+from resnet_fast.training.config import MOVABLE, SETTINGS, TrainConfig
 from resnet_fast.training.paths import check_is_free, find_resumable
 from resnet_fast.training.repeat import check_seeds
 from resnet_fast.training.torchrun import format_train_on, world_size
@@ -18,8 +18,8 @@ from resnet_fast.training.torchrun import format_train_on, world_size
 BESIDE_RESUME = tuple(name for name in MOVABLE if name != "out")
 
 
-def _option_names(parameters: Iterable[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in parameters)
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(SETTINGS[name].flag if name in SETTINGS else f"--{name}" for name in names)
 
 
 @app.command()
@@ -31,7 +31,7 @@ def train(
         typer.Option(
             metavar="RUN_FOLDER",
             help="Go on with a run that was stopped, after its last finished epoch, or with a checkpoint named in its "
-            f"folder. Its settings stay; beside this only {_option_names(BESIDE_RESUME)} may be given.",
+            f"folder. Its settings stay; beside this only {_flags(BESIDE_RESUME)} may be given.",
             show_default=False,
         ),
     ] = None,
@@ -79,10 +79,12 @@ def _refuse(given: dict[str, Any], repeat: int, path: Path) -> None:
         train_on = f"; {format_train_on(path)}" if "epochs" in refused else ""
         stop_all(
             2,
-            f"error: --resume keeps the settings of the run; beside it only {_option_names(BESIDE_RESUME)} may be "
-            f"given, got {_option_names(refused)}{train_on}",
+            f"error: --resume keeps the settings of the run; beside it only {_flags(BESIDE_RESUME)} may be "
+            f"given, got {_flags(refused)}{train_on}",
         )
     try:
+        for name, value in given.items():
+            SETTINGS[name].check(value)
         find_resumable(path)
     except ValueError as error:
         stop_all(2, f"error: {error}")

@@ -9,8 +9,8 @@ import typer
 
 from resnet_fast.checks import check_choice, check_integer
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem
+from resnet_fast.cli.settings import option
+from resnet_fast.models.registry import MODELS, check_name, check_stem
 from resnet_fast.training.config import TrainConfig, choose_device
 from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Option(metavar="NAME", help=MODEL_HELP)] = TrainConfig.model,
-    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    model: Annotated[str, option("model")] = TrainConfig.model,
+    stem: Annotated[str | None, option("stem")] = None,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from resnet_fast.checks import check_integer
 from resnet_fast.files import whole_file
-from resnet_fast.training.config import INTEGERS, TrainConfig
+from resnet_fast.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from resnet_fast.training.metrics import Result
@@ -40,7 +39,7 @@ def repeated(config: TrainConfig, n_runs: int) -> Iterator[TrainConfig]:
 
 def check_seeds(seed: int, n_runs: int) -> None:
     """Raise ValueError if a seed of so many runs would be too large."""
-    check_integer("seed + repeat - 1", seed + n_runs - 1, *INTEGERS["seed"])
+    SETTINGS["seed"].rule.check("seed + repeat - 1", seed + n_runs - 1)
 
 
 def write_summary(out: Path, results: "Sequence[Result]") -> None:
