@@ -67,6 +67,8 @@ def evaluate(
         chosen = choose_device(device)
     except ValueError as error:
         stop(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
 
     import torch
 

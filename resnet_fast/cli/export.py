@@ -46,6 +46,8 @@ def export(
             data_dir = check_path("data_dir", data_dir)
     except ValueError as error:
         stop(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
 
     from resnet_fast.data import DataError
     from resnet_fast.data.dataset import check_no_file

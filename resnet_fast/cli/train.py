@@ -88,3 +88,5 @@ def _refuse(given: dict[str, Any], repeat: int, path: Path) -> None:
         find_resumable(path)
     except ValueError as error:
         stop_all(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop_all(1, f"error: {error}")
