@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.results import RESULTS, device_slug, machine_columns, read_rows, replace_rows
 from benchmarks.style import color_of, new_figure, save, tidy
-from resnet_fast.files import whole_file
+from resnet_fast.common.files import whole_file
 from resnet_fast.training import Result, TrainConfig, train
 from resnet_fast.training.config import choose_device
 from resnet_fast.training.repeat import Spread

@@ -22,7 +22,7 @@ from resnet_fast import FusedBatchNorm2d
 from resnet_fast.evaluation import autocast
 from resnet_fast.models.resnet import BasicBlock
 from resnet_fast.profiling.check import rounding_of
-from resnet_fast.timing import rotation
+from resnet_fast.tuning.timing import rotation
 
 # isort: split
 from torchvision.models import resnet as torchvision_resnet

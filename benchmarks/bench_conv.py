@@ -29,7 +29,7 @@ from benchmarks.work import STAGES, Work
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
 from resnet_fast.ops.arguments import BatchNormArgs, Join, Saved
 from resnet_fast.profiling.check import rounding_of
-from resnet_fast.timing import rotation
+from resnet_fast.tuning.timing import rotation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512, 1024)}

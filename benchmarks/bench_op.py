@@ -27,7 +27,7 @@ from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.ops import choices
 from resnet_fast.ops.choices import Choice
 from resnet_fast.profiling.check import rounding_of
-from resnet_fast.timing import rotation
+from resnet_fast.tuning.timing import rotation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}

@@ -13,7 +13,7 @@ from benchmarks.correctness import refuse_interpreter
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.replay import CLOCK
 from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, replace_rows
-from resnet_fast.machine import device_name
+from resnet_fast.common.machine import device_name
 from resnet_fast.training.config import choose_device
 
 QUICK_RESULTS = ROOT / ".benchmarks/results"  # ignored by git

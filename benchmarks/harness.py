@@ -20,7 +20,7 @@ from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
 from benchmarks.limits import Limits
 from benchmarks.work import Work
 from resnet_fast.ops import choices
-from resnet_fast.timing import alternate, percentiles
+from resnet_fast.tuning.timing import alternate, percentiles
 
 SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
 KEY = ("provider", *SETTING)

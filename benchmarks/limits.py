@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.work import Work
-from resnet_fast.timing import alternate, percentiles
+from resnet_fast.tuning.timing import alternate, percentiles
 
 # Far beyond the caches, and no more than a small machine has.
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}

@@ -16,7 +16,7 @@ from benchmarks.measured import Folder, read_folders
 from benchmarks.pictures import SOURCES, digest, pictures
 from benchmarks.results import RESULTS, ROOT
 from benchmarks.tables import readme_tables, report
-from resnet_fast.files import whole_file
+from resnet_fast.common.files import whole_file
 
 MARKER = re.compile(r"^<!-- (/?)benchmarks(?:: (\S+))? -->$", re.MULTILINE)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from resnet_fast import __version__
-from resnet_fast.files import whole_file
-from resnet_fast.machine import device_name, slug, triton_version
+from resnet_fast.common.files import whole_file
+from resnet_fast.common.machine import device_name, slug, triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"

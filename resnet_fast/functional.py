@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import check_type
+from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
 from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
 from .ops.batch_norm import (

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks import results
-from resnet_fast.machine import slug
+from resnet_fast.common.machine import slug
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path):

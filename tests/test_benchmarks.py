@@ -38,7 +38,7 @@ from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
 from resnet_fast.ops import choices, launch
 from resnet_fast.ops.choices import Choice, Problem
-from resnet_fast.timing import alternate, percentiles
+from resnet_fast.tuning.timing import alternate, percentiles
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

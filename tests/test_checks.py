@@ -2,7 +2,7 @@
 
 import pytest
 
-from resnet_fast.checks import difference, shown
+from resnet_fast.common.checks import difference, shown
 
 NAMES = [f"c{i}" for i in range(1000)]
 LISTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast.files import delete_unfinished, unfinished_name, whole_file
+from resnet_fast.common.files import delete_unfinished, unfinished_name, whole_file
 
 resource = pytest.importorskip("resource", reason="permissions and limits of files are POSIX")
 
@@ -27,7 +27,7 @@ def test_what_has_the_unfinished_name_already_is_left_alone(kind: str, tmp_path:
     target, trap = tmp_path / "target", tmp_path / ".file.trap.tmp"
     target.write_text("somebody's")
     trap.symlink_to(target) if kind == "link" else trap.write_text("somebody's")
-    monkeypatch.setattr("resnet_fast.files.unfinished_name", lambda path: trap)
+    monkeypatch.setattr("resnet_fast.common.files.unfinished_name", lambda path: trap)
     with pytest.raises(FileExistsError), whole_file(tmp_path / "file") as file:
         file.write(b"ours")
     assert target.read_text() == "somebody's" and not (tmp_path / "file").exists()

@@ -16,8 +16,8 @@ from torch import _utils as torch_utils
 from torch import nn
 
 import resnet_fast
-from resnet_fast import archive
-from resnet_fast.signature import sign
+from resnet_fast.checkpoints import archive
+from resnet_fast.checkpoints.signature import sign
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 
 

@@ -12,8 +12,8 @@ from stand_in import stand_in
 from trained_run import Tiny, invoke, make_image_folder
 from typer.testing import Result as CliResult
 
+from resnet_fast.common.terminal import CleanStream, clean, clean_output, unfiltered
 from resnet_fast.ops import augment
-from resnet_fast.terminal import CleanStream, clean, clean_output, unfiltered
 from resnet_fast.training import MODELS, console, run_folder
 from resnet_fast.training.console import LiveReporter
 

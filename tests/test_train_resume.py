@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_run import EPOCHS, Stop, Tiny, config_for, make_dataset, same_bits, stop, use_tiny, without_times
 
-from resnet_fast import files
+from resnet_fast.common import files
 from resnet_fast.training import (
     Result,
     ResumeError,

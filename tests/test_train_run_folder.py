@@ -15,8 +15,8 @@ import tiny_run
 import torch
 from PIL import Image
 
+from resnet_fast.common.files import whole_file
 from resnet_fast.data import Augmentation, ImageDataset, TensorSplit
-from resnet_fast.files import whole_file
 from resnet_fast.training import EpochMetrics, TrainConfig, curves, loop, run_folder, train
 from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.run_folder import RunFolder
@@ -276,7 +276,7 @@ def test_sigterm_leaves_nothing_unfinished(tmp_path: Path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from resnet_fast.files import whole_file
+from resnet_fast.common.files import whole_file
 with whole_file(Path(sys.argv[1])) as file:
     os.kill(os.getpid(), signal.SIGTERM)
     file.write(b"whole")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import shown
+from ..common.checks import shown
 
 # The moving average comes first, as in timm, whose training writes both; `entry` of load_checkpoint names the other.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")

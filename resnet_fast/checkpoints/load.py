@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import few
+from ..common.checks import few
 from .entries import N_SHOWN, find_weights
 from .mismatch import CheckpointMismatch, known_causes
 from .names import forms, is_counter, match

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..archive import ArchiveError, load_values, member_names, read_regular
-from ..checks import one_line
-from ..signature import is_signed, is_whole
+from ..common.checks import one_line
+from .archive import ArchiveError, load_values, member_names, read_regular
+from .signature import is_signed, is_whole
 
 # timm and torchvision's reference scripts save the command line's settings beside the weights. A Namespace runs
 # nothing when it is filled, and what is in it must be of the permitted types itself.

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from resnet_fast.cli.extra import stop_without
-from resnet_fast.terminal import clean, clean_output
+from resnet_fast.common.terminal import clean, clean_output
 from resnet_fast.training.torchrun import is_first_on_machine
 
 QUIET = 5  # seconds that a process waits for another to speak

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnet_fast.checks import did_you_mean
 from resnet_fast.cli.app import app, stop
+from resnet_fast.common.checks import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn

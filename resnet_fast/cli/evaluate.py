@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.checks import check_choice, check_path, difference
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
-from resnet_fast.terminal import clean
+from resnet_fast.common.checks import check_choice, check_path, difference
+from resnet_fast.common.terminal import clean
 from resnet_fast.training.config import SETTINGS, choose_device, choose_precision
 from resnet_fast.training.paths import find_checkpoint
 

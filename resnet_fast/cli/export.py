@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.checks import check_choice, check_path
 from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.common.checks import check_choice, check_path
 from resnet_fast.training.paths import find_checkpoint
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from resnet_fast.cli.app import app, complain, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
-from resnet_fast.terminal import clean
+from resnet_fast.common.terminal import clean
 from resnet_fast.training.config import choose_device
 from resnet_fast.training.paths import find_checkpoint
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_path
 from resnet_fast.profiling import profile_config
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.paths import check_is_free

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_path
 from resnet_fast.study import full_study, small_study
 from resnet_fast.training.paths import check_is_free
 

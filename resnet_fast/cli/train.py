@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from resnet_fast.checks import check_path
 from resnet_fast.cli.app import app, stop, stop_all
 from resnet_fast.cli.settings import parse_seconds, with_settings
+from resnet_fast.common.checks import check_path
 from resnet_fast.training.config import MOVABLE, SETTINGS, TrainConfig
 from resnet_fast.training.paths import check_is_free, find_resumable
 from resnet_fast.training.repeat import check_seeds

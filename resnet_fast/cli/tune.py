@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.checks import check_choice, check_integer
 from resnet_fast.cli.app import app, choices, stop
 from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_choice, check_integer
 from resnet_fast.models.registry import MODELS, check_name, check_stem
 from resnet_fast.training.config import TrainConfig, choose_device
 from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checks import check_type
+from ..common.checks import check_type
 from ..models.blocks import has_own_hook, is_observed
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from .report import Outcome, Report

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from ..checks import few
+from ..common.checks import few
 from ..models.blocks import has_own_hook
 from .convert import check_is_module, check_is_not_compiled, make_fused, restore, trace_all, why_opaque
 from .rewrite import add, changes_nothing, fuse, put_in_place

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from ..checks import one_line
+from ..common.checks import one_line
 from .stand_ins import STAND_INS, Input, UntraceableError, Value
 from .watch import Setting, Watch, is_library, is_plain, left_as_it_was
 

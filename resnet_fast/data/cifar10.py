@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from resnet_fast.checks import check_path
+from resnet_fast.common.checks import check_path
 from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, check_no_file
 
 # Of the training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.

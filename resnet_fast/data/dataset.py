@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import check_type, is_integer, shown
+from resnet_fast.common.checks import check_type, is_integer, shown
 from resnet_fast.data.augment import Augmentation, seeded
 from resnet_fast.ops.augment import augment
 

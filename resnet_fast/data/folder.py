@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_fast.checks import check_integer, check_path, few
+from resnet_fast.common.checks import check_integer, check_path, few
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
 from resnet_fast.data.images import ImageError, read_pixels, without_warnings
 from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images

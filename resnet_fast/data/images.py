@@ -22,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from resnet_fast.checks import check_integer, check_type
+from resnet_fast.common.checks import check_integer, check_type
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 
 DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order

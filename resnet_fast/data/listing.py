@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from resnet_fast.checks import few, is_text
+from resnet_fast.common.checks import few, is_text
 from resnet_fast.data.dataset import DataError, check_no_file
 
 PARTS = ("train", "test")

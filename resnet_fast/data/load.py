@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from resnet_fast.checks import check_choice, check_integer, check_path, check_type
+from resnet_fast.common.checks import check_choice, check_integer, check_path, check_type
 from resnet_fast.data.cifar10 import load_cifar10
 from resnet_fast.data.dataset import ImageDataset
 from resnet_fast.data.digits import load_digits

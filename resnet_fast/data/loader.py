@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resnet_fast.checks import check_integer, check_type
+from resnet_fast.common.checks import check_integer, check_type
 from resnet_fast.data.augment import Augmentation, epoch_plan
 from resnet_fast.data.dataset import Batch, Split
 

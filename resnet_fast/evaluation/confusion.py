@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from resnet_fast.terminal import clean
+from resnet_fast.common.terminal import clean
 
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", "#f6b48f", "#c2410c", "#7c2708"])
 # Pale: what is right must not outshine what is wrong.

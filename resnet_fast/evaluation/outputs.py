@@ -5,12 +5,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from resnet_fast.common.files import whole_file
 from resnet_fast.data import Split
 from resnet_fast.data.folder import FolderSplit
 from resnet_fast.evaluation.confusion import draw_confusion
 from resnet_fast.evaluation.mistakes import describe_mistakes, draw_mistakes
 from resnet_fast.evaluation.predictions import Predictions
-from resnet_fast.files import whole_file
 
 
 def write_pictures(

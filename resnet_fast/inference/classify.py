@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import check_type
+from resnet_fast.common.checks import check_type
 from resnet_fast.data import normalize
 from resnet_fast.inference.trained import Trained
 

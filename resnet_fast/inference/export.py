@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast._version import __version__
-from resnet_fast.checks import check_path, check_type
-from resnet_fast.files import whole_file
+from resnet_fast.common.checks import check_path, check_type
+from resnet_fast.common.files import whole_file
 from resnet_fast.inference.trained import Trained
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fast.checks import shown
+from resnet_fast.common.checks import shown
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import check_device

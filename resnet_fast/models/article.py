@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_integer
+from ..common.checks import check_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import is_fused, is_observed, to_channels_last
 

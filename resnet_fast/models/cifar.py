@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, flatten, nn
 from torchvision.models.resnet import conv1x1
 
-from ..checks import check_integer, is_integer
+from ..common.checks import check_integer, is_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import BasicBlock, PaddedShortcut, PlainBlock, blocks_to_fuse, run_fused, to_channels_last
 

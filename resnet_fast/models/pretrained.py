@@ -4,7 +4,7 @@ from typing import Any
 
 from torchvision.models._api import WeightsEnum
 
-from ..checks import did_you_mean
+from ..common.checks import did_you_mean
 
 
 def verify(known: type[WeightsEnum], weights: Any) -> WeightsEnum | None:

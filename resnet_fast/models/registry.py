@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_choice, check_integer, did_you_mean, shown
+from ..common.checks import check_choice, check_integer, did_you_mean, shown
 
 if TYPE_CHECKING:
     from torch import nn

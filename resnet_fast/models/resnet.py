@@ -19,7 +19,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import handle_legacy_interface
 
-from ..checks import check_integer
+from ..common.checks import check_integer
 from ..nn import FusedBatchNorm2d
 from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused, to_channels_last
 from .pretrained import check_fit, verify

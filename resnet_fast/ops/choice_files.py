@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from resnet_fast._version import __version__
-from resnet_fast.files import only_writer, whole_file
-from resnet_fast.machine import device_name, slug, triton_version
+from resnet_fast.common.files import only_writer, whole_file
+from resnet_fast.common.machine import device_name, slug, triton_version
 
 from . import choice_format
 from .choice_format import Entries, Environment, Measured

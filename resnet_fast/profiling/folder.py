@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from resnet_fast._version import __version__
-from resnet_fast.files import whole_file
-from resnet_fast.machine import device_name, triton_version
+from resnet_fast.common.files import whole_file
+from resnet_fast.common.machine import device_name, triton_version
 from resnet_fast.profiling.picture import draw_bars
 from resnet_fast.profiling.recording import Part, StepProfile, rest_of
 from resnet_fast.training.config import TrainConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from resnet_fast.checks import check_integer
+from resnet_fast.common.checks import check_integer
 from resnet_fast.profiling.check import refuse_interpreter
 from resnet_fast.profiling.providers import PROVIDERS, checked_steps
 from resnet_fast.profiling.recording import StepProfile, parts_of, record, synchronize

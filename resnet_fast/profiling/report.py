@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resnet_fast.common.terminal import clean, unfiltered
 from resnet_fast.ops import why_not_triton
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LOSS, NORM, OPTIMIZER, OTHER
 from resnet_fast.profiling.measure import N_STEPS, WARM_UP
 from resnet_fast.profiling.picture import format_ms
 from resnet_fast.profiling.recording import Part, StepProfile, rest_of
-from resnet_fast.terminal import clean, unfiltered
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.console import wants_live_output
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from resnet_fast.common.files import whole_file
 from resnet_fast.data import Augmentation, ImageDataset
-from resnet_fast.files import whole_file
 from resnet_fast.study.picture import draw
 from resnet_fast.study.runs import GRADIENT_IMAGES, EpochRow, GradientRow, Trained
 from resnet_fast.study.settings import SkipStudy

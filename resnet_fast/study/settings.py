@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast.checks import check_integer
+from resnet_fast.common.checks import check_integer
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.paths import free_folder
 from resnet_fast.training.torchrun import world_size

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from resnet_fast._version import __version__
-from resnet_fast.archive import ArchiveError, load_values, read_regular
-from resnet_fast.checks import one_line, shown
-from resnet_fast.files import unfinished_name, whole_file
-from resnet_fast.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
+from resnet_fast.checkpoints.archive import ArchiveError, load_values, read_regular
+from resnet_fast.checkpoints.signature import COMMENT_BYTES, MARK, is_signed, is_whole, sign
+from resnet_fast.common.checks import one_line, shown
+from resnet_fast.common.files import unfinished_name, whole_file
 from resnet_fast.training.schema import check_entries, fill_in
 
 FORMAT = 2

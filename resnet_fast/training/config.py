@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from resnet_fast.checks import shown
+from resnet_fast.common.checks import shown
 from resnet_fast.data.options import DATASETS, MAX_IMAGE_SIZE
 from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem
 from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, integer, one_of, settings_of

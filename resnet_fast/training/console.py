@@ -12,8 +12,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from resnet_fast.common.terminal import clean, clean_output, unfiltered
 from resnet_fast.data import ImageDataset
-from resnet_fast.terminal import clean, clean_output, unfiltered
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.repeat import Spread

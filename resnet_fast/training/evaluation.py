@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_fast.checks import check_choice, check_integer, check_type
+from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Split
 from resnet_fast.evaluation import logits_of
 from resnet_fast.training.processes import Processes

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast.checks import check_type, one_line
+from resnet_fast.common.checks import check_type, one_line
 from resnet_fast.evaluation import predict_split
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects

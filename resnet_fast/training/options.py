@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from resnet_fast.checks import check_choice, check_integer, check_path, is_number, shown
+from resnet_fast.common.checks import check_choice, check_integer, check_path, is_number, shown
 
 MAY_MOVE = "where a run goes on, not what it computes: a resumed run may have another"
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import convert_sync_batchnorm
-from resnet_fast.checks import difference
+from resnet_fast.common.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.network import make_network, whiten_stem

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from resnet_fast.files import whole_file
+from resnet_fast.common.files import whole_file
 from resnet_fast.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:

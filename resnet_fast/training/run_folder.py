@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from resnet_fast._version import __version__
+from resnet_fast.common.files import PATIENCE, delete_unfinished, only_writer, whole_file
+from resnet_fast.common.machine import device_name
 from resnet_fast.data import Augmentation, ImageDataset
 from resnet_fast.evaluation import Predictions, write_pictures
-from resnet_fast.files import PATIENCE, delete_unfinished, only_writer, whole_file
-from resnet_fast.machine import device_name
 from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_fast.archive import read_regular
-from resnet_fast.checks import difference, one_line, shown
+from resnet_fast.checkpoints.archive import read_regular
+from resnet_fast.common.checks import difference, one_line, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import MOVABLE, TrainConfig
 from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, find_resumable

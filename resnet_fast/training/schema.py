@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import few, is_integer, is_number, is_text, one_line, shown
+from resnet_fast.common.checks import few, is_integer, is_number, is_text, one_line, shown
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics

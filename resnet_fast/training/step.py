@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fast.checks import check_choice, check_integer, check_type
+from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
 from resnet_fast.ops.batch_norm import device_guard

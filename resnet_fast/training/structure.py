@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import shown
+from resnet_fast.common.checks import shown
 
 
 def first_difference(own: Any, saved: Any, name: str) -> str:

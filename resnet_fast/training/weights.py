@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from resnet_fast.checkpoints import CheckpointMismatch, Loaded, load_checkpoint
-from resnet_fast.checks import few
+from resnet_fast.common.checks import few
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.run_folder import CHECKPOINT
 

@@ -11,7 +11,7 @@ from torch.nn.grad import conv2d_weight
 from resnet_fast.ops import BatchNormArgs, reference
 from resnet_fast.ops.arguments import Saved
 from resnet_fast.ops.choices import DTYPES, Problem
-from resnet_fast.timing import rotation
+from resnet_fast.tuning.timing import rotation
 
 EPS, MOMENTUM = 1e-5, 0.1
 TYPES = {name: dtype for dtype, name in DTYPES.items()}

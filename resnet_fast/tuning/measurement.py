@@ -19,8 +19,8 @@ from resnet_fast.ops.arguments import accumulation_type
 from resnet_fast.ops.batch_norm import INTERPRETER, device_guard, is_interpreted, why_not_triton
 from resnet_fast.ops.choice_format import Measured
 from resnet_fast.ops.choices import DEFAULTS, Choice, Problem
-from resnet_fast.timing import alternate, percentiles
 from resnet_fast.tuning.options import ROUNDS
+from resnet_fast.tuning.timing import alternate, percentiles
 
 WARM_UP = 10
 # The share of the default's time that another choice must save. Chosen, not measured: two tunings of one machine

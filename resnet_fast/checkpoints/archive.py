@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.checks import one_line
+from resnet_fast.common.checks import one_line
 
 # A ResNet-152 with its optimizer takes 100,000; the costliest step makes an empty set of 216 bytes.
 MAX_STEPS = 1_000_000
