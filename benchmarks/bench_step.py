@@ -33,8 +33,8 @@ from benchmarks.replay import CLOCK
 from benchmarks.work import Work, flops, network_bytes
 from resnet_fast.ops import choices, implementations
 from resnet_fast.profiling.check import rounding_of
-from resnet_fast.profiling.measure import LEARNING_RATE
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
+from resnet_fast.profiling.settings import LEARNING_RATE
 from resnet_fast.training.step import training_step
 
 # Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.

@@ -3,31 +3,11 @@
 `from resnet_fast import resnet18` replaces torchvision's; `FusedBatchNorm2d` replaces nn.BatchNorm2d.
 """
 
+from typing import TYPE_CHECKING
+
 from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
+from ._lazy import lazy_imports
 from ._version import __version__
-from .checkpoints import CheckpointMismatch, load_checkpoint
-from .conversion import convert, fold_batch_norm, restore
-from .functional import batch_norm_add_relu
-from .models import (
-    CifarResNet,
-    ResNet,
-    plain20,
-    plain32,
-    plain44,
-    plain56,
-    plain110,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet34,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet101,
-    resnet110,
-    resnet152,
-)
-from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
 
 __all__ = [
     "CheckpointMismatch",
@@ -58,3 +38,30 @@ __all__ = [
     "resnet56",
     "restore",
 ]
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointMismatch, load_checkpoint
+    from .conversion import convert, fold_batch_norm, restore
+    from .functional import batch_norm_add_relu
+    from .models import (
+        CifarResNet,
+        ResNet,
+        plain20,
+        plain32,
+        plain44,
+        plain56,
+        plain110,
+        resnet18,
+        resnet20,
+        resnet32,
+        resnet34,
+        resnet44,
+        resnet50,
+        resnet56,
+        resnet101,
+        resnet110,
+        resnet152,
+    )
+    from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
+else:
+    lazy_imports(__name__, __all__)

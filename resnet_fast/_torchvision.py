@@ -5,17 +5,44 @@ fails with "operator torchvision::nms does not exist": torchvision registers a f
 defined. resnet_fast uses none of torchvision's compiled operators, so the two missing schemas are defined here, without
 kernels, and the import is tried again. Where torchvision imports as it is, nothing is defined.
 
-The package imports this module before anything else, so its other modules import torchvision as usual.
+The package imports this module before anything else. It only watches for torchvision's import, which takes seconds.
 """
 
-import torch
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError as error:
-    if "torchvision::nms does not exist" not in str(error):
-        raise
-    _schemas = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision  # noqa: F401
+schemas: Any = None  # those that were defined; torch keeps them as long as this does
+
+
+class _Finder:
+    """Finds torchvision as Python does, and lets it be executed twice."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == "torchvision" else None
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = _mended(spec.loader.exec_module)
+        return spec
+
+
+def _mended(execute: Any) -> Any:
+    def exec_module(module: ModuleType) -> None:
+        global schemas
+        try:
+            execute(module)
+        except RuntimeError as error:
+            if "torchvision::nms does not exist" not in str(error):
+                raise
+            from torch.library import Library
+
+            schemas = Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            execute(module)
+
+    return exec_module
+
+
+sys.meta_path.insert(0, _Finder)

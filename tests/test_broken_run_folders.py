@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_run import Stop, make_dataset, stop, use_tiny
 from trained_run import invoke
 
-from resnet_fast.cli import evaluate
 from resnet_fast.cli.export import real_images
-from resnet_fast.cli.train import _what_is_kept
+from resnet_fast.cli.run import _what_is_kept
+from resnet_fast.data.load import load_dataset
 from resnet_fast.inference import load_trained, trained
 from resnet_fast.training import ResumeError, network, prepare, resume
 from resnet_fast.training.checkpoint import write_checkpoint
@@ -28,8 +28,8 @@ NOBODYS, LONG = "~nobody-of-that-name/x", "a" * 5000
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiny(monkeypatch.setattr)
     monkeypatch.setattr(trained, "MODELS", network.MODELS)
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args, **kwargs: make_dataset())
-    monkeypatch.setattr(evaluate, "write_pictures", lambda *args: [])
+    monkeypatch.setattr("resnet_fast.data.load_dataset", lambda *args, **kwargs: make_dataset())
+    monkeypatch.setattr("resnet_fast.evaluation.write_pictures", lambda *args: [])
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,8 @@ def test_a_data_dir_that_is_no_path_is_named(command: str, data_dir: str, rule: 
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "folder"])
-def test_a_data_dir_of_any_length_has_no_images_to_export(dataset: str, broken: Path):
+def test_a_data_dir_of_any_length_has_no_images_to_export(dataset: str, broken: Path, monkeypatch):
+    monkeypatch.setattr("resnet_fast.data.load_dataset", load_dataset)
     whole = load_trained(broken)
     assert real_images(replace(whole, config={**whole.config, "dataset": dataset, "data_dir": LONG}), None) is None
 

@@ -7,7 +7,7 @@ import pytest
 from trained_run import invoke
 from typer.testing import Result as CliResult
 
-from resnet_fast.cli.settings import HELP
+from resnet_fast.cli.settings import NAMES
 from resnet_fast.training import RECIPES, Result, TrainConfig
 
 
@@ -24,7 +24,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", stop)
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", stop)
     return seen
 
 
@@ -93,7 +93,7 @@ def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
 
 def test_every_setting_has_an_option():
     known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights"}
-    assert known == {field.name for field in fields(TrainConfig)} == set(HELP)
+    assert known == {field.name for field in fields(TrainConfig)} == set(NAMES)
 
 
 def test_the_command_and_the_config_have_the_same_defaults(configs: list[TrainConfig]):

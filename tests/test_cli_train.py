@@ -157,7 +157,7 @@ def test_other_errors_of_the_program_are_not_hidden(tmp_path: Path, monkeypatch:
     def fail(*args) -> None:
         raise RuntimeError("a bug, not deterministic")
 
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", fail)
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", fail)
     assert isinstance(digits(tmp_path / "run").exception, RuntimeError)
     refused = digits(tmp_path / "run", "--deterministic")
     assert refused.exit_code == 1 and "--deterministic refuses an operation: a bug" in refused.stderr
@@ -167,7 +167,7 @@ def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*args) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("resnet_fast.cli.train.run_training", fail)
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", fail)
     result = digits(tmp_path / "run")
     assert result.exit_code == 1 and "try a smaller --batch-size, or --accumulate" in result.stderr
 
@@ -347,7 +347,7 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp
     assert (tmp_path / "run" / "config.json").read_bytes() == config
 
 
-BESIDE = "--device, --data-dir, --workers, --images, --graph, --time-budget, --tensorboard"
+BESIDE = "--graph, --data-dir, --images, --device, --workers, --time-budget, --tensorboard"
 
 
 @pytest.mark.parametrize(
@@ -365,9 +365,7 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tm
 
 def test_resume_may_be_told_where_data_and_processor_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr(
-        "resnet_fast.cli.train.resume_training", lambda run, reporter: seen.append(run.config) or stop()
-    )
+    monkeypatch.setattr("resnet_fast.cli.run.resume_training", lambda run, reporter: seen.append(run.config) or stop())
 
     def stop() -> None:
         raise KeyboardInterrupt

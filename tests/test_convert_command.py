@@ -5,7 +5,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from resnet_fast.cli import app, convert
+from resnet_fast.cli import app
 
 pytestmark = pytest.mark.usefixtures("on_aten")
 
@@ -120,7 +120,7 @@ def test_models_of_libraries(target, run):
 
 
 def test_a_difference_is_an_error(run, monkeypatch):
-    monkeypatch.setattr(convert, "difference", lambda *_: float("nan"))
+    monkeypatch.setattr("resnet_fast.conversion.check.difference", lambda *_: float("nan"))
     result = run("mine.py:thin")
     assert result.exit_code == 1 and "they must differ by at most 1e-06" in result.stderr
 

@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_the_training_to_the_bit(
         seen.append(predict_split(*args, **kwargs))
         return seen[0]
 
-    monkeypatch.setattr(evaluate, "predict_split", spy)
+    monkeypatch.setattr("resnet_fast.evaluation.predict_split", spy)
     result = invoke("eval", trained.out, "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     last = trained.history[-1]
@@ -191,7 +191,7 @@ def test_what_stops_it_is_said_in_a_line(
     def stop(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(evaluate, "predict_split", stop)
+    monkeypatch.setattr("resnet_fast.evaluation.predict_split", stop)
     result = invoke("eval", digits.out, "--out", tmp_path)
     assert result.exit_code == code and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -186,7 +186,7 @@ def test_without_the_data_it_is_checked_on_random_images_and_says_so(tmp_path: P
 def test_nothing_is_downloaded_for_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = make_trained(Tiny(10))
     loaded.config.update(dataset="cifar10", data_dir=str(tmp_path))
-    monkeypatch.setattr(command, "load_dataset", lambda *args, **kwargs: pytest.fail("it would download"))
+    monkeypatch.setattr("resnet_fast.data.load_dataset", lambda *args, **kwargs: pytest.fail("it would download"))
     assert command.real_images(loaded, None) is None
 
 

@@ -25,7 +25,6 @@ from trained_run import invoke, make_image_folder
 
 import resnet_fast
 from resnet_fast import data, inference, models, training
-from resnet_fast.cli import evaluate, export
 from resnet_fast.inference import trained
 from resnet_fast.training import network
 
@@ -142,12 +141,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         use_tiny(patch.setattr)
         patch.setattr(trained, "MODELS", network.MODELS)
-        for command in (evaluate, export):
-            patch.setattr(command, "load_dataset", lambda *args, **kwargs: make_dataset())
-        patch.setattr(evaluate, "write_pictures", lambda *args: [])
-        patch.setattr(export, "FORMATS", dict.fromkeys(export.FORMATS, ("model", interrupt)))
-        for work in ("train.run_training", "profile.profile_steps", "study.run_study", "doctor.diagnose"):
-            patch.setattr(f"resnet_fast.cli.{work}", interrupt)
+        patch.setattr("resnet_fast.data.load_dataset", lambda *args, **kwargs: make_dataset())
+        patch.setattr("resnet_fast.evaluation.write_pictures", lambda *args: [])
+        for work in ("inference.export_onnx", "inference.export_program", "cli.run.run_training"):
+            patch.setattr(f"resnet_fast.{work}", interrupt)
+        for work in ("profiling.profile_steps", "study.run_study", "doctor.diagnose"):
+            patch.setattr(f"resnet_fast.{work}", interrupt)
         patch.chdir(home)
         yield stop(home / "run", 3, ema=0.5)
 

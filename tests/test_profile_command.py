@@ -17,7 +17,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from resnet_fast import cli
-from resnet_fast.cli import profile as profile_command
 from resnet_fast.profiling import Part, ProfileError, StepProfile, measure, profile_config, profile_steps
 from resnet_fast.profiling import report as reporting
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, NORM
@@ -161,7 +160,7 @@ def run(*args: object):
 
 
 def test_an_occupied_folder_exits_with_2_and_is_left_alone(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(profile_command, "profile_steps", lambda *arguments: pytest.fail("went on"))
+    monkeypatch.setattr("resnet_fast.profiling.profile_steps", lambda *arguments: pytest.fail("went on"))
     (tmp_path / "notes").write_text("mine")
     result = run("--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 2 and "already holds notes" in result.stderr and result.stdout == ""
@@ -197,7 +196,7 @@ def test_interpreted_kernels_are_refused(tmp_path: Path, monkeypatch):
 def test_a_wrong_provider_exits_with_1_and_writes_nothing(tmp_path: Path, monkeypatch):
     steps = profile_steps
     wrong = {**PROVIDERS, "fused": without_running_statistics}
-    monkeypatch.setattr(profile_command, "profile_steps", lambda config, n_steps: steps(config, n_steps, wrong))
+    monkeypatch.setattr("resnet_fast.profiling.profile_steps", lambda config, n_steps: steps(config, n_steps, wrong))
     result = run("--device", "cpu", "--batch-size", 4, "--image-size", 16, "--out", tmp_path / "out")
     assert result.exit_code == 1 and "fused is wrong and is not profiled" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -208,7 +207,7 @@ def interrupt(*args: object) -> None:
 
 
 def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(profile_command, "profile_steps", interrupt)
+    monkeypatch.setattr("resnet_fast.profiling.profile_steps", interrupt)
     result = run("--device", "cpu", "--out", tmp_path / "out")
     assert result.exit_code == 130 and "interrupted; nothing was written" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -216,7 +215,7 @@ def test_ctrl_c_exits_with_130_and_writes_nothing(tmp_path: Path, monkeypatch):
 
 def test_ctrl_c_while_writing_says_what_is_kept(tmp_path: Path, monkeypatch):
     profiles = [made_up("eager", 2.0, CPU), made_up("fused", 1.0, CPU)]
-    monkeypatch.setattr(profile_command, "profile_steps", lambda config, n_steps: profiles)
+    monkeypatch.setattr("resnet_fast.profiling.profile_steps", lambda config, n_steps: profiles)
     monkeypatch.setattr("resnet_fast.profiling.folder._write_trace", interrupt)
     result = run("--device", "cpu", "--out", tmp_path / "out")
     assert result.exit_code == 130 and "keeps profile.csv, profile.png" in result.stderr
@@ -225,7 +224,7 @@ def test_ctrl_c_while_writing_says_what_is_kept(tmp_path: Path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_profiled(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(profile_command, "profile_steps", lambda config, n_steps: pytest.fail("a step was profiled"))
+    monkeypatch.setattr("resnet_fast.profiling.profile_steps", lambda *arguments: pytest.fail("went on"))
     result = run("--device", "cpu", "--out", tmp_path / "file" / "out")
     assert result.exit_code == 2 and "out must be a folder, " in result.stderr and "Traceback" not in result.output
 

@@ -1,5 +1,6 @@
 """Every network is found by its name, with the stems that it has, and so is the plain one to compare it with."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -12,6 +13,12 @@ from resnet_fast import FusedBatchNorm2d, models
 from resnet_fast.models import get_model, list_models
 from resnet_fast.models.registry import MODELS
 
+MAKES = {  # what a family's functions make, and what of it they set
+    "torchvision": (models.ResNet, {"block", "layers"}),
+    "He et al.": (models.CifarResNet, {"depth"}),
+    "He et al., plain": (models.CifarResNet, {"depth", "shortcut"}),
+    "article": (models.article, set()),
+}
 PAIRS = [(name, stem) for name, model in MODELS.items() for stem in model.stems]
 
 
@@ -19,10 +26,11 @@ def batch_norms(model: nn.Module) -> set[type]:
     return {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
 
 
-def test_every_name_is_a_function_of_resnet_fast_models():
+def test_every_name_is_a_function_of_resnet_fast_models(monkeypatch: pytest.MonkeyPatch):
     assert list_models() == list(MODELS)
     for name, model in MODELS.items():
-        assert model.build is getattr(models, name)
+        monkeypatch.setattr(models, name, lambda name=name: name)
+        assert model.build() == name
 
 
 def test_a_name_gives_what_its_function_gives():
@@ -104,7 +112,9 @@ def test_every_keyword_that_is_known_is_taken(name: str):
     values |= {"weights": None, "pretrained": False, "progress": False, "zero_init_residual": True, "groups": 1}
     values |= {"width_per_group": 64, "replace_stride_with_dilation": None}
     keywords = MODELS[name].keywords
-    assert keywords is not None and "num_classes" in keywords
+    makes, sets = MAKES[MODELS[name].family]
+    taken = [*inspect.signature(getattr(models, name)).parameters, *inspect.signature(makes).parameters]
+    assert set(keywords) - {"pretrained"} == set(taken) - {"kwargs"} - sets
     for keyword in keywords:
         with torch.device("meta"):
             assert isinstance(get_model(name, **{keyword: values[keyword]}), nn.Module)

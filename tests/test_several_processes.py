@@ -16,7 +16,8 @@ from test_cli_train import TINY_RUN, environment
 from tiny_run import EPOCHS, equal, same_bits
 
 from resnet_fast.training.console import HEADER
-from resnet_fast.training.processes import command, join
+from resnet_fast.training.processes import join
+from resnet_fast.training.torchrun import command
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="fork and signals are POSIX"),

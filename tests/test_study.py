@@ -312,7 +312,7 @@ def test_ctrl_c_exits_with_130_and_says_what_is_kept(n_done, message, tmp_path: 
                 raise KeyboardInterrupt
             yield trained
 
-    monkeypatch.setattr(command, "run_study", interrupted)
+    monkeypatch.setattr("resnet_fast.study.run_study", interrupted)
     result = run("--epochs", 1, "--seeds", 1, "--out", tmp_path / "s")
     assert result.exit_code == 130
     assert result.stderr == f"resnet-fast: interrupted; {message.format(tmp_path / 's')}\n"
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path, monkeypatch):
         raise DivergedError("the loss became nan")
         yield
 
-    monkeypatch.setattr(command, "run_study", diverges)
+    monkeypatch.setattr("resnet_fast.study.run_study", diverges)
     result = run("--out", tmp_path / "s")
     assert result.exit_code == 1 and "error: the loss became nan; no network was finished" in result.stderr
 

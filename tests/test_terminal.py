@@ -12,7 +12,6 @@ from stand_in import stand_in
 from trained_run import Tiny, invoke, make_image_folder
 from typer.testing import Result as CliResult
 
-from resnet_fast.cli import evaluate
 from resnet_fast.common.terminal import CleanStream, clean, clean_output, unfiltered
 from resnet_fast.ops import augment
 from resnet_fast.training import MODELS, console, run_folder
@@ -31,8 +30,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")  # as in test_cli_train.py
     # Pictures, which take longer than all else, show nothing on a terminal.
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
-    for module in (run_folder, evaluate):
-        monkeypatch.setattr(module, "write_pictures", lambda *args: ["confusion.png"])
+    for module in ("training.run_folder", "evaluation"):
+        monkeypatch.setattr(f"resnet_fast.{module}.write_pictures", lambda *args: ["confusion.png"])
 
 
 def assert_is_clean(result: CliResult) -> None:

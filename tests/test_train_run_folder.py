@@ -18,7 +18,8 @@ from PIL import Image
 from resnet_fast.common.files import whole_file
 from resnet_fast.data import Augmentation, ImageDataset, TensorSplit
 from resnet_fast.training import EpochMetrics, TrainConfig, curves, loop, run_folder, train
-from resnet_fast.training.run_folder import RunFolder, check_is_free
+from resnet_fast.training.paths import check_is_free
+from resnet_fast.training.run_folder import RunFolder
 
 # Not the data set's mean and std, nor its crop: what is used, not what the data set says.
 AUGMENTATION = Augmentation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop=2)

@@ -72,11 +72,11 @@ def clock(**milliseconds: float):
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GPU that is not there, on which all is measured: conv3x3 in half of the time, a single read in 0.9 of it."""
     monkeypatch.setattr(command, "choose_device", lambda name: CPU)
-    monkeypatch.setattr(command, "why_not", lambda device: None)
-    monkeypatch.setattr(command, "environment_of", lambda device: ENVIRONMENT)
-    monkeypatch.setattr(command, "candidates", made_up)
+    monkeypatch.setattr("resnet_fast.tuning.why_not", lambda device: None)
+    monkeypatch.setattr(choice_files, "environment_of", lambda device: ENVIRONMENT)
+    monkeypatch.setattr("resnet_fast.tuning.candidates.candidates", made_up)
     times = clock(conv3x3=0.5, read=0.9)
-    monkeypatch.setattr(command, "measure", lambda *arguments: measure(*arguments, clock=times))
+    monkeypatch.setattr("resnet_fast.tuning.measure", lambda *arguments: measure(*arguments, clock=times))
     return make_up_gpu(tmp_path, monkeypatch)
 
 
@@ -210,14 +210,14 @@ def failing_at(number: int, error: BaseException):
     ],
 )
 def test_what_was_measured_is_kept(own: Path, error: BaseException, code: int, message: str, monkeypatch):
-    monkeypatch.setattr(command, "measure", failing_at(3, error))
+    monkeypatch.setattr("resnet_fast.tuning.measure", failing_at(3, error))
     done = run("--batch-size", 64)
     assert done.exit_code == code and f"{message}{own} keeps 3 of 40 problems" in done.stderr
     assert list(read_file(own)[1]) == sorted(find_problems("resnet18", None, [64], 32, "bf16")[:3])
 
 
 def test_an_interrupt_before_anything_was_measured(own: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(command, "measure", failing_at(0, KeyboardInterrupt()))
+    monkeypatch.setattr("resnet_fast.tuning.measure", failing_at(0, KeyboardInterrupt()))
     done = run("--batch-size", 64)
     assert done.exit_code == 130 and "interrupted; nothing was written" in done.stderr and not own.exists()
 
@@ -231,7 +231,7 @@ def test_an_interrupt_between_a_measurement_and_its_writing(own: Path, monkeypat
             raise KeyboardInterrupt
         add(*arguments)
 
-    monkeypatch.setattr(command, "add", interrupted_once)
+    monkeypatch.setattr(choice_files, "add", interrupted_once)
     done = run("--batch-size", 64)
     assert done.exit_code == 130 and f"{own} keeps 2 of 40 problems" in done.stderr and len(read_file(own)[1]) == 2
 
@@ -240,7 +240,7 @@ def test_a_full_disk_exits_with_1_and_says_what_is_kept(own: Path, monkeypatch: 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "add", full)
+    monkeypatch.setattr(choice_files, "add", full)
     done = run("--batch-size", 64)
     assert done.exit_code == 1 and "No space left on device; nothing was written" in done.stderr
 
@@ -251,7 +251,7 @@ def test_a_problem_without_the_memory_for_it_is_skipped(own: Path, monkeypatch: 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return made_up(problem, device)
 
-    monkeypatch.setattr(command, "candidates", large)
+    monkeypatch.setattr("resnet_fast.tuning.candidates.candidates", large)
     done = run("--batch-size", 64)
     assert done.exit_code == 0 and "  64>64 32x32                skipped: not enough memory" in done.stdout.splitlines()
     n_skipped = done.stdout.count("skipped: not enough memory")
@@ -290,8 +290,8 @@ def test_a_wrong_candidate_is_never_chosen_and_loudly_reported(own: Path, result
     assert outcome.measured is not None and outcome.measured.choice == TWO_PASSES
     assert set(outcome.measured.milliseconds) == {TWO_PASSES, SINGLE_READ}  # the wrong one has no time
     assert complaint in outcome.wrong[REVERSED]
-    monkeypatch.setattr(command, "find_problems", lambda *arguments: [NORM])
-    monkeypatch.setattr(command, "candidates", prepared(reversed=result))
+    monkeypatch.setattr("resnet_fast.tuning.find_problems", lambda *arguments: [NORM])
+    monkeypatch.setattr("resnet_fast.tuning.candidates.candidates", prepared(reversed=result))
     done = run()
     assert done.exit_code == 1 and "1 candidates are wrong and were not chosen" in done.stderr
     assert "BUG: two passes, reversed is wrong and is not chosen" in " ".join(done.stdout.split())

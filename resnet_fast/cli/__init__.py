@@ -4,9 +4,12 @@
 Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), a checkpoint or an image that
 cannot be read, or a machine on which something needed is missing or computes wrong, 2 a wrong argument, 130
 interrupted, 143 terminated.
+
+A command imports what computes (torch, the networks, matplotlib …) in its function, once its arguments are right, so
+that `--help` and refusals answer at once.
 """
 
-import sys
+from resnet_fast.cli.extra import stop_without
 
 try:
     from resnet_fast.cli import (  # noqa: F401  (each adds its command)
@@ -23,8 +26,6 @@ try:
     )
     from resnet_fast.cli.app import app
 except ModuleNotFoundError as error:
-    if error.name not in ("typer", "rich", "matplotlib"):
-        raise
-    sys.exit(f"resnet-fast: error: {error.name} is not installed; pip install 'resnet-fast[train]'")
+    stop_without(error)
 
 __all__ = ["app"]

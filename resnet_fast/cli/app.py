@@ -1,11 +1,16 @@
 """The command line's frame, and what its commands share."""
 
+import time
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from resnet_fast.cli.extra import stop_without
 from resnet_fast.common.terminal import clean, clean_output
+from resnet_fast.training.torchrun import is_first_on_machine
+
+QUIET = 5  # seconds that a process waits for another to speak
 
 
 class CleanGroup(TyperGroup):
@@ -13,7 +18,10 @@ class CleanGroup(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with clean_output():
-            return super().main(*args, **kwargs)
+            try:
+                return super().main(*args, **kwargs)
+            except ModuleNotFoundError as error:
+                stop_without(error)
 
 
 # Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
@@ -38,4 +46,15 @@ def stop(code: int, message: str, *more: str) -> NoReturn:
     """End the command with a message of one line or more."""
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
+    raise typer.Exit(code)
+
+
+def stop_all(code: int, message: str | None) -> NoReturn:
+    """Stop for a reason that all processes have: one of each machine says it; or, without a message, another one does.
+
+    torchrun ends the others when the first one has ended, which should be one that has spoken.
+    """
+    if message is not None and is_first_on_machine():
+        stop(code, message)
+    time.sleep(QUIET)
     raise typer.Exit(code)

@@ -8,15 +8,15 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from resnet_fast.cli.app import app, stop
 from resnet_fast.common.checks import did_you_mean
-from resnet_fast.conversion import convert as convert_model
-from resnet_fast.conversion.check import MAX_DIFFERENCE, difference
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What anybody's code may raise: a module that ends the process, sys.exit(), would end this command without a word.
 ANYTHING = (Exception, SystemExit)
@@ -57,6 +57,10 @@ def _show(model: str, arguments: list[str], shape: tuple[int, ...]) -> None:
         made = _make(model, arguments)
     except ValueError as error:
         stop(2, f"error: {error}")
+
+    from resnet_fast.conversion import convert as convert_model
+    from resnet_fast.conversion.check import MAX_DIFFERENCE, difference
+
     try:
         converted, report = convert_model(copy.deepcopy(made), report=True)
     except ANYTHING as error:
@@ -72,7 +76,7 @@ def _show(model: str, arguments: list[str], shape: tuple[int, ...]) -> None:
             stop(1, f"error: they must differ by at most {MAX_DIFFERENCE:g}; please report this model")
 
 
-def _make(target: str, arguments: list[str]) -> nn.Module:
+def _make(target: str, arguments: list[str]) -> "nn.Module":
     """Import and call what makes a model.
 
     Raises:
@@ -89,6 +93,8 @@ def _make(target: str, arguments: list[str]) -> nn.Module:
         made = getattr(module, name)(*positional, **keywords)
     except ANYTHING as error:
         raise ValueError(f"{target} fails: {_reason(error)}") from error
+    from torch import nn
+
     if not isinstance(made, nn.Module):
         raise ValueError(f"{target} must make an nn.Module, got {type(made).__name__}")
     return made

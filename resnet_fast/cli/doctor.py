@@ -1,28 +1,36 @@
 """`resnet-fast doctor`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resnet_fast.cli.app import app, stop
-from resnet_fast.doctor import Finding, diagnose, exit_code, format_end, format_finding
-from resnet_fast.training import TrainConfig
+from resnet_fast.cli.settings import option
+from resnet_fast.training.config import TrainConfig, find_device
+
+if TYPE_CHECKING:
+    from resnet_fast.doctor import Finding
 
 
 @app.command()
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    device: Annotated[str, option("device")] = TrainConfig.device,
 ) -> None:
     """Say what runs here and why, check that it computes right, and say what to do where something is missing."""
 
-    def show(finding: Finding) -> None:
+    try:
+        find_device(device)  # before torch is imported
+    except ValueError as error:
+        stop(2, f"error: {error}; resnet-fast doctor without --device says what there is")
+
+    from resnet_fast.doctor import diagnose, exit_code, format_end, format_finding
+
+    def show(finding: "Finding") -> None:
         for line in format_finding(finding):
             print(line, flush=True)  # the next finding may take seconds
 
     try:
         findings = diagnose(device, show)
-    except ValueError as error:
-        stop(2, f"error: {error}; resnet-fast doctor without --device says what there is")
     except KeyboardInterrupt:
         stop(130, "interrupted")
     print(f"\n{format_end(findings)}")

@@ -1,20 +1,24 @@
 """`resnet-fast eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
-from resnet_fast.common.checks import check_path, difference
+from resnet_fast.common.checks import check_choice, check_path, difference
 from resnet_fast.common.terminal import clean
-from resnet_fast.data import DataError, load_dataset
-from resnet_fast.evaluation import Predictions, image_paths, predict_split, write_pictures, write_predictions
-from resnet_fast.inference import CheckpointError, Trained, load_trained
-from resnet_fast.training.config import PRECISIONS, choose_device, choose_precision
+from resnet_fast.training.config import SETTINGS, choose_device, choose_precision
+from resnet_fast.training.paths import find_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet_fast.evaluation import Predictions
+    from resnet_fast.inference import Trained
 
 SPLITS = ("test", "train", "validation")
 MAX_ROWS = 20  # of the table of classes
@@ -28,15 +32,12 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(help="Where the data are. [default: as in training]", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Images at a time. [default: as the training evaluated]", show_default=False),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar=choices(PRECISIONS), help="[default: as in training]", show_default=False),
-    ] = None,
+    precision: Annotated[str | None, option("precision", "[default: as in training]")] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -56,13 +57,26 @@ def evaluate(
 ) -> None:
     """Test a trained network: accuracy by class, confusion.png, mistakes.png and predictions.csv."""
     try:
-        if split is not None and split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if split is not None:
+            check_choice("split", split, SPLITS)
+        if precision is not None:
+            SETTINGS["precision"].check(precision)
         if data_dir is not None:
             data_dir = check_path("data_dir", data_dir)
+        find_checkpoint(run)
         chosen = choose_device(device)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
+
+    import torch
+
+    from resnet_fast.data import DataError, load_dataset
+    from resnet_fast.evaluation import image_paths, predict_split, write_pictures, write_predictions
+    from resnet_fast.inference import CheckpointError, load_trained
+
+    try:
         trained = load_trained(run, chosen)
     except ValueError as error:
         stop(2, f"error: {error}")
@@ -123,7 +137,7 @@ def evaluate(
     print(f"\n{', '.join([*names, table])}: {out}")
 
 
-def format_evaluation(found: Predictions, trained: Trained) -> list[str]:
+def format_evaluation(found: "Predictions", trained: "Trained") -> list[str]:
     """Return the results: totals, a line per class, and the confusion matrix where it fits 80 columns."""
     lines = [
         f"accuracy     {100 * found.accuracy:6.2f} %  {found.n_correct:,} of {len(found):,}",
@@ -137,7 +151,7 @@ def format_evaluation(found: Predictions, trained: Trained) -> list[str]:
     return [*lines, "", *_class_table(confusion, trained.classes), *_matrix(confusion, trained.classes)]
 
 
-def _class_table(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
+def _class_table(confusion: "torch.Tensor", classes: tuple[str, ...]) -> list[str]:
     names = [clean(name) for name in classes]
     width = min(NAME_WIDTH, max(map(cell_len, ["class", *names])))
     rows = []
@@ -155,7 +169,7 @@ def _class_table(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]
     return [header, *(line for _, line in worst), f"(the {MAX_ROWS} worst of {len(rows)} classes)"]
 
 
-def _matrix(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
+def _matrix(confusion: "torch.Tensor", classes: tuple[str, ...]) -> list[str]:
     if len(classes) > MAX_MATRIX:
         return []
     names = [clean(name) for name in classes]

@@ -1,20 +1,20 @@
 """`resnet-fast export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.common.checks import check_path
-from resnet_fast.data import DataError, load_dataset
-from resnet_fast.data.cifar10 import unpacked_folder
-from resnet_fast.data.dataset import check_no_file
-from resnet_fast.inference import CheckpointError, ExportError, Trained, export_onnx, export_program, load_trained
-from resnet_fast.inference.export import need_onnx
+from resnet_fast.common.checks import check_choice, check_path
+from resnet_fast.training.paths import find_checkpoint
 
-FORMATS = {"onnx": ("model.onnx", export_onnx), "torch": ("model.pt2", export_program)}
+if TYPE_CHECKING:
+    import torch
+
+    from resnet_fast.inference import Trained
+
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 N_REAL = 16
 
 
@@ -39,13 +39,25 @@ def export(
 
     Both take images in [0, 1], float32 [N, 3, size, size], normalize them, and give logits [N, classes].
     """
-    formats = list(FORMATS) if format == "both" else [format]
     try:
-        if unknown := [name for name in formats if name not in FORMATS]:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, both, got {unknown[0]!r}")
-        trained = load_trained(run)
+        check_choice("format", format, (*FORMATS, "both"))
+        find_checkpoint(run)
         if data_dir is not None:
             data_dir = check_path("data_dir", data_dir)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
+
+    from resnet_fast.data import DataError
+    from resnet_fast.data.dataset import check_no_file
+    from resnet_fast.inference import CheckpointError, ExportError, export_onnx, export_program, load_trained
+    from resnet_fast.inference.export import need_onnx
+
+    formats = list(FORMATS) if format == "both" else [format]
+    try:
+        trained = load_trained(run)
+        if data_dir is not None:
             check_no_file(data_dir)
         if "onnx" in formats:
             need_onnx()
@@ -64,7 +76,7 @@ def export(
     print(f"largest difference of a logit from fp64, on random images and {beside}:\n", flush=True)
     try:
         for name in formats:
-            file, write = FORMATS[name]
+            file, write = FORMATS[name], export_onnx if name == "onnx" else export_program
             checked = write(trained, out / file, batch_size=batch_size, images=real)
             print(
                 f"{file:<10}  {checked.n_bytes / 1e6:6.1f} MB  {checked.error:.1e}, "
@@ -75,11 +87,14 @@ def export(
         stop(130, "interrupted")
     except (ExportError, OSError) as error:
         stop(1, f"error: {error}")
-    print(f"\n{', '.join(FORMATS[name][0] for name in formats)}: {out}")
+    print(f"\n{', '.join(FORMATS[name] for name in formats)}: {out}")
 
 
-def real_images(trained: Trained, data_dir: Path | None) -> torch.Tensor | None:
+def real_images(trained: "Trained", data_dir: Path | None) -> "torch.Tensor | None":
     """Return some test images; None if the data are not there, or of another size. Nothing is downloaded."""
+    from resnet_fast.data import DataError, load_dataset
+    from resnet_fast.data.cifar10 import unpacked_folder
+
     folder = Path(data_dir or trained.config["data_dir"])
     try:
         if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():

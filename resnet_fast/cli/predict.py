@@ -1,17 +1,22 @@
 """`resnet-fast predict`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.cells import cell_len
 
 from resnet_fast.cli.app import app, complain, stop
+from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
 from resnet_fast.common.terminal import clean
-from resnet_fast.inference import CheckpointError, ImageError, Trained, classify, load_trained, read_image
 from resnet_fast.training.config import choose_device
+from resnet_fast.training.paths import find_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from resnet_fast.inference import Trained
 
 BAR = 30  # columns
 
@@ -24,7 +29,7 @@ def predict(
         typer.Argument(metavar="IMAGE", help="Files in any format that Pillow reads.", show_default=False),
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes shown, the most probable first.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
 ) -> None:
     """Name what is on image files: the most probable classes.
 
@@ -32,7 +37,19 @@ def predict(
     aspect ratio is not kept. The network runs on it in fp32, without augmentation.
     """
     try:
-        trained = load_trained(run, choose_device(device))
+        find_checkpoint(run)
+        chosen = choose_device(device)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except OSError as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
+
+    import torch
+
+    from resnet_fast.inference import CheckpointError, ImageError, classify, load_trained, read_image
+
+    try:
+        trained = load_trained(run, chosen)
     except ValueError as error:
         stop(2, f"error: {error}")
     except (CheckpointError, OSError) as error:
@@ -59,7 +76,7 @@ def predict(
         stop(1, f"{n_failed} of {len(images)} images could not be read")
 
 
-def format_prediction(path: Path, probabilities: torch.Tensor, trained: Trained, top: int) -> list[str]:
+def format_prediction(path: Path, probabilities: "torch.Tensor", trained: "Trained", top: int) -> list[str]:
     """Return the file's name and a line per class: name, probability, bar."""
     values, indices = probabilities.topk(min(top, len(trained.classes)))
     names = [clean(trained.classes[index]) for index in indices.tolist()]

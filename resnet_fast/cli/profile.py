@@ -3,31 +3,26 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.models.registry import STEMS
-from resnet_fast.profiling import ProfileError, profile_config, profile_steps, write_files
-from resnet_fast.profiling.report import Report
-from resnet_fast.training import TrainConfig
-from resnet_fast.training.config import PRECISIONS
-from resnet_fast.training.run_folder import check_is_free
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_path
+from resnet_fast.profiling import profile_config
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.paths import check_is_free
 
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Option(metavar="NAME", help=MODEL_HELP)] = TrainConfig.model,
-    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    model: Annotated[str, option("model")] = TrainConfig.model,
+    stem: Annotated[str | None, option("stem")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
-    precision: Annotated[
-        str, typer.Option(metavar=choices(PRECISIONS), help="auto: bf16 where the processor computes in it.")
-    ] = TrainConfig.precision,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
+    precision: Annotated[str, option("precision")] = TrainConfig.precision,
+    device: Annotated[str, option("device")] = TrainConfig.device,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
@@ -39,10 +34,17 @@ def profile(
 ) -> None:
     """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
     try:
+        if out is not None:
+            check_is_free(check_path("out", out))
         config = profile_config(model, stem, batch_size, precision, device, image_size, out)
-        check_is_free(config.out)
     except (ValueError, OSError) as error:
         stop(2, f"error: {error}")
+
+    import torch
+
+    from resnet_fast.profiling import ProfileError, profile_steps, write_files
+    from resnet_fast.profiling.report import Report
+
     report = Report(config, steps)
     report.start()
     try:

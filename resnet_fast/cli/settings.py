@@ -1,73 +1,17 @@
-"""The options of `resnet-fast train`: one for each field of TrainConfig, which knows their defaults and rules."""
+"""The options of `resnet-fast train`: one for each field of TrainConfig, made of what is said there."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from resnet_fast.cli.app import choices
-from resnet_fast.data import DATASETS
-from resnet_fast.models.registry import MODELS, STEMS
-from resnet_fast.training import RECIPES, TrainConfig
-from resnet_fast.training.config import CHOICES
-from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
+from resnet_fast.training.config import SETTINGS
+from resnet_fast.training.options import Setting
+from resnet_fast.training.recipes import RECIPE_FIELDS, RECIPES
 
-MODEL_HELP = f"The network: {', '.join(MODELS)}."
-STEM_HELP = (
-    "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling. "
-    "[default: cifar, where a network has both; others have one]"
-)
-HELP = {
-    "recipe": "What is learned, and how: gives all settings below, each of which may be given beside it. "
-    f"[default: {DEFAULT_RECIPES['cifar10']}; for digits and folder those of their names]",
-    "model": MODEL_HELP,
-    "stem": STEM_HELP,
-    "backend": "fused: this library; eager: plain PyTorch, torchvision's network where it has one; compile: that under "
-    "torch.compile.",
-    "graph": "Run a step as one CUDA graph. [default: on a GPU, with one process]",
-    "dataset": "cifar10 downloads itself; digits needs no network; folder is --data-dir with train/ and test/.",
-    "data_dir": "Where CIFAR-10 is or goes to, or the folder of images.",
-    "image_size": "Pixels to which the images of a folder are resized.",
-    "images": "Of a folder: memory reads all of them once, stream each when it is needed; auto: memory if they fit.",
-    "skip_unreadable": "Of a folder: read every image once, and train without those that cannot be read.",
-    "holdout": "Validate on so many of the training images, and leave the test images alone.",
-    "accumulate": "Parts in which a batch is computed one after the other, for less memory.",
-    "sync_bn": "On several processes, batch statistics over all of them.",
-    "weights": "Start from these weights: a run folder, a checkpoint, or a file of torchvision, timm … "
-    "With another number of classes the last layer is new.",
-    "seed": "Of weights, order and augmentation.",
-    "device": "auto, cpu, cuda or cuda:N.",
-    "precision": "auto: bf16 where the processor computes in it.",
-    "deterministic": "Refuse what two runs on a GPU might compute differently.",
-    "workers": "Processes reading a folder. [default: one per processor, at most 4]",
-    "time_budget": "No epoch begins that would end later: 90, 15m, 2h. The schedule stays that of all epochs.",
-    "tensorboard": "Write TensorBoard events to the run folder, too.",
-    "out": "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]",
-    "epochs": "Passes over the training images.",
-    "batch_size": "Images of a step, of all processes together.",
-    "optimizer": "SGD or Adam.",
-    "lr": "Peak learning rate.",
-    "schedule": "How the rate moves.",
-    "momentum": "Of SGD.",
-    "nesterov": "Nesterov's momentum.",
-    "weight_decay": "Of every parameter.",
-    "bn_bias_lr": "Learning rate of the batch norms' biases, in units of --lr.",
-    "label_smoothing": "Share of the target that all classes get.",
-    "clip_norm": "The most that the gradients' common norm may be; 0: no limit.",
-    "crop": "Pixels that a random crop may reach beyond each edge. "
-    "[default: 4 for CIFAR-10, 2 for digits, an eighth of the size for a folder; article: 0]",
-    "padding": "What a crop sees beyond the edge.",
-    "flip": "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits.",
-    "cutout": "Side of the square that is cut out, in pixels; 0: none.",
-    "normalize": "By mean and std of the training images, or by 0.5.",
-    "ema": "Decay per step of the weights' moving average, which is tested and saved then; 0: none.",
-    "zero_gamma": "Start the last batch norm of a block at 0, where a shortcut leads past it.",
-    "dirac": "Start 3x3 convolutions as the identity.",
-    "whiten": "Start the stem, if it is 3x3 with 54 filters or more, with the whitening of the images' patches.",
-    "ghost_batch_size": "Images whose statistics a batch norm takes together; 0: the whole batch.",
-}
+NAMES = (*(name for name in SETTINGS if name not in RECIPE_FIELDS), *RECIPE_FIELDS)  # the recipe before what it gives
 
 
 def parse_seconds(text: str) -> float:
@@ -101,37 +45,34 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
-    """One option; it is None where it is not given, so that TrainConfig decides."""
-    text, flag = HELP[name], f"--{name.replace('_', '-')}"
-    is_switch = kind is bool
-    if name == "time_budget":
-        kind = str
-    if name in RECIPE_FIELDS and "[" not in text:
-        text = f"{text} {_by_recipe(name)}"
-    elif default is not MISSING and default is not None and not is_switch and name != "time_budget":
-        text = f"{text} [default: {_shown(default)}]"
-    names = {"dataset": DATASETS, "recipe": RECIPES, "stem": STEMS}.get(name) or CHOICES.get(name)
-    option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if is_switch else flag,
-        help=text,
-        # The networks are too many for the left column.
-        metavar={"model": "NAME", "weights": "RUN|FILE"}.get(name) or (choices(names) if names else None),
-        show_default=False,
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+def describe(setting: Setting) -> str:
+    """Return the help of a setting, and its default."""
+    if "[default" in setting.help or setting.name not in RECIPE_FIELDS and setting.kind is bool:
+        return setting.help
+    if setting.name in RECIPE_FIELDS:
+        return f"{setting.help} {_by_recipe(setting.name)}"
+    if setting.default is None or setting.name == "time_budget":
+        return setting.help
+    return f"{setting.help} [default: {_shown(setting.default)}]"
+
+
+def option(name: str, text: str | None = None) -> Any:
+    """Return typer's option for a setting; `text` replaces its help."""
+    setting = SETTINGS[name]
+    # The networks are too many for the left column.
+    metavar = {"model": "NAME", "weights": "RUN|FILE"}.get(name) or choices(setting.rule.names) or None
+    flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag
+    return typer.Option(flag, help=describe(setting) if text is None else text, metavar=metavar, show_default=False)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, which takes them as `**settings`, an option for every field of TrainConfig."""
-    hints = get_type_hints(TrainConfig)
-    kinds = {name: int if name == "crop" else hints[name] for name in HELP}
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    """Give a command, which takes them as `**settings`, an option for every setting; None: it is not given."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [_option(name, kinds[name], defaults[name]) for name in HELP]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+    for name in NAMES:
+        kind: Any = str if name == "time_budget" else SETTINGS[name].kind
+        hint = Annotated[kind | None, option(name)]
+        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own}
     return command

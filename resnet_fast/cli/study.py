@@ -2,17 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resnet_fast.cli.app import app, stop
-from resnet_fast.data import DataError
-from resnet_fast.data.cifar10 import WITHOUT_NETWORK
-from resnet_fast.study import Trained, format_table, format_verdict, full_study, run_study, small_study
-from resnet_fast.study.folder import NAMES, StudyFolder
-from resnet_fast.training import DivergedError
-from resnet_fast.training.prepare import augmentation_of
+from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_path
+from resnet_fast.study import full_study, small_study
+from resnet_fast.training.paths import check_is_free
+
+if TYPE_CHECKING:
+    from resnet_fast.study import Trained
+    from resnet_fast.study.folder import StudyFolder
 
 study_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Experiments on what makes networks train.")
 app.add_typer(study_app, name="study")
@@ -31,7 +33,7 @@ def skip(
     seeds: Annotated[int, typer.Option(help="Runs of each network, with --seed, --seed + 1, ...")] = 3,
     epochs: Annotated[int | None, typer.Option(help="[default: 10; --full: 164]", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, option("device")] = "auto",
     data_dir: Annotated[Path, typer.Option(help="Where CIFAR-10 is or goes to.")] = Path("data"),
     out: Annotated[
         Path | None,
@@ -44,9 +46,24 @@ def skip(
     --full: digits of 16x16 pixels, 8 channels, minutes on a CPU.
     """
     make = full_study if full else small_study
+    try:
+        if out is not None:
+            check_is_free(check_path("out", out))
+        found = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
+    except (ValueError, FileExistsError) as error:
+        stop(2, f"error: {error}")
+    except OSError as error:
+        stop(1, f"error: {error}")
+
+    from resnet_fast.data import DataError
+    from resnet_fast.data.cifar10 import WITHOUT_NETWORK
+    from resnet_fast.study import format_table, format_verdict, run_study
+    from resnet_fast.study.folder import NAMES, StudyFolder
+    from resnet_fast.training import DivergedError
+    from resnet_fast.training.prepare import augmentation_of
+
     folder, done, n_runs = None, [], 0
     try:
-        found = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
         n_runs = len(found.seeds) * len(found.networks)
         dataset = found.load()
         folder = StudyFolder(found, dataset, augmentation_of(found.config, dataset))
@@ -73,7 +90,7 @@ def skip(
     print(f"\n{', '.join(NAMES)}: {folder.out}")
 
 
-def format_run(trained: Trained) -> str:
+def format_run(trained: "Trained") -> str:
     """Return a line about one network that is trained."""
     last, seconds = trained.epochs[-1], sum(row.seconds for row in trained.epochs)
     return (
@@ -82,7 +99,7 @@ def format_run(trained: Trained) -> str:
     )
 
 
-def _what_is_kept(folder: StudyFolder | None, done: list[Trained], n_runs: int) -> str:
+def _what_is_kept(folder: "StudyFolder | None", done: "list[Trained]", n_runs: int) -> str:
     """Say which files of a study that did not reach its end are there."""
     if folder is None or not os.path.isfile(folder.out / "config.json"):
         return "nothing was written"

@@ -1,24 +1,24 @@
 """`resnet-fast summary`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
-from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.models.registry import MODELS, STEMS, check_name, get_model
-from resnet_fast.models.summary import Summary, summarize
-from resnet_fast.training import TrainConfig
+from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.settings import option
+from resnet_fast.models.registry import MODELS, check_name, check_stem, get_model
+from resnet_fast.training.config import SETTINGS, TrainConfig
+
+if TYPE_CHECKING:
+    from resnet_fast.models.summary import Summary
 
 N_CLASSES = 10
 
 
 @app.command()
 def summary(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = TrainConfig.model,
-    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=SETTINGS["model"].help)] = TrainConfig.model,
+    stem: Annotated[str | None, option("stem")] = None,
     image_size: Annotated[
         int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")
     ] = TrainConfig.image_size,
@@ -28,6 +28,16 @@ def summary(
     try:
         check_name(model)
         stem = stem or MODELS[model].stems[0]
+        check_stem(model, stem)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+
+    import torch
+    from torch import nn
+
+    from resnet_fast.models.summary import summarize
+
+    try:
         with torch.device("meta"):  # shapes alone, whatever the size
             network = get_model(model, num_classes=num_classes, stem=stem, norm_layer=nn.BatchNorm2d)
             found = summarize(network, image_size)
@@ -40,7 +50,7 @@ def summary(
     print("\n".join(format_summary(found)))
 
 
-def format_summary(found: Summary) -> list[str]:
+def format_summary(found: "Summary") -> list[str]:
     """Return the table and its totals, in 80 columns."""
     lines = [f"{'layer':<24}  {'output, for each image':<24}  {'parameters':>14}"]
     for i, row in enumerate(found.rows, 1):

@@ -3,32 +3,27 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resnet_fast.cli.app import app, choices, stop
-from resnet_fast.cli.settings import MODEL_HELP, STEM_HELP
-from resnet_fast.common.checks import check_integer
-from resnet_fast.models.registry import STEMS
-from resnet_fast.ops.choice_files import SWITCH, add, check_can_add, environment_of, find_tables, is_off
-from resnet_fast.ops.choice_format import Environment
-from resnet_fast.ops.choices import using
-from resnet_fast.ops.implementations import DTYPES, Problem
-from resnet_fast.training import TrainConfig, choose_device
-from resnet_fast.tuning import Outcome, find_problems, measure, why_not
-from resnet_fast.tuning.candidates import candidates
-from resnet_fast.tuning.measurement import ROUNDS
-from resnet_fast.tuning.report import TITLE, fold, format_end, format_outcome, heading
+from resnet_fast.cli.settings import option
+from resnet_fast.common.checks import check_choice, check_integer
+from resnet_fast.models.registry import MODELS, check_name, check_stem
+from resnet_fast.training.config import TrainConfig, choose_device
+from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS
 
-BATCH_SIZES = [128, 512, 1024]
-PRECISIONS = tuple(DTYPES.values())
+if TYPE_CHECKING:
+    from resnet_fast.ops.choice_format import Environment
+    from resnet_fast.ops.implementations import Problem
+    from resnet_fast.tuning import Outcome
 
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Option(metavar="NAME", help=MODEL_HELP)] = TrainConfig.model,
-    stem: Annotated[str | None, typer.Option(metavar=choices(STEMS), help=STEM_HELP, show_default=False)] = None,
+    model: Annotated[str, option("model")] = TrainConfig.model,
+    stem: Annotated[str | None, option("stem")] = None,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -47,18 +42,30 @@ def tune(
     ] = None,
 ) -> None:
     """Measure on this GPU which implementation of each operation is the fastest, and keep it for training."""
+    sizes = batch_size or BATCH_SIZES
+    try:
+        check_name(model)
+        check_stem(model, stem or MODELS[model].stems[0])
+        for size in sizes:
+            check_integer("batch_size", size, 2)
+        check_integer("rounds", rounds)
+        check_integer("image_size", image_size)
+        check_choice("precision", precision, PRECISIONS)
+        chosen = choose_device(device)
+    except ValueError as error:
+        stop(2, f"error: {error}")
+
+    from resnet_fast.ops.choice_files import SWITCH, check_can_add, environment_of, find_tables, is_off
+    from resnet_fast.ops.choices import using
+    from resnet_fast.tuning import measure, why_not
+    from resnet_fast.tuning.candidates import candidates
+    from resnet_fast.tuning.report import TITLE, format_end, format_outcome, heading
+
     outcomes: list[Outcome] = []
     path, n_kept = out, 0
     try:
-        chosen = choose_device(device)
         if (reason := why_not(chosen)) is not None:
             raise ValueError(reason)
-        sizes = batch_size or BATCH_SIZES
-        for name, value, at_least in (*(("batch_size", size, 2) for size in sizes), ("rounds", rounds, 1)):
-            check_integer(name, value, at_least)
-        check_integer("image_size", image_size)
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         problems = _problems(model, stem, sizes, image_size, precision)
         environment = environment_of(chosen)
         tables = find_tables(environment)
@@ -101,7 +108,9 @@ def tune(
         stop(1, f"error: {n_wrong} candidates are wrong and were not chosen; please report the lines above")
 
 
-def _problems(model: str, stem: str | None, sizes: list[int], image_size: int, precision: str) -> list[Problem]:
+def _problems(model: str, stem: str | None, sizes: Sequence[int], image_size: int, precision: str) -> "list[Problem]":
+    from resnet_fast.tuning import find_problems
+
     try:
         problems = find_problems(model, stem, sizes, image_size, precision)
     except RuntimeError as error:
@@ -111,8 +120,10 @@ def _problems(model: str, stem: str | None, sizes: list[int], image_size: int, p
     return problems
 
 
-def _keep(path: Path, environment: Environment, outcomes: list[Outcome]) -> int:
+def _keep(path: Path, environment: "Environment", outcomes: "list[Outcome]") -> int:
     """Write what was measured; return of how many problems."""
+    from resnet_fast.ops.choice_files import add
+
     entries = {outcome.problem: outcome.measured for outcome in outcomes if outcome.measured is not None}
     if entries:
         add(path, environment, entries)
@@ -124,6 +135,8 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _print(text: str) -> None:
+    from resnet_fast.tuning.report import fold
+
     print("\n".join(fold(text)))
 
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from resnet_fast.common.checks import check_choice, check_integer, check_type, is_number, shown
+from resnet_fast.data.options import FLIPS, PADDINGS
 from resnet_fast.ops.augment import per_channel
-
-FLIPS = ("none", "random", "alternating")
-PADDINGS = ("zero", "reflect")
 
 
 @dataclass(frozen=True)

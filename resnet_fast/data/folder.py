@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnet_fast.common.checks import check_integer, check_path, few
 from resnet_fast.data.dataset import LEAST_STD, Batch, DataError, ImageDataset, Split, TensorSplit, channel_statistics
-from resnet_fast.data.images import MAX_IMAGE_SIZE, ImageError, read_pixels, without_warnings
+from resnet_fast.data.images import ImageError, read_pixels, without_warnings
 from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images
+from resnet_fast.data.options import MAX_IMAGE_SIZE
 
 READ_TOGETHER = 256  # images to a message of a worker, when all are read
 MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps

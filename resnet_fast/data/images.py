@@ -23,8 +23,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from resnet_fast.common.checks import check_integer, check_type
+from resnet_fast.data.options import MAX_IMAGE_SIZE
 
-MAX_IMAGE_SIZE = 1024  # pixels, in height and width
 DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
 # PNG gives its transparent color in the file's bit depth, Pillow gives pixels in 8 bits. (Of 16 bits Pillow keeps the
 # upper 8, so a color that differs only in the lower 8 becomes transparent, too.)

@@ -16,7 +16,7 @@ import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -75,7 +75,7 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
     return findings
 
 
-def _probes(device: torch.device) -> dict[str, Iterable[Finding]]:
+def _probes(device: torch.device) -> Mapping[str, Iterable[Finding]]:
     """The probes, which begin when they are iterated over."""
     python = Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     packages = {name: find_package(name, at_least) for name, at_least in (NEEDED | OPTIONAL).items()}
@@ -115,7 +115,7 @@ def find_package(name: str, at_least: str) -> Iterator[Finding]:
         if _numbers(version) < _numbers(at_least):
             value += f"; {at_least} or later is needed"
         else:
-            if name == "torchvision" and hasattr(_torchvision, "_schemas"):
+            if name == "torchvision" and _torchvision.schemas is not None:
                 value += "; its compiled operators do not fit this torch, none is used here"
             return (yield Finding(name, value))
     except Exception as error:

@@ -1,6 +1,5 @@
 """A trained network and what is needed to use it, from the checkpoint of a run."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fast.common.checks import check_type, shown
+from resnet_fast.common.checks import shown
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.config import check_device
-from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
+from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, find_checkpoint
 from resnet_fast.training.schema import TO_PREDICT, check_settings
 from resnet_fast.training.structure import first_difference
 
@@ -58,17 +57,10 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         CheckpointError: the checkpoint is missing, damaged, of another program or of an earlier version, or its weights
             do not fit the network that it names.
     """
-    check_type("path", path, str, os.PathLike)
+    path = find_checkpoint(path)
     device = check_device(device)
-    path = Path(os.path.expanduser(path))
-    if path.is_dir():
-        folder, path = path, path / CHECKPOINT
-        if not path.exists() and not (folder / PREVIOUS).exists():
-            if not (folder / "config.json").exists():
-                raise ValueError(f"{folder} is no run folder: neither {CHECKPOINT} nor config.json is there")
-            raise CheckpointError(f"{path} is missing: no epoch of that run was finished")
-    elif not path.exists():
-        raise ValueError(f"{path} does not exist; a run folder or a checkpoint in one is needed")
+    if not path.exists() and not path.with_name(PREVIOUS).exists():
+        raise CheckpointError(f"{path} is missing: no epoch of that run was finished")
     try:
         state = read_checkpoint(path, TO_PREDICT)
     except CheckpointError as error:

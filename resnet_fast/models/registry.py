@@ -6,17 +6,15 @@ get_model("resnet18", num_classes=10, stem="cifar")
 A network is added by an entry of MODELS; the commands, training, profiles and checkpoints find it there.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
-from torchvision import models as torchvision_models
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..common.checks import check_choice, check_integer, did_you_mean, shown
-from . import cifar, resnet
-from .article import STEM_CHANNELS, article
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STEMS = ("cifar", "imagenet")
 
@@ -36,86 +34,81 @@ class Model:
         keywords: names of what `build` takes; None: get_model leaves it to `build` to refuse others.
     """
 
-    build: Callable[..., nn.Module]
+    build: "Callable[..., nn.Module]"
     family: str
     stems: tuple[str, ...]
     stem_width: int
-    build_plain: Callable[..., nn.Module] | None = None
+    build_plain: "Callable[..., nn.Module] | None" = None
     refused: Mapping[str, str] = field(default_factory=dict)
     keywords: tuple[str, ...] | None = None
 
-    def make(self, num_classes: int, stem: str, norm_layer: Callable[..., nn.Module] | None = None) -> nn.Module:
+    def make(self, num_classes: int, stem: str, norm_layer: "Callable[..., nn.Module] | None" = None) -> "nn.Module":
         """Return the network on fused batch norms, or on those that `norm_layer` makes."""
         kwargs: dict[str, Any] = {"stem": stem} if len(self.stems) > 1 else {}
         if norm_layer is not None:
             kwargs["norm_layer"] = norm_layer
         return self.build(num_classes=num_classes, **kwargs)
 
-    def make_plain(self, num_classes: int, stem: str) -> nn.Module:
+    def make_plain(self, num_classes: int, stem: str) -> "nn.Module":
         """Return the network of plain PyTorch that has the same keys and, by the same seed, the same weights."""
         if self.build_plain is None:
+            from torch import nn
+
             return self.make(num_classes, stem, nn.BatchNorm2d)
         return self.build_plain(num_classes=num_classes, stem=stem)
 
 
-def _keywords(
-    build: Callable[..., nn.Module], makes: type[nn.Module] | None = None, sets: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Return what `build` takes by its signature and, as **kwargs, that of the class it makes but for what it sets."""
-    parameters = inspect.signature(build).parameters.values()
-    own = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    passed_on = inspect.signature(makes).parameters if makes else ()
-    return tuple(name for name in dict.fromkeys([*own, *passed_on]) if name not in sets)
+def _function(name: str) -> "Callable[..., nn.Module]":
+    """Return the function of resnet_fast.models; it is imported, and torch with it, when it is called."""
+
+    def build(**kwargs: Any) -> "nn.Module":
+        return getattr(import_module("resnet_fast.models"), name)(**kwargs)
+
+    return build
 
 
-def _of_torchvision(build: Callable[..., nn.Module]) -> Model:
-    def build_plain(num_classes: int, stem: str) -> nn.Module:
+def _of_torchvision(name: str) -> Model:
+    def build_plain(num_classes: int, stem: str) -> "nn.Module":
         """torchvision's network, with the stem changed as its users change it."""
-        model = getattr(torchvision_models, build.__name__)(num_classes=num_classes)
+        from torchvision import models as torchvision_models
+
+        from .resnet import give_cifar_stem
+
+        model = getattr(torchvision_models, name)(num_classes=num_classes)
         if stem == "cifar":
-            resnet.give_cifar_stem(model)
+            give_cifar_stem(model)
         return model
 
-    # torchvision's decorator takes the old name of `weights`, which no signature shows.
-    keywords = (*_keywords(build, resnet.ResNet, ("block", "layers")), "pretrained")
-    return Model(build, "torchvision", STEMS, 64, build_plain, keywords=keywords)
+    own = ("weights", "progress", "num_classes", "zero_init_residual", "groups", "width_per_group")
+    # torchvision takes `pretrained`, the old name of `weights`, too.
+    keywords = (*own, "replace_stride_with_dilation", "norm_layer", "stem", "pretrained")
+    return Model(_function(name), "torchvision", STEMS, 64, build_plain, keywords=keywords)
 
 
-def _of_cifar(build: Callable[..., nn.Module]) -> Model:
-    return Model(build, "He et al.", ("cifar",), 16, keywords=_keywords(build, cifar.CifarResNet, ("depth",)))
+def _of_cifar(name: str) -> Model:
+    keywords = ("num_classes", "shortcut", "width", "norm_layer")
+    return Model(_function(name), "He et al.", ("cifar",), 16, keywords=keywords)
 
 
-def _without_skips(build: Callable[..., nn.Module]) -> Model:
-    reason = "a block without a skip connection would let nothing pass"
-    keywords = _keywords(build, cifar.CifarResNet, ("depth", "shortcut"))
-    return Model(build, "He et al., plain", ("cifar",), 16, refused={"zero_gamma": reason}, keywords=keywords)
+def _without_skips(name: str) -> Model:
+    refused = {"zero_gamma": "a block without a skip connection would let nothing pass"}
+    keywords = ("num_classes", "width", "norm_layer")
+    return Model(_function(name), "He et al., plain", ("cifar",), 16, refused=refused, keywords=keywords)
 
 
 MODELS: dict[str, Model] = {
-    "resnet18": _of_torchvision(resnet.resnet18),
-    "resnet34": _of_torchvision(resnet.resnet34),
-    "resnet50": _of_torchvision(resnet.resnet50),
-    "resnet101": _of_torchvision(resnet.resnet101),
-    "resnet152": _of_torchvision(resnet.resnet152),
-    "resnet20": _of_cifar(cifar.resnet20),
-    "resnet32": _of_cifar(cifar.resnet32),
-    "resnet44": _of_cifar(cifar.resnet44),
-    "resnet56": _of_cifar(cifar.resnet56),
-    "resnet110": _of_cifar(cifar.resnet110),
-    "plain20": _without_skips(cifar.plain20),
-    "plain32": _without_skips(cifar.plain32),
-    "plain44": _without_skips(cifar.plain44),
-    "plain56": _without_skips(cifar.plain56),
-    "plain110": _without_skips(cifar.plain110),
+    **{name: _of_torchvision(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{name: _of_cifar(name) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")},
+    **{name: _without_skips(name) for name in ("plain20", "plain32", "plain44", "plain56", "plain110")},
     "article": Model(
-        article,
+        _function("article"),
         "article",
         ("imagenet",),
-        STEM_CHANNELS,
+        64,
         refused={
             "zero_gamma": "a block's one batch norm stands before its ReLU, too, and would let nothing pass there"
         },
-        keywords=_keywords(article),
+        keywords=("num_classes", "norm_layer"),
     ),
 }
 
@@ -125,7 +118,7 @@ def list_models() -> list[str]:
     return list(MODELS)
 
 
-def get_model(name: str, **kwargs: Any) -> nn.Module:
+def get_model(name: str, **kwargs: Any) -> "nn.Module":
     """Return the network called `name`, as the function of that name makes it.
 
     Args:
@@ -143,7 +136,7 @@ def get_model(name: str, **kwargs: Any) -> nn.Module:
     _check_keywords(name, kwargs)
     if "num_classes" in kwargs:
         check_integer("num_classes", kwargs["num_classes"], 0)
-    if not callable(kwargs.get("norm_layer") or nn.BatchNorm2d):
+    if not callable(kwargs.get("norm_layer") or object):
         raise TypeError(f"norm_layer must be callable or None, got {type(kwargs['norm_layer']).__name__}")
     if "stem" in kwargs:
         check_stem(name, kwargs["stem"])

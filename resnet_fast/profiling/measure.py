@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,43 +11,12 @@ from resnet_fast.common.checks import check_integer
 from resnet_fast.profiling.check import refuse_interpreter
 from resnet_fast.profiling.providers import PROVIDERS, checked_steps
 from resnet_fast.profiling.recording import StepProfile, parts_of, record, synchronize
-from resnet_fast.training.config import TrainConfig, choose_device, free_folder
+from resnet_fast.training.config import TrainConfig
 
 # By device. A GPU needs more steps until cuDNN has chosen its algorithms, the kernels are compiled and the clock is up.
 WARM_UP = {"cpu": 2, "cuda": 20}
 N_STEPS = 10
-BATCH_SIZE = {"cpu": 32, "cuda": 128}
 MIN_TIMED = 3
-# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
-LEARNING_RATE = 0.01
-
-
-def profile_config(
-    model: str = "resnet18",
-    stem: str | None = None,
-    batch_size: int | None = None,
-    precision: str = "auto",
-    device: str = "auto",
-    image_size: int = 32,
-    out: Path | None = None,
-) -> TrainConfig:
-    """Return the settings of the step, checked and filled in: the stem that training takes; batch_size 32 on a CPU, 128
-    on a GPU.
-
-    Raises:
-        ValueError: a setting breaks the rule that TrainConfig has for it.
-    """
-    kind = choose_device(device).type
-    return TrainConfig(
-        model=model,
-        stem=stem,  # type: ignore[arg-type]  (None: the model's)
-        batch_size=BATCH_SIZE[kind] if batch_size is None else batch_size,
-        precision=precision,
-        device=device,
-        image_size=image_size,
-        lr=LEARNING_RATE,
-        out=free_folder(f"profile-{model}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out,
-    )
 
 
 def profile_steps(

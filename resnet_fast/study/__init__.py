@@ -6,9 +6,9 @@ for trained in run_study(small_study(n_seeds=1, out="runs/skip")):
     print(trained.network.name, trained.epochs[-1].train_error)
 """
 
-from resnet_fast.study.report import format_table, format_verdict
-from resnet_fast.study.runs import EpochRow, GradientRow, Trained, run_study
-from resnet_fast.study.settings import Network, SkipStudy, full_study, small_study
+from typing import TYPE_CHECKING
+
+from resnet_fast._lazy import lazy_imports
 
 __all__ = [
     "EpochRow",
@@ -22,3 +22,10 @@ __all__ = [
     "run_study",
     "small_study",
 ]
+
+if TYPE_CHECKING:
+    from resnet_fast.study.report import format_table, format_verdict
+    from resnet_fast.study.runs import EpochRow, GradientRow, Trained, run_study
+    from resnet_fast.study.settings import Network, SkipStudy, full_study, small_study
+else:
+    lazy_imports(__name__, __all__)

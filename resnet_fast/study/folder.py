@@ -16,8 +16,9 @@ from resnet_fast.data import Augmentation, ImageDataset
 from resnet_fast.study.picture import draw
 from resnet_fast.study.runs import GRADIENT_IMAGES, EpochRow, GradientRow, Trained
 from resnet_fast.study.settings import SkipStudy
+from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.recipes import RECIPE_FIELDS
-from resnet_fast.training.run_folder import check_is_free, describe
+from resnet_fast.training.run_folder import describe
 
 NAMES = ("skip.png", "skip.csv", "gradients.csv", "config.json")
 # Of what config.json of a training run holds, that which a study has, too.

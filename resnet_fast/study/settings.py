@@ -6,19 +6,18 @@ full_study()    CIFAR-10, 16 channels, He et al. 2015 (arXiv:1512.03385), sectio
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any
 
 from resnet_fast.common.checks import check_integer
-from resnet_fast.data import ImageDataset, TensorSplit, load_dataset
-from resnet_fast.data.dataset import channel_statistics
-from resnet_fast.models import CifarResNet
-from resnet_fast.models.cifar import check_depth
-from resnet_fast.training import TrainConfig
-from resnet_fast.training.config import free_folder
-from resnet_fast.training.processes import world_size
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.paths import free_folder
+from resnet_fast.training.torchrun import world_size
 
+if TYPE_CHECKING:
+    from resnet_fast.data import ImageDataset, TensorSplit
+    from resnet_fast.models import CifarResNet
+
+N_SEEDS = (1, 1001)  # at least, and below
 # The paper's, from which the small study differs where it must.
 PAPER: dict[str, Any] = {
     "recipe": "baseline",
@@ -59,8 +58,10 @@ class Network:
     def name(self) -> str:
         return f"{'plain' if self.is_plain else 'ResNet'}-{self.depth}"
 
-    def build(self, n_classes: int, width: int) -> CifarResNet:
+    def build(self, n_classes: int, width: int) -> "CifarResNet":
         """Return it with new weights; both kinds have equally many, and from one seed the same."""
+        from resnet_fast.models import CifarResNet
+
         return CifarResNet(self.depth, n_classes, shortcut=None if self.is_plain else "A", width=width)
 
 
@@ -86,10 +87,12 @@ class SkipStudy:
     def __post_init__(self) -> None:
         if world_size() > 1:
             raise ValueError(f"a study needs a single process, got {world_size()}")
-        check_integer("seeds", self.n_seeds, 1, 1001)
+        check_integer("seeds", self.n_seeds, *N_SEEDS)
         check_integer("width", self.width)
         if self.config.seed + self.n_seeds > 2**32:
             raise ValueError(f"seed + seeds must be at most 2**32, got {self.config.seed} + {self.n_seeds}")
+        from resnet_fast.models.cifar import check_depth
+
         for depth in self.depths:
             check_depth(depth)
         shallow, deep = self.depths
@@ -105,32 +108,39 @@ class SkipStudy:
     def seeds(self) -> range:
         return range(self.config.seed, self.config.seed + self.n_seeds)
 
-    def load(self) -> ImageDataset:
+    def load(self) -> "ImageDataset":
         """Return the images; raises DataError where they are not available."""
+        from resnet_fast.data import load_dataset
+
         dataset = load_dataset(self.config.dataset, self.config.data_dir)
         return halve(dataset) if self.config.dataset == "digits" else dataset
 
 
 def small_study(*, n_seeds: int = 3, **settings: Any) -> SkipStudy:
     """Return the study of the digits; `settings` are fields of TrainConfig that replace its own."""
-    return SkipStudy(_config(SMALL, settings), n_seeds, width=8)
+    return SkipStudy(_config(SMALL, n_seeds, settings), n_seeds, width=8)
 
 
 def full_study(*, n_seeds: int = 3, **settings: Any) -> SkipStudy:
     """Return the paper's study; `settings` are fields of TrainConfig that replace its own."""
-    return SkipStudy(_config(FULL, settings), n_seeds, width=16)
+    return SkipStudy(_config(FULL, n_seeds, settings), n_seeds, width=16)
 
 
-def _config(base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:
+def _config(base: dict[str, Any], n_seeds: int, settings: dict[str, Any]) -> TrainConfig:
+    check_integer("seeds", n_seeds, *N_SEEDS)  # before TrainConfig, which may import torch
     given = {name: value for name, value in settings.items() if value is not None}
     out = free_folder(f"skip-{base['dataset']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return TrainConfig(**{**base, "out": out, **given})
 
 
-def halve(dataset: ImageDataset) -> ImageDataset:
+def halve(dataset: "ImageDataset") -> "ImageDataset":
     """Return a data set in memory at half its height and width, each pixel the mean of four."""
+    import torch.nn.functional as F
 
-    def half(split: Any) -> TensorSplit:
+    from resnet_fast.data import TensorSplit
+    from resnet_fast.data.dataset import channel_statistics
+
+    def half(split: Any) -> "TensorSplit":
         images = F.avg_pool2d(split.images.float(), 2).round().byte()
         return TensorSplit(images, split.labels)
 

@@ -16,9 +16,9 @@ from resnet_fast.common.terminal import clean, clean_output, unfiltered
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
-from resnet_fast.training.processes import command, is_first_process, world_size
 from resnet_fast.training.repeat import Spread
 from resnet_fast.training.reporter import EpochProgress, Reporter
+from resnet_fast.training.torchrun import command, format_train_on, is_first_process, world_size
 
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
@@ -109,11 +109,6 @@ def format_resumed(n_done: int, config: TrainConfig) -> list[str]:
     if n_done == config.epochs:
         return ["resumed: the run was finished already, nothing is trained", format_train_on(config.out)]
     return [f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"]
-
-
-def format_train_on(run: Path) -> str:
-    """Return how to train a finished run for more epochs."""
-    return f"to train on from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"
 
 
 def wants_live_output(stream: TextIO) -> bool:

@@ -24,11 +24,12 @@ from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
 from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
+from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.prepare import Run, augmentation_of, check_data, load, own_part, prepare, torch_settings
 from resnet_fast.training.processes import Processes, join
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.reporter import EpochProgress, Reporter
-from resnet_fast.training.run_folder import RunFolder, check_is_free
+from resnet_fast.training.run_folder import RunFolder
 from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run
 from resnet_fast.training.step import bare
 from resnet_fast.training.structure import first_difference

@@ -1,7 +1,5 @@
 """The processes of a run: one, or those that torchrun started.
 
-torchrun tells each process by its environment: RANK, LOCAL_RANK (on its machine), WORLD_SIZE and LOCAL_WORLD_SIZE.
-
 None may leave alone: the others would wait for it. An error that one process may have alone is told to all at once
 (`together`), a signal is kept until all can leave (`signals_together`), and where a process is lost all the same,
 torchrun ends the others.
@@ -21,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from resnet_fast.training.torchrun import rank, world_size
+
 T = TypeVar("T")
 
 # The others wait while the first one downloads, and while it draws what the network gets wrong.
@@ -34,36 +34,6 @@ class OtherProcessError(RuntimeError):
 
 class LostProcessError(RuntimeError):
     """Another process of the run ended in the middle of it."""
-
-
-def world_size() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Return which of them this one is."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_first_process() -> bool:
-    """Return whether this process prints and writes."""
-    return rank() == 0
-
-
-def is_first_on_machine() -> bool:
-    """Return whether this process tells an error that all of them have."""
-    return world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def command() -> str:
-    """Return the command that starts such processes: resnet-fast, or torchrun."""
-    if world_size() == 1:
-        return "resnet-fast"
-    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    n_machines = world_size() // n_here
-    machines = f"--nnodes {n_machines} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if n_machines > 1 else ""
-    return f"torchrun {machines}--nproc-per-node {n_here} -m resnet_fast.cli"
 
 
 class KeptSignals:

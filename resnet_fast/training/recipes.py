@@ -14,8 +14,12 @@ digits     for the digits that scikit-learn carries: a minute and a half on a CP
 The accuracies are those that others published for CIFAR-10, of their programs.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from resnet_fast.data.options import FLIPS, PADDINGS
+from resnet_fast.training.options import FRACTION, NOT_NEGATIVE, POSITIVE, integer, one_of, settings_of
+from resnet_fast.training.schedule import SCHEDULES
 
 # Any, so that a field may be `int` to those who read it although TrainConfig fills in its default.
 FROM_RECIPE: Any = None
@@ -23,58 +27,64 @@ FROM_RECIPE: Any = None
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is learned, and how.
+    """What is learned, and how; docs/options.md has the fields as a table."""
 
-    Args:
-        epochs: passes over the training images.
-        batch_size: images of a step, of all processes together.
-        optimizer: "sgd" or "adam".
-        lr: the peak of the schedule.
-        schedule: "one-cycle", "triangular", "cosine", "steps" or "constant".
-        momentum: of SGD.
-        nesterov: whether it is Nesterov's; nothing without momentum.
-        weight_decay: of every parameter.
-        bn_bias_lr: learning rate of the batch norms' biases, in units of lr (their weight decay is divided by it).
-        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
-        clip_norm: the most that the gradients' common L2 norm may be; 0 for no limit.
-        crop: pixels that a random crop may reach beyond each edge; None: as the data set says.
-        padding: what it sees there: "zero" or "reflect".
-        flip: "none", "random" or "alternating"; of a recipe, it holds where a mirrored image still shows its class.
-        cutout: side of the square that is set to the mean color, in pixels; 0 for none.
-        normalize: "dataset" (mean and std of the training images) or "half" (0.5 and 0.5).
-        ema: decay per step of the weights' moving average, which is tested and saved then; 0 for none.
-        zero_gamma: start every block's last batch norm at weight 0 (Goyal et al. 2017, arXiv:1706.02677).
-        dirac: start 3x3 convolutions as the identity on their first channels (Zagoruyko and Komodakis 2017,
-            arXiv:1706.00388; Jordan 2024, arXiv:2404.00498).
-        whiten: start the 3x3 stem with the whitening of the training images' patches (Page 2019, How to train your
-            ResNet 8; Jordan 2024). It is trained on.
-        ghost_batch_size: images whose statistics a batch norm takes together; 0 for the whole batch (of a process).
-    """
+    epochs: Annotated[int, integer(1), "Passes over the training images."] = FROM_RECIPE
+    # Batch norm cannot take statistics over a single value.
+    batch_size: Annotated[int, integer(2), "Images of a step, of all processes together."] = FROM_RECIPE
+    optimizer: Annotated[str, one_of(("sgd", "adam")), "SGD or Adam."] = FROM_RECIPE
+    lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
+    schedule: Annotated[str, one_of(SCHEDULES), "How the rate moves."] = FROM_RECIPE
+    momentum: Annotated[float, FRACTION, "Of SGD."] = FROM_RECIPE
+    nesterov: Annotated[bool, "Nesterov's momentum; nothing without momentum."] = FROM_RECIPE
+    weight_decay: Annotated[float, NOT_NEGATIVE, "Of every parameter."] = FROM_RECIPE
+    bn_bias_lr: Annotated[
+        float,
+        POSITIVE,
+        "Learning rate of the batch norms' biases, in units of lr; their weight decay is divided by it.",
+    ] = FROM_RECIPE
+    label_smoothing: Annotated[
+        float, FRACTION, "Share of the target that all classes get (Szegedy et al. 2016, arXiv:1512.00567)."
+    ] = FROM_RECIPE
+    clip_norm: Annotated[float, NOT_NEGATIVE, "The most that the gradients' L2 norm may be; 0: no limit."] = FROM_RECIPE
+    crop: Annotated[
+        int | None,
+        integer(0),
+        "Pixels that a random crop may reach beyond each edge. "
+        "[default: 4 for CIFAR-10, 2 for digits, an eighth of the size for a folder; article: 0]",
+    ] = FROM_RECIPE
+    padding: Annotated[str, one_of(PADDINGS), "What a crop sees beyond the edge."] = FROM_RECIPE
+    flip: Annotated[
+        str, one_of(FLIPS), "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits."
+    ] = FROM_RECIPE
+    cutout: Annotated[int, integer(0), "Side of the square set to the mean color, in pixels; 0: none."] = FROM_RECIPE
+    normalize: Annotated[str, one_of(("dataset", "half")), "By the training images' mean and std, or by 0.5."] = (
+        FROM_RECIPE
+    )
+    ema: Annotated[
+        float, FRACTION, "Decay per step of the weights' moving average, which is tested and saved then; 0: none."
+    ] = FROM_RECIPE
+    zero_gamma: Annotated[
+        bool,
+        "Start the last batch norm of a block at 0, where a shortcut leads past it "
+        "(Goyal et al. 2017, arXiv:1706.02677).",
+    ] = FROM_RECIPE
+    dirac: Annotated[
+        bool,
+        "Start 3x3 convolutions as the identity on their first channels (Zagoruyko and Komodakis 2017, "
+        "arXiv:1706.00388; Jordan 2024, arXiv:2404.00498).",
+    ] = FROM_RECIPE
+    whiten: Annotated[
+        bool,
+        "Start the stem, if it is 3x3 with 54 filters or more, with the whitening of the training images' patches "
+        "(Page 2019, How to train your ResNet 8; Jordan 2024). It is trained on.",
+    ] = FROM_RECIPE
+    ghost_batch_size: Annotated[
+        int, integer(0), "Images whose statistics a batch norm takes together; 0: the whole batch, of a process."
+    ] = FROM_RECIPE
 
-    epochs: int = FROM_RECIPE
-    batch_size: int = FROM_RECIPE
-    optimizer: str = FROM_RECIPE
-    lr: float = FROM_RECIPE
-    schedule: str = FROM_RECIPE
-    momentum: float = FROM_RECIPE
-    nesterov: bool = FROM_RECIPE
-    weight_decay: float = FROM_RECIPE
-    bn_bias_lr: float = FROM_RECIPE
-    label_smoothing: float = FROM_RECIPE
-    clip_norm: float = FROM_RECIPE
-    crop: int | None = FROM_RECIPE
-    padding: str = FROM_RECIPE
-    flip: str = FROM_RECIPE
-    cutout: int = FROM_RECIPE
-    normalize: str = FROM_RECIPE
-    ema: float = FROM_RECIPE
-    zero_gamma: bool = FROM_RECIPE
-    dirac: bool = FROM_RECIPE
-    whiten: bool = FROM_RECIPE
-    ghost_batch_size: int = FROM_RECIPE
 
-
-RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
+RECIPE_FIELDS = tuple(settings_of(Recipe))
 
 _BASELINE = Recipe(
     epochs=200,

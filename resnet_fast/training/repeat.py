@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from resnet_fast.common.checks import check_integer
 from resnet_fast.common.files import whole_file
-from resnet_fast.training.config import INTEGERS, TrainConfig
-from resnet_fast.training.metrics import Result
+from resnet_fast.training.config import SETTINGS, TrainConfig
+
+if TYPE_CHECKING:
+    from resnet_fast.training.metrics import Result
 
 
 class Spread(NamedTuple):
@@ -31,12 +32,17 @@ def repeated(config: TrainConfig, n_runs: int) -> Iterator[TrainConfig]:
     Raises:
         ValueError: a seed would be too large.
     """
+    check_seeds(config.seed, n_runs)
     seeds = range(config.seed, config.seed + n_runs)
-    check_integer("seed + repeat - 1", seeds.stop - 1, *INTEGERS["seed"])
     return (replace(config, seed=seed, out=config.out / f"seed-{seed}") for seed in seeds)
 
 
-def write_summary(out: Path, results: Sequence[Result]) -> None:
+def check_seeds(seed: int, n_runs: int) -> None:
+    """Raise ValueError if a seed of so many runs would be too large."""
+    SETTINGS["seed"].rule.check("seed + repeat - 1", seed + n_runs - 1)
+
+
+def write_summary(out: Path, results: "Sequence[Result]") -> None:
     """Write summary.csv: a row per run, of its last epoch."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

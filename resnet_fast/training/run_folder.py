@@ -8,14 +8,12 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,26 +27,11 @@ from resnet_fast.training.checkpoint import write_checkpoint
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.curves import draw_curves
 from resnet_fast.training.metrics import EpochMetrics
+from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, check_is_free
 from resnet_fast.training.tensorboard import TensorBoard
 
 # Seconds. A picture takes half a second to draw, as long as an epoch of CIFAR-10 on a large GPU is meant to.
 DRAW_EVERY = 30
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
-
-
-def check_is_free(out: Path) -> None:
-    """Raise FileExistsError unless `out` is an empty folder or not there, OSError if it cannot be there."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        out.lstat()  # lexists hides that a name is too long
-    there = next(path for path in (out, *out.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise FileExistsError(f"out must be a folder, {there} is a file")
-    if there != out:
-        return
-    names = sorted(path.name for path in out.iterdir())
-    if names:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise FileExistsError(f"out must be a new or an empty folder, {out} already holds {shown}; name another one")
 
 
 class RunFolder:

@@ -4,22 +4,18 @@ The newest checkpoint is taken or refused, never replaced in silence by the one 
 """
 
 import json
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resnet_fast.checkpoints.archive import read_regular
-from resnet_fast.common.checks import check_type, difference, one_line, shown
+from resnet_fast.common.checks import difference, one_line, shown
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
-from resnet_fast.training.config import TrainConfig
-from resnet_fast.training.processes import world_size
-from resnet_fast.training.run_folder import CHECKPOINT, PREVIOUS
+from resnet_fast.training.config import MOVABLE, TrainConfig
+from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, find_resumable
 from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS, check_entries, check_settings, fill_in
-
-# Where a run goes on, not what it computes: these may be others than before.
-MOVABLE = ("device", "data_dir", "workers", "images", "graph", "time_budget", "tensorboard", "out")
+from resnet_fast.training.torchrun import world_size
 
 MAX_CONFIG_BYTES = 2**24  # enough for 100,000 classes; a parsed file takes ten times its size
 
@@ -59,12 +55,8 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     kept = [name for name in moved if name not in MOVABLE or name == "out"]
     if kept:
         raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
-    check_type("path", path, str, os.PathLike)
-    path = Path(os.path.expanduser(path))
-    out = path if path.is_dir() else path.parent
-    name = CHECKPOINT if path.is_dir() else path.name
-    if not (out / "config.json").exists():
-        raise ValueError(f"resume must be a run folder or a checkpoint in one, {path} is neither: no config.json there")
+    target = find_resumable(path)
+    out, name = target.parent, target.name
     description = _describe(out / "config.json")
     saved = {name: description[name] for name in SETTINGS}
     if "device" in moved or world_size() > 1:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from resnet_fast.common.checks import few, is_integer, is_number, is_text, one_line, shown
-from resnet_fast.data.images import MAX_IMAGE_SIZE
-from resnet_fast.training.config import TrainConfig
+from resnet_fast.data.options import MAX_IMAGE_SIZE
+from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 
-SETTINGS = tuple(field.name for field in fields(TrainConfig))
-ADDED = {"weights": None, "skip_unreadable": False}  # settings that there were not when format 2 began
+# Settings that there were not when format 2 began.
+ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable")}
 METRICS = {field.name for field in fields(EpochMetrics)}
 LARGE = 1e300  # a larger number may overflow when it is added or shown
 
@@ -95,13 +95,14 @@ _SWITCH: Rule = (_is_switch, "True or False")
 _COUNT: Rule = (lambda value: _is_count(value, 1), "an integer of at least 1")
 _IMAGE_SIZE: Rule = (lambda value: _is_count(value, 8, MAX_IMAGE_SIZE), f"an integer in 8 … {MAX_IMAGE_SIZE}")
 SETTING_RULES: dict[str, Rule] = {
-    **dict.fromkeys(SETTINGS, (_is_setting, "a number, text, True or False")),
-    "device": (
+    **{
+        name: _SWITCH if setting.kind is bool else (_is_setting, "a number, text, True or False")
+        for name, setting in SETTINGS.items()
+    },
+    "device": (  # of a run it is resolved
         lambda value: isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", value)),
         "cpu or cuda:N",
     ),
-    "graph": _SWITCH,
-    "sync_bn": _SWITCH,
     "image_size": _IMAGE_SIZE,
     "weights": (lambda value: value is None or is_text(value), "None or text"),
 }

@@ -23,8 +23,8 @@ from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
 from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
-from resnet_fast.training.config import check_fields
 from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.options import settings_of
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
@@ -137,7 +137,8 @@ class TrainingStep:
         for name, function in (("forward", forward), ("make_graph", make_graph)):
             if not (callable(function) or (function is None and name == "forward")):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        check_fields(recipe)
+        for name, setting in settings_of(Recipe).items():
+            setting.check(getattr(recipe, name))
         if next(model.parameters(), None) is None:
             raise ValueError(f"model must have parameters, {type(model).__name__} has none")
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps

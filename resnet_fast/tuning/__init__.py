@@ -5,7 +5,14 @@ outcome = measure(problems[0], candidates, torch.device("cuda"))
 outcome.measured.choice
 """
 
-from resnet_fast.tuning.measurement import Candidate, Outcome, Prepared, measure, why_not
-from resnet_fast.tuning.problems import find_problems
+from typing import TYPE_CHECKING
+
+from resnet_fast._lazy import lazy_imports
 
 __all__ = ["Candidate", "Outcome", "Prepared", "find_problems", "measure", "why_not"]
+
+if TYPE_CHECKING:
+    from resnet_fast.tuning.measurement import Candidate, Outcome, Prepared, measure, why_not
+    from resnet_fast.tuning.problems import find_problems
+else:
+    lazy_imports(__name__, __all__)

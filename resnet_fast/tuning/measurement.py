@@ -19,9 +19,10 @@ from resnet_fast.ops.arguments import accumulation_type
 from resnet_fast.ops.backend import INTERPRETER, device_guard, is_interpreted, why_not_triton
 from resnet_fast.ops.choice_format import Measured
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
+from resnet_fast.tuning.options import ROUNDS
 from resnet_fast.tuning.timing import alternate, percentiles
 
-ROUNDS, WARM_UP = 30, 10
+WARM_UP = 10
 # The share of the default's time that another choice must save. Chosen, not measured: two tunings of one machine
 # should agree, and what is lost of a step by leaving two hundredths of one operation is less than a step varies.
 MIN_GAIN = 0.02

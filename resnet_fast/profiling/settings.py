@@ -1,0 +1,42 @@
+"""The training step that is profiled."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.paths import free_folder
+
+BATCH_SIZE = {"cpu": 32, "cuda": 128}
+# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
+LEARNING_RATE = 0.01
+
+
+def profile_config(
+    model: str = "resnet18",
+    stem: str | None = None,
+    batch_size: int | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    image_size: int = 32,
+    out: Path | None = None,
+) -> TrainConfig:
+    """Return the settings of the step, checked and filled in: the stem that training takes; batch_size 32 on a CPU, 128
+    on a GPU.
+
+    Raises:
+        ValueError: a setting breaks the rule that TrainConfig has for it.
+    """
+    config = TrainConfig(
+        model=model,
+        stem=stem,  # type: ignore[arg-type]  (None: the model's)
+        batch_size=BATCH_SIZE["cpu"] if batch_size is None else batch_size,
+        precision=precision,
+        device=device,
+        image_size=image_size,
+        lr=LEARNING_RATE,
+        out=free_folder(f"profile-{model}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out,
+    )
+    if batch_size is None and config.device != "cpu":
+        config = replace(config, batch_size=BATCH_SIZE["cuda"])
+    return config

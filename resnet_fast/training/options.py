@@ -1,0 +1,105 @@
+"""A setting of a run is described once, at its field:
+
+    lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
+
+Between the type and the help stand the rule, which switches and paths have by their type, and MAY_MOVE. The checks of
+TrainConfig and config.json, the options of `resnet-fast train`, and docs/options.md are made of it.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from resnet_fast.common.checks import check_choice, check_integer, check_path, is_number, shown
+
+MAY_MOVE = "where a run goes on, not what it computes: a resumed run may have another"
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words, and by a function of name and value.
+
+    The function returns a plain value, because a checkpoint with strings or numbers of numpy could not be read again,
+    or raises ValueError with the name, the rule and the value. `names` are all that there are to choose from.
+    """
+
+    text: str
+    check: Callable[[str, Any], Any]
+    names: Collection[str] = ()
+
+
+def integer(at_least: int, below: int = 2**32) -> Rule:
+    text = f"an integer, {at_least} … {below - 1:,}"
+    return Rule(text, lambda name, value: check_integer(name, value, at_least, below))
+
+
+def number(text: str, follows: Callable[[float], bool]) -> Rule:
+    def check(name: str, value: Any) -> float:
+        if not (is_number(value) and follows(value)):
+            raise ValueError(f"{name} must be {text}, got {shown(value)}")
+        return float(value)
+
+    return Rule(text, check)
+
+
+def one_of(names: Collection[str], check: Callable[[str, Any, Collection[str]], None] = check_choice) -> Rule:
+    return Rule(", ".join(names), lambda name, value: check(name, value, names) or str.__str__(value), names)
+
+
+def _check_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def _check_device(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", text):
+        raise ValueError(f"{name} must be auto, cpu, cuda or cuda:N, got {shown(value)}")
+    return str.__str__(text)
+
+
+POSITIVE = number("a positive finite number", lambda value: value > 0)
+NOT_NEGATIVE = number("a finite number, 0 or more", lambda value: value >= 0)
+FRACTION = number("in [0, 1)", lambda value: 0 <= value < 1)
+DEVICE = Rule("auto, cpu, cuda, cuda:N", _check_device)
+BY_TYPE = {bool: Rule("on or off", _check_switch), Path: Rule("a path", check_path)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field as it is described; `kind` is its type without None, `may_be_none` whether that is a value."""
+
+    name: str
+    kind: type
+    rule: Rule
+    help: str
+    default: Any
+    may_be_none: bool
+    may_move: bool
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    def check(self, value: Any) -> Any:
+        """Return a plain value that follows the rule; raise ValueError for any other."""
+        return None if value is None and self.may_be_none else self.rule.check(self.name, value)
+
+
+@cache
+def settings_of(described: type) -> dict[str, Setting]:
+    """Return the settings of a dataclass whose fields are described as above, by name."""
+    found, hints = {}, get_type_hints(described, include_extras=True)
+    for field in fields(described):
+        annotated, *notes, text = get_args(hints[field.name])
+        kinds = get_args(annotated) or (annotated,)
+        (kind,) = (kind for kind in kinds if kind is not NoneType)
+        rule = next((note for note in notes if isinstance(note, Rule)), None) or BY_TYPE[kind]
+        found[field.name] = Setting(
+            field.name, kind, rule, text, field.default, NoneType in kinds, may_move=MAY_MOVE in notes
+        )
+    return found

@@ -1,0 +1,62 @@
+"""Where a run is: the folder that it may have, and its files in it."""
+
+import itertools
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from resnet_fast.common.checks import check_type
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def free_folder(name: str) -> Path:
+    """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
+    candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def check_is_free(out: Path) -> None:
+    """Raise FileExistsError unless `out` is an empty folder or not there, OSError if it cannot be there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        out.lstat()  # lexists hides that a name is too long
+    there = next(path for path in (out, *out.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise FileExistsError(f"out must be a folder, {there} is a file")
+    if there != out:
+        return
+    names = sorted(path.name for path in out.iterdir())
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise FileExistsError(f"out must be a new or an empty folder, {out} already holds {shown}; name another one")
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """Return the checkpoint of a run folder, which may be missing, or the checkpoint that `path` itself is.
+
+    Raises:
+        ValueError: `path` is neither.
+    """
+    check_type("path", path, str, os.PathLike)
+    path = Path(os.path.expanduser(path))
+    if not path.is_dir():
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; a run folder or a checkpoint in one is needed")
+        return path
+    if not any((path / name).exists() for name in (CHECKPOINT, PREVIOUS, "config.json")):
+        raise ValueError(f"{path} is no run folder: neither {CHECKPOINT} nor config.json is there")
+    return path / CHECKPOINT
+
+
+def find_resumable(path: Path | str) -> Path:
+    """Return the checkpoint that a run may go on from, in its folder beside config.json; it may be missing.
+
+    Raises:
+        ValueError: `path` is neither a run folder nor in one.
+    """
+    check_type("path", path, str, os.PathLike)
+    path = Path(os.path.expanduser(path))
+    checkpoint = path / CHECKPOINT if path.is_dir() else path
+    if not (checkpoint.parent / "config.json").exists():
+        raise ValueError(f"resume must be a run folder or a checkpoint in one, {path} is neither: no config.json there")
+    return checkpoint

@@ -1,0 +1,28 @@
+"""docs/options.md is made of what stands at the fields: `python tests/test_options_page.py` writes it anew."""
+
+import re
+
+from pages import DOCS, shown_tables, write_tables
+
+from resnet_fast.cli.settings import NAMES, describe
+from resnet_fast.training.config import SETTINGS
+
+PAGE = DOCS / "options.md"
+
+
+def table() -> str:
+    rows = ["| option | value | meaning |", "| --- | --- | --- |"]
+    for name in NAMES:
+        setting = SETTINGS[name]
+        text, default = re.fullmatch(r"(.*?)(?: \[(.*)\])?", describe(setting)).groups()
+        moves = "; beside `--resume`, too" if setting.may_move and name != "out" else ""
+        rows.append(f"| `{setting.flag}` | {setting.rule.text}{moves} | {text}{f' *{default}*' if default else ''} |")
+    return "\n".join(rows).replace("<", "&lt;")
+
+
+def test_the_page_shows_the_options():
+    assert shown_tables(PAGE) == table()
+
+
+if __name__ == "__main__":
+    write_tables(PAGE, table())
