@@ -34,7 +34,7 @@ TABLE = """
 | fp32 | eager, tuned | 31.0 ms, 1×, 25 % | – |
 
 Median time of a step, speed-up over `eager, tuned` (20th – 80th percentile of paired rounds), % of floor.
-`eager` is PyTorch with nothing set, fp32 in NCHW, whatever the precision beside it.
+`eager` is PyTorch with default settings: fp32, NCHW.
 
 | inference | provider | batch 1 | batch 512 |
 | --- | --- | ---: | ---: |
