@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.limits import quick_precision
 from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark, on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, flops, operation_bytes
@@ -111,7 +112,7 @@ class BlockLevel(Level):
         if quick:
             cases = [next(iter(IDENTITY.items())), next(iter(PROJECTION.items()))]
         batch_sizes = BATCH_SIZES[device.type][-1:] if quick else BATCH_SIZES[device.type]
-        for precision in PRECISIONS[:1] if quick else PRECISIONS:
+        for precision in [quick_precision(device)] if quick else PRECISIONS:
             for batch_size in batch_sizes:
                 for case, shape in cases:
                     yield Setting(case, "both", precision, "channels_last", batch_size, shape)

@@ -74,7 +74,7 @@ class Data:
 
 
 class ConvRun(Run):
-    """A call computes what the direction asks for, and returns it in the order of `names_of`."""
+    """A call computes what the direction asks for, and returns it in the order of `result_names`."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -88,7 +88,7 @@ class ConvRun(Run):
 
     def observe(self) -> dict[str, Tensor]:
         with unwritten_is_nan():
-            found = dict(zip(names_of(self.data.direction), self.run(self.data.sets[0]), strict=True))
+            found = dict(zip(result_names(self.data.direction), self.run(self.data.sets[0]), strict=True))
         if self.data.is_open is not None:  # cuDNN leaves ReLU to the pass behind
             found["dz"] = found["dz"] * self.data.is_open
         return found
@@ -103,12 +103,12 @@ class CudnnRun(ConvRun):
         if direction in (FORWARD, WITH_STATISTICS):
             y = F.conv2d(x, weight, padding=1)
             return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS))
-        pair, of_weight = [1, 1], direction == WEIGHT
+        pair, is_weight = [1, 1], direction == WEIGHT
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, [not of_weight, of_weight, False]
+            dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, [not is_weight, is_weight, False]
         )
         if saved is None:
-            return (dweight if of_weight else dx,)
+            return (dweight if is_weight else dx,)
         join = WITH_SUMS[direction].join
         dz, _, (dweight, dbias, *_) = _launch().gradient_sums(dx, dx_alias, saved, join, True)
         return dx if dz is None else dz, dweight, dbias
@@ -158,7 +158,7 @@ def unwritten_is_nan() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fills  # type: ignore[assignment]
 
 
-def names_of(direction: str) -> tuple[str, ...]:
+def result_names(direction: str) -> tuple[str, ...]:
     """What a run computes."""
     names = {FORWARD: ("y",), WITH_STATISTICS: ("y", "mean", "rstd"), DATA: ("dx",), WEIGHT: ("dweight",)}
     return names.get(direction) or ("dz", "norm's dweight", "norm's dbias")
@@ -169,13 +169,15 @@ def candidates(setting: Setting) -> dict[str, ConvTiles]:
     n_channels, width = setting.shape
     n_rows = setting.batch_size * width**2
     if setting.direction == WEIGHT:
-        of_shape = weight_gradient_candidates(n_channels, n_channels, n_rows)
-        return {name_of(of, f"split-K {-(-n_rows // (of.block_k * of.per_program))}"): of for of in of_shape}
-    return {name_of(of, f"{of.per_program} in turn"): of for of in conv_candidates(n_channels, n_channels, n_rows)}
+        tiles = weight_gradient_candidates(n_channels, n_channels, n_rows)
+        return {provider_name(t, f"split-K {-(-n_rows // (t.block_k * t.per_program))}"): t for t in tiles}
+    tiles = conv_candidates(n_channels, n_channels, n_rows)
+    return {provider_name(t, f"{t.per_program} in turn"): t for t in tiles}
 
 
-def name_of(of: ConvTiles, rest: str) -> str:
-    return f"conv3x3 {of.block_m}x{of.block_n}x{of.block_k}, {of.num_warps} warps, {of.num_stages} stages, {rest}"
+def provider_name(tiles: ConvTiles, rest: str) -> str:
+    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+    return f"conv3x3 {shape}, {tiles.num_warps} warps, {tiles.num_stages} stages, {rest}"
 
 
 def build_conv3x3(name: str, setting: Setting, data: Data) -> ConvRun:
@@ -261,8 +263,8 @@ def through(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Saved]:
     n_channels = x.shape[1]
     weight = torch.linspace(0.5, 1.5, n_channels, device=x.device)
     bias = weight - 1
-    of_norm = BatchNormArgs(None, None, weight, bias, training=True)
-    y, relu_mask, mean, rstd, *_ = _launch().forward(x, of_norm, residual if norm.join == "add" else None, None, True)
+    norm_args = BatchNormArgs(None, None, weight, bias, training=True)
+    y, relu_mask, mean, rstd, *_ = _launch().forward(x, norm_args, residual if norm.join == "add" else None, None, True)
     return y, Saved(x, relu_mask, mean, rstd, weight, bias, None, None, None, None, None)
 
 
@@ -286,7 +288,7 @@ def exact(data: Data) -> dict[str, Tensor]:
         dz = (results[0] + (0 if dx_alias is None else dx_alias.double())) * data.is_open
         x_hat = (saved.x.double() - saved.mean.double().view(1, -1, 1, 1)) * saved.rstd.double().view(1, -1, 1, 1)
         results = (dz, (dz * x_hat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
-    return dict(zip(names_of(data.direction), results, strict=False))
+    return dict(zip(result_names(data.direction), results, strict=False))
 
 
 LEVEL = ConvLevel()

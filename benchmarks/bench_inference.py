@@ -99,6 +99,7 @@ class InferenceLevel(NetworkLevel):
     name = "inference"
     direction = "forward"
     batch_sizes = {"cpu": (1, 64), "cuda": (1, 512)}
+    quick_batch_sizes = {"cpu": (1, 16), "cuda": (1, 512)}
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
     providers = {

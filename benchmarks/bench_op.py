@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
+from benchmarks.limits import quick_precision
 from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
@@ -205,13 +206,13 @@ def is_single_read(kernel: str, arguments: dict[str, Any]) -> bool:
     return kernel.startswith("single_read")
 
 
-def problems_of(setting: Setting) -> list[implementations.Problem]:
+def choice_problems(setting: Setting) -> list[implementations.Problem]:
     """What the table of choices calls the setting: forward, which a fork does not change, and backward."""
     operation, n_channels = operation_of(setting), setting.shape[0]
-    of = (setting.precision, setting.batch_size, n_channels, n_channels, setting.shape[1], operation.join)
+    key = (setting.precision, setting.batch_size, n_channels, n_channels, setting.shape[1], operation.join)
     return [
-        implementations.Problem("batch norm", *of),
-        implementations.Problem("batch norm backward", *of, operation.fork),
+        implementations.Problem("batch norm", *key),
+        implementations.Problem("batch norm backward", *key, operation.fork),
     ]
 
 
@@ -219,7 +220,7 @@ def chosen(implementation: str, is_it: IsIt) -> Provider:
     """The provider for which both directions of the operation run as `implementation` of ops/implementations.py."""
 
     def entries(setting: Setting, device: torch.device) -> dict[implementations.Problem, Choice]:
-        return dict.fromkeys(problems_of(setting), Choice(implementation))
+        return dict.fromkeys(choice_problems(setting), Choice(implementation))
 
     def why_not(setting: Setting, device: torch.device) -> str | None:
         if (reason := on_cuda(setting, device)) is not None:
@@ -237,7 +238,7 @@ def fits_single_read(setting: Setting, device: torch.device) -> bool:
     single_read: Any = importlib.import_module("resnet_fast.ops.single_read")  # imports triton
     shape, dtype = (setting.batch_size, *setting.shape), DTYPES[setting.precision]
     x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-    return all(single_read.fits(x, problem.operation, problem.join) for problem in problems_of(setting))
+    return all(single_read.fits(x, problem.operation, problem.join) for problem in choice_problems(setting))
 
 
 def build_compiled(mode: str, setting: Setting, data: Data) -> OpRun:
@@ -285,7 +286,7 @@ class OpLevel(Level):
     quick_rounds = {"cpu": 8, "cuda": 50}
     providers = {
         "eager": Provider(partial(OpRun, eager)),
-        "compile": Provider(partial(build_compiled, "default")),
+        "compile": Provider(partial(build_compiled, "default"), slow_on=("cpu",)),
         "compile, max-autotune": Provider(
             partial(build_compiled, "max-autotune-no-cudagraphs"), on_cuda, slow_on=("cuda",)
         ),
@@ -301,7 +302,7 @@ class OpLevel(Level):
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
         has_apex = peers.why_not("apex.contrib.groupbn.batch_norm", "none", "fp16", "channels_last", device) is None
-        precisions = ["bf16"] if quick else ["bf16", "fp32"] + ["fp16"] * has_apex
+        precisions = [quick_precision(device)] if quick else ["bf16", "fp32"] + ["fp16"] * has_apex
         layouts = ["channels_last"] if quick else list(LAYOUTS)
         directions = ["both"] if quick else ["forward", "backward", "both"]
         operations = {name: operation for name, operation in OPERATIONS.items() if not (quick and operation.fork)}

@@ -120,8 +120,8 @@ def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def tuned(setting: Setting, device: torch.device) -> Mapping[implementations.Problem, implementations.Choice]:
     """What `resnet-fast tune` has chosen on this GPU for the setting."""
     entries = choices.table(device).items()
-    of = (setting.precision, setting.batch_size)
-    return {problem: choice for problem, choice in entries if (problem.dtype, problem.n_images) == of}
+    key = (setting.precision, setting.batch_size)
+    return {problem: choice for problem, choice in entries if (problem.dtype, problem.n_images) == key}
 
 
 def tuned_why_not(setting: Setting, device: torch.device) -> str | None:
@@ -138,6 +138,7 @@ class StepLevel(NetworkLevel):
     name = "training_step"
     direction = "step"
     batch_sizes = {"cpu": (32,), "cuda": (128, 512, 1024)}
+    quick_batch_sizes = {"cpu": (8,), "cuda": (128, 512)}
     rounds = {"cpu": 40, "cuda": 100}
     quick_rounds = {"cpu": 8, "cuda": 30}
     providers = {

@@ -1,29 +1,36 @@
 """Turns the settings and providers of bench_*.py into tests, measures each setting once, and writes the results."""
 
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.budget import QUICK_SECONDS, Budget, elapsed
 from benchmarks.correctness import refuse_interpreter
-from benchmarks.limits import Limits, measure_limits
+from benchmarks.limits import PRECISIONS, Limits, measure_limits, quick_precision
+from benchmarks.measured import LEVELS
 from benchmarks.replay import CLOCK
 from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, replace_rows
 from resnet_fast.common.machine import device_name
 from resnet_fast.training.config import choose_device
 
 QUICK_RESULTS = ROOT / ".benchmarks/results"  # ignored by git
-MEASURED = pytest.StashKey[dict]()
+Key = tuple[str, harness.Setting]  # the level's name
+SELECTED = pytest.StashKey[dict[Key, list[str]]]()  # providers that can be timed, in the order of measurement
+CANNOT = pytest.StashKey[dict[tuple[str, str], set[str]]]()  # by level and reason, the providers that cannot be timed
+MEASURED = pytest.StashKey[dict[Key, harness.Measured | None]]()  # None: no time was left
 WRITTEN = pytest.StashKey[dict]()
+BUDGET = pytest.StashKey[Budget | None]()
+SILENCE = 10.0  # seconds after which a line says which provider runs; a setting has its line in any case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fast")
-    group.addoption("--quick", action="store_true", help="few settings and rounds, no long compilation")
+    group.addoption("--quick", action="store_true", help="few settings and rounds, at most 3 minutes")
     group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's own number")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption(
@@ -37,8 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.benchmark_columns is None:
         config.option.benchmark_columns = ["min", "median", "max", "rounds"]  # 80 columns hold no more
-    config.stash[MEASURED], config.stash[WRITTEN] = {}, {}
     options = config.option
+    config.stash[SELECTED], config.stash[CANNOT], config.stash[MEASURED], config.stash[WRITTEN] = {}, {}, {}, {}
+    # Whoever asks for a number of rounds gets it, however long it takes.
+    config.stash[BUDGET] = Budget(QUICK_SECONDS) if options.quick and options.rounds is None else None
     try:
         choose_device(options.device)
         refuse_interpreter()
@@ -56,7 +65,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     device = choose_device(config.option.device)
-    return f"device: {device_name(device)} ({device}), torch {torch.__version__}"
+    line = f"device: {device_name(device)} ({device}), torch {torch.__version__}"
+    if config.option.quick and (precision := quick_precision(device)) != "bf16":
+        line += f"; {precision}, because this processor only emulates bf16"
+    return line
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,17 +83,53 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("setting", "provider"), cases)
 
 
+@pytest.hookimpl(trylast=True)  # after -k has deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what cannot be timed. A quick run takes a setting of each level in turn, so that each has some."""
+    device = choose_device(config.option.device)
+    others = [item for item in items if not hasattr(getattr(item, "module", None), "LEVEL")]  # none of ours
+    selected, cannot = [], []
+    for item in items:
+        if item in others:
+            continue
+        level, setting, provider = _case(item)
+        reason = level.why_not(provider, setting, device, config.option.quick)
+        if reason is None:
+            config.stash[SELECTED].setdefault((level.name, setting), []).append(provider)
+            selected.append(item)
+        else:
+            config.stash[CANNOT].setdefault((level.name, reason), set()).add(provider)
+            cannot.append(item)
+    if cannot:
+        config.hook.pytest_deselected(items=cannot)
+    if config.option.quick:
+        # Within a turn heavy levels come first: the time that they do not need goes to the light ones.
+        turns: dict[Key, tuple[int, int]] = {}
+        for place, name in enumerate(LEVELS):
+            keys = [key for key in config.stash[SELECTED] if key[0] == name]
+            turns |= {key: (turn, place) for turn, key in enumerate(keys)}
+        selected.sort(key=lambda item: turns[_case(item)[0].name, _case(item)[1]])
+    items[:] = [*others, *selected]
+
+
+def _case(item: pytest.Item) -> tuple[harness.Level, harness.Setting, str]:
+    assert isinstance(item, pytest.Function)
+    params = item.callspec.params
+    return vars(item.module)["LEVEL"], params["setting"], params["provider"]
+
+
 @pytest.fixture
 def timed(request: pytest.FixtureRequest, benchmark, setting: harness.Setting, provider: str) -> Callable[[], None]:
     """Hands the times of this test's provider to pytest-benchmark; raises what was wrong with it."""
     level, device = request.module.LEVEL, choose_device(request.config.option.device)
-    reason = level.why_not(provider, setting, device, request.config.option.quick)
 
     def hand_over() -> None:
-        if reason is not None:
-            pytest.skip(f"{provider}: {reason}")
-        measured = _measured(request, level, setting, device)
+        measured = _measured(request.config, level, setting, device)
+        if measured is None:
+            pytest.skip(f"no time left of the {QUICK_SECONDS:.0f} s of --quick")
         error = measured.refused.get(provider)
+        if isinstance(error, harness.OutOfTimeError):
+            pytest.skip(f"no time: it {error}")
         if isinstance(error, torch.OutOfMemoryError):
             pytest.skip(f"{provider}: does not fit in the memory of {device}")
         if error is not None:
@@ -93,29 +141,63 @@ def timed(request: pytest.FixtureRequest, benchmark, setting: harness.Setting, p
 
 
 def _measured(
-    request: pytest.FixtureRequest, level: harness.Level, setting: harness.Setting, device: torch.device
-) -> harness.Measured:
+    config: pytest.Config, level: harness.Level, setting: harness.Setting, device: torch.device
+) -> harness.Measured | None:
     """Measure all providers of the setting that are selected, once, and write their rows."""
-    done, key, options = request.config.stash[MEASURED], (level.name, setting), request.config.option
+    done, key = config.stash[MEASURED], (level.name, setting)
     if key not in done:
-        selected: list[dict[str, Any]] = [
-            item.callspec.params
-            for item in request.session.items
-            if isinstance(item, pytest.Function) and item.module is request.module
-        ]
-        names = [params["provider"] for params in selected if params["setting"] == setting]
-        names = [name for name in names if level.why_not(name, setting, device, options.quick) is None]
-        rounds = options.rounds or (level.quick_rounds if options.quick else level.rounds)[device.type]
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
-        limits = _limits(device, options.results)
-        done[key] = harness.measure(level, setting, device, names, rounds)
-        rows = harness.rows(level, setting, done[key], limits, machine_columns(device))
-        if rows:
-            path = options.results / device_slug(device) / f"{level.name}.csv"
-            replace_rows(path, rows, harness.SETTING)
-            request.config.stash[WRITTEN].setdefault(path, []).append((setting, rows))
+        done[key] = _measure(config, level, setting, device)
     return done[key]
+
+
+def _measure(
+    config: pytest.Config, level: harness.Level, setting: harness.Setting, device: torch.device
+) -> harness.Measured | None:
+    options, selected, budget = config.option, config.stash[SELECTED], config.stash[BUDGET]
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
+    progress = _Progress(config)
+    if not config.stash[MEASURED]:
+        progress.line("limits of the machine: a copy and a matrix product")
+    limits = _limits(device, options.results)
+    n_done = len(config.stash[MEASURED])
+    seconds = budget.share(level.name) if budget else None
+    if budget and seconds is None:
+        return None
+    progress.line(f"{n_done + 1} of {len(selected)}: {level.name}: {setting}")
+    rounds = options.rounds or (level.quick_rounds if options.quick else level.rounds)[device.type]
+    begin = time.perf_counter()
+    measured = harness.measure(
+        level, setting, device, selected[level.name, setting], rounds, seconds, progress.line_after_silence
+    )
+    if budget:
+        extra_ms = sum(sum(times[harness.MIN_ROUNDS :]) for times in measured.times.values())
+        budget.note(level.name, time.perf_counter() - begin - extra_ms / 1e3)
+    rows = harness.rows(level, setting, measured, limits, machine_columns(device))
+    if rows:
+        path = options.results / device_slug(device) / f"{level.name}.csv"
+        replace_rows(path, rows, harness.SETTING)
+        config.stash[WRITTEN].setdefault(path, []).append((setting, rows))
+    return measured
+
+
+class _Progress:
+    """Says what runs, past pytest's capture, and at once if the output is piped."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.reporter = config.pluginmanager.getplugin("terminalreporter")
+        self.capture = config.pluginmanager.getplugin("capturemanager")
+        self.spoken = elapsed()
+
+    def line(self, text: str) -> None:
+        with self.capture.global_and_fixture_disabled():
+            self.reporter.ensure_newline()
+            self.reporter.write(f"[{elapsed():.0f} s] {text}\n", flush=True)
+        self.spoken = elapsed()
+
+    def line_after_silence(self, text: str) -> None:
+        if elapsed() - self.spoken > SILENCE:
+            self.line(text)
 
 
 @lru_cache(maxsize=1)
@@ -123,25 +205,40 @@ def _limits(device: torch.device, results: Path) -> Limits:
     """Measured when the first setting is, and written beside its rows."""
     limits = measure_limits(device)
     row = {"copy_gb_per_s": f"{limits.copy / 1e9:.2f}"}
-    row |= {f"{precision}_tflop_per_s": f"{rate / 1e12:.4f}" for precision, rate in limits.matrix.items()}
+    for precision in PRECISIONS[device.type]:
+        rate = limits.matrix.get(precision)
+        row[f"{precision}_tflop_per_s"] = "" if rate is None else f"{rate / 1e12:.4f}"
     replace_rows(results / device_slug(device) / "limits.csv", [row | machine_columns(device)], ["device"])
     return limits
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """What pytest-benchmark's tables do not say: speed-up, TFLOP/s, and how near to the floor."""
+    """What pytest-benchmark's tables do not say: speed-up, TFLOP/s, and how near to the floor; and what is left out."""
     for path, measured in config.stash[WRITTEN].items():
         terminalreporter.section(f"{path.parent.name}/{path.name}")
         width = 2 + max(23, *(len(row["provider"]) for _, rows in measured for row in rows))
-        columns = ("p20 ms", "p50 ms", "p80 ms", "speed-up", "TFLOP/s", "of floor")
+        columns = ("rounds", "p20 ms", "p50 ms", "p80 ms", "speed-up", "TFLOP/s", "of floor")
         terminalreporter.write_line(" " * width + "".join(f"{column:>10}" for column in columns))
         for setting, rows in measured:
             terminalreporter.write_line(str(setting))
             for row in rows:
-                figures = [f"{float(row[name]):.3f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
+                figures = [row["rounds"], *(f"{float(row[name]):.3f}" for name in ("p20_ms", "p50_ms", "p80_ms"))]
                 figures.append(f"{float(row['speedup_p50']):.2f}x")
                 rate = float(row["gflop"] or 0) / float(row["p50_ms"])
                 figures.append(f"{rate:.3g}" if rate else "")
                 figures.append(f"{float(row['of_floor']):.1%}" if row["of_floor"] else "")
                 name = f"  {row['provider']}"
                 terminalreporter.write_line(f"{name:{width}}" + "".join(f"{figure:>10}" for figure in figures))
+    left_out = [
+        f"{level}, {setting}: no time within the {QUICK_SECONDS:.0f} s of --quick"
+        for (level, setting), found in config.stash[MEASURED].items()
+        if found is None or any(isinstance(error, harness.OutOfTimeError) for error in found.refused.values())
+    ]
+    for (level, reason), providers in config.stash[CANNOT].items():
+        names = [f'"{name}"' for name in LEVELS[level].providers if name in providers]
+        is_whole = all(name != level for name, _ in config.stash[SELECTED])
+        left_out.append(f"{level}{'' if is_whole else ', ' + ', '.join(names)}: {reason}")
+    if left_out:
+        terminalreporter.section("left out")
+        for line in left_out:
+            terminalreporter.write_line(line)

@@ -5,6 +5,7 @@ what is right.
 """
 
 import gc
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,11 @@ TIMES = ("rounds", "p20_ms", "p50_ms", "p80_ms", "images_per_s", "speedup_p20", 
 ROOF = ("mbytes", "gflop", "gb_per_s", "floor_ms", "of_floor", "peak_mb")
 COLUMNS = (*KEY, *TIMES, *ROOF)  # and those of the machine
 Row = dict[str, str]
+MIN_ROUNDS = 3  # with fewer, a median is no median
+
+
+class OutOfTimeError(RuntimeError):
+    """A setting takes more than twice its seconds, so it is not timed."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,26 @@ class Measured(NamedTuple):
     refused: dict[str, Exception]
 
 
-def measure(level: Level, setting: Setting, device: torch.device, names: Sequence[str], rounds: int) -> Measured:
+def measure(
+    level: Level,
+    setting: Setting,
+    device: torch.device,
+    names: Sequence[str],
+    rounds: int,
+    seconds: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Measured:
     """Build, check and time the baseline and the named providers, alternating.
 
     A provider that fails, or is wrong, is not timed; its error is in `refused`. Without the baseline none is timed.
+
+    Args:
+        level, setting, device: what is measured, and where.
+        names: the providers.
+        rounds: timed runs of each.
+        seconds: for all of it, the checks included; rounds are left out to keep to it, down to `MIN_ROUNDS`. A setting
+            that needs more than twice of it is given up.
+        say: is told what runs.
 
     Raises:
         RuntimeError: kernels are interpreted.
@@ -183,16 +205,28 @@ def measure(level: Level, setting: Setting, device: torch.device, names: Sequenc
     try:
         # A backward that is run again and again may not overwrite what the forward has saved.
         with functorch_config.patch(donated_buffer=setting.direction != "backward"):
-            return _measure(level, setting, device, names, rounds)
+            return _measure(level, setting, device, names, rounds, seconds, say)
     except Exception as error:  # of the baseline, or of all: no memory is one
         return Measured({}, {}, dict.fromkeys(names, _without_frames(error)))
 
 
-def _measure(level: Level, setting: Setting, device: torch.device, names: Sequence[str], rounds: int) -> Measured:
+def _measure(
+    level: Level,
+    setting: Setting,
+    device: torch.device,
+    names: Sequence[str],
+    rounds: int,
+    seconds: float | None,
+    say: Callable[[str], None],
+) -> Measured:
+    begin = time.perf_counter()
+    say("exact results in fp64")
     problem = level.problem(setting, device)
     calls, finishes, peaks, refused = {}, {}, {}, {}
     baseline_errors: dict[str, float] = {}
     for name in names:
+        _check_time(begin, seconds)
+        say(f"check {name}")
         try:
             gc.collect()
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -215,7 +249,18 @@ def _measure(level: Level, setting: Setting, device: torch.device, names: Sequen
             if name == level.baseline:
                 raise
             refused[name] = _without_frames(error)
-    times = alternate(calls, device, rounds, level.warm_up[device.type], level.hide_launches)
+    warm_up = level.warm_up[device.type]
+    say(f"warm up and time {len(calls)} providers")
+    if seconds is not None:
+        _check_time(begin, seconds)
+        before = time.perf_counter()
+        alternate(calls, device, 1, 0, level.hide_launches)
+        round_seconds = time.perf_counter() - before
+        _check_time(begin, seconds, MIN_ROUNDS * round_seconds)
+        n_fit = int((seconds - (time.perf_counter() - begin)) / round_seconds)
+        rounds = max(min(MIN_ROUNDS, rounds), min(rounds, n_fit))
+        warm_up = max(0, min(warm_up - 1, n_fit - rounds))
+    times = alternate(calls, device, rounds, warm_up, level.hide_launches)
     for name, finish in finishes.items():
         try:
             finish()
@@ -225,6 +270,11 @@ def _measure(level: Level, setting: Setting, device: torch.device, names: Sequen
             refused[name] = error
             del times[name]
     return Measured(times, peaks, refused)
+
+
+def _check_time(begin: float, seconds: float | None, needed: float = 0.0) -> None:
+    if seconds is not None and time.perf_counter() - begin + needed > 2 * seconds:
+        raise OutOfTimeError(f"takes more than twice the {seconds:.0f} s that it has")
 
 
 def _with(entries: Entries, call: Callable[[], object]) -> None:
@@ -250,16 +300,17 @@ def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, mac
     for name, times in measured.times.items():
         p20, p50, p80 = percentiles(times)
         key = (name, setting.case, setting.direction, setting.precision, setting.layout, str(setting.batch_size))
-        of_row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, key, strict=True))
-        of_row |= {"rounds": str(len(times)), "images_per_s": f"{1e3 * level.n_images(setting) / p50:.1f}"}
-        of_row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, key, strict=True))
+        row |= {"rounds": str(len(times)), "images_per_s": f"{1e3 * level.n_images(setting) / p50:.1f}"}
+        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
         speedups = percentiles([theirs / own for own, theirs in zip(times, baseline, strict=True)])
-        of_row |= zip(("speedup_p20", "speedup_p50", "speedup_p80"), (f"{s:.4f}" for s in speedups), strict=True)
+        row |= zip(("speedup_p20", "speedup_p50", "speedup_p80"), (f"{s:.4f}" for s in speedups), strict=True)
         if work.bytes:
-            of_row |= {"mbytes": f"{work.bytes / 1e6:.3f}", "gflop": f"{work.flops / 1e9:.3f}"}
-            of_row |= {"gb_per_s": f"{work.bytes / p50 / 1e6:.2f}"}
-            of_row |= {"floor_ms": f"{floor_ms:.4f}", "of_floor": f"{floor_ms / p50:.4f}"}
+            row |= {"mbytes": f"{work.bytes / 1e6:.3f}", "gflop": f"{work.flops / 1e9:.3f}"}
+            row |= {"gb_per_s": f"{work.bytes / p50 / 1e6:.2f}"}
+        if work.bytes and floor_ms is not None:
+            row |= {"floor_ms": f"{floor_ms:.4f}", "of_floor": f"{floor_ms / p50:.4f}"}
         if name in measured.peaks:
-            of_row["peak_mb"] = f"{measured.peaks[name] / 1e6:.1f}"
-        found.append(of_row | dict(machine))
+            row["peak_mb"] = f"{measured.peaks[name] / 1e6:.1f}"
+        found.append(row | dict(machine))
     return found

@@ -13,18 +13,40 @@ MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = {"cpu": 10, "cuda": 30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": tuple(DTYPES)}  # those in which something multiplies
+# What x86 and ARM processors call their instructions for bf16, by torch.cpu.get_capabilities().
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 class Limits(NamedTuple):
-    """Copy bandwidth in bytes/s, read plus written; matrix rate in operations/s, 2 per multiply-add, by precision."""
+    """Copy bandwidth in bytes/s, read plus written; matrix rate in operations/s, 2 per multiply-add, by precision.
+
+    There is no rate in a precision that is emulated.
+    """
 
     copy: float
     matrix: dict[str, float]
 
-    def floor_ms(self, work: Work, precision: str) -> float:
+    def floor_ms(self, work: Work, precision: str) -> float | None:
         """The serial floor in ms: all bytes at the copy bandwidth, then all operations at the matrix rate."""
+        if work.flops and precision not in self.matrix:
+            return None
         seconds = work.bytes / self.copy + (work.flops / self.matrix[precision] if work.flops else 0)
         return 1e3 * seconds
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Return whether the processor has no instructions for the precision and computes in fp32 instead.
+
+    A matrix product in an emulated precision is some hundred times slower than in fp32.
+    """
+    if device.type != "cpu" or precision != "bf16":
+        return False
+    return not any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
+
+
+def quick_precision(device: torch.device) -> str:
+    """Return the precision of a quick run: bf16, or fp32 if the processor only emulates bf16."""
+    return "fp32" if is_emulated("bf16", device) else "bf16"
 
 
 def measure_limits(device: torch.device) -> Limits:
@@ -40,6 +62,8 @@ def measure_limits(device: torch.device) -> Limits:
     try:
         matrix = {}
         for precision in PRECISIONS[device.type]:
+            if is_emulated(precision, device):
+                continue
             a = square.to(DTYPES[precision])
             b = a.t().contiguous()
             matrix[precision] = 2e3 * n**3 / _median_ms(lambda a=a, b=b: a @ b, device)

@@ -251,7 +251,8 @@ def _origin(row: Mapping[str, str]) -> Origin:
 def _limits(path: Path, table: Sequence[dict[str, str]]) -> MeasuredLimits:
     row, line, end = table[-1], len(table), "_tflop_per_s"
     _need(path, row, ("copy_gb_per_s", *MACHINE))
-    matrix = {name.removesuffix(end): _number(path, line, row, name) for name in row if name.endswith(end)}
+    rates = [name for name in row if name.endswith(end) and row[name]]  # empty in a precision that is emulated
+    matrix = {name.removesuffix(end): _number(path, line, row, name) for name in rates}
     return MeasuredLimits(_number(path, line, row, "copy_gb_per_s"), matrix, _origin(row))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Level, Provider, Run, Setting
+from benchmarks.limits import quick_precision
 from resnet_fast.profiling import providers
 from resnet_fast.training import TrainConfig
 from resnet_fast.training.graph import CudaGraph
@@ -133,13 +134,14 @@ class NetworkLevel(Level):
 
     direction: str
     batch_sizes: Mapping[str, tuple[int, ...]]  # by device type
+    quick_batch_sizes: Mapping[str, tuple[int, ...]]
     hide_launches = False
     image_size = 32
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
-        batch_sizes = self.batch_sizes[device.type]
-        for precision in PRECISIONS[:1] if quick else PRECISIONS:
-            for batch_size in batch_sizes[:2] if quick else batch_sizes:
+        batch_sizes = (self.quick_batch_sizes if quick else self.batch_sizes)[device.type]
+        for precision in [quick_precision(device)] if quick else PRECISIONS:
+            for batch_size in batch_sizes:
                 yield Setting(CASE, self.direction, precision, "channels_last", batch_size)
 
     def random_images(self, setting: Setting, generator: torch.Generator) -> Tensor:

@@ -57,8 +57,8 @@ def draw_step_time(file: BinaryIO, folder: Folder, digest: str) -> None:
     height = 1.9 + 0.32 * n_providers if single else 6.0
     figure = new_figure(6.4 * len(precisions) + 0.8, height, f"Time of a training step\n{folder.caption}")
     for axes, precision in zip(figure.subplots(1, len(precisions), squeeze=False)[0], precisions, strict=True):
-        of_precision = [row for row in rows if row.precision == precision]
-        (_draw_points if single else _draw_lines)(axes, of_precision)
+        precision_rows = [row for row in rows if row.precision == precision]
+        (_draw_points if single else _draw_lines)(axes, precision_rows)
         batch = f", batch {rows[0].batch_size}" if single else ""
         axes.set_title(f"{precision}{batch}", fontsize=11, loc="left")
     if not single:

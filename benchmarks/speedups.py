@@ -78,10 +78,10 @@ def _groups(level: str, rows: Sequence[Measurement]) -> dict[str, list[Bar]]:
     found: dict[str, list[Bar]] = {}
     cases = {operation_and_shape(row.case)[0] for row in rows}
     for case, batch_size in dict.fromkeys((operation_and_shape(row.case)[0], row.batch_size) for row in rows):
-        of_group = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == (case, batch_size)]
+        group_rows = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == (case, batch_size)]
         bars = [
-            Bar(provider, [row for row in of_group if row.provider == provider])
-            for provider in providers_of(level, of_group)
+            Bar(provider, [row for row in group_rows if row.provider == provider])
+            for provider in providers_of(level, group_rows)
             if provider != LEVELS[level].baseline
         ]
         if bars:

@@ -26,7 +26,7 @@ PICTURES = {
     "step_time": "Time of the training step against batch size",
     "categories": "Time of the training step by category",
 }
-UNTUNED = "`eager` is PyTorch with nothing set, fp32 in NCHW, whatever the precision beside it"
+UNTUNED = "`eager` is PyTorch with default settings: fp32, NCHW"
 COLUMNS_MEAN = """\
 What the columns mean:
 
@@ -62,9 +62,9 @@ def report(folder: Folder, pictures: Iterable[str]) -> str:
             lines += ["", CONVOLUTIONS_MEAN, "", *_convolutions(folder.origins, rows)]
         facets = list(dict.fromkeys((row.direction, row.precision, row.layout) for row in rows))
         for facet in facets:
-            of_facet = [row for row in rows if (row.direction, row.precision, row.layout) == facet]
+            facet_rows = [row for row in rows if (row.direction, row.precision, row.layout) == facet]
             lines += ["", f"### {TITLES[name]}: {_direction(facet[0])}{facet[1]}, {facet[2]}", ""]
-            lines += _table(folder, name, of_facet)
+            lines += _table(folder, name, facet_rows)
     if folder.parts:
         where = folder.profiled_on or "profile.csv does not say where it was measured"
         lines += ["", "## Training step by category", "", f"Milliseconds per step under the profiler: {where}."]
@@ -130,9 +130,9 @@ def _convolutions(origins: Sequence[Origin], rows: Sequence[Measurement]) -> lis
     baseline = LEVELS["convolution"].baseline
     table = []
     for setting in dict.fromkeys(row.setting for row in rows):
-        of_setting = [row for row in rows if row.setting == setting]
-        library = [row for row in of_setting if row.provider == baseline]
-        ours = min((row for row in of_setting if row.provider != baseline), key=lambda row: row.ms.p50, default=None)
+        setting_rows = [row for row in rows if row.setting == setting]
+        library = [row for row in setting_rows if row.provider == baseline]
+        ours = min((row for row in setting_rows if row.provider != baseline), key=lambda row: row.ms.p50, default=None)
         if not library or ours is None:
             continue
         case, direction, precision, _, batch_size = setting
@@ -222,8 +222,8 @@ def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measu
 
     table = []
     for precision in dict.fromkeys(row.precision for row in rows):
-        of_precision = [row for row in rows if row.precision == precision]
-        for i, name in enumerate(providers_of(level, of_precision)):
+        precision_rows = [row for row in rows if row.precision == precision]
+        for i, name in enumerate(providers_of(level, precision_rows)):
             cells = [cell(found.get((precision, name, size))) for size in batch_sizes]
             table.append(["" if i else precision, name, *cells])
     baseline, speed = LEVELS[level].baseline, ", images/s" if level == "inference" else ""
@@ -255,9 +255,9 @@ def _readme_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -
 
     table = []
     for key in dict.fromkeys((operation_and_shape(row.case)[0], row.batch_size) for row in rows):
-        of_key = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == key]
-        n_shapes = len({row.case for row in of_key})
-        cells = [cell([row for row in of_key if row.provider == name], n_shapes) for name in providers]
+        key_rows = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == key]
+        n_shapes = len({row.case for row in key_rows})
+        cells = [cell([row for row in key_rows if row.provider == name], n_shapes) for name in providers]
         table.append([f"{key[0]}, batch {key[1]}", *cells])
     note = f"Speed-up over `{LEVELS['op'].baseline}`, median over the stage shapes (least – most); median % of floor."
     return [*markdown(["operation, forward and backward, bf16, channels_last", *providers], table), "", note]

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from benchmarks import (
     bench_loader,
     bench_op,
     bench_step,
+    conftest,
     correctness,
     harness,
     networks,
@@ -29,6 +32,7 @@ from benchmarks.bench_conv import CudnnRun
 from benchmarks.bench_inference import InferenceRun
 from benchmarks.bench_op import OpRun
 from benchmarks.bench_step import StepRun
+from benchmarks.budget import Budget, elapsed
 from benchmarks.correctness import WrongProviderError
 from benchmarks.harness import COLUMNS, Measured, Provider, Setting
 from benchmarks.limits import Limits
@@ -36,9 +40,9 @@ from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
-from resnet_fast.ops import choices, launch
-from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
-from resnet_fast.tuning.timing import alternate, percentiles
+from resnet_fast.ops import choices
+from resnet_fast.ops.implementations import Choice, Problem
+from resnet_fast.tuning.timing import alternate
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -78,10 +82,6 @@ def without_residual_gradient(eager, operation, x, residual, norms):
     return eager(operation, x, residual.detach() + 0 * residual, norms)
 
 
-def without_relu(eager, operation, x, residual, norms):
-    return (F.batch_norm(x, *norms[0]) + residual,)
-
-
 def with_running_mean_alone(eager, operation, x, residual, norms):
     return eager(operation, x, residual, [norms[0]._replace(running_var=norms[0].running_var.clone()), *norms[1:]])
 
@@ -106,32 +106,9 @@ def detached_shortcut() -> nn.Module:
     return model
 
 
-def without_running_statistics() -> nn.Module:
-    model = eager_resnet18()
-    model.bn1.momentum = 0.0
-    return model
-
-
-def in_training_mode() -> nn.Module:
-    model = eager_resnet18()
-    model.eval = lambda: model.train()
-    return model
-
-
-def without_relu_of_a_block() -> nn.Module:
-    model = eager_resnet18()
-    model.layer3[1].relu = nn.Identity()
-    return model
-
-
 def without_a_mean(model: nn.Module) -> nn.Module:
     model.get_submodule("layer3.1.bn2").running_mean.zero_()
     return model
-
-
-class OfOtherImages(InferenceRun):
-    def run(self, images):
-        return super().run(images.roll(1, 0))
 
 
 def of_convolution(change):
@@ -142,10 +119,6 @@ def of_convolution(change):
             return change(*super().run(inputs))
 
     return lambda setting, data: Changed(data)
-
-
-def without_border(x):
-    return F.pad(x[..., 1:-1, 1:-1], (1, 1, 1, 1))
 
 
 def frozen() -> nn.Module:
@@ -177,48 +150,25 @@ class WithoutOptimizer(StepRun):
 
 CASES = {
     "op, residual's gradient": (bench_op.LEVEL, OP, of_op(without_residual_gradient)),
-    "op, no ReLU": (bench_op.LEVEL, OP, of_op(without_relu)),
     "op, running variance": (bench_op.LEVEL, OP, of_op(with_running_mean_alone)),
     "op, NaN": (bench_op.LEVEL, OP, of_op(not_a_number)),
-    "convolution, no padding": (
-        bench_conv.LEVEL,
-        CONVOLUTIONS["forward"],
-        of_convolution(lambda y: (without_border(y),)),
-    ),
     "convolution, an image not written": (
         bench_conv.LEVEL,
         CONVOLUTIONS["forward with statistics"],
         of_convolution(lambda y, *others: (torch.cat([y[:-1], torch.empty_like(y[-1:])]), *others)),
-    ),
-    "convolution, statistics of half the images": (
-        bench_conv.LEVEL,
-        CONVOLUTIONS["forward with statistics"],
-        of_convolution(lambda y, *_: (y, *launch.statistics(y[:5], bench_conv.STATISTICS))),
     ),
     "convolution, no sums": (
         bench_conv.LEVEL,
         CONVOLUTIONS["data gradient with sums"],
         of_convolution(lambda dz, dweight, dbias: (dz, dweight, 0 * dbias)),
     ),
-    "convolution, taps the wrong way round": (
-        bench_conv.LEVEL,
-        CONVOLUTIONS["weight gradient"],
-        of_convolution(lambda dweight: (dweight.flip(2, 3),)),
-    ),
     "block, no shortcut": (bench_block.LEVEL, BLOCK, partial(bench_block.BlockRun, block_without_shortcut)),
     "step, detached shortcut": (bench_step.LEVEL, STEP, partial(StepRun, detached_shortcut)),
-    "step, running statistics": (bench_step.LEVEL, STEP, partial(StepRun, without_running_statistics)),
-    "step, frozen bias": (bench_step.LEVEL, STEP, partial(StepRun, frozen)),
-    "inference, training mode": (bench_inference.LEVEL, INFERENCE, partial(InferenceRun, in_training_mode)),
-    "inference, no ReLU": (bench_inference.LEVEL, INFERENCE, partial(InferenceRun, without_relu_of_a_block)),
     "inference, mean": (
         bench_inference.LEVEL,
         replace(INFERENCE, precision="fp32"),  # in bf16 a single mean may pass for roundings
         partial(InferenceRun, eager_resnet18, prepare=without_a_mean),
     ),
-    "inference, other images": (bench_inference.LEVEL, INFERENCE, partial(OfOtherImages, eager_resnet18)),
-    "loader, scale": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (1.01 * images, labels))),
-    "loader, upside down": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images.flip(2), labels))),
     "step, no optimizer": (bench_step.LEVEL, STEP, partial(WithoutOptimizer, eager_resnet18)),
     "loader, no crops": (bench_loader.LEVEL, LOADER, partial(bench_loader.LoaderRun, not_augmented)),
     "loader, labels": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images, labels.flip(0)))),
@@ -289,29 +239,24 @@ def test_no_provider_reads_what_the_one_before_has_read():
     assert all(len(set(seen[i : i + len(data.sets)])) == len(data.sets) for i in range(9))
 
 
-def test_interpreted_kernels_are_refused(monkeypatch):
-    monkeypatch.setattr(correctness, "is_interpreted", lambda: True)
-    with pytest.raises(RuntimeError, match="interpreted kernels are not timed"):
-        correctness.refuse_interpreter()
-
-
-@pytest.mark.parametrize("direction", ("forward", "backward", "both"))
-@pytest.mark.parametrize("name", bench_op.OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    (("BN+ReLU", "forward"), ("BN+add+ReLU", "backward"), ("BN+BN+add+ReLU", "both"), ("BN+add+ReLU, forked", "both")),
+)
 def test_every_operation_of_ours_passes_its_check(name, direction):
     setting = Setting(f"{name} 8x4x4", direction, "fp32", "channels_last", 4, shape=(8, 4, 4))
     measured = harness.measure(bench_op.LEVEL, setting, CPU, ["fused", "fused, apart"], rounds=1)
     assert measured.times.keys() == {"eager", "fused", "fused, apart"}, measured.refused
 
 
-@pytest.mark.parametrize("direction", bench_conv.DIRECTIONS)
-def test_every_way_of_cutting_a_convolution_passes_its_check(direction):
+@pytest.mark.parametrize("direction", ("forward with statistics", "data gradient with sums, forked", "weight gradient"))
+def test_a_convolution_of_ours_passes_its_check(direction):
     setting = CONVOLUTIONS[direction]
-    ways = {name: Provider(partial(bench_conv.build_conv3x3, name)) for name in bench_conv.candidates(setting)}
+    name = next(reversed(bench_conv.candidates(setting)))
     level = copy.copy(bench_conv.LEVEL)
-    level.providers = {"cudnn": level.providers["cudnn"]} | ways
     level.warm_up = {"cpu": 0}
-    measured = harness.measure(level, setting, CPU, list(ways), rounds=1)
-    assert ways and measured.times.keys() == level.providers.keys(), measured.refused
+    measured = harness.measure(level, setting, CPU, [name], rounds=1)
+    assert measured.times.keys() == {"cudnn", name}, measured.refused
 
 
 def test_the_convolutions_are_those_of_resnet18_in_every_way_of_cutting():
@@ -335,10 +280,9 @@ def test_what_a_convolution_multiplies_and_moves():
     assert set(images.values()) == {2}
 
 
-@pytest.mark.parametrize("name", bench_conv.LEVEL.providers_of(CONVOLUTIONS["forward"]))
-def test_convolutions_on_a_cpu_are_skipped_with_the_reason(name):
-    provider = bench_conv.LEVEL.providers.get(name, bench_conv.LEVEL.providers["cudnn"])
-    assert provider.why_not(CONVOLUTIONS["forward"], CPU) == "compiled Triton kernels and cuDNN run on CUDA alone"
+def test_convolutions_on_a_cpu_are_skipped_with_the_reason():
+    reasons = {provider.why_not(CONVOLUTIONS["forward"], CPU) for provider in bench_conv.LEVEL.providers.values()}
+    assert reasons == {"compiled Triton kernels and cuDNN run on CUDA alone"}
 
 
 CHOOSING = Setting("BN+add+ReLU, forked 8x4x4", "both", "bf16", "channels_last", 4, shape=(8, 4, 4))
@@ -413,18 +357,16 @@ def test_the_step_runs_as_chosen_where_it_was_tuned(name):
         assert provider.why_not(STEP, cuda) is None and provider.entries(STEP, cuda) == {problem: Choice("cudnn")}
 
 
-@pytest.mark.parametrize("n_out", (8, 16))
-def test_every_block_of_ours_passes_its_check(n_out):
-    setting = Setting("BasicBlock", "both", "fp32", "channels_last", 4, shape=(8, n_out, 6))
+def test_a_block_of_ours_passes_its_check():
+    setting = replace(BLOCK, precision="fp32")
     measured = harness.measure(bench_block.LEVEL, setting, CPU, ["fused"], rounds=1)
     assert measured.times.keys() == {"eager", "fused"}, measured.refused
 
 
-@pytest.mark.parametrize("precision", ("bf16", "fp32"))
-def test_every_inference_of_ours_passes_its_check(precision, monkeypatch):
+def test_inference_of_ours_passes_its_check(monkeypatch):
     monkeypatch.setattr(networks.NetworkLevel, "image_size", 8)  # a network of interpreted kernels takes its time
     monkeypatch.setattr(bench_inference.InferenceLevel, "warm_up", {"cpu": 0})
-    setting = Setting("ResNet-18", "forward", precision, "channels_last", 1)
+    setting = replace(INFERENCE, precision="fp32", batch_size=1)
     measured = harness.measure(bench_inference.LEVEL, setting, CPU, ["eager", "fused", "folded"], rounds=1)
     assert measured.times.keys() == {"eager, tuned", "eager", "fused", "folded"}, measured.refused
 
@@ -506,7 +448,7 @@ def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout, done.stderr)
     (limits,) = csv.DictReader(next(tmp_path.glob("*/limits.csv")).read_text().splitlines())
-    assert float(limits["copy_gb_per_s"]) > 0 and float(limits["bf16_tflop_per_s"]) > 0
+    assert float(limits["copy_gb_per_s"]) > 0 and float(limits["fp32_tflop_per_s"]) > 0
     text = next(tmp_path.glob("*/op.csv")).read_text()
     assert str(ROOT) not in text and str(tmp_path) not in text
     rows = list(csv.DictReader(text.splitlines()))
@@ -515,25 +457,60 @@ def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
         assert {name for name, value in row.items() if not value} <= {"driver", "triton", "peak_mb"}
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert f"{float(row['p50_ms']):.3f}" in done.stdout
+    assert "s] 1 of 3: op: BN+ReLU 512x4x4" in done.stdout  # what runs
+    assert 'op, "fused, two passes reversed", "fused, single read": runs on CUDA alone' in done.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["-n", "2"], "benchmarks run in one process"),
-        (["--results", "setup.py"], "--results must be a folder, setup.py is a file"),
-        ([], "interpreted kernels are not timed"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+        ({"numprocesses": 2}, "benchmarks run in one process"),
+        ({"results": ROOT / "setup.py"}, "--results must be a folder, .*setup.py is a file"),
+        ({}, "interpreted kernels are not timed"),
     ),
     ids=str,
 )
-def test_what_cannot_be_measured_is_refused_at_the_start(options, message):
-    interpret = "0" if options else "1"
-    command = [sys.executable, "-m", "pytest", "benchmarks", *options]
-    env = os.environ | {"TRITON_INTERPRET": interpret}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 4 and message in done.stderr + done.stdout
+def test_what_cannot_be_measured_is_refused_at_the_start(options, message, monkeypatch):
+    monkeypatch.setattr(correctness, "is_interpreted", lambda: not options)
+    defaults = {"benchmark_columns": None, "quick": False, "rounds": None, "device": "cpu", "results": None}
+    config = SimpleNamespace(option=SimpleNamespace(**defaults | options), stash=pytest.Stash())
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(cast(pytest.Config, config))
+
+
+def test_rounds_are_left_out_if_there_is_little_time_then_the_setting(monkeypatch):
+    now = 0.0
+
+    class OneSecond(OpRun):
+        def __call__(self):
+            nonlocal now
+            now += 1
+
+    def rounds(seconds):
+        return len(harness.measure(level, OP, CPU, [], 40, seconds).times.get("eager", ()))
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    level = copy.copy(bench_op.LEVEL)
+    level.providers = {"eager": Provider(partial(OneSecond, bench_op.eager))}
+    assert [rounds(seconds) for seconds in (100, 10, 3, 2)] == [40, 8, harness.MIN_ROUNDS, 0]
+
+
+def test_a_setting_starts_if_the_time_left_is_as_long_as_its_level_has_needed():
+    budget = Budget(elapsed() + 60)
+    assert budget.share("op") == pytest.approx(20, abs=5)
+    budget.note("step", 70)
+    assert budget.share("step") is None and budget.share("op")
+    assert Budget(0).share("op") is None
+
+
+@pytest.mark.parametrize(("found", "precision"), (({"avx2": True}, "fp32"), ({"amx_bf16": True}, "bf16")))
+def test_a_quick_run_leaves_out_bf16_that_the_processor_emulates(found, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    for level in (bench_step.LEVEL, bench_inference.LEVEL, bench_block.LEVEL, bench_op.LEVEL):
+        assert {setting.precision for setting in level.settings(CPU, quick=True)} == {precision}
+        assert "bf16" in {setting.precision for setting in level.settings(CPU, quick=False)}
 
 
 def test_the_clock_tells_the_recorded_times():
@@ -553,7 +530,3 @@ def test_order_turns_round_every_round():
     times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3, warm_up=1)
     assert "".join(calls) == "abbaabba"
     assert [len(values) for values in times.values()] == [3, 3]
-
-
-def test_percentiles():
-    assert percentiles(range(101)) == pytest.approx((20, 50, 80))

@@ -1,5 +1,6 @@
 """`python -m benchmarks.report` shows what the CSV files hold, the same every time; README and reports are fresh."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ TABLE = """
 | fp32 | eager, tuned | 31.0 ms, 1×, 25 % | – |
 
 Median time of a step, speed-up over `eager, tuned` (20th – 80th percentile of paired rounds), % of floor.
-`eager` is PyTorch with nothing set, fp32 in NCHW, whatever the precision beside it.
+`eager` is PyTorch with default settings: fp32, NCHW.
 
 | inference | provider | batch 1 | batch 512 |
 | --- | --- | ---: | ---: |
@@ -108,15 +109,33 @@ PROFILE = [
 ]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+def write_results(place: Path) -> Path:
     """A README with a place for the device's tables, and its results, all of them."""
-    (tmp_path / "README.md").write_text(f"before\n\n<!-- benchmarks: {DEVICE} -->\n<!-- /benchmarks -->\n\nafter\n")
+    (place / "README.md").write_text(f"before\n\n<!-- benchmarks: {DEVICE} -->\n<!-- /benchmarks -->\n\nafter\n")
     files = {"training_step": STEPS, "inference": INFERENCE, "op": OPERATIONS, "limits": [LIMITS], "profile": PROFILE}
     for name, rows in files.items():
-        write_rows(tmp_path / "results" / DEVICE / f"{name}.csv", rows)
-    (tmp_path / "results" / "no-device").mkdir()
-    return tmp_path
+        write_rows(place / "results" / DEVICE / f"{name}.csv", rows)
+    (place / "results" / "no-device").mkdir()
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Results of which no report was made."""
+    return write_results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_results(tmp_path_factory.mktemp("drawn"))
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path, drawn: Path) -> Path:
+    """Results with their report; the pictures, which take most of the time, are drawn once."""
+    return shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
 
 
 def run(place: Path, *options: str, code: int = 0) -> str:
@@ -141,20 +160,18 @@ def test_columns_of_the_machine_are_those_that_are_written():
     assert tuple(machine_columns(torch.device("cpu"))) == measured.MACHINE
 
 
-def test_the_readme_shows_the_figures_of_the_rows_and_nothing_else_changes(place: Path):
-    run(place)
-    assert (place / "README.md").read_text() == f"before\n{TABLE}\nafter\n"
+def test_the_readme_shows_the_figures_of_the_rows_and_nothing_else_changes(made: Path):
+    assert (made / "README.md").read_text() == f"before\n{TABLE}\nafter\n"
 
 
-def test_writing_twice_gives_the_same_bytes_and_is_not_stale(place: Path):
-    run(place)
-    first = contents(place)
+def test_writing_twice_gives_the_same_bytes_and_is_not_stale(made: Path):
+    first = contents(made)
     for path in first:
         if path.suffix != ".csv" and path.name != "README.md":
             path.unlink()
-    run(place)
-    assert contents(place) == first
-    run(place, "--check")
+    run(made)
+    assert contents(made) == first
+    run(made, "--check")
     for path in first:
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -162,9 +179,8 @@ def test_writing_twice_gives_the_same_bytes_and_is_not_stale(place: Path):
                 assert min(image.size) > 200 and len(image.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_the_report_holds_every_row(place: Path):
-    run(place)
-    text = (place / "results" / DEVICE / "report.md").read_text()
+def test_the_report_holds_every_row(made: Path):
+    text = (made / "results" / DEVICE / "report.md").read_text()
     for cells in (
         "| ResNet-18, 3x3 stem | 128 | eager, tuned | 12.3 (11.1 – 13.6) | 1× | 8.10 | 25 % | 33.3 | 10,373 |",
         "|  |  | fused | 6.17 (5.55 – 6.79) | 2.00× (1.90 – 2.11) | 16.21 | 25 % | 33.3 | 20,746 |",
@@ -188,22 +204,21 @@ CONVOLUTION = "conv3x3 64x32x32"
 CUT, OTHER_CUT = ("conv3x3 128x64x64, 8 warps, 3 stages, 1 in turn", "conv3x3 64x64x64, 4 warps, 3 stages, 8 in turn")
 
 
-def test_convolutions_are_compared_in_one_table_wins_and_losses(place: Path):
+def test_convolutions_are_compared_in_one_table_wins_and_losses(made: Path):
     """Of figures that are made up."""
 
     def rows(direction: str, *of_providers: tuple[str, float, float]) -> list[Row]:
         of = {"case": CONVOLUTION, "direction": direction, "gflop": "600.0"}
         return [step(name, ms, speedup, batch_size=512, **of) for name, ms, speedup in of_providers]
 
-    before = (place / "results" / DEVICE / "report.md", place / "README.md")
-    run(place)
+    before = (made / "results" / DEVICE / "report.md", made / "README.md")
     texts = [path.read_text() for path in before]
     assert "TFLOP/s |" not in texts[0] and "onvolution\n" not in texts[0]
     of_level = rows("forward", ("cudnn", 1.0, 1), (CUT, 2.0, 0.5), (OTHER_CUT, 3.0, 0.33))
     of_level += rows("weight gradient", ("cudnn", 1.5, 1), (CUT, 1.2, 1.25))
     of_level += rows("data gradient", ("cudnn", 1.5, 1))
-    write_rows(place / "results" / DEVICE / "convolution.csv", of_level)
-    run(place)
+    write_rows(made / "results" / DEVICE / "convolution.csv", of_level)
+    run(made)
     text = before[0].read_text()
     lines = text.split("## Convolution\n")[1].splitlines()
     start = lines.index(
@@ -217,7 +232,7 @@ def test_convolutions_are_compared_in_one_table_wins_and_losses(place: Path):
     assert f"|  |  | {OTHER_CUT} | 3.00 (2.70 – 3.30) | 0.33× (0.31 – 0.35) |" in text and "| TFLOP/s |" in text
     assert before[1].read_text() == texts[1]
     assert text.startswith(texts[0].split("## ")[0])
-    run(place, "--check")
+    run(made, "--check")
 
 
 def test_rows_of_another_day_are_marked(place: Path):
@@ -235,35 +250,31 @@ def test_rows_of_another_day_are_marked(place: Path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "inference.csv", "speedups.png"])
-def test_check_names_what_is_stale_and_writes_nothing(place: Path, name: str):
-    run(place)
-    path = place / name if name == "README.md" else place / "results" / DEVICE / name
+def test_check_names_what_is_stale_and_writes_nothing(made: Path, name: str):
+    path = made / name if name == "README.md" else made / "results" / DEVICE / name
     if name == "speedups.png":
         path.unlink()
     else:
         path.write_text(path.read_text().replace("6.17", "6.16").replace("0.41", "0.42"))
-    before = contents(place)
-    found = run(place, "--check", code=1)
+    before = contents(made)
+    found = run(made, "--check", code=1)
     stale = {
         "training_step.csv": ["README.md", "report.md", "speedups.png", "roofline.png", "step_time.png"],
         "inference.csv": ["README.md", "report.md", "speedups.png", "roofline.png"],
     }.get(name, [name])
     for other in ("README.md", "report.md", "speedups.png", "roofline.png", "step_time.png", "categories.png"):
         assert (other in found) == (other in stale)
-    assert contents(place) == before
-    run(place)
-    run(place, "--check")
+    assert contents(made) == before
 
 
-def test_pictures_are_those_of_the_data(place: Path):
-    folder = place / "results" / DEVICE
-    run(place)
+def test_pictures_are_those_of_the_data(made: Path):
+    folder = made / "results" / DEVICE
     assert {path.stem for path in folder.glob("*.png")} == set(report.SOURCES)
     for name in ("limits", "profile", "op", "inference"):
         (folder / f"{name}.csv").unlink()
     write_rows(folder / "training_step.csv", STEPS[:1])  # the baseline alone has no speed-up
-    assert "categories.png" in run(place, "--check", code=1)
-    run(place)
+    assert "categories.png" in run(made, "--check", code=1)
+    run(made)
     assert [path.stem for path in folder.glob("*.png")] == ["step_time"]
     text = (folder / "report.md").read_text()
     assert "(step_time.png)" in text and text.count(".png") == 1
