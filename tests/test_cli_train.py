@@ -311,11 +311,10 @@ def test_the_plain_reporter_may_be_closed_at_any_time():
 
 
 @pytest.mark.parametrize("name", [None, "checkpoint.pt"])
-def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    interrupt_in_epoch_2(monkeypatch)
-    first = digits(tmp_path / "run")
-    monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
+def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Path):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_in_epoch_2(monkeypatch)
+        first = digits(tmp_path / "run")
     assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
     result = run("--resume", tmp_path / "run" / name if name else tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -3,16 +3,28 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from thin_resnet import thin_resnet
+from torch import nn
 
-from resnet_fast import resnet18
+from resnet_fast import FusedBatchNorm2d, resnet18
+from resnet_fast.models import resnet
 
 
-@pytest.mark.parametrize("stem", ("cifar", "imagenet"))
-def test_loss_gradients_and_buffers(stem, device):
+def whole(device) -> nn.Module:
+    torch.manual_seed(0)
+    return resnet18(num_classes=10).to(device)
+
+
+def thin(device) -> nn.Module:
+    return thin_resnet(resnet).to(device)
+
+
+@pytest.mark.parametrize("make", (thin, pytest.param(whole, marks=pytest.mark.slow)))
+def test_loss_gradients_and_buffers(make, device):
     def run(compiled: bool):
-        torch.manual_seed(0)
-        model = resnet18(num_classes=10, stem=stem).to(device)
-        x, target = torch.randn(2, 3, 32, 32, device=device), torch.tensor([1, 7], device=device)
+        model = make(device)
+        generator = torch.Generator().manual_seed(1)
+        x, target = torch.randn(2, 3, 32, 32, generator=generator).to(device), torch.tensor([1, 2], device=device)
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         loss = F.cross_entropy(forward(x), target)
         loss.backward()
@@ -30,11 +42,8 @@ def test_loss_gradients_and_buffers(stem, device):
 
 def test_inductor_trains_a_block(device):
     """The default compiler once for real, on a block small enough for every run of the tests."""
-    from resnet_fast.models.resnet import BasicBlock
-    from resnet_fast.nn import FusedBatchNorm2d
-
     torch.manual_seed(0)
-    block = BasicBlock(8, 8, norm_layer=FusedBatchNorm2d).to(device)
+    block = resnet.BasicBlock(8, 8, norm_layer=FusedBatchNorm2d).to(device)
     x = torch.randn(2, 8, 6, 6, device=device)
 
     def gradients(forward):

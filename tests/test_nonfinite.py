@@ -26,8 +26,10 @@ PLACES = (((0, 0), (0, 1)), ((1, 0), (0, 60)), ((1, 5), (0, 60)), ((1, 80), (0, 
 CLEAN = slice(2, None, 3)
 CPU = torch.device("cpu")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-JOINS = ("none", "add", "bn")
+OPERATIONS = (("none", False), ("none", True), ("add", True), ("bn", True))  # join, ReLU
+STATISTICS = pytest.mark.parametrize(
+    "training", (True, pytest.param(False, marks=pytest.mark.slow)), ids=("batch statistics", "frozen")
+)
 
 
 def poisoned(operands: Operands, target: str) -> Operands:
@@ -91,14 +93,21 @@ def check(operands: Operands, join: str, relu: bool, device: torch.device, added
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ("channels_last", "nchw"))
-@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    (
+        ("channels_last", torch.bfloat16),
+        ("nchw", torch.float32),
+        pytest.param("channels_last", torch.float16, marks=pytest.mark.slow),
+    ),
+    ids=str,
+)
+@STATISTICS
 @pytest.mark.parametrize("target", ("x", "residual", "dy"))
 def test_one_element(target, training, layout, dtype, device):
     case = Case("non-finite", SHAPE, training=training)
     operands = poisoned(make_operands(case, dtype, layout, CPU), target)
-    for join, relu in product(JOINS[1:] if target == "residual" else JOINS, (True, False)):
+    for join, relu in OPERATIONS[2:] if target == "residual" else OPERATIONS:
         clean, added = clean_results(training, join, relu, layout, dtype, device)
         found = check(operands, join, relu, device, added)
         for name, result in found.items():
@@ -106,13 +115,13 @@ def test_one_element(target, training, layout, dtype, device):
             assert torch.equal(result[channels], clean[name][channels]), f"{name}: another channel's poison shows"
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
+@STATISTICS
 @pytest.mark.parametrize("name", ("weight", "bias", "running_mean", "running_var"))
 def test_one_channel_of_a_vector(name, training, device):
     """Infinite weights are not among them: see `test_infinite_weight`."""
     kinds = (NAN,) if name == "weight" else (NAN, INF, -INF)
     case = Case("non-finite", SHAPE, training=training)
-    for (join, norm), relu in product((("none", 0), ("bn", 0), ("bn", 1)), (True, False)):
+    for join, norm, relu in (("none", 0, False), ("bn", 0, True), ("bn", 1, True)):
         operands = poisoned_vector(make_operands(case, torch.float32, "channels_last", CPU), norm, name, kinds)
         check(
             operands, join, relu, device, clean_results(training, join, relu, "channels_last", torch.float32, device)[1]

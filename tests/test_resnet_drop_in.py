@@ -17,6 +17,9 @@ import resnet_fast
 from resnet_fast.models.resnet import BasicBlock
 from resnet_fast.nn import FusedBatchNorm2d
 
+# Which steps are fused does not depend on what computes them, and interpreted kernels take a whole network minutes.
+pytestmark = pytest.mark.usefixtures("on_aten")
+
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
 from fused_op import LAYOUTS
+from thin_resnet import images, pair
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -69,9 +70,16 @@ def on(monkeypatch):
         yield select
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stem", IMAGE_SIZE)
+# Interpreted kernels take half a minute each for a whole network.
+@pytest.mark.parametrize(
+    ("stem", "layout", "training"),
+    (
+        ("cifar", "channels_last", True),
+        pytest.param("imagenet", "channels_last", False, marks=pytest.mark.slow),
+        pytest.param("imagenet", "nchw", True, marks=pytest.mark.slow),
+        pytest.param("cifar", "nchw", False, marks=pytest.mark.slow),
+    ),
+)
 def test_one_step(stem, layout, training, device, on):
     on("triton")
     ours, theirs = (model.train(training) for model in make_pair(stem, layout, device))
@@ -94,6 +102,7 @@ def test_one_step(stem, layout, training, device, on):
             assert_within_budget(name, found[name], [result[name] for result in expected], exact[name])
 
 
+@pytest.mark.slow
 def test_one_step_in_bfloat16(device, on):
     """Under autocast; bf16 keeps 8 bits, so only results over many values are compared: all gradients as one vector."""
     on("triton")
@@ -124,12 +133,12 @@ def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on)
             assert torch.equal(found[name], expected[name]), (name, autocast)
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-def test_five_steps_of_sgd(backend, device, on):
-    on(backend)
-    ours, theirs = make_pair("cifar", "channels_last", device)
+def test_five_steps_of_sgd(device, on):
+    """Of a network of three blocks, for the interpreter's sake."""
+    on("triton")
+    ours, theirs = pair(device)
     exact = copy.deepcopy(theirs).double()
-    x, target = make_batch("cifar", "channels_last", device)
+    x, target = images(device), torch.tensor([2, 1, 0, 1], device=device)
     for model in (ours, theirs, exact):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
         for _ in range(5):
@@ -145,7 +154,7 @@ def test_five_steps_of_sgd(backend, device, on):
 
 
 @pytest.mark.parametrize("name", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
-def test_every_depth_in_evaluation(name, device):
+def test_every_depth_in_evaluation(name, on_aten, device):
     torch.manual_seed(0)
     ours = getattr(resnet_fast, name)(num_classes=10).to(device).eval()
     theirs = getattr(torchvision_models, name)(num_classes=10).to(device).eval()
@@ -154,5 +163,4 @@ def test_every_depth_in_evaluation(name, device):
     ours, theirs = (model.to(memory_format=torch.channels_last) for model in (ours, theirs))
     x = torch.randn(1, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        exact = copy.deepcopy(theirs).double()(x.double())
-        assert_within_budget("logits", ours(x), theirs(x), exact)
+        assert torch.equal(ours(x), theirs(x))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from typer.testing import Result as CliResult
 
 from resnet_fast.cli import app
+from resnet_fast.ops import augment
 from resnet_fast.training import MODELS, Result, TrainConfig, train
 
 
@@ -27,6 +28,7 @@ class Tiny(nn.Module):
 
 def use_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
+    monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")  # interpreted it takes longer than the training
 
 
 def train_tiny(out: Path, **settings) -> Result:
