@@ -176,6 +176,7 @@ def compiled() -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_it_compiles_without_stack(compiled: dict[str, dict]):
     assert len(compiled) == 3 * 2 * 2
     assert [name for name, code in compiled.items() if code["stack"]] == []

@@ -41,7 +41,7 @@ from benchmarks.replay import ReplayClock
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
 from resnet_fast.ops import choices
-from resnet_fast.ops.implementations import Choice, Problem
+from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.timing import alternate
 
 ROOT = Path(__file__).parents[1]

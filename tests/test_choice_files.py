@@ -333,6 +333,7 @@ def start(path: Path, first: int, n: int, n_processes: int = 1, before: str = ""
     return subprocess.Popen([sys.executable, "-c", code, str(path), str(first)], env=env)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_lose_nothing_of_each_other(own: Path):
     processes = [start(own, first, 15, 2) for first in (1, 101)]
     assert [process.wait(60) for process in processes] == [0, 0]

@@ -40,6 +40,7 @@ def test_loss_gradients_and_buffers(make, device):
         assert torch.equal(buffers[name], buffer), name
 
 
+@pytest.mark.slow
 def test_inductor_trains_a_block(device):
     """The default compiler once for real, on a block small enough for every run of the tests."""
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from pages import DOCS, shown_tables
 
 from resnet_fast.kernels import tiles
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("kernels_page.py")
 TABLE = read()
 MADE_BY = next(iter(TABLE.values()))["triton"]

@@ -49,8 +49,13 @@ CASES = (
 # nothing but the order of a sum tells two implementations apart.
 TYPED = pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.bfloat16) for case in CASES]
-    + [(case, dtype) for case in (CASES[4], CASES[6]) for dtype in (torch.float16, torch.float32)],
+    [(case, torch.bfloat16) for case in (CASES[4], CASES[6])]
+    + [pytest.param(case, torch.bfloat16, marks=pytest.mark.slow) for case in (*CASES[:4], CASES[5])]
+    + [
+        pytest.param(case, dtype, marks=pytest.mark.slow)
+        for case in (CASES[4], CASES[6])
+        for dtype in (torch.float16, torch.float32)
+    ],
     ids=str,
 )
 

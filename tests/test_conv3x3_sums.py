@@ -11,7 +11,7 @@ from resnet_fast.kernels.conv_tiles import weight_gradient_candidates
 from resnet_fast.ops import BatchNormArgs, conv3x3, launch, reference
 from resnet_fast.ops.arguments import PartialStatistics, Saved, saved_of
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
 
 def fresh_norm(n_channels: int, device: torch.device) -> BatchNormArgs:

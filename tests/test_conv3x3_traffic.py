@@ -17,7 +17,7 @@ from resnet_fast.ops import choices
 README = Path(__file__).parents[1] / "kernels/README.md"
 BATCH = 3
 
-pytestmark = needs_interpreter
+pytestmark = [pytest.mark.slow, needs_interpreter]
 
 # Every batch norm, its channels and map width; whether the convolution before it has its statistics, and whether the
 # one behind it has its sums. Convolutions of stride 2 and the projection's are the library's.

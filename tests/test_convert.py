@@ -140,6 +140,7 @@ def test_a_value_that_is_changed_in_place_gets_no_second_handle(on_aten):
         assert torch.equal(ours(images("cpu")), theirs(images("cpu")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"))
 def test_torchvisions_networks(name, on_aten):
     ours, theirs = make_pair(lambda: getattr(torchvision_models, name)(num_classes=3))
@@ -148,6 +149,7 @@ def test_torchvisions_networks(name, on_aten):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("resnet18", "resnet26d", "seresnet18", "ecaresnet26t"))
 def test_timms_networks(name, on_aten):
     """All norms are converted, before an attention module alone or with a ReLU."""
@@ -159,6 +161,7 @@ def test_timms_networks(name, on_aten):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "operations"),
     (

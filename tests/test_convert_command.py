@@ -111,6 +111,7 @@ def test_a_model_of_a_file(run):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", (("torchvision.models:resnet18",), ("timm:create_model", "--arg", "resnet18")))
 def test_models_of_libraries(target, run):
     result = run(*target, "--arg", "num_classes=3")

@@ -116,6 +116,7 @@ def test_without_entries_the_convolutions_are_modules_calls(network, device):
     assert len(calls) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_a_network_in_low_precision(dtype, network, device):
     x = images(device, dtype)
@@ -129,6 +130,7 @@ def test_other_types_keep_the_library(network, device):
     assert table.asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("at an odd address", "with gaps"))
 def test_weights_that_are_views(kind, network, device):
     """Of parameters flattened into one, say: a descriptor takes neither."""
@@ -154,6 +156,7 @@ def test_fake_tensors_keep_the_library(network, device):
             assert network(x).shape == (3, 32, 4, 4)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_images_without_gradient(network, device, expected):
     frozen = copy.deepcopy(network)
     frozen.layer[0].conv1.weight.requires_grad_(False)
@@ -167,6 +170,7 @@ def test_frozen_parameters_and_images_without_gradient(network, device, expected
         assert torch.equal(found[name], whole[name]), name
 
 
+@pytest.mark.slow
 def test_two_backwards_of_one_graph(network, device):
     network, x = copy.deepcopy(network).to(device), images(device)
     with choices.using(Fused()), torch.autocast(device.type, torch.bfloat16):
@@ -176,6 +180,7 @@ def test_two_backwards_of_one_graph(network, device):
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.slow
 def test_second_derivatives(network, device):
     """The gradient penalty's: by the library's convolutions, whatever the first derivatives are computed by."""
 
@@ -193,6 +198,7 @@ def test_second_derivatives(network, device):
             assert (found - expected).norm() <= 0.05 * expected.norm()
 
 
+@pytest.mark.slow
 def test_checkpointed_activations(network, device):
     def run(use_checkpoint: bool) -> tuple[Tensor, ...]:
         own, x = copy.deepcopy(network).to(device), images(device)
@@ -230,6 +236,7 @@ def compiled(network: nn.Module) -> None:
     network.compile(backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", (nn.Module.eval, biased, hooked, in_nchw, compiled, in_ghost_batches))
 def test_what_keeps_the_library(change, network, device):
     own, x = copy.deepcopy(network).to(device), images(device)

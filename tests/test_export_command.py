@@ -68,6 +68,7 @@ def test_both_files_compute_what_the_network_does_on_any_number_of_images(traine
             torch.testing.assert_close(run(path, x), expected(loaded, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Path, on_aten: None):
     torch.manual_seed(0)

@@ -201,6 +201,7 @@ def test_a_residual_of_another_shape_is_broadcast(device, either_backend):
     assert_within_budget("y", fold_batch_norm(model)(x), model(x), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("resnet18", "densenet121", "googlenet", "mobilenet_v2"))
 def test_torchvisions_networks(name, on_aten):
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ def examples() -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_widths(examples, target):
     narrow, wide = examples[f"narrow copy, {target}"], examples[f"wide copy, {target}"]

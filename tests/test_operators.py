@@ -78,6 +78,7 @@ def test_bfloat16(device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ghost_batches(layout, device):
     for join, ghost in itertools.product(("none", "bn"), (1, 2)):  # groups of one image, and a group of all

@@ -215,6 +215,7 @@ def test_torchrun_shows_the_table_once_in_80_columns(torchrun):
     assert lines[-1] == "in run"
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_ends_all_and_says_how_to_go_on(torchrun):
     process, out = torchrun["long"]
     deadline = time.monotonic() + 300

@@ -112,6 +112,7 @@ def test_an_rstd_of_zero_ends_the_merge(device):
     assert not found.rstd.any() and not found.y.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype", "layout"),
     (

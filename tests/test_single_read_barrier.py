@@ -12,6 +12,8 @@ from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, launch, single_read
 from resnet_fast.ops.single_read import LINE, BarrierWords
 
+pytestmark = pytest.mark.slow
+
 NORM = BatchNormArgs(None, None, training=True)
 
 

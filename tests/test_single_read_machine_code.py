@@ -10,6 +10,8 @@ import pytest
 
 from resnet_fast.kernels import tiles
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("compile_single_read.py")
 
 

@@ -19,7 +19,7 @@ from resnet_fast.ops import choices, launch, single_read
 CASE = Case("several tiles and splits, the last not full", (2, 64, 9, 9), fork=True)
 BF16 = torch.bfloat16
 
-pytestmark = needs_interpreter
+pytestmark = [pytest.mark.slow, needs_interpreter]
 
 
 def step(case: Case, join: str, relu: bool = True) -> dict[str, torch.Tensor]:

@@ -63,6 +63,7 @@ def test_no_element_of_an_image_is_requested_twice_by_one_kernel(role, n_channel
                 assert again["written"].size == 0, (launch.kernel, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", (STEM, INNER, BLOCK, LAST, PROJECTION), ids=str)
 def test_ghost_batches_move_more_vectors_alone(role):
     """Of nine images in groups of four, the last of one: images, bits and their bytes are those of one group."""
@@ -73,6 +74,7 @@ def test_ghost_batches_move_more_vectors_alone(role):
     assert kernels == [launch.kernel for launch in launches_of(role, 512, 4)]  # no launch per group
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_the_sum_of_its_operations():
     torch.manual_seed(0)
     model = resnet_fast.resnet18(num_classes=10, stem="cifar")
