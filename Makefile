@@ -8,7 +8,8 @@ BIN := .venv/bin
 help:
 	@echo "make train     set up .venv, train ResNet-18, show the result"
 	@echo "               [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
-	@echo "make test      set up .venv, run every test"
+	@echo "make test      set up .venv, prove every promise once"
+	@echo "make test-all  every test, also the slow ones"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
@@ -18,8 +19,16 @@ help:
 train: .venv/train
 	$(BIN)/resnet-fast train --dataset $(DATASET) $(ARGS)
 
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/dev
+	$(PYTEST) $(ARGS)
+
+test-slow: .venv/dev
+	$(PYTEST) -m slow $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -44,4 +53,4 @@ kernels: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test lint bench numerics depth kernels
+.PHONY: help train test test-all test-slow lint bench numerics depth kernels

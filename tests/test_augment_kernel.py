@@ -91,6 +91,7 @@ def run(backend: str, inputs: tuple[Tensor, Tensor, Tensor], settings: dict, dty
     return {"images": images, "labels": labels}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_name
 def test_the_kernel_has_the_bits_of_plain_pytorch(case: Case, dtype: torch.dtype, device: torch.device):

@@ -51,9 +51,9 @@ CONVOLUTIONS = {
     direction: Setting("conv3x3 16x4x4", direction, "bf16", "channels_last", 10, shape=(16, 4))
     for direction in bench_conv.DIRECTIONS
 }
-BLOCK = Setting("BasicBlock", "both", "bf16", "channels_last", 4, shape=(8, 16, 6))
-STEP = Setting("ResNet-18", "step", "bf16", "channels_last", 4)
-INFERENCE = Setting("ResNet-18", "forward", "bf16", "channels_last", 4)
+BLOCK = Setting("BasicBlock", "both", "fp32", "channels_last", 4, shape=(8, 16, 6))
+STEP = Setting("ResNet-18", "step", "fp32", "channels_last", 4)
+INFERENCE = Setting("ResNet-18", "forward", "fp32", "channels_last", 4)
 LOADER = Setting("64 images 3x32x32", "epoch", "fp32", "channels_last", 32)
 
 
@@ -395,6 +395,7 @@ def test_a_recorded_pass_reads_the_images_that_it_is_given(monkeypatch):
         assert harness.measure(level, INFERENCE, CPU, ["wrong"], rounds=1).times.keys() == times
 
 
+@pytest.mark.slow
 def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch):
     monkeypatch.setattr(networks, "CudaGraph", Graph)
     graphed = Provider(partial(StepRun, eager_resnet18, graph=True))
@@ -441,6 +442,7 @@ def test_the_floor_of_inference_counts_every_layer_once():
     assert nine.bytes == 2 * (weights + 9 * activations)
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     options = ["--quick", "--rounds", "2", "--results", str(tmp_path), "--device", "cpu", "-k", "512x4x4 and fused"]

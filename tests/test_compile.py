@@ -19,6 +19,7 @@ def thin(device) -> nn.Module:
     return thin_resnet(resnet).to(device)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("make", (thin, pytest.param(whole, marks=pytest.mark.slow)))
 def test_loss_gradients_and_buffers(make, device):
     def run(compiled: bool):

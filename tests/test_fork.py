@@ -32,6 +32,7 @@ CONSUMERS = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 @pytest.mark.parametrize("join", ("none", "add", "bn"))
 @pytest.mark.parametrize("consumers", CONSUMERS)

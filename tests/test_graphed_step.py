@@ -278,6 +278,7 @@ def test_the_stand_in_runs_nothing_while_it_records():
     assert n_runs == 4
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize(("recipe", "settings"), CASES.values(), ids=CASES)
 def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, monkeypatch: pytest.MonkeyPatch):

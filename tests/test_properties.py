@@ -62,7 +62,7 @@ def any_input(share_of_examples: int = 1):
 
     def decorate(test):
         profile = settings(
-            max_examples=settings().max_examples // share_of_examples,
+            max_examples=max(1, settings().max_examples // share_of_examples),
             suppress_health_check=[HealthCheck.function_scoped_fixture],  # memory is poisoned for all examples alike
         )
         return profile(given(case=cases(), layout=LAYOUT, dtype=DTYPES, join=JOINS, relu=st.booleans())(test))
@@ -70,6 +70,7 @@ def any_input(share_of_examples: int = 1):
     return decorate
 
 
+@pytest.mark.gpu
 @any_input()
 def test_ours_is_eager(device, case, layout, dtype, join, relu):
     assert_agrees(make_operands(case, dtype, layout, device), join, relu, ROUNDINGS)

@@ -13,6 +13,7 @@ from resnet_fast.models import resnet
 SHAPE = (16, 136, 29, 29) if torch.cuda.is_available() else (2, 24, 9, 9)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 @pytest.mark.parametrize("layout", ("channels_last", "nchw"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)), ids=str)
@@ -24,6 +25,7 @@ def test_operation(dtype, layout, backend, device):
             assert torch.equal(first[name], second[name]), (join, fork, name)
 
 
+@pytest.mark.gpu
 def test_training_step(device):
     def step() -> list[torch.Tensor]:
         model = thin_resnet(resnet).to(device)

@@ -71,6 +71,7 @@ def on(monkeypatch):
 
 
 # Interpreted kernels take half a minute each for a whole network.
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("stem", "layout", "training"),
     (
@@ -102,6 +103,7 @@ def test_one_step(stem, layout, training, device, on):
             assert_within_budget(name, found[name], [result[name] for result in expected], exact[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_one_step_in_bfloat16(device, on):
     """Under autocast; bf16 keeps 8 bits, so only results over many values are compared: all gradients as one vector."""
@@ -133,6 +135,7 @@ def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on)
             assert torch.equal(found[name], expected[name]), (name, autocast)
 
 
+@pytest.mark.gpu
 def test_five_steps_of_sgd(device, on):
     """Of a network of three blocks, for the interpreter's sake."""
     on("triton")
