@@ -347,14 +347,14 @@ def test_a_table_counts_for_its_provider_alone_and_has_to_be_looked_up():
 def test_the_step_runs_as_chosen_where_it_was_tuned(name):
     provider, cuda = bench_step.LEVEL.providers[name], torch.device("cuda")
     problem = Problem("convolution", "bf16", STEP.batch_size, 64, 64, 32)
-    other = problem._replace(n_images=2 * STEP.batch_size)
-    assert provider.why_not(STEP, CPU) == "runs on CUDA alone"
-    assert provider.why_not(replace(STEP, precision="fp32"), cuda) == "there are no choices in fp32"
+    other, step = problem._replace(n_images=2 * STEP.batch_size), replace(STEP, precision="bf16")
+    assert provider.why_not(step, CPU) == "runs on CUDA alone"
+    assert provider.why_not(STEP, cuda) == "there are no choices in fp32"
     with choices.using({other: Choice("cudnn")}):
-        reason = provider.why_not(STEP, cuda)
+        reason = provider.why_not(step, cuda)
     assert reason == "not tuned: run resnet-fast tune --batch-size 4 --precision bf16"
     with choices.using({problem: Choice("cudnn"), other: Choice("cudnn")}):
-        assert provider.why_not(STEP, cuda) is None and provider.entries(STEP, cuda) == {problem: Choice("cudnn")}
+        assert provider.why_not(step, cuda) is None and provider.entries(step, cuda) == {problem: Choice("cudnn")}
 
 
 def test_a_block_of_ours_passes_its_check():
