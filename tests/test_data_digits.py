@@ -1,12 +1,13 @@
 """The digits: real scans, always the same split, no mirrored signs."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-from resnet_fast.data import load_dataset  # noqa: E402
-from resnet_fast.data.digits import load_digits  # noqa: E402
+from resnet_fast.data import load_dataset
+from resnet_fast.data.digits import FILE, load_digits
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +23,22 @@ def test_sizes_and_types(digits):
     assert digits.classes == tuple("0123456789")
 
 
+def test_the_scans_are_scikit_learns():
+    """That is, its `images` and `target` as bytes, one after the other."""
+    with np.load(FILE) as file:
+        data = file["images"].tobytes() + file["labels"].tobytes()
+    assert hashlib.sha256(data).hexdigest() == "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+
+
 def test_each_digit_has_as_many_test_images(digits):
     assert torch.bincount(digits.test.labels).tolist() == [36] * 10
 
 
 def test_training_and_test_images_are_all_the_scans_once(digits):
-    from sklearn.datasets import load_digits as load_scans
-
     images = torch.cat([digits.train.images, digits.test.images])
     means = images.float().mean((1, 2, 3)).sort().values
-    expected = torch.from_numpy(load_scans().images).float().mean((1, 2)).sort().values * (255 / 16)
+    with np.load(FILE) as file:
+        expected = torch.from_numpy(file["images"]).float().mean((1, 2)).sort().values * (255 / 16)
     torch.testing.assert_close(means, expected, rtol=0, atol=5)  # bicubic values beyond black and white are cut off
 
 
@@ -50,6 +57,23 @@ def test_mean_and_std_are_those_of_the_training_images(digits):
     scaled = digits.train.images.double() / 255
     assert digits.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
     assert digits.std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist())
+
+
+def test_the_images_of_earlier_runs_are_still_the_same(digits):
+    """They resume only then. The numbers are those of benchmarks/results/amd-epyc-2-threads/digits_config.json."""
+    # Another processor may add in another order; one gray level of one pixel would move the mean by 3e-9.
+    assert digits.mean == pytest.approx((0.31272237326647785,) * 3, rel=1e-12)
+    assert digits.std == pytest.approx((0.35655328401886127,) * 3, rel=1e-12)
+
+
+def test_at_8x8_they_are_the_scans_as_they_are():
+    digits = load_digits(8)
+    assert digits.train.images.shape[1:] == (3, 8, 8) and digits.crop_padding == 0
+    with np.load(FILE) as file:
+        expected = torch.from_numpy(file["images"]).double() * (255 / 16)
+    images = torch.cat([digits.train.images, digits.test.images])[:, 0]
+    order = [sorted(map(bytes, whole.byte().flatten(1).numpy())) for whole in (images, expected.round())]
+    assert order[0] == order[1]
 
 
 def test_a_digit_is_never_mirrored(digits):

@@ -23,7 +23,7 @@ def load_dataset(
     Args:
         name: "cifar10", "digits" or "folder".
         data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/; digits needs none.
-        image_size: of "folder"; the other two are 32x32.
+        image_size: height and width of "digits" and "folder"; CIFAR-10 is 32x32.
         workers: processes that read the images of "folder".
         skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
 
@@ -38,4 +38,4 @@ def load_dataset(
     check_type("skip_unreadable", skip_unreadable, bool)
     if name == "cifar10":
         return load_cifar10(data_dir)
-    return load_digits() if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)
+    return load_digits(image_size) if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)

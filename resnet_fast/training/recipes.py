@@ -9,7 +9,7 @@ fast94     26 epochs, batch 512. The recipe that it begins from, with batch 500,
 fast95     80 epochs of the same; there 95.4 %, and 95.88 % with flip TTA (train_resnet18_96.py)
 folder     30 epochs, one-cycle, batch 128: for images of which nothing is known
 article    Adam at a constant rate, no augmentation, as in an introduction to skip connections
-digits     for the digits that scikit-learn carries: a minute and a half on a CPU
+digits     for UCI's digits: a minute and a half on a CPU
 
 The accuracies are those that others published for CIFAR-10, of their programs.
 """
@@ -51,7 +51,7 @@ class Recipe:
         int | None,
         integer(0),
         "Pixels that a random crop may reach beyond each edge. "
-        "[default: 4 for CIFAR-10, 2 for digits, an eighth of the size for a folder; article: 0]",
+        "[default: 4 for CIFAR-10, a sixteenth of the size for digits, an eighth of the size for a folder; article: 0]",
     ] = FROM_RECIPE
     padding: Annotated[str, one_of(PADDINGS), "What a crop sees beyond the edge."] = FROM_RECIPE
     flip: Annotated[
