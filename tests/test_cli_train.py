@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from typer.testing import Result as CliResult
 
 import resnet_fast
 from resnet_fast.cli import app
-from resnet_fast.data import cifar10
+from resnet_fast.data import cifar10, load_dataset
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, loop
+from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
+from resnet_fast.training.reporter import EpochProgress
 
 
 class Tiny(nn.Module):
@@ -283,7 +285,7 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(len(line) for line in shown) <= 80
     # The bar reached the end, and shows loss, accuracy, speed and the time left.
-    bar = r"epoch 1/2 .*45/45 \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  \d+(\.\d)? s left"
+    bar = r"epoch 1/2 .*45/45 loss \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  \d+(\.\d)? s left"
     assert any(re.search(bar, line) for line in shown)
     assert HEADER in shown and sum(bool(re.match(r" +[12]/2 +\S+ +\d\.\d{4}", line)) for line in shown) == 2
     assert any("test accuracy after epoch 2" in line for line in shown)
@@ -304,6 +306,22 @@ def test_the_widest_lines_fit_80_columns():
 )
 def test_durations_are_readable(seconds: float, text: str):
     assert format_duration(seconds) == text
+
+
+def test_without_a_terminal_a_long_epoch_says_how_it_goes(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    reporter = PlainReporter()
+    reporter.start(TrainConfig(dataset="digits", epochs=2, device="cpu", out=tmp_path), load_dataset("digits"))
+    reporter.start_epoch(1, 100)
+    for done in range(1, 101):
+        clock.now += 1
+        reporter.step(done, EpochProgress(loss=2.0, accuracy=0.25, images_per_second=30))
+    assert [line for line in capsys.readouterr().out.splitlines() if " steps " in line] == [
+        "    1/2  8/100 steps  loss 2.000  25.0 %  30 images/s  3 min 12 s left",
+        "    1/2  24/100 steps  loss 2.000  25.0 %  30 images/s  2 min 56 s left",
+        "    1/2  56/100 steps  loss 2.000  25.0 %  30 images/s  2 min 24 s left",
+    ]
 
 
 def test_the_plain_reporter_may_be_closed_at_any_time():

@@ -20,6 +20,8 @@ from resnet_fast.training.repeat import Spread
 from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.torchrun import command, format_train_on, is_first_process, world_size
 
+FIRST_SILENCE = 8.0  # seconds without a line, after which an epoch's progress is printed; then twice as long each time
+
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
 
@@ -39,8 +41,8 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
 
 
 def format_progress(progress: EpochProgress, seconds_left: float) -> str:
-    """Return what stands beside the bar: loss, accuracy and speed of the running epoch, and the rest of the run."""
-    so_far = f"{progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
+    """Return how the running epoch goes: loss, accuracy, speed, and the time that the whole run still takes."""
+    so_far = f"loss {progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
     return f"{so_far}  {format_duration(seconds_left)} left"
 
 
@@ -117,13 +119,15 @@ def wants_live_output(stream: TextIO) -> bool:
 
 
 class PlainReporter(Reporter):
-    """Prints a line per epoch, without control codes: for files, pipes and logs."""
+    """Prints a line per epoch, and in long ones how they go, without control codes: for files, pipes and logs."""
 
     def note(self, line: str) -> None:
         print(clean(line), flush=True)
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.config = config
+        self.first: int | None = None  # epoch that is trained here
+        self.silence = FIRST_SILENCE
         for line in [*format_start(config, dataset), format_header(config)]:
             self.note(line)
 
@@ -133,8 +137,29 @@ class PlainReporter(Reporter):
         for line in format_resumed(len(history), self.config):
             self.note(line)
 
+    def start_epoch(self, epoch: int, n_steps: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.began, self.spoke = epoch, now, now
+        self.epoch, self.n_steps = epoch, n_steps
+
+    def step(self, done: int, progress: EpochProgress | None) -> None:
+        now = time.monotonic()
+        if progress is None or now - self.spoke < self.silence:
+            return
+        so_far = format_progress(progress, self.seconds_left(done))
+        self.note(f"{f'{self.epoch}/{self.config.epochs}':>7}  {done}/{self.n_steps} steps  {so_far}")
+        self.spoke, self.silence = now, 2 * self.silence
+
+    def seconds_left(self, done: int) -> float:
+        """Of the whole run, at the speed of its steps so far, evaluations and files included."""
+        since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
+        to_come = (self.config.epochs - self.epoch + 1) * self.n_steps - done
+        return (time.monotonic() - self.began) / since_start * to_come
+
     def end_epoch(self, metrics: EpochMetrics) -> None:
         self.note(format_row(metrics, self.config.epochs))
+        self.spoke = time.monotonic()
 
     def finish(self, result: Result) -> None:
         for line in format_end(result):
@@ -144,7 +169,7 @@ class PlainReporter(Reporter):
         """Leave the terminal as it was; may be called more than once."""
 
 
-class LiveReporter(Reporter):
+class LiveReporter(PlainReporter):
     """Prints the table row by row, above a progress bar of the running epoch."""
 
     def __init__(self) -> None:
@@ -175,16 +200,8 @@ class LiveReporter(Reporter):
         self.progress.start()
         self.cleaning.enter_context(clean_output())  # around the console's own redirection
 
-    def resume(self, history: Sequence[EpochMetrics]) -> None:
-        for metrics in history:
-            self.end_epoch(metrics)
-        for line in format_resumed(len(history), self.config):
-            self.note(line)
-
     def start_epoch(self, epoch: int, n_steps: int) -> None:
-        if self.first is None:
-            self.first, self.began = epoch, time.monotonic()
-        self.epoch, self.n_steps = epoch, n_steps
+        super().start_epoch(epoch, n_steps)
         self.progress.reset(
             self.task, total=n_steps, visible=True, description=f"epoch {epoch}/{self.config.epochs}", so_far=""
         )
@@ -193,13 +210,7 @@ class LiveReporter(Reporter):
         if progress is None:
             self.progress.update(self.task, completed=done)
         else:
-            self.progress.update(self.task, completed=done, so_far=format_progress(progress, self._seconds_left(done)))
-
-    def _seconds_left(self, done: int) -> float:
-        """Of the whole run, at the speed of its steps so far, evaluations and files included."""
-        since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
-        to_come = (self.config.epochs - self.epoch + 1) * self.n_steps - done
-        return (time.monotonic() - self.began) / since_start * to_come
+            self.progress.update(self.task, completed=done, so_far=format_progress(progress, self.seconds_left(done)))
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
         self._print(format_row(metrics, self.config.epochs))
