@@ -46,7 +46,7 @@ def test_a_real_run_on_the_cpu():
         "torch",
         "torchvision",
         "triton",
-        "scikit-learn",
+        "matplotlib",
         "C++ compiler",
         "backend",
         "precision",

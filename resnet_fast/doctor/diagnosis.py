@@ -32,8 +32,8 @@ from . import parity
 
 # As in pyproject.toml; the library works without the optional ones.
 NEEDED = {"torch": "2.11", "torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
-OPTIONAL = {"matplotlib": "3.8", "rich": "13", "scikit-learn": "1.4", "typer": "0.12", "triton": "3.6"}
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}  # where the import has another name
+OPTIONAL = {"matplotlib": "3.8", "rich": "13", "typer": "0.12", "triton": "3.6"}
+MODULES = {"pillow": "PIL"}  # where the import has another name
 OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernels.md)
 NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 INSTALL_TORCH = "choose the build at https://pytorch.org/get-started/locally and run the command shown there"

@@ -25,42 +25,8 @@ MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-<<<<<<< HEAD
     """All settings of a run; docs/options.md has them as a table. Once made, every field but `crop` and `weights` holds
     the value that will be used.
-=======
-    """All settings of a run. Once made, every field but `crop` and `weights` holds the value that will be used.
-
-    Args:
-        recipe: a name in RECIPES; None: see DEFAULT_RECIPES. It gives the settings that `Recipe` lists, each of which
-            may be given beside it.
-        model: a name in MODELS, as resnet_fast.models.list_models() gives them.
-        stem: "cifar" (3x3, no pooling) or "imagenet" (7x7 stride 2 and max-pooling), of those that the model has; None:
-            "cifar" where it has both.
-        backend: "fused", "eager" (the network of plain PyTorch; of torchvision, where it is there) or "compile" (that
-            under torch.compile).
-        graph: run the step as a CUDA graph; None: on a GPU, if it is one process.
-        dataset: "cifar10", "digits" or "folder".
-        data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/.
-        image_size: pixels to which the images of "digits" and "folder" are resized, 8 … 1024.
-        images: of "folder": "memory", "stream" or "auto" (resnet_fast.data.Split.to).
-        skip_unreadable: of "folder": leave out images that cannot be read, instead of raising an error.
-        holdout: so many of the training images are validated on instead of the test images; 0: test.
-        accumulate: parts in which a batch is computed one after the other, for less memory.
-        sync_bn: on several processes, batch statistics over all of them.
-        weights: where the first weights are from: a run folder, or a file that resnet_fast.load_checkpoint reads. With
-            another number of classes the last layer is new. None: all are new.
-        seed: of the initial weights, the order of the images and the augmentation.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "fp32", "bf16" (autocast, weights in fp32) or "auto": bf16 where the processor computes in it.
-        deterministic: refuse what two runs on a GPU might compute differently.
-        workers: processes that read the images of "folder"; None: one per processor, at most 4.
-        time_budget: seconds; no epoch begins that, as long as the last one with its evaluation and files, would end
-            later; 0 for no limit. The schedule stays that of all epochs. A run that is resumed has as many seconds
-            again, and at least one epoch.
-        tensorboard: write TensorBoard events to the run folder, too.
-        out: the run folder; None: runs/<dataset>-<model>-<time>.
->>>>>>> b60ca5e (The digits come with the package, in any image size)
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.
@@ -94,7 +60,9 @@ class TrainConfig(Recipe):
         "cifar10 downloads itself; digits needs no network; folder is the data folder with train/ and test/.",
     ] = "cifar10"
     data_dir: Annotated[Path, MAY_MOVE, "Where CIFAR-10 is or goes to, or the folder of images."] = Path("data")
-    image_size: Annotated[int, integer(8, MAX_IMAGE_SIZE + 1), "Pixels to which digits and a folder's images are resized."] = 32
+    image_size: Annotated[
+        int, integer(8, MAX_IMAGE_SIZE + 1), "Pixels to which digits and a folder's images are resized."
+    ] = 32
     images: Annotated[
         str,
         one_of(("auto", "memory", "stream")),
