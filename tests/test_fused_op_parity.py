@@ -33,8 +33,7 @@ def test_every_join_type_and_layout(join, relu, layout, dtype, device):
     check(PLAIN, join, relu, layout, dtype, device)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", (pytest.param("channels_last", marks=pytest.mark.gpu), "nchw"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_corners_on_the_kernels(case, layout, device):
     check(case, "bn", True, layout, torch.float32, device)
@@ -53,7 +52,6 @@ def test_corners_with_gradients_that_can_be_differentiated(case, device):
     assert_agrees(operands, "bn", True, ROUNDINGS, create_graph=True)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("view", VIEWS)
 def test_views(view, device):
     check(Case("view", (3, 9, 5, 4)), "bn", True, view, torch.float32, device)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
 from fused_op import LAYOUTS
-from thin_resnet import images, pair
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -136,12 +135,12 @@ def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on)
 
 
 @pytest.mark.gpu
-def test_five_steps_of_sgd(device, on):
-    """Of a network of three blocks, for the interpreter's sake."""
-    on("triton")
-    ours, theirs = pair(device)
+@pytest.mark.parametrize("backend", (pytest.param("triton", marks=pytest.mark.slow), "aten"))
+def test_five_steps_of_sgd(backend, device, on):
+    on(backend)
+    ours, theirs = make_pair("cifar", "channels_last", device)
     exact = copy.deepcopy(theirs).double()
-    x, target = images(device), torch.tensor([2, 1, 0, 1], device=device)
+    x, target = make_batch("cifar", "channels_last", device)
     for model in (ours, theirs, exact):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
         for _ in range(5):
