@@ -23,7 +23,7 @@ import resnet_fast
 from resnet_fast.cli import app
 from resnet_fast.data import cifar10, load_dataset
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop
+from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop, run_folder
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 from resnet_fast.training.reporter import EpochProgress
 
@@ -37,11 +37,19 @@ class Tiny(nn.Module):
         return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
+@pytest.fixture
+def pictures() -> None:
+    """For a test of the pictures; in the others nothing is drawn, which would take longer than the training."""
+
+
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
     # An interpreted kernel would take most of the time; test_augment_kernel holds that both ways give the same bits.
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
+        monkeypatch.setattr(run_folder, "write_pictures", lambda *args: ["confusion.png"])
 
 
 def run(*args: object) -> CliResult:
@@ -52,7 +60,7 @@ def digits(out: Path, *args: object) -> CliResult:
     return run("--dataset", "digits", "--epochs", 2, "--batch-size", 256, "--device", "cpu", "--out", out, *args)
 
 
-def test_a_run_leaves_its_files_and_says_so(tmp_path: Path):
+def test_a_run_leaves_its_files_and_says_so(pictures: None, tmp_path: Path):
     result = digits(tmp_path / "run", "--seed", 7)
     assert result.exit_code == 0, result.output
     names = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt", "confusion.png", "mistakes.png"}
@@ -329,7 +337,7 @@ def test_the_plain_reporter_may_be_closed_at_any_time():
 
 
 @pytest.mark.parametrize("name", [None, "checkpoint.pt"])
-def test_resume_goes_on_and_shows_the_whole_table(name: str | None, tmp_path: Path):
+def test_resume_goes_on_and_shows_the_whole_table(name: str | None, pictures: None, tmp_path: Path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_in_epoch_2(monkeypatch)
         first = digits(tmp_path / "run")
