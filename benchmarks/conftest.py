@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _case(item: pytest.Item) -> tuple[harness.Level, harness.Setting, str]:
     assert isinstance(item, pytest.Function)
-    params = item.callspec.params
+    params: dict[str, Any] = item.callspec.params
     return vars(item.module)["LEVEL"], params["setting"], params["provider"]
 
 
@@ -185,8 +186,8 @@ class _Progress:
     """Says what runs, past pytest's capture, and at once if the output is piped."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.reporter = config.pluginmanager.getplugin("terminalreporter")
-        self.capture = config.pluginmanager.getplugin("capturemanager")
+        self.reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+        self.capture: Any = config.pluginmanager.getplugin("capturemanager")
         self.spoken = elapsed()
 
     def line(self, text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.checks import check_integer
+from resnet_fast.common.checks import check_integer
 from resnet_fast.data.dataset import ImageDataset, TensorSplit, channel_statistics
 from resnet_fast.data.images import MAX_IMAGE_SIZE
 

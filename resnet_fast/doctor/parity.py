@@ -119,8 +119,8 @@ def step_errors(device: torch.device) -> Errors:
         theirs = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
     resnet.give_cifar_stem(theirs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    models, batch = [model.to(device) for model in (ours, theirs)], [tensor.to(device) for tensor in (images, labels)]
-    yield "its gradient", gradient_difference(*models, *batch), STEP_TOLERANCE
+    difference = gradient_difference(ours.to(device), theirs.to(device), images.to(device), labels.to(device))
+    yield "its gradient", difference, STEP_TOLERANCE
 
 
 def make_operands(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Operands:
