@@ -254,6 +254,7 @@ def test_a_convolution_of_ours_passes_its_check(direction):
     setting = CONVOLUTIONS[direction]
     name = next(reversed(bench_conv.candidates(setting)))
     level = copy.copy(bench_conv.LEVEL)
+    level.providers = {"cudnn": level.providers["cudnn"], name: Provider(partial(bench_conv.build_conv3x3, name))}
     level.warm_up = {"cpu": 0}
     measured = harness.measure(level, setting, CPU, [name], rounds=1)
     assert measured.times.keys() == {"cudnn", name}, measured.refused

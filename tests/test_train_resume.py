@@ -277,7 +277,7 @@ def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["lr", "accumulate", "out"])
 def test_what_a_run_computes_cannot_be_changed(name: str, tmp_path: Path):
     out = stop(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match=f"a run keeps its settings, but for device, .*, tensorboard; got {name}"):
+    with pytest.raises(ValueError, match=f"a run keeps its settings, but for graph, .*, tensorboard; got {name}"):
         resume(out, **{name: 1})
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -77,9 +78,9 @@ def test_a_file_that_fails_leaves_what_was_there(error: BaseException, tmp_path:
 
 def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     order = []
-    monkeypatch.setattr(run_folder.os, "fsync", lambda number: order.append("fsync"))
-    real_replace = run_folder.os.replace
-    monkeypatch.setattr(run_folder.os, "replace", lambda *args: (order.append("replace"), real_replace(*args)))
+    monkeypatch.setattr(os, "fsync", lambda number: order.append("fsync"))
+    real_replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: (order.append("replace"), real_replace(*args)))
     with whole_file(tmp_path / "file") as file:
         file.write(b"x")
     assert order == ["fsync", "replace"]
