@@ -47,10 +47,10 @@ depth: .venv/dev
 kernels: .venv/dev
 	PYTHONPATH=. TRITON_INTERPRET=0 $(BIN)/python tests/kernels_page.py
 
-# Stamp files: one per set of extras. Only the modules that are imported get compiled, when they are.
+# Stamp files: one per set of extras.
 .venv/train .venv/dev: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$(@F)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
 .PHONY: help train test test-all test-slow lint bench numerics depth kernels
