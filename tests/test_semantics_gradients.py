@@ -10,7 +10,6 @@ from resnet_fast import FusedBatchNorm2d
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 
 NAMES = ("x", "residual", "weight", "bias", "residual_weight", "residual_bias")
-NORM_OF_THE_RESIDUAL = {"residual_weight", "residual_bias"}
 WANTED = {
     "all but x": set(NAMES) - {"x"},
     "all but the residual": set(NAMES) - {"residual"},

@@ -1,6 +1,8 @@
 """The command line's frame, and what its commands share."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -47,6 +49,17 @@ def stop(code: int, message: str, *more: str) -> NoReturn:
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
     raise typer.Exit(code)
+
+
+@contextmanager
+def refusals(*failures: type[Exception]) -> Iterator[None]:
+    """Stop with the error's line: 2 for a wrong argument, 1 for what the system or one of `failures` says."""
+    try:
+        yield
+    except ValueError as error:
+        stop(2, f"error: {error}")
+    except (*failures, OSError) as error:  # such as a name that is too long
+        stop(1, f"error: {error}")
 
 
 def stop_all(code: int, message: str | None) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.app import app, choices, refusals, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.common.checks import check_choice, check_path, difference
@@ -56,7 +56,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Test a trained network: accuracy by class, confusion.png, mistakes.png and predictions.csv."""
-    try:
+    with refusals():
         if split is not None:
             check_choice("split", split, SPLITS)
         if precision is not None:
@@ -65,10 +65,6 @@ def evaluate(
             data_dir = check_path("data_dir", data_dir)
         find_checkpoint(run)
         chosen = choose_device(device)
-    except ValueError as error:
-        stop(2, f"error: {error}")
-    except OSError as error:  # such as a name that is too long
-        stop(1, f"error: {error}")
 
     import torch
 
@@ -76,12 +72,8 @@ def evaluate(
     from resnet_fast.evaluation import image_paths, predict_split, write_pictures, write_predictions
     from resnet_fast.inference import CheckpointError, load_trained
 
-    try:
+    with refusals(CheckpointError):
         trained = load_trained(run, chosen)
-    except ValueError as error:
-        stop(2, f"error: {error}")
-    except (CheckpointError, OSError) as error:
-        stop(1, f"error: {error}")
     config = trained.config
     used = precision or config["precision"]
     used = choose_precision(chosen) if used == "auto" else used

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.app import app, choices, refusals, stop
 from resnet_fast.common.checks import check_choice, check_path
 from resnet_fast.training.paths import find_checkpoint
 
@@ -39,15 +39,11 @@ def export(
 
     Both take images in [0, 1], float32 [N, 3, size, size], normalize them, and give logits [N, classes].
     """
-    try:
+    with refusals():
         check_choice("format", format, (*FORMATS, "both"))
         find_checkpoint(run)
         if data_dir is not None:
             data_dir = check_path("data_dir", data_dir)
-    except ValueError as error:
-        stop(2, f"error: {error}")
-    except OSError as error:  # such as a name that is too long
-        stop(1, f"error: {error}")
 
     from resnet_fast.data import DataError
     from resnet_fast.data.dataset import check_no_file

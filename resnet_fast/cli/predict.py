@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, complain, stop
+from resnet_fast.cli.app import app, complain, refusals, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
 from resnet_fast.common.terminal import clean
@@ -36,24 +36,16 @@ def predict(
     An image is read as training reads those of a folder, and resized bilinearly to the size of the training images; its
     aspect ratio is not kept. The network runs on it in fp32, without augmentation.
     """
-    try:
+    with refusals():
         find_checkpoint(run)
         chosen = choose_device(device)
-    except ValueError as error:
-        stop(2, f"error: {error}")
-    except OSError as error:  # such as a name that is too long
-        stop(1, f"error: {error}")
 
     import torch
 
     from resnet_fast.inference import CheckpointError, ImageError, classify, load_trained, read_image
 
-    try:
+    with refusals(CheckpointError):
         trained = load_trained(run, chosen)
-    except ValueError as error:
-        stop(2, f"error: {error}")
-    except (CheckpointError, OSError) as error:
-        stop(1, f"error: {error}")
     n_failed = 0
     try:
         for path in images:
