@@ -5,9 +5,9 @@
 
 from typing import TYPE_CHECKING
 
-from . import _torchvision  # noqa: F401  (first: it lets torchvision be imported)
-from ._lazy import lazy_imports
 from ._version import __version__
+from .common import torchvision_import  # noqa: F401  (first: it lets torchvision be imported)
+from .common.lazy import lazy_imports
 
 __all__ = [
     "CheckpointMismatch",

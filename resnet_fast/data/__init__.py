@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from resnet_fast._lazy import lazy_imports
+from resnet_fast.common.lazy import lazy_imports
 
 __all__ = [
     "DATASETS",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _torchvision
+from ..common import torchvision_import
 from ..ops import choice_files
 from ..ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
 from ..training.config import choose_device, choose_precision
@@ -115,7 +115,7 @@ def find_package(name: str, at_least: str) -> Iterator[Finding]:
         if _numbers(version) < _numbers(at_least):
             value += f"; {at_least} or later is needed"
         else:
-            if name == "torchvision" and _torchvision.schemas is not None:
+            if name == "torchvision" and torchvision_import.schemas is not None:
                 value += "; its compiled operators do not fit this torch, none is used here"
             return (yield Finding(name, value))
     except Exception as error:

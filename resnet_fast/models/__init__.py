@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .._lazy import lazy_imports
+from ..common.lazy import lazy_imports
 
 __all__ = [
     "CifarResNet",

@@ -7,7 +7,7 @@ write_files(config.out, profiles, config)
 
 from typing import TYPE_CHECKING
 
-from resnet_fast._lazy import lazy_imports
+from resnet_fast.common.lazy import lazy_imports
 
 __all__ = ["Part", "ProfileError", "StepProfile", "profile_config", "profile_steps", "write_files"]
 

@@ -8,7 +8,7 @@ for trained in run_study(small_study(n_seeds=1, out="runs/skip")):
 
 from typing import TYPE_CHECKING
 
-from resnet_fast._lazy import lazy_imports
+from resnet_fast.common.lazy import lazy_imports
 
 __all__ = [
     "EpochRow",

@@ -9,7 +9,7 @@ result = resume("runs/…")  # goes on with a run that was stopped
 
 from typing import TYPE_CHECKING
 
-from resnet_fast._lazy import lazy_imports
+from resnet_fast.common.lazy import lazy_imports
 
 __all__ = [
     "MODELS",

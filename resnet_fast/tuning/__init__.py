@@ -7,7 +7,7 @@ outcome.measured.choice
 
 from typing import TYPE_CHECKING
 
-from resnet_fast._lazy import lazy_imports
+from resnet_fast.common.lazy import lazy_imports
 
 __all__ = ["Candidate", "Outcome", "Prepared", "find_problems", "measure", "why_not"]
 
