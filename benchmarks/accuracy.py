@@ -84,8 +84,8 @@ def epoch_rows(result: Result, data: str, variant: str) -> list[dict[str, str]]:
         seconds += epoch.seconds
         config = result.config
         key = (data, config.recipe, str(config.epochs), variant, str(config.seed), str(epoch.epoch))
-        found = {"train_seconds": f"{seconds:.6g}", "accuracy": f"{epoch.test_accuracy:.6g}"}
-        rows.append(dict(zip(EPOCH_KEY, key, strict=True)) | found)
+        measured = {"train_seconds": f"{seconds:.6g}", "accuracy": f"{epoch.test_accuracy:.6g}"}
+        rows.append(dict(zip(EPOCH_KEY, key, strict=True)) | measured)
     return rows
 
 
@@ -196,8 +196,8 @@ def draw(file: io.BytesIO, epochs: Sequence[Mapping[str, str]], group: tuple[str
         for seconds, errors in lines:
             axes.plot(seconds, errors, color=color_of(variant), linewidth=0.8, alpha=0.5)
         if lines:
-            times, found = zip(*lines, strict=True)
-            seconds, errors = ([statistics.mean(at) for at in zip(*axis, strict=True)] for axis in (times, found))
+            times, error_rows = zip(*lines, strict=True)
+            seconds, errors = ([statistics.mean(at) for at in zip(*axis, strict=True)] for axis in (times, error_rows))
             axes.plot(seconds, errors, color=color_of(variant), linewidth=2.2, label=variant)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")

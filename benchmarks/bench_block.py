@@ -89,8 +89,8 @@ class BlockRun(Run):
 
 def observe(block: nn.Module, y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
     names = ["x", *(name for name, _ in block.named_parameters())]
-    found = {"y": y.detach()} | {f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
-    return found | {name: buffer.clone() for name, buffer in block.named_buffers()}
+    results = {"y": y.detach()} | {f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+    return results | {name: buffer.clone() for name, buffer in block.named_buffers()}
 
 
 class BlockLevel(Level):

@@ -88,10 +88,10 @@ class ConvRun(Run):
 
     def observe(self) -> dict[str, Tensor]:
         with unwritten_is_nan():
-            found = dict(zip(result_names(self.data.direction), self.run(self.data.sets[0]), strict=True))
+            results = dict(zip(result_names(self.data.direction), self.run(self.data.sets[0]), strict=True))
         if self.data.is_open is not None:  # cuDNN leaves ReLU to the pass behind
-            found["dz"] = found["dz"] * self.data.is_open
-        return found
+            results["dz"] = results["dz"] * self.data.is_open
+        return results
 
 
 class CudnnRun(ConvRun):

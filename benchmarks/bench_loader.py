@@ -129,18 +129,18 @@ class LoaderRun(Run):
             raise RuntimeError(f"an epoch must be a shuffle of the {len(self.data.labels)} images, and is none")
 
 
-def nearest(found: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(augmented: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Of each image the nearest of its 162 normalized crops, flipped or not: the largest difference, and which it is.
 
     Args:
-        found: [N, 3, 32, 32], augmented and normalized.
+        augmented: [N, 3, 32, 32], augmented and normalized.
         images: [N, 3, 32, 32], uint8.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
     padded = torch.nn.functional.pad(images.double() / 255, (PADDING,) * 4)
     crops = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [N, 81, 3, 32, 32]
     crops = (torch.cat([crops, crops.flip(-1)], 1) - mean) / std
-    distances = (crops - found.double()[:, None]).abs().flatten(2).amax(2)
+    distances = (crops - augmented.double()[:, None]).abs().flatten(2).amax(2)
     least = distances.min(1)
     return least.values, least.indices
 

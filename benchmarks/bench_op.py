@@ -143,12 +143,12 @@ class OpRun(Run):
     def observe(self) -> dict[str, Tensor]:
         inputs = self.data.sets[0]
         outputs = self._forward(inputs)
-        found = {"y": outputs[0].detach().clone()}
-        found |= {f"gradient {i}": gradient for i, gradient in enumerate(self._backward(outputs, inputs))}
+        results = {"y": outputs[0].detach().clone()}
+        results |= {f"gradient {i}": gradient for i, gradient in enumerate(self._backward(outputs, inputs))}
         for i, norm in enumerate(self.norms):
             assert norm.running_mean is not None and norm.running_var is not None
-            found |= {f"running_mean {i}": norm.running_mean.clone(), f"running_var {i}": norm.running_var.clone()}
-        return found
+            results |= {f"running_mean {i}": norm.running_mean.clone(), f"running_var {i}": norm.running_var.clone()}
+        return results
 
 
 def fresh_norm(weight: Tensor, bias: Tensor) -> BatchNormArgs:
@@ -169,9 +169,9 @@ class ChosenRun(OpRun):
         self.is_it = is_it
 
     def observe(self) -> dict[str, Tensor]:
-        with launches() as found:
+        with launches() as launched:
             results = super().observe()
-        n_own = sum(self.is_it(name, arguments) for name, arguments in found)
+        n_own = sum(self.is_it(name, arguments) for name, arguments in launched)
         if n_own != 2:  # forward and backward
             raise RuntimeError(f"{n_own} of forward and backward ran as chosen, the others as they do without a choice")
         return results
@@ -185,17 +185,17 @@ def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Collects the kernels that are launched, by name, with their arguments."""
     from resnet_fast.ops import launch  # imports triton, without which there is no choice
 
-    found, run = [], launch.run
+    launched, original = [], launch.launch_kernel
 
     def noted(kernel: Any, *others: Any, **arguments: Any) -> None:
-        found.append((kernel.fn.__name__, arguments))
-        run(kernel, *others, **arguments)
+        launched.append((kernel.fn.__name__, arguments))
+        original(kernel, *others, **arguments)
 
-    launch.run = noted
+    launch.launch_kernel = noted
     try:
-        yield found
+        yield launched
     finally:
-        launch.run = run
+        launch.launch_kernel = original
 
 
 def is_reversed(kernel: str, arguments: dict[str, Any]) -> bool:

@@ -93,11 +93,11 @@ class StepRun(NetworkRun):
 
 def observe(model: nn.Module, loss: Tensor, before: list[nn.Parameter]) -> dict[str, Tensor]:
     """The loss, every gradient, what the optimizer made of it, and every buffer; zeros for a gradient there is not."""
-    found = {"loss": loss.clone()}
+    results = {"loss": loss.clone()}
     for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
-        found[f"d {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        found[f"d {name}, step"] = (parameter - old).detach()
-    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+        results[f"d {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        results[f"d {name}, step"] = (parameter - old).detach()
+    return results | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def make_optimizer(model: nn.Module, fused: bool | None) -> torch.optim.SGD:

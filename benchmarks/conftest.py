@@ -232,8 +232,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
                 terminalreporter.write_line(f"{name:{width}}" + "".join(f"{figure:>10}" for figure in figures))
     left_out = [
         f"{level}, {setting}: no time within the {QUICK_SECONDS:.0f} s of --quick"
-        for (level, setting), found in config.stash[MEASURED].items()
-        if found is None or any(isinstance(error, harness.OutOfTimeError) for error in found.refused.values())
+        for (level, setting), timing in config.stash[MEASURED].items()
+        if timing is None or any(isinstance(error, harness.OutOfTimeError) for error in timing.refused.values())
     ]
     for (level, reason), providers in config.stash[CANNOT].items():
         names = [f'"{name}"' for name in LEVELS[level].providers if name in providers]

@@ -23,11 +23,11 @@ def refuse_interpreter() -> None:
         )
 
 
-def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """The L2 distance of every result from the exact one; infinite where it is missing or of another shape."""
     return {
-        key: _norm(found[key].double() - value.double())
-        if key in found and found[key].shape == value.shape
+        key: _norm(results[key].double() - value.double())
+        if key in results and results[key].shape == value.shape
         else math.inf
         for key, value in exact.items()
     }

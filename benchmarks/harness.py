@@ -115,9 +115,9 @@ class Entries(Mapping[implementations.Problem, implementations.Choice]):
         self.entries, self.are_used = entries, False
 
     def __getitem__(self, problem: implementations.Problem) -> implementations.Choice:
-        found = self.entries[problem]
+        choice = self.entries[problem]
         self.are_used = True
-        return found
+        return choice
 
     def __iter__(self) -> Iterator[implementations.Problem]:
         return iter(self.entries)
@@ -296,7 +296,7 @@ def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, mac
     work = level.work(setting)
     floor_ms = limits.floor_ms(work, setting.precision)
     baseline = measured.times[level.baseline]
-    found = []
+    report_rows = []
     for name, times in measured.times.items():
         p20, p50, p80 = percentiles(times)
         key = (name, setting.case, setting.direction, setting.precision, setting.layout, str(setting.batch_size))
@@ -312,5 +312,5 @@ def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, mac
             row |= {"floor_ms": f"{floor_ms:.4f}", "of_floor": f"{floor_ms / p50:.4f}"}
         if name in measured.peaks:
             row["peak_mb"] = f"{measured.peaks[name] / 1e6:.1f}"
-        found.append(row | dict(machine))
-    return found
+        report_rows.append(row | dict(machine))
+    return report_rows

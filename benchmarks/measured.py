@@ -197,20 +197,20 @@ def _number(path: Path, line: int, row: Mapping[str, str], column: str) -> float
 
 def _rows(path: Path, level: Level, table: Sequence[dict[str, str]]) -> list[Measurement]:
     _need(path, table[0], (*COLUMNS, *MACHINE))
-    found: dict[tuple[str, ...], Measurement] = {}
+    rows_by_key: dict[tuple[str, ...], Measurement] = {}
     for line, row in enumerate(table, 1):
         for column in (*COLUMNS, *MACHINE):
             if not row[column] and column not in MAY_BE_EMPTY:
                 raise ValueError(f"{place(path)}, row {line}: {column} must not be empty")
         key = tuple(row[name] for name in KEY)
-        if key in found:
+        if key in rows_by_key:
             raise ValueError(f"{place(path)}, row {line}: a second row of {', '.join(key)}")
-        found[key] = _row(path, line, row)
+        rows_by_key[key] = _row(path, line, row)
     # The order of the file, but for a provider that was measured later: it joins its setting.
-    settings = {setting: i for i, setting in enumerate(dict.fromkeys(row.setting for row in found.values()))}
-    names = dict.fromkeys((*level.providers, *(row.provider for row in found.values())))
+    settings = {setting: i for i, setting in enumerate(dict.fromkeys(row.setting for row in rows_by_key.values()))}
+    names = dict.fromkeys((*level.providers, *(row.provider for row in rows_by_key.values())))
     providers = {name: i for i, name in enumerate(names)}
-    return sorted(found.values(), key=lambda row: (settings[row.setting], providers[row.provider]))
+    return sorted(rows_by_key.values(), key=lambda row: (settings[row.setting], providers[row.provider]))
 
 
 def _row(path: Path, line: int, row: Mapping[str, str]) -> Measurement:

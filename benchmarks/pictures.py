@@ -30,16 +30,16 @@ MIN_SHARE = 0.06  # narrower segments have no room for their number
 
 def pictures(folder: Folder) -> dict[str, Callable[[BinaryIO], None]]:
     """What writes each picture for which there are data to a file, by name."""
-    found = {}
+    pictures_by_name = {}
     if panels(folder):
-        found["speedups"] = draw_speedups
+        pictures_by_name["speedups"] = draw_speedups
     if folder.limits and (under_roofs(folder) or under_bandwidth(folder)):
-        found["roofline"] = draw_roofline
+        pictures_by_name["roofline"] = draw_roofline
     if folder.rows.get("training_step"):
-        found["step_time"] = draw_step_time
+        pictures_by_name["step_time"] = draw_step_time
     if folder.parts:
-        found["categories"] = draw_categories
-    return {name: partial(draw, folder=folder, digest=digest(folder, name)) for name, draw in found.items()}
+        pictures_by_name["categories"] = draw_categories
+    return {name: partial(draw, folder=folder, digest=digest(folder, name)) for name, draw in pictures_by_name.items()}
 
 
 def digest(folder: Folder, name: str) -> str:

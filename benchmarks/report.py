@@ -53,8 +53,8 @@ def new_readme(text: str, readme: Path, folders: Sequence[Folder]) -> str:
 
 def texts(folders: Sequence[Folder], readme: Path) -> dict[Path, str]:
     """What every report and the README have to be."""
-    found = {folder.path / "report.md": report(folder, list(pictures(folder))) for folder in folders}
-    return found | {readme: new_readme(readme.read_text(encoding="utf-8"), readme, folders)}
+    pages = {folder.path / "report.md": report(folder, list(pictures(folder))) for folder in folders}
+    return pages | {readme: new_readme(readme.read_text(encoding="utf-8"), readme, folders)}
 
 
 def stale(results: Path, readme: Path) -> list[Path]:
@@ -64,14 +64,14 @@ def stale(results: Path, readme: Path) -> list[Path]:
         ValueError: as `read_folders` and `new_readme`.
     """
     folders = read_folders(results)
-    found = [path for path, text in texts(folders, readme).items() if _read(path) != text]
+    stale_files = [path for path, text in texts(folders, readme).items() if _read(path) != text]
     for folder in folders:
         made = pictures(folder)
         for name in SOURCES:
             expected = digest(folder, name) if name in made else None
             if _digest_in(folder.path / f"{name}.png") != expected:
-                found.append(folder.path / f"{name}.png")
-    return found
+                stale_files.append(folder.path / f"{name}.png")
+    return stale_files
 
 
 def write(results: Path, readme: Path) -> list[Path]:
@@ -128,8 +128,8 @@ def main(
     """Turn the CSV files of results into report.md and pictures, and refresh the README's tables."""
     try:
         if check:
-            if found := stale(results, readme):
-                _stop(f"stale, run python -m benchmarks.report: {', '.join(map(str, found))}")
+            if stale_files := stale(results, readme):
+                _stop(f"stale, run python -m benchmarks.report: {', '.join(map(str, stale_files))}")
         else:
             for path in write(results, readme):
                 typer.echo(path)

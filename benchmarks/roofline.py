@@ -18,22 +18,22 @@ NAMES = {"training_step": "training step", "inference": "inference", "block": "b
 
 def under_roofs(folder: Folder) -> dict[str, list[tuple[str, Measurement]]]:
     """Level and row by precision, of those that multiply and whose precision has a measured matrix rate."""
-    found: dict[str, list[tuple[str, Measurement]]] = {}
+    grouped: dict[str, list[tuple[str, Measurement]]] = {}
     for level in MARKERS:
         for row in folder.rows.get(level, []):
             if row.gflop and row.mbytes and folder.limits and row.precision in folder.limits.matrix:
-                found.setdefault(row.precision, []).append((level, row))
-    return found
+                grouped.setdefault(row.precision, []).append((level, row))
+    return grouped
 
 
 def under_bandwidth(folder: Folder) -> dict[str, list[Measurement]]:
     """Rows of the operation by precision, forward and backward if there are such."""
     rows = [row for row in folder.rows.get("op", []) if row.mbytes and row.gb_per_s]
     both = [row for row in rows if row.direction == "both"]
-    found: dict[str, list[Measurement]] = {}
+    grouped: dict[str, list[Measurement]] = {}
     for row in both or [row for row in rows if row.direction == rows[0].direction]:
-        found.setdefault(row.precision, []).append(row)
-    return found
+        grouped.setdefault(row.precision, []).append(row)
+    return grouped
 
 
 def draw_roofline(file: BinaryIO, folder: Folder, digest: str) -> None:

@@ -31,8 +31,8 @@ class Bar(NamedTuple):
         """Of the whisker: the percentiles of a single setting, else the least and the most."""
         if len(self.rows) == 1:
             return self.rows[0].speedup.p20, self.rows[0].speedup.p80
-        found = [row.speedup.p50 for row in self.rows]
-        return min(found), max(found)
+        ratios = [row.speedup.p50 for row in self.rows]
+        return min(ratios), max(ratios)
 
 
 class Panel(NamedTuple):
@@ -75,7 +75,7 @@ def _title(level: str, direction: str, precision: str, layout: str) -> str:
 
 
 def _groups(level: str, rows: Sequence[Measurement]) -> dict[str, list[Bar]]:
-    found: dict[str, list[Bar]] = {}
+    groups: dict[str, list[Bar]] = {}
     cases = {operation_and_shape(row.case)[0] for row in rows}
     for case, batch_size in dict.fromkeys((operation_and_shape(row.case)[0], row.batch_size) for row in rows):
         group_rows = [row for row in rows if (operation_and_shape(row.case)[0], row.batch_size) == (case, batch_size)]
@@ -86,8 +86,8 @@ def _groups(level: str, rows: Sequence[Measurement]) -> dict[str, list[Bar]]:
         ]
         if bars:
             label = f"batch {batch_size}" if len(cases) == 1 else f"{case}, batch {batch_size}"
-            found[label] = bars
-    return found
+            groups[label] = bars
+    return groups
 
 
 def draw_speedups(file: BinaryIO, folder: Folder, digest: str) -> None:
@@ -143,12 +143,12 @@ def _draw(axes: Axes, panel: Panel, height: float, limits: tuple[float, float]) 
 def _ratios(low: float, high: float) -> list[float]:
     """Ticks: 1, and on both sides of it others, each so far from the last that their labels have room."""
     if math.log(high / low) > math.log(2.2):
-        found = round_numbers(low, high)
+        ticks = round_numbers(low, high)
     else:
-        found = [1 + i / 20 for i in range(-20, 30) if low <= 1 + i / 20 <= high]
+        ticks = [1 + i / 20 for i in range(-20, 30) if low <= 1 + i / 20 <= high]
     room = math.log(high / low) / 8
     kept = [1.0]
-    for side in (sorted(x for x in found if x > 1), sorted((x for x in found if x < 1), reverse=True)):
+    for side in (sorted(x for x in ticks if x > 1), sorted((x for x in ticks if x < 1), reverse=True)):
         last = 1.0
         for x in side:
             if abs(math.log(x / last)) >= room:

@@ -71,12 +71,12 @@ def plain_ticks(axis: Axis, ticks: Sequence[float], unit: str = "") -> None:
 def round_numbers(low: float, high: float) -> list[float]:
     """Some numbers like 1, 2, 5 or, where these are few, 0.8, 0.9, 1, from `low` to `high`, for a logarithmic axis."""
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
-        found = [
+        ticks = [
             float(f"{step * 10.0**exponent:.6g}")
             for exponent in range(-12, 13)
             for step in steps
             if low <= step * 10.0**exponent <= high
         ]
-        if len(found) >= 5:
-            return found[:: 1 + len(found) // 11]
-    return found
+        if len(ticks) >= 5:
+            return ticks[:: 1 + len(ticks) // 11]
+    return ticks

@@ -201,13 +201,13 @@ def readme_tables(folder: Folder, readme: Path) -> str:
         lines += [f"<sup>{number}</sup> {origin};" for number, origin in enumerate(origins, 1)]
     else:
         lines.append(f"{origins[0]};")
-    link = Path(os.path.relpath(folder.path / "report.md", readme.parent)).as_posix()
-    return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{link}]({link})."])
+    report_link = Path(os.path.relpath(folder.path / "report.md", readme.parent)).as_posix()
+    return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{report_link}]({report_link})."])
 
 
 def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:
     """A line for each precision and provider, a column for each batch size."""
-    found = {(row.precision, row.provider, row.batch_size): row for row in rows}
+    by_column = {(row.precision, row.provider, row.batch_size): row for row in rows}
     batch_sizes = sorted({row.batch_size for row in rows})
 
     def cell(row: Measurement | None) -> str:
@@ -224,7 +224,7 @@ def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measu
     for precision in dict.fromkeys(row.precision for row in rows):
         precision_rows = [row for row in rows if row.precision == precision]
         for i, name in enumerate(providers_of(level, precision_rows)):
-            cells = [cell(found.get((precision, name, size))) for size in batch_sizes]
+            cells = [cell(by_column.get((precision, name, size))) for size in batch_sizes]
             table.append(["" if i else precision, name, *cells])
     baseline, speed = LEVELS[level].baseline, ", images/s" if level == "inference" else ""
     note = f"Median time of a {NETWORKS[level]}, speed-up over `{baseline}` "
@@ -242,12 +242,12 @@ def _readme_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -
     def cell(group: Sequence[Measurement], n_shapes: int) -> str:
         if not group:
             return "–"
-        found = [row.speedup.p50 for row in group]
-        middle = f"{statistics.median(found):.2f}×"
+        speedups = [row.speedup.p50 for row in group]
+        middle = f"{statistics.median(speedups):.2f}×"
         if group[0].provider == LEVELS["op"].baseline:
             middle = "1×"
         elif len(group) > 1:
-            middle += f" ({min(found):.2f} – {max(found):.2f})"
+            middle += f" ({min(speedups):.2f} – {max(speedups):.2f})"
         floors = [row.of_floor for row in group if row.of_floor]
         floor = f", {percent(statistics.median(floors))}" if floors else ""
         few = f", {len(group)} of {n_shapes} shapes" if len(group) < n_shapes else ""
@@ -265,14 +265,14 @@ def _readme_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -
 
 def operation_and_shape(case: str) -> tuple[str, str]:
     """ "BN+add+ReLU 64x32x32" in its two parts."""
-    found = re.search(r"^(.*?) (\d+x\d+x\d+)(.*)$", case)
-    return (found[1] + found[3], found[2]) if found else (case, "")
+    match = re.search(r"^(.*?) (\d+x\d+x\d+)(.*)$", case)
+    return (match[1] + match[3], match[2]) if match else (case, "")
 
 
 def providers_of(level: str, rows: Iterable[Measurement]) -> list[str]:
     """In the level's order, then those it does not know."""
-    found = dict.fromkeys(row.provider for row in rows)
-    return [name for name in dict.fromkeys(itertools.chain(LEVELS[level].providers, found)) if name in found]
+    measured = dict.fromkeys(row.provider for row in rows)
+    return [name for name in dict.fromkeys(itertools.chain(LEVELS[level].providers, measured)) if name in measured]
 
 
 def significant(value: float) -> str:

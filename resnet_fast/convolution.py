@@ -60,16 +60,16 @@ class Plan(NamedTuple):
 
 def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any, Tensor | None]:
     """`conv(x)`, as a tensor or `Convolved`, and the shortcut's handle to x: `shortcut`, or x's own second one."""
-    linked = isinstance(x, Activation)
-    tensor: Tensor = x.y if linked else x  # type: ignore[assignment]
-    if not linked and not _is_chosen_for(conv, tensor):
+    is_activation = isinstance(x, Activation)
+    tensor: Tensor = x.y if is_activation else x  # type: ignore[assignment]
+    if not is_activation and not _is_chosen_for(conv, tensor):
         return conv(tensor), shortcut
-    data_gradient = x.choice if linked else Choice(CUDNN)  # type: ignore[union-attr]
+    data_gradient = x.choice if is_activation else Choice(CUDNN)  # type: ignore[union-attr]
     plan = Plan(_choose("convolution", conv, tensor), data_gradient, _choose("weight gradient", conv, tensor))
     if all(choice.tiles is None for choice in plan):
         return conv(tensor), shortcut
-    of_norm = (x.token, x.norm, x.relu, x.fork) if linked else (None, None, False, False)  # type: ignore[union-attr]
-    y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *of_norm, plan)
+    norm_arguments = (x.token, x.norm, x.relu, x.fork) if is_activation else (None, None, False, False)  # type: ignore[union-attr]
+    y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *norm_arguments, plan)
     out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part))
     return out, shortcut if x_alias is None else x_alias
 
@@ -164,36 +164,36 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dx_alias: Tensor | None, *_):  # type: ignore[override]
         x, weight, weight_of_x, *norm = ctx.saved_tensors
-        of_x, of_weight, *_ = ctx.needs_input_grad
+        wants_dx, wants_dweight, *_ = ctx.needs_input_grad
         rest = (None,) * (len(ctx.needs_input_grad) - 3)
         if dy is None:
             return dx_alias, None, None, *rest
         if torch.is_grad_enabled():  # double backward: differentiable steps, without the sums
-            dx, dweight = library_gradients(dy, x, weight.to(x.dtype), of_x, of_weight)
+            dx, dweight = library_gradients(dy, x, weight.to(x.dtype), wants_dx, wants_dweight)
             if dx is not None and dx_alias is not None:
                 dx = dx + dx_alias
             return dx, None if dweight is None else dweight.to(weight.dtype), None, *rest
         dy = _for_descriptors(dense(dy, like=x))
         data_tiles, weight_tiles = ctx.plan.data_gradient.tiles, ctx.plan.weight_gradient.tiles
-        by_library = (of_x and data_tiles is None, of_weight and weight_tiles is None)
+        by_library = (wants_dx and data_tiles is None, wants_dweight and weight_tiles is None)
         dx = dweight = dtoken = None
         if any(by_library):
             dx, dweight = library_gradients(dy, x, weight_of_x, *by_library)
             dweight = None if dweight is None else dweight.to(weight.dtype)
         with device_guard(x):
-            if of_x and data_tiles is not None:
+            if wants_dx and data_tiles is not None:
                 dx_alias = None if dx_alias is None else dense(dx_alias, like=x)
                 saved = Saved._make(norm)  # only what is linked to a batch norm has tiles
                 dx, dtoken = conv3x3.data_gradient(dy, weight_of_x, data_tiles, saved, ctx.relu, dx_alias)
-            if of_weight and weight_tiles is not None:
+            if wants_dweight and weight_tiles is not None:
                 dweight = conv3x3.weight_gradient(x, dy, weight_tiles, weight.dtype)
         return dx, dweight, dtoken, *rest
 
 
 def library_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, wants_dx: bool, wants_dweight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dweight by cuDNN, or what else ATen calls; differentiable."""
-    pair, mask = [1, 1], [of_x, of_weight, False]
+    pair, mask = [1, 1], [wants_dx, wants_dweight, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, mask)
     return dx, dweight

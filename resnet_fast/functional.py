@@ -91,10 +91,10 @@ def batch_norm_add_relu(
     check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
     check_arguments(x, norm, residual, residual_norm, ghost_batch_size=ghost_batch_size)
-    return run(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
+    return run_batch_norm(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
 
 
-def run(
+def run_batch_norm(
     x: Tensor,
     norm: BatchNormArgs,
     residual: Tensor | None,
@@ -133,10 +133,10 @@ def run(
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
     if to_convolution:
-        y, token, *of_pass = y
-        of_residual = None if residual is None else residual.detach()
-        of_norms = (dense_norms[0], of_residual, dense_norms[1] if join == "bn" else None)
-        return y, token, saved_of(x.detach(), *of_norms, Outputs(y, *of_pass))
+        y, token, *statistics = y
+        detached_residual = None if residual is None else residual.detach()
+        pass_inputs = (dense_norms[0], detached_residual, dense_norms[1] if join == "bn" else None)
+        return y, token, saved_of(x.detach(), *pass_inputs, Outputs(y, *statistics))
     if x.dim() == 4:
         return y
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
@@ -318,9 +318,9 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.eps = (norm.eps, residual_norm.eps)
         ctx.set_materialize_grads(False)
         if ctx.to_convolution:
-            of_pass = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
-            ctx.mark_non_differentiable(*(tensor for tensor in of_pass if tensor is not None))
-            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *of_pass
+            statistics = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
+            ctx.mark_non_differentiable(*(tensor for tensor in statistics if tensor is not None))
+            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *statistics
         return (y, y.view_as(y)) if fork else y
 
     @staticmethod
@@ -346,9 +346,9 @@ class _BatchNormAddReLU(torch.autograd.Function):
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
         if join == "add" and not relu and dy_alias is None and sums is None:
             dresidual = dy  # nothing stands between y and the residual
-        of_norm = (None, None, dweight, dbias, None, None, None)
-        of_residual_norm = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *of_norm, *of_residual_norm)
+        norm_gradients = (None, None, dweight, dbias, None, None, None)
+        residual_norm_gradients = (None, None, dresidual_weight, dresidual_bias, None, None, None)
+        returned = (dx, dresidual, *norm_gradients, *residual_norm_gradients)
         returned += (None,) * (len(ctx.needs_input_grad) - len(returned))
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
@@ -361,8 +361,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
         groups = x.split(ctx.ghost_batch_size or max(len(x), 1))
-        of_groups = zip(groups, mean.view(len(groups), -1), rstd.view(len(groups), -1), strict=True)
-        parts = [bn_of_group(*of_group, weight, bias, training, eps) for of_group in of_groups]
+        group_statistics = zip(groups, mean.view(len(groups), -1), rstd.view(len(groups), -1), strict=True)
+        parts = [bn_of_group(*one_group, weight, bias, training, eps) for one_group in group_statistics]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def bn_of_group(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
@@ -394,10 +394,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
         gradients = iter(
             torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()
         )
-    found = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    per_input = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
     if join == "bn":
-        return tuple(found)
-    return (*found, dz if join == "add" else None, None, None)
+        return tuple(per_input)
+    return (*per_input, dz if join == "add" else None, None, None)
 
 
 def _relu_closed(saved: Saved, ghost_batch_size: int) -> Tensor:

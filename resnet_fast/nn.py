@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from .convolution import Activation, Convolved, choose_data_gradient
-from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run
+from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run_batch_norm
 from .ops.arguments import join_of
 from .ops.distributed import Group
 
@@ -109,13 +109,15 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             partial_statistics = consumer = None  # no statistics of all rows, and no sums of them
         choice = choose_data_gradient(consumer, x, join_of(residual, residual_norm), fork)
         if choice.tiles is None:
-            of_group = {"group": group, "ghost_batch_size": ghost_batch_size}
-            return run(x, norm, residual, residual_args, relu, fork, partial_statistics=partial_statistics, **of_group)
-        y, token, saved = run(
+            grouping = {"group": group, "ghost_batch_size": ghost_batch_size}
+            return run_batch_norm(
+                x, norm, residual, residual_args, relu, fork, partial_statistics=partial_statistics, **grouping
+            )
+        y, token, saved = run_batch_norm(
             x, norm, residual, residual_args, relu, False, partial_statistics=partial_statistics, to_convolution=True
         )
-        linked = Activation(y, token, saved, relu, fork, choice)
-        return (linked, None) if fork else linked
+        activation = Activation(y, token, saved, relu, fork, choice)
+        return (activation, None) if fork else activation
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
@@ -143,8 +145,8 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         )
 
     def extra_repr(self) -> str:
-        of_ghosts = "" if self.ghost_batch_size is None else f", ghost_batch_size={self.ghost_batch_size}"
-        return super().extra_repr() + (", relu=True" if self.relu else "") + of_ghosts
+        ghosts = "" if self.ghost_batch_size is None else f", ghost_batch_size={self.ghost_batch_size}"
+        return super().extra_repr() + (", relu=True" if self.relu else "") + ghosts
 
 
 def _common_ghost_batch_size(modules, norms) -> int | None:

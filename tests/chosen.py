@@ -64,7 +64,7 @@ class ThreeBlocks(nn.Module):
 def launched() -> Iterator[list[str]]:
     """The names of the kernels that are launched inside the context."""
     kernels: list[str] = []
-    run = launch.run
+    run = launch.launch_kernel
 
     def noted(kernel, *settings, **arguments):
         kernels.append(kernel.__name__)

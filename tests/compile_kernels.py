@@ -166,7 +166,10 @@ def operations() -> Iterator[Operation]:
 @cache
 def record_launches(operation: Operation) -> list[Launch]:
     recorded = []
-    original, launch.run = launch.run, lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments))
+    original, launch.launch_kernel = (
+        launch.launch_kernel,
+        lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments)),
+    )
     dtype, layout, n_channels, width, join, relu, fork, training, ghost = operation
     try:
         x = torch.empty(BATCH, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
@@ -185,7 +188,7 @@ def record_launches(operation: Operation) -> list[Launch]:
             var = torch.empty(n_channels, dtype=torch.float64, device="meta")
             launch.statistics(x, BatchNormArgs(None, None, training=True), var)  # of several processes
     finally:
-        launch.run = original
+        launch.launch_kernel = original
     return recorded
 
 

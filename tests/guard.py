@@ -53,7 +53,7 @@ def guarded_memory() -> Iterator[set[str]]:
     fixture `poisoned_memory`, by which fresh tensors are known.
     """
     kernels: set[str] = set()
-    run = launch.run
+    run = launch.launch_kernel
 
     def guarded(kernel, grid, *options, **arguments):
         kernels.add(kernel.__name__)

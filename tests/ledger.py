@@ -63,7 +63,7 @@ class Launch:
 def ledger() -> Iterator[list[Launch]]:
     """The launches inside the context, counted. An access that leaves its argument raises."""
     launches: list[Launch] = []
-    run = launch.run
+    run = launch.launch_kernel
 
     def counted(kernel, grid, *options, **arguments):
         launches.append(Launch(kernel, arguments))

@@ -29,7 +29,7 @@ def shifted_copy_kernel(x_ptr, y_ptr, n_elements, READ_SHIFT: tl.constexpr, WRIT
 
 
 def copy(x, y, n_elements=10, read_shift=0, write_shift=0):
-    launch.run(
+    launch.launch_kernel(
         shifted_copy_kernel,
         (1,),
         x_ptr=x,

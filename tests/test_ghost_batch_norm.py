@@ -342,7 +342,7 @@ def test_a_network_stays_on_the_fused_path(on_aten, device):
         num_classes=3, stem="cifar", norm_layer=functools.partial(FusedBatchNorm2d, ghost_batch_size=2)
     ).to(device)
     groups = []
-    run = functional.run
+    run = functional.run_batch_norm
 
     def spied(*arguments, **options):
         groups.append(options["ghost_batch_size"])

@@ -4,7 +4,7 @@ import re
 
 from pages import DOCS, shown_tables, write_tables
 
-from resnet_fast.cli.settings import NAMES, describe
+from resnet_fast.cli.settings import NAMES, help_text
 from resnet_fast.training.config import SETTINGS
 
 PAGE = DOCS / "options.md"
@@ -14,7 +14,7 @@ def table() -> str:
     rows = ["| option | value | meaning |", "| --- | --- | --- |"]
     for name in NAMES:
         setting = SETTINGS[name]
-        text, default = re.fullmatch(r"(.*?)(?: \[(.*)\])?", describe(setting)).groups()
+        text, default = re.fullmatch(r"(.*?)(?: \[(.*)\])?", help_text(setting)).groups()
         moves = "; beside `--resume`, too" if setting.may_move and name != "out" else ""
         rows.append(f"| `{setting.flag}` | {setting.rule.text}{moves} | {text}{f' *{default}*' if default else ''} |")
     return "\n".join(rows).replace("<", "&lt;")

@@ -18,8 +18,10 @@ def test_reversed(join, device, monkeypatch):
     problem = Problem("batch norm", "bf16", 3, 24, 24, 9, join)
     of_backward = problem._replace(operation="batch norm backward", fork=True)
     table = dict.fromkeys((problem, of_backward), Choice("two passes, reversed"))
-    seen, run = [], launch.run
-    monkeypatch.setattr(launch, "run", lambda kernel, *a, **k: seen.append(k.get("REVERSED")) or run(kernel, *a, **k))
+    seen, run = [], launch.launch_kernel
+    monkeypatch.setattr(
+        launch, "launch_kernel", lambda kernel, *a, **k: seen.append(k.get("REVERSED")) or run(kernel, *a, **k)
+    )
     operation = partial(ours, fork=True)
     expected = results(operation, operands, join, True, "triton")
     assert True not in seen

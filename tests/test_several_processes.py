@@ -16,7 +16,7 @@ from test_cli_train import TINY_RUN, environment
 from tiny_run import EPOCHS, equal, same_bits
 
 from resnet_fast.training.console import HEADER
-from resnet_fast.training.processes import join
+from resnet_fast.training.processes import connect
 from resnet_fast.training.torchrun import command
 
 pytestmark = [
@@ -239,11 +239,11 @@ def test_a_gpu_is_named_for_one_process_only(monkeypatch: pytest.MonkeyPatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="device must be cuda or auto on several processes, got cuda:1"):
-        with join("cuda:1"):
+        with connect("cuda:1"):
             pass
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="each process needs a GPU of its own, got 1 for 2 processes"):
-        with join("cuda"):
+        with connect("cuda"):
             pass
 
 

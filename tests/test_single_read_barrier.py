@@ -36,7 +36,7 @@ def test_many_launches_use_the_same_words(device):
 @needs_interpreter
 def test_a_program_too_few_is_a_deadlock(device):
     """The interpreter sees it; a GPU would hang."""
-    run = launch.run
+    run = launch.launch_kernel
 
     def without_the_last(kernel, grid, options, **arguments):
         run(kernel, (grid[0] - 1,), options, **arguments | {"barrier_ptr": torch.zeros_like(arguments["barrier_ptr"])})
@@ -53,7 +53,7 @@ def test_a_program_that_fails_fails_the_launch(device):
 
 
 def _with(name: str, value):
-    run = launch.run
+    run = launch.launch_kernel
     return lambda kernel, *settings, **arguments: run(kernel, *settings, **arguments | {name: value})
 
 

@@ -104,14 +104,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
 
     weights = find_weights(path, read_file(path), entry)
     matching = match(own, weights.tensors)
-    found = {name: weights.tensors[in_file] for name, in_file in matching.pairs.items()}
+    sources = {name: weights.tensors[in_file] for name, in_file in matching.pairs.items()}
     aliases = _aliases(own)
-    missing = [name for name in matching.missing if not any(other in found for other in aliases[name])]
-    unlike = [row for name, value in found.items() if (row := _unlike(name, value, own[name]))]
+    missing = [name for name in matching.missing if not any(other in sources for other in aliases[name])]
+    unlike = [row for name, value in sources.items() if (row := _unlike(name, value, own[name]))]
     if missing or matching.unexpected or unlike:
         hints = known_causes(_shapes(weights.tensors), _shapes(own))
         raise CheckpointMismatch(path, missing, matching.unexpected, unlike, hints)
-    values = {name: value.reshape(own[name].shape).to(own[name].dtype) for name, value in found.items()}
+    values = {name: value.reshape(own[name].shape).to(own[name].dtype) for name, value in sources.items()}
     _check_aliases(path, values, aliases)
     # In place of the model's own values, whose metadata say that the names are those of today's modules.
     state.update(values)
@@ -119,16 +119,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
 
     stripped, added, translated = matching.differences()
     used = set(matching.pairs.values())
-    casts = [(found[name].dtype, own[name].dtype) for name in found]
+    casts = [(sources[name].dtype, own[name].dtype) for name in sources]
     loaded = Loaded(
         path=path,
-        n_tensors=len(found),
+        n_tensors=len(sources),
         entry=weights.entry,
         stripped=tuple(f"{word}." for word in stripped),
         added=tuple(f"{word}." for word in added),
         translated=translated,
         cast=tuple(dict.fromkeys((old, new) for old, new in casts if old != new)),
-        kept=tuple(name for name in own if name not in found),
+        kept=tuple(name for name in own if name not in sources),
         ignored=(*weights.ignored, *(name for name in weights.tensors if name not in used)),
         not_finite=tuple(name for name, value in values.items() if not bool(value.isfinite().all())),
     )

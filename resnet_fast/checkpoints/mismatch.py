@@ -115,7 +115,7 @@ def _block_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
 
 def _network(shapes: Mapping[str, Shape]) -> str:
     """Name a ResNet: its depth counts the convolutions outside the shortcuts, and the last layer."""
-    blocks = {found.groups() for name in shapes if (found := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name))}
+    blocks = {match.groups() for name in shapes if (match := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name))}
     if not blocks:
         return ""
     per_stage = [count for _, count in sorted(Counter(stage for stage, _ in blocks).items())]

@@ -80,11 +80,11 @@ def match(in_model: Iterable[str], in_file: Iterable[str]) -> Matching:
             ours, theirs = _apply(rules, in_model), _apply(rules, in_file)
             if ours is None or theirs is None:
                 continue
-            found = _compare(ours, theirs)
-            if found.fits:
-                return found
-            if best is None or len(found.missing + found.unexpected) < len(best.missing + best.unexpected):
-                best = found
+            matching = _compare(ours, theirs)
+            if matching.fits:
+                return matching
+            if best is None or len(matching.missing + matching.unexpected) < len(best.missing + best.unexpected):
+                best = matching
     assert best is not None  # no rule at all is always possible
     return best
 

@@ -116,12 +116,12 @@ def _read_torch(path: Path, data: bytes) -> Any:
         raise
     except pickle.UnpicklingError as error:
         # "… GLOBAL os.system …" where a class or function is asked for; other texts where the pickle is none.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None and "allowlisted" not in str(error) and "Trying to call reduce" not in str(error):
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if match is None and "allowlisted" not in str(error) and "Trying to call reduce" not in str(error):
             raise ValueError(
                 f"{path} is damaged, or a pickle that is not read without running code; {SAVE_AGAIN}"
             ) from None
-        what = f" ({found[1]})" if found else ""
+        what = f" ({match[1]})" if match else ""
         raise ValueError(
             f"{path} holds more than tensors and plain values{what}: reading that can run code of whoever made the "
             f"file, and it is not read; {SAVE_AGAIN}"

@@ -35,7 +35,7 @@ def main() -> None:
     """Fast ResNets for images like CIFAR-10."""
 
 
-def choices(names: object) -> str:
+def choice_metavar(names: object) -> str:
     return "|".join(names)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, choices, refusals, stop
+from resnet_fast.cli.app import app, choice_metavar, refusals, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.common.checks import check_choice, check_path, difference
@@ -41,7 +41,7 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option(
-            metavar=choices(SPLITS),
+            metavar=choice_metavar(SPLITS),
             help="Which images. [default: test; after --holdout validation, the images that were held out]",
             show_default=False,
         ),
@@ -103,7 +103,7 @@ def evaluate(
         print(f"{trained.description}: {len(images):,} {split} images, {len(dataset.classes)} classes")
         print(f"{chosen}, {used}, batch {at_once}", *(clean(f"note: {note}") for note in dataset.notes), sep="\n")
         print(flush=True)
-        found = predict_split(
+        predictions = predict_split(
             trained.model,
             images.to(chosen, "stream"),  # each is read once
             trained.mean,
@@ -116,10 +116,10 @@ def evaluate(
         # Before the results are printed: `| head` closes the pipe.
         out.mkdir(parents=True, exist_ok=True)
         title = f"{trained.description}, {split} images"
-        names = write_pictures(out, found, trained.classes, title, suffix)
+        names = write_pictures(out, predictions, trained.classes, title, suffix)
         table = f"predictions{suffix}.csv"
-        write_predictions(out / table, found, trained.classes, image_paths(images))
-        print("\n".join(format_evaluation(found, trained)), flush=True)
+        write_predictions(out / table, predictions, trained.classes, image_paths(images))
+        print("\n".join(format_evaluation(predictions, trained)), flush=True)
     except KeyboardInterrupt:
         stop(130, "interrupted")
     except ValueError as error:
@@ -129,17 +129,17 @@ def evaluate(
     print(f"\n{', '.join([*names, table])}: {out}")
 
 
-def format_evaluation(found: "Predictions", trained: "Trained") -> list[str]:
+def format_evaluation(predictions: "Predictions", trained: "Trained") -> list[str]:
     """Return the results: totals, a line per class, and the confusion matrix where it fits 80 columns."""
     lines = [
-        f"accuracy     {100 * found.accuracy:6.2f} %  {found.n_correct:,} of {len(found):,}",
-        f"loss         {found.loss:6.4f}",
+        f"accuracy     {100 * predictions.accuracy:6.2f} %  {predictions.n_correct:,} of {len(predictions):,}",
+        f"loss         {predictions.loss:6.4f}",
     ]
-    if found.flip_accuracy is not None:
+    if predictions.flip_accuracy is not None:
         lines.insert(
-            1, f"with flip    {100 * found.flip_accuracy:6.2f} %  mean logits of each image and its mirror image"
+            1, f"with flip    {100 * predictions.flip_accuracy:6.2f} %  mean logits of each image and its mirror image"
         )
-    confusion = found.confusion(len(trained.classes))
+    confusion = predictions.confusion(len(trained.classes))
     return [*lines, "", *_class_table(confusion, trained.classes), *_matrix(confusion, trained.classes)]
 
 

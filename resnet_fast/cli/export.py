@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choices, refusals, stop
+from resnet_fast.cli.app import app, choice_metavar, refusals, stop
 from resnet_fast.common.checks import check_choice, check_path
 from resnet_fast.training.paths import find_checkpoint
 
@@ -22,7 +22,7 @@ N_REAL = 16
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
     format: Annotated[
-        str, typer.Option(metavar=choices([*FORMATS, "both"]), help="onnx: model.onnx; torch: model.pt2.")
+        str, typer.Option(metavar=choice_metavar([*FORMATS, "both"]), help="onnx: model.onnx; torch: model.pt2.")
     ] = "both",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)

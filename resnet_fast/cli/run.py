@@ -21,7 +21,7 @@ from resnet_fast.training import train as run_training
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.console import format_repeated, make_reporter
 from resnet_fast.training.paths import check_is_free
-from resnet_fast.training.processes import LostProcessError, OtherProcessError, join
+from resnet_fast.training.processes import LostProcessError, OtherProcessError, connect
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.tensorboard import TensorBoardError
 from resnet_fast.training.torchrun import command, is_first_process
@@ -34,7 +34,7 @@ def run_once(config: TrainConfig) -> None:
 
 def run_repeated(config: TrainConfig, n_runs: int) -> None:
     """Train with one seed after the other, each into a folder of its own."""
-    with failures_told(config), join(config.device) as processes:
+    with failures_told(config), connect(config.device) as processes:
         processes.first_only(lambda: check_is_free(config.out))
         results = []
         for one in repeated(config, n_runs):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnet_fast.cli.app import choices
+from resnet_fast.cli.app import choice_metavar
 from resnet_fast.training.config import SETTINGS
 from resnet_fast.training.options import Setting
 from resnet_fast.training.recipes import RECIPE_FIELDS, RECIPES
@@ -45,7 +45,7 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def describe(setting: Setting) -> str:
+def help_text(setting: Setting) -> str:
     """Return the help of a setting, and its default."""
     if "[default" in setting.help or setting.name not in RECIPE_FIELDS and setting.kind is bool:
         return setting.help
@@ -60,9 +60,9 @@ def option(name: str, text: str | None = None) -> Any:
     """Return typer's option for a setting; `text` replaces its help."""
     setting = SETTINGS[name]
     # The networks are too many for the left column.
-    metavar = {"model": "NAME", "weights": "RUN|FILE"}.get(name) or choices(setting.rule.names) or None
+    metavar = {"model": "NAME", "weights": "RUN|FILE"}.get(name) or choice_metavar(setting.rule.names) or None
     flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag
-    return typer.Option(flag, help=describe(setting) if text is None else text, metavar=metavar, show_default=False)
+    return typer.Option(flag, help=help_text(setting) if text is None else text, metavar=metavar, show_default=False)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

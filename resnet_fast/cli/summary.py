@@ -40,30 +40,31 @@ def summary(
     try:
         with torch.device("meta"):  # shapes alone, whatever the size
             network = get_model(model, num_classes=num_classes, stem=stem, norm_layer=nn.BatchNorm2d)
-            found = summarize(network, image_size)
+            totals = summarize(network, image_size)
     except ValueError as error:
         stop(2, f"error: {error}")
     except RuntimeError as error:
         stop(2, f"error: {model} cannot take images of {image_size}x{image_size} pixels: {error}")
     family = MODELS[model].family
     print(f"{model} ({family}), {stem} stem, images of 3x{image_size}x{image_size}, {num_classes} classes\n")
-    print("\n".join(format_summary(found)))
+    print("\n".join(format_summary(totals)))
 
 
-def format_summary(found: "Summary") -> list[str]:
+def format_summary(totals: "Summary") -> list[str]:
     """Return the table and its totals, in 80 columns."""
     lines = [f"{'layer':<24}  {'output, for each image':<24}  {'parameters':>14}"]
-    for i, row in enumerate(found.rows, 1):
+    for i, row in enumerate(totals.rows, 1):
         shape = " x ".join(map(str, row.shape))
         lines.append(f"{row.layer + '-' + str(i):<24}  {shape:<24}  {row.parameters:>14,}")
-    lines += ["", f"{found.trainable:>12,}  trainable parameters"]
-    if found.n_repeated:
+    lines += ["", f"{totals.trainable:>12,}  trainable parameters"]
+    if totals.n_repeated:
         lines += [
-            f"{found.row_total:>12,}  all rows added up: {found.n_repeated} modules run in several places and count",
-            f"{'':>12}  in each, which is {found.row_total - found.trainable:,} more",
+            f"{totals.row_total:>12,}  all rows added up: {totals.n_repeated} modules run in several places and count",
+            f"{'':>12}  in each, which is {totals.row_total - totals.trainable:,} more",
         ]
     lines += [
-        f"{found.trainable + found.running:>12,}  trainable parameters and the {found.running:,} running statistics, a",
+        f"{totals.trainable + totals.running:>12,}  trainable parameters and the "
+        f"{totals.running:,} running statistics, a",
         f"{'':>12}  mean and a variance for each channel of a batch norm",
         "",
         "Rows are the steps of plain PyTorch; fused, batch norm, addition and ReLU that",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choices, stop
+from resnet_fast.cli.app import app, choice_metavar, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.common.checks import check_choice, check_integer
 from resnet_fast.models.registry import MODELS, check_name, check_stem
@@ -33,7 +33,9 @@ def tune(
         ),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
-    precision: Annotated[str, typer.Option(metavar=choices(PRECISIONS), help="Of the activations.")] = PRECISIONS[0],
+    precision: Annotated[
+        str, typer.Option(metavar=choice_metavar(PRECISIONS), help="Of the activations.")
+    ] = PRECISIONS[0],
     device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = TrainConfig.device,
     rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, of which the median counts.")] = ROUNDS,
     out: Annotated[
@@ -85,7 +87,7 @@ def tune(
         for i, problem in enumerate(problems):
             if i == 0 or heading(problem) != heading(problems[i - 1]):
                 print(f"\n{heading(problem)}\n{TITLE}")
-            with using({known.problem: known.measured.choice for known in outcomes if known.measured is not None}):
+            with using({done.problem: done.measured.choice for done in outcomes if done.measured}):
                 outcome = measure(problem, candidates, chosen, rounds)
             outcomes.append(outcome)
             n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes

@@ -65,10 +65,10 @@ def check_integer(name: str, value: Any, at_least: int = 1, below: int = 2**100)
     return int(value)
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of the names."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def check_path(name: str, value: Any) -> Path:
@@ -92,9 +92,9 @@ def check_type(name: str, value: object, *kinds: type) -> None:
         raise TypeError(f"{name} must be of type {expected}, got {type(value).__name__}")
 
 
-def did_you_mean(name: str, known: Iterable[str], at_most: int = 3) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], at_most: int = 3) -> str:
     """Return the end of a message about an unknown name: the nearest known ones, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known), at_most)
+    nearest = difflib.get_close_matches(name, list(candidates), at_most)
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 

@@ -15,8 +15,8 @@ def device_name(device: torch.device) -> str:
         cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         cpuinfo = ""
-    found = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo, re.MULTILINE)
-    return (found[1] if found else platform.processor() or platform.machine() or "unknown CPU").strip()
+    match = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo, re.MULTILINE)
+    return (match[1] if match else platform.processor() or platform.machine() or "unknown CPU").strip()
 
 
 def slug(name: str) -> str:

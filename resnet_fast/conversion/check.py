@@ -24,8 +24,8 @@ def difference(model: nn.Module, converted: nn.Module, shape: tuple[int, ...], t
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    expected, found = (_results(copy.deepcopy(each).double().train(training), images) for each in (model, converted))
-    apart = sum((a - b).square().sum() for a, b in zip(found, expected, strict=True))
+    expected, actual = (_results(copy.deepcopy(each).double().train(training), images) for each in (model, converted))
+    apart = sum((a - b).square().sum() for a, b in zip(actual, expected, strict=True))
     if apart == 0:  # also of results that are all zero
         return 0.0
     return float(apart / sum(value.square().sum() for value in expected)) ** 0.5

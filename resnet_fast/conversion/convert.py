@@ -189,11 +189,11 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
     most_calls = _most_calls(traced)
     left = {norm: reason for norm in norms if (reason := _reason_to_leave(norm, most_calls[norm]))}
     to_convert = {norm for norm in norms if norm not in left}
-    sites = {module: find_sites(found.graph, module, to_convert) for module, found in traced.items()}
+    sites = {module: find_sites(forward.graph, module, to_convert) for module, forward in traced.items()}
     outcomes = _outcomes(model, left, sites, opaque)
-    joint = {module: found for module, found in sites.items() if any(site.is_joint for site in found)}
+    joint = {module: steps for module, steps in sites.items() if any(site.is_joint for site in steps)}
     classes = {module: _converted_class(type(module)) for module in joint}
-    fused = {module: _fused_forward(module, traced[module], found) for module, found in joint.items()}
+    fused = {module: _fused_forward(module, traced[module], steps) for module, steps in joint.items()}
 
     for norm in to_convert:
         make_fused(norm)
@@ -276,8 +276,8 @@ def trace_all(
 def _most_calls(traced: dict[nn.Module, Traced]) -> Counter[nn.Module]:
     """How often one forward calls each module."""
     most: Counter[nn.Module] = Counter()
-    for module, found in traced.items():
-        calls = [str(node.target) for node in found.graph.nodes if node.op == "call_module"]
+    for module, forward in traced.items():
+        calls = [str(node.target) for node in forward.graph.nodes if node.op == "call_module"]
         most |= Counter(map(module.get_submodule, calls))
     return most
 
@@ -305,9 +305,9 @@ def _outcomes(
 ) -> tuple[Outcome, ...]:
     """Of each batch norm: the site that holds most, of the graphs that call it."""
     best: dict[nn.Module, tuple[Site, nn.Module]] = {}
-    for module, found in sites.items():
+    for module, module_sites in sites.items():
         modules = dict(module.named_modules(remove_duplicate=False))
-        for site in found:
+        for site in module_sites:
             for call in site.norms:
                 norm = modules[str(call.target)]
                 if norm not in best or len(site.operation) >= len(best[norm][0].operation):  # the outer sees more
@@ -347,8 +347,8 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     notes = []
     # Not `m.weight`: a parametrization would compute it, and some change something then.
     kernels = [m._parameters.get("weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
-    known = [weight for weight in kernels if weight is not None and not nn.parameter.is_lazy(weight)]
-    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in known):
+    initialized = [weight for weight in kernels if weight is not None and not nn.parameter.is_lazy(weight)]
+    if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in initialized):
         notes.append("channels_last is the fast layout: model.to(memory_format=torch.channels_last)")
     n_observed = sum(is_observed(module, torch.empty(0)) for module in model.modules() if isinstance(module, Converted))
     if n_observed:

@@ -151,7 +151,7 @@ def trace(
         raise UntraceableError("its forward is patched")
     if isinstance(module, fx.GraphModule) and not frozen:  # it makes its class itself, and again for each copy
         raise UntraceableError("it is a GraphModule; the model that it was made of can be converted")
-    found = []
+    traces = []
     for with_gradients in (True, False):
         with left_as_it_was(module), torch.set_grad_enabled(with_gradients), _autocast(not with_gradients):
             watch = Watch(frozen)
@@ -164,10 +164,10 @@ def trace(
                 raise
             except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
                 raise UntraceableError(f"torch.fx cannot follow its forward ({one_line(error, 80)})") from error
-            found.append(Traced(followed[0], tuple(watch.settings.values())))
-    if str(found[0].graph) != str(found[1].graph):
+            traces.append(Traced(followed[0], tuple(watch.settings.values())))
+    if str(traces[0].graph) != str(traces[1].graph):
         raise UntraceableError("its forward does not do the same with gradients as without, or twice")
-    return found[0]
+    return traces[0]
 
 
 def _follow(

@@ -43,8 +43,8 @@ class Augmentation:
     cutout: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("flip", FLIPS), ("padding", PADDINGS)):
-            check_choice(name, getattr(self, name), choices)
+        for name, allowed in (("flip", FLIPS), ("padding", PADDINGS)):
+            check_choice(name, getattr(self, name), allowed)
         for name in ("crop", "cutout"):
             check_integer(name, getattr(self, name), 0)
         _check_channels(self.mean, self.std)

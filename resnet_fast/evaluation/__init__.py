@@ -2,8 +2,8 @@
 
 from resnet_fast.evaluation import predict_split, write_pictures
 
-found = predict_split(model, dataset.test, dataset.mean, dataset.std, batch_size=256, precision="bf16")
-print(found.accuracy, found.confusion(len(dataset.classes)))
+predictions = predict_split(model, dataset.test, dataset.mean, dataset.std, batch_size=256, precision="bf16")
+print(predictions.accuracy, predictions.confusion(len(dataset.classes)))
 """
 
 from resnet_fast.evaluation.confusion import draw_confusion

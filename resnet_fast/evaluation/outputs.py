@@ -14,14 +14,14 @@ from resnet_fast.evaluation.predictions import Predictions
 
 
 def write_pictures(
-    folder: Path, found: Predictions, classes: Sequence[str], title: str = "", suffix: str = ""
+    folder: Path, predictions: Predictions, classes: Sequence[str], title: str = "", suffix: str = ""
 ) -> list[str]:
     """Write confusion.png and mistakes.png, with `suffix` behind their stems; return their names."""
     confusion, mistakes = f"confusion{suffix}.png", f"mistakes{suffix}.png"
-    result = f"{100 * found.accuracy:.2f} % of {len(found):,} images right"
+    result = f"{100 * predictions.accuracy:.2f} % of {len(predictions):,} images right"
     with whole_file(folder / confusion) as file:
-        draw_confusion(file, found.confusion(len(classes)), classes, f"{title}: {result}" if title else result)
-    worst = found.mistakes
+        draw_confusion(file, predictions.confusion(len(classes)), classes, f"{title}: {result}" if title else result)
+    worst = predictions.mistakes
     with whole_file(folder / mistakes) as file:
         draw_mistakes(
             file,
@@ -31,17 +31,19 @@ def write_pictures(
             worst.probabilities,
             classes,
             n=len(worst.labels),
-            title=describe_mistakes(len(worst.labels), len(found) - found.n_correct, len(found)),
+            title=describe_mistakes(len(worst.labels), len(predictions) - predictions.n_correct, len(predictions)),
         )
     return [confusion, mistakes]
 
 
-def write_predictions(path: Path, found: Predictions, classes: Sequence[str], paths: Sequence[str] | None) -> None:
+def write_predictions(
+    path: Path, predictions: Predictions, classes: Sequence[str], paths: Sequence[str] | None
+) -> None:
     """Write a CSV with a row per image: index, label, prediction, probability and, where there are files, path."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "label", "prediction", "probability", *(["path"] if paths is not None else [])])
-    columns = (found.labels.tolist(), found.predictions.tolist(), found.probabilities.tolist())
+    columns = (predictions.labels.tolist(), predictions.predictions.tolist(), predictions.probabilities.tolist())
     for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
         row = [index, classes[label], classes[prediction], f"{probability:.6g}"]
         writer.writerow(row if paths is None else [*row, paths[index]])

@@ -115,7 +115,7 @@ def export_onnx(
         )
     assert program is not None  # it is for another exporter
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {name: _text(value) for name, value in describe(trained).items()})
+    onnx.helper.set_model_props(proto, {name: _text(value) for name, value in network_facts(trained).items()})
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -142,7 +142,7 @@ def export_program(
             model, (_example(trained, batch_size),), dynamic_shapes=_dynamic_shapes(batch_size)
         )
         archive = io.BytesIO()
-        torch.export.save(program, archive, extra_files={LABELS: json.dumps(describe(trained), indent=2)})
+        torch.export.save(program, archive, extra_files={LABELS: json.dumps(network_facts(trained), indent=2)})
         content = archive.getvalue()
         loaded = torch.export.load(io.BytesIO(content)).module()
     return _write(path, content, model, loaded, batch_size, _trial_images(trained, images))
@@ -160,7 +160,7 @@ def need_onnx() -> None:
             raise ExportError(f"{name} cannot be imported ({error}); pip install 'resnet-fast[export]'") from error
 
 
-def describe(trained: Trained) -> dict[str, Any]:
+def network_facts(trained: Trained) -> dict[str, Any]:
     """Return what whoever runs an exported network needs to know."""
     size = trained.image_size
     return {
@@ -209,10 +209,12 @@ def _write(
     batches = [images[:1], images[1:]] if batch_size is None else list(_filled_up(images, batch_size).split(batch_size))
     expected = torch.cat([copy.deepcopy(model).double()(batch.double()) for batch in batches])
     eager = torch.cat([model(batch) for batch in batches])
-    found = torch.cat([exported(batch) for batch in batches])
-    if found.shape != expected.shape:
-        raise ExportError(f"{path.name} would give {list(found.shape)}, not {list(expected.shape)}; nothing is written")
-    error, eager_error = (float((logits.double() - expected).abs().max()) for logits in (found, eager))
+    outputs = torch.cat([exported(batch) for batch in batches])
+    if outputs.shape != expected.shape:
+        raise ExportError(
+            f"{path.name} would give {list(outputs.shape)}, not {list(expected.shape)}; nothing is written"
+        )
+    error, eager_error = (float((logits.double() - expected).abs().max()) for logits in (outputs, eager))
     allowed = 4 * eager_error + 4 * torch.finfo(torch.float32).eps * float(expected.abs().max())
     if not error <= allowed:  # so that NaN is refused
         raise ExportError(

@@ -90,8 +90,8 @@ def _build(path: Path, state: dict[str, Any]) -> nn.Module:
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from error
     with torch.device("meta"):  # of a file of a million classes no memory is taken before it fits
-        described = MODELS[name].make(len(state["classes"]), stem).state_dict()
-    if unlike := first_difference(described, state["model"], "model"):
+        expected = MODELS[name].make(len(state["classes"]), stem).state_dict()
+    if unlike := first_difference(expected, state["model"], "model"):
         raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {unlike}")
     model = MODELS[name].make(len(state["classes"]), stem)
     model.load_state_dict(state["model"])

@@ -7,18 +7,18 @@ from torchvision.models._api import WeightsEnum
 from ..common.checks import did_you_mean
 
 
-def verify(known: type[WeightsEnum], weights: Any) -> WeightsEnum | None:
-    """Return the member of `known` that `weights` is or names, "IMAGENET1K_V1" or "ResNet18_Weights.IMAGENET1K_V1".
+def verify(weights_enum: type[WeightsEnum], weights: Any) -> WeightsEnum | None:
+    """Return the member of `weights_enum` that `weights` is or names, such as "ResNet18_Weights.IMAGENET1K_V1".
 
     Raises:
         ValueError: it has no weights of that name; the message has the nearest.
         TypeError: the weights are of another network, or neither weights, a name, nor None.
     """
-    names = list(known.__members__)
-    if isinstance(weights, str) and (name := weights.removeprefix(f"{known.__name__}.")) not in names:
+    names = list(weights_enum.__members__)
+    if isinstance(weights, str) and (name := weights.removeprefix(f"{weights_enum.__name__}.")) not in names:
         hint = did_you_mean(name.upper(), names)
         raise ValueError(f"weights must be one of {names} or None, got {weights!r}{hint}")
-    return known.verify(weights)
+    return weights_enum.verify(weights)
 
 
 def check_fit(weights: WeightsEnum, n_features: int, kwargs: dict[str, Any]) -> None:

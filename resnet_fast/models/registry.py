@@ -67,7 +67,7 @@ def _function(name: str) -> "Callable[..., nn.Module]":
     return build
 
 
-def _of_torchvision(name: str) -> Model:
+def _torchvision_model(name: str) -> Model:
     def build_plain(num_classes: int, stem: str) -> "nn.Module":
         """torchvision's network, with the stem changed as its users change it."""
         from torchvision import models as torchvision_models
@@ -85,7 +85,7 @@ def _of_torchvision(name: str) -> Model:
     return Model(_function(name), "torchvision", STEMS, 64, build_plain, keywords=keywords)
 
 
-def _of_cifar(name: str) -> Model:
+def _cifar_model(name: str) -> Model:
     keywords = ("num_classes", "shortcut", "width", "norm_layer")
     return Model(_function(name), "He et al.", ("cifar",), 16, keywords=keywords)
 
@@ -97,8 +97,8 @@ def _without_skips(name: str) -> Model:
 
 
 MODELS: dict[str, Model] = {
-    **{name: _of_torchvision(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
-    **{name: _of_cifar(name) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")},
+    **{name: _torchvision_model(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{name: _cifar_model(name) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")},
     **{name: _without_skips(name) for name in ("plain20", "plain32", "plain44", "plain56", "plain110")},
     "article": Model(
         _function("article"),
@@ -156,11 +156,11 @@ def _check_keywords(name: str, kwargs: Mapping[str, Any]) -> None:
     keywords = MODELS[name].keywords
     if keywords is None:
         return
-    known = tuple(dict.fromkeys([*keywords, "stem"]))
+    accepted = tuple(dict.fromkeys([*keywords, "stem"]))
     for keyword in kwargs:
-        if keyword not in known:
-            hint = did_you_mean(keyword, known, at_most=1)
-            raise TypeError(f"keywords of {name} must be among {', '.join(known)}, got {keyword!r}{hint}")
+        if keyword not in accepted:
+            hint = did_you_mean(keyword, accepted, at_most=1)
+            raise TypeError(f"keywords of {name} must be among {', '.join(accepted)}, got {keyword!r}{hint}")
 
 
 def check_stem(name: str, stem: object) -> None:

@@ -109,12 +109,12 @@ class ResNet(torchvision_resnet.ResNet):
 def _resnet(
     block: type[BasicBlock | Bottleneck],
     layers: list[int],
-    known: type[WeightsEnum],
+    weights_enum: type[WeightsEnum],
     weights: Any,
     progress: bool,
     **kwargs: Any,
 ) -> ResNet:
-    weights = verify(known, weights)
+    weights = verify(weights_enum, weights)
     if weights is not None:
         check_fit(weights, 512 * block.expansion, kwargs)
     model = ResNet(block, layers, **kwargs)

@@ -75,11 +75,11 @@ def saved_of(
     outputs: Outputs,
 ) -> Saved:
     """What a forward with these arguments and outputs leaves for its backward."""
-    of_x = (x, outputs.relu_mask, outputs.mean, outputs.rstd, norm.weight, norm.bias)
+    forward_tensors = (x, outputs.relu_mask, outputs.mean, outputs.rstd, norm.weight, norm.bias)
     if residual_norm is None:
-        return Saved(*of_x, *(None,) * 5)
-    of_pass = (outputs.residual_mean, outputs.residual_rstd)
-    return Saved(*of_x, residual, *of_pass, residual_norm.weight, residual_norm.bias)
+        return Saved(*forward_tensors, *(None,) * 5)
+    residual_statistics = (outputs.residual_mean, outputs.residual_rstd)
+    return Saved(*forward_tensors, residual, *residual_statistics, residual_norm.weight, residual_norm.bias)
 
 
 class Gradients(NamedTuple):

@@ -25,7 +25,7 @@ def augment(
     n_batch, (height, width) = len(plan), images.shape[2:]
     y = torch.empty(n_batch, 3, height, width, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     batch_labels = labels.new_empty(n_batch)
-    launch.run(
+    launch.launch_kernel(
         augment_kernels.augment_kernel,
         (n_batch * triton.cdiv(height * width, tiles.AUGMENT_PIXELS),),
         images_ptr=images,

@@ -68,13 +68,13 @@ def read_table(device: torch.device) -> Mapping[Problem, Choice]:
     if device.type != "cuda" or is_off():
         return {}
     try:
-        found = find_tables(environment_of(device))
+        tables = find_tables(environment_of(device))
     except Exception as error:  # whatever a broken driver or disk raises: training goes on without
         warnings.warn(f"no table of choices can be read ({error!r}); the defaults run", stacklevel=2)
         return {}
-    if found.problem:
-        warnings.warn(f"{found.own} is not used: {found.problem}; {AGAIN}", stacklevel=2)
-    return {problem: measured.choice for problem, measured in found.all_entries.items()}
+    if tables.problem:
+        warnings.warn(f"{tables.own} is not used: {tables.problem}; {AGAIN}", stacklevel=2)
+    return {problem: measured.choice for problem, measured in tables.all_entries.items()}
 
 
 def environment_of(device: torch.device) -> Environment:
@@ -93,10 +93,10 @@ def environment_of(device: torch.device) -> Environment:
 def hash_of_kernels(folder: Path = KERNELS) -> str:
     """Of the sources that are chosen among, whatever their line ends: other kernels have other times."""
     sources = sorted(path for path in folder.glob("*.py") if path.name not in NOT_CHOSEN_AMONG)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sources:
-        found.update(f"{path.name}\n{path.read_text(encoding='utf-8')}\0".encode())
-    return found.hexdigest()[:16]
+        digest.update(f"{path.name}\n{path.read_text(encoding='utf-8')}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def own_path(environment: Environment) -> Path | None:
@@ -200,11 +200,11 @@ def _read_for(environment: Environment, path: Path, fields: tuple[str, ...] = En
         OSError, ValueError: as `read_file`; or it is of another environment.
     """
     try:
-        found, entries = read_file(path)
+        recorded, entries = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     for name in fields:
-        theirs, ours = getattr(found, name), getattr(environment, name)
+        theirs, ours = getattr(recorded, name), getattr(environment, name)
         if theirs != ours:
             raise ValueError(f"it was measured with {name} {ascii(theirs):.60}, here it is {ours!r}")
     return entries

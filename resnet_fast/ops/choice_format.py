@@ -46,7 +46,7 @@ Entries = dict[Problem, Measured]
 
 def write(environment: Environment, entries: Mapping[Problem, Measured]) -> str:
     """The text of a table, its entries in an order that does not depend on when they were measured."""
-    found = [
+    entries_as_json = [
         {
             "problem": problem._asdict(),
             "choice": _choice_as_json(measured.choice),
@@ -56,7 +56,7 @@ def write(environment: Environment, entries: Mapping[Problem, Measured]) -> str:
         }
         for problem, measured in sorted(entries.items())
     ]
-    table = {"format": FORMAT, "environment": environment._asdict(), "entries": found}
+    table = {"format": FORMAT, "environment": environment._asdict(), "entries": entries_as_json}
     return json.dumps(table, indent=1) + "\n"
 
 
@@ -146,9 +146,9 @@ def _read_choice(problem: Problem, value: dict[str, Any]) -> Choice:
             raise ValueError(f"tiles are those of conv3x3, {implementation} has none")
         return Choice(implementation)
     _check_fields("tiles", tiles, ConvTiles._fields)
-    for known in tiles_of(problem):
-        if tiles == known._asdict():
-            return Choice(implementation, known)
+    for candidate in tiles_of(problem):
+        if tiles == candidate._asdict():
+            return Choice(implementation, candidate)
     raise ValueError(
         f"tiles must be among those of kernels/conv_tiles.py for the problem, got {_shown(str(list(tiles.values())))}"
     )
@@ -160,9 +160,9 @@ def _check_fields(name: str, value: Any, fields: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must have the fields {', '.join(fields)}, got {got}")
 
 
-def _check_name(name: str, value: Any, known: Any) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {'; '.join(known)}, got {_shown(value)}")
+def _check_name(name: str, value: Any, allowed: Any) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {'; '.join(allowed)}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

@@ -51,7 +51,7 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
     shape = (n_images, n_channels, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     partials = torch.empty(2, n_parts, n_channels, dtype=torch.float32, device=x.device)
-    launch.run(
+    launch.launch_kernel(
         conv3x3.conv3x3_kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),
         tiling.options,
@@ -91,18 +91,18 @@ def data_gradient(
     shape = (n_images, n_channels, height, width)
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     # All that is saved but for the last two, the residual's weight and bias.
-    of_norm = {f"{name}_ptr": saved and getattr(saved, name) for name in Saved._fields[:-2]}
+    norm_pointers = {f"{name}_ptr": saved and getattr(saved, name) for name in Saved._fields[:-2]}
     partials = None
     if saved is not None:
         partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
-    launch.run(
+    launch.launch_kernel(
         conv3x3.conv3x3_data_gradient_kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),
         tiling.options,
         dy_desc=box(dy, tiling.block_m, tiling.block_k),
         conv_weight_desc=taps(weight, [tiling.block_k, tiling.block_n]),
         dx_alias_ptr=dx_alias,
-        **of_norm,
+        **norm_pointers,
         dx_desc=rows(dx, tiling.block_m, tiling.block_n),
         partial_dz_ptr=None if partials is None else partials[0],
         partial_dz_xhat_ptr=None if partials is None else partials[1],
@@ -130,7 +130,7 @@ def weight_gradient(x: Tensor, dy: Tensor, tiling: ConvTiles, dtype: torch.dtype
     if n_parts > 1:
         partials = torch.empty(n_parts, *shape, dtype=torch.float32, device=x.device)
     n_tiles = triton.cdiv(n_out_channels, tiling.block_m) * triton.cdiv(n_in_channels, tiling.block_n)
-    launch.run(
+    launch.launch_kernel(
         conv3x3.conv3x3_weight_gradient_kernel,
         (n_parts * n_tiles * 9,),
         tiling.options,
@@ -145,7 +145,7 @@ def weight_gradient(x: Tensor, dy: Tensor, tiling: ConvTiles, dtype: torch.dtype
         **tiling.blocks,
     )
     if n_parts > 1:
-        launch.run(
+        launch.launch_kernel(
             conv3x3.combine_weight_gradient_kernel,
             (triton.cdiv(dweight.numel(), COMBINE_BLOCK),),
             {"num_warps": tiles.NUM_WARPS},

@@ -65,7 +65,7 @@ class Shape(NamedTuple):
         return self.n_channels, (self.n_groups - 1) * -(-self.rows_per_group // 8) - (-last_rows // 8)
 
 
-def run(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **arguments) -> None:
+def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **arguments) -> None:
     """The one place where a kernel is launched; `options` of its compiler instead of `compiler_options`."""
     if options is None:
         options = compiler_options(arguments, is_nvidia=torch.version.cuda is not None)
@@ -107,7 +107,7 @@ def statistics(
         rows_per_split, group_splits = partial_statistics.rows_per_part, len(partial_mean)
     elif norm.training:
         partial_mean, partial_m2 = mean.new_empty(2, tiling.n_splits, shape.n_channels).unbind()
-        run(
+        launch_kernel(
             batch_norm_forward.statistics_kernel,
             (tiling.n_splits * tiling.n_channel_tiles,),
             x_ptr=x,
@@ -120,7 +120,7 @@ def statistics(
             BLOCK_M=tiling.block_m,
             BLOCK_C=tiling.block_c,
         )
-    run(
+    launch_kernel(
         batch_norm_forward.combine_statistics_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
         x_ptr=x if partial_statistics is None else None,  # for the pivot, which is theirs alone
@@ -164,8 +164,8 @@ def forward(
     residual_mean = residual_rstd = None
     if residual is not None and residual_norm is not None:
         residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)
-    of_residual = (residual, residual_norm, residual_mean, residual_rstd)
-    return normalize(x, norm, mean, rstd, *of_residual, relu, ghost_batch_size, reverse)
+    residual_arguments = (residual, residual_norm, residual_mean, residual_rstd)
+    return normalize(x, norm, mean, rstd, *residual_arguments, relu, ghost_batch_size, reverse)
 
 
 def normalize(
@@ -188,7 +188,7 @@ def normalize(
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
-    run(
+    launch_kernel(
         batch_norm_forward.normalize_kernel,
         (tiling.n_row_tiles * tiling.n_channel_tiles,),
         x_ptr=x,
@@ -248,7 +248,7 @@ def gradient_sums(
     dz = torch.empty_like(saved.x) if writes_dz else None
     is_bn_join = join == "bn"
     partials = saved.mean.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels)
-    run(
+    launch_kernel(
         batch_norm_backward.reduce_kernel,
         (tiling.n_splits * tiling.n_channel_tiles,),
         dy_ptr=dy,
@@ -295,7 +295,7 @@ def combine_gradients(
     n_sums, n_splits, n_channels = partials.shape
     sums = partials.new_empty(n_sums, n_groups, n_channels)
     has_residual = n_sums == 3
-    run(
+    launch_kernel(
         batch_norm_backward.combine_gradients_kernel,
         (triton.cdiv(n_channels, tiles.COMBINE_BLOCK_C),),
         partial_dz_ptr=partials[0],
@@ -336,7 +336,7 @@ def input_gradients(
     is_bn_join = join == "bn"
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if is_bn_join else None
-    run(
+    launch_kernel(
         batch_norm_backward.input_gradients_kernel,
         (tiling.n_row_tiles * tiling.n_channel_tiles,),
         dz_ptr=dy if dz is None else dz,

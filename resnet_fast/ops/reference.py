@@ -93,11 +93,11 @@ def unpack_relu_mask(relu_mask: Tensor, x: Tensor, ghost_batch_size: int = 0) ->
         return bits.flatten(1)[:, :n_channels].view(n_images, height, width, n_channels).permute(0, 3, 1, 2)
     group_sizes = [len(group) for group in x.split(ghost_batch_size or n_images)]
     n_bytes = [-(-size * height * width // 8) for size in group_sizes]
-    of_groups = bits.flatten().split([n_channels * 8 * n for n in n_bytes])
+    group_bits = bits.flatten().split([n_channels * 8 * n for n in n_bytes])
     return torch.cat(
         [
-            of_group.view(n_channels, -1)[:, : size * height * width].view(n_channels, size, height, width)
-            for of_group, size in zip(of_groups, group_sizes, strict=True)
+            one_group.view(n_channels, -1)[:, : size * height * width].view(n_channels, size, height, width)
+            for one_group, size in zip(group_bits, group_sizes, strict=True)
         ],
         dim=1,
     ).transpose(0, 1)

@@ -152,7 +152,7 @@ def forward(
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
-    launch.run(
+    launch.launch_kernel(
         batch_norm_single_read.single_read_forward_kernel,
         (tiling.n_splits * tiling.n_channel_tiles,),
         tiles.SINGLE_READ_OPTIONS,
@@ -211,7 +211,7 @@ def backward(
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if is_bn_join else None
     gradients = launch.empty_gradients(saved)
-    launch.run(
+    launch.launch_kernel(
         batch_norm_single_read.single_read_backward_kernel,
         (tiling.n_splits * tiling.n_channel_tiles,),
         tiles.SINGLE_READ_OPTIONS,

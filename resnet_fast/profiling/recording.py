@@ -108,12 +108,12 @@ def parts_of(events: Sequence[FunctionEvent], device: torch.device, n_steps: int
     Raises:
         ProfileError: there are no steps, or no kernels of a GPU, among the events.
     """
-    found = _cpu_parts(events) if device.type == "cpu" else _gpu_parts(events, device)
-    if not found:
+    parts = _cpu_parts(events) if device.type == "cpu" else _gpu_parts(events, device)
+    if not parts:
         raise ProfileError(f"the profiler recorded no {STEP!r}")
     us: defaultdict[tuple[str, str, str], float] = defaultdict(float)
     calls: Counter[tuple[str, str, str]] = Counter()
-    for *key, time_us, n_calls in found:
+    for *key, time_us, n_calls in parts:
         us[tuple(key)] += time_us  # type: ignore[index]
         calls[tuple(key)] += n_calls  # type: ignore[index]
     parts = [Part(*key, ms=us[key] / 1000 / n_steps, calls=calls[key] / n_steps) for key in us]
@@ -123,17 +123,17 @@ def parts_of(events: Sequence[FunctionEvent], device: torch.device, n_steps: int
 
 def _cpu_parts(events: Sequence[FunctionEvent]) -> list[tuple[str, str, str, float, int]]:
     """Category, operator, "", self time in µs, and 1 for a call, of every event of a step."""
-    found = []
+    parts = []
     for event in events:
         names = list(_names(event))
         if event.device_type != DeviceType.CPU or event.is_async or names[-1] != STEP:
             continue
         category = category_of(names)
         if category != OPTIMIZER and not is_operator(event.name):
-            found.append((BETWEEN, "Python and autograd", "", event.self_cpu_time_total, 0))
+            parts.append((BETWEEN, "Python and autograd", "", event.self_cpu_time_total, 0))
         else:
-            found.append((category, event.name, "", event.self_cpu_time_total, 1))
-    return found
+            parts.append((category, event.name, "", event.self_cpu_time_total, 1))
+    return parts
 
 
 def _gpu_parts(events: Sequence[FunctionEvent], device: torch.device) -> list[tuple[str, str, str, float, int]]:
@@ -155,13 +155,13 @@ def _gpu_parts(events: Sequence[FunctionEvent], device: torch.device) -> list[tu
             launched_by[launched.name, launched.duration].append(event)
     spans = [(kernel.time_range.start, kernel.time_range.end) for kernel in kernels]
     busy = exclusive_times(spans)
-    found = []
+    parts = []
     for kernel, (start, end), time_us in zip(kernels, spans, busy, strict=True):
         operators = launched_by[kernel.name, end - start]
         names = list(_names(operators.pop())) if operators else []
-        found.append((category_of([kernel.name, *names]), names[0] if names else "", kernel.name, time_us, 1))
+        parts.append((category_of([kernel.name, *names]), names[0] if names else "", kernel.name, time_us, 1))
     span = max(end for _, end in spans) - min(start for start, _ in spans)
-    return [*found, (IDLE, "", "", span - sum(busy), 0)]
+    return [*parts, (IDLE, "", "", span - sum(busy), 0)]
 
 
 def exclusive_times(spans: Sequence[tuple[float, float]]) -> list[float]:

@@ -18,7 +18,7 @@ from resnet_fast.study.runs import GRADIENT_IMAGES, EpochRow, GradientRow, Train
 from resnet_fast.study.settings import SkipStudy
 from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.recipes import RECIPE_FIELDS
-from resnet_fast.training.run_folder import describe
+from resnet_fast.training.run_folder import run_settings
 
 NAMES = ("skip.png", "skip.csv", "gradients.csv", "config.json")
 # Of what config.json of a training run holds, that which a study has, too.
@@ -53,7 +53,7 @@ class StudyFolder:
     def describe(self) -> dict[str, Any]:
         """Return what config.json holds."""
         study = self.study
-        found = describe(study.config, self.dataset, self.augmentation)
+        settings = run_settings(study.config, self.dataset, self.augmentation)
         return {
             "study": "skip",
             "networks": [network.name for network in study.networks],
@@ -61,7 +61,7 @@ class StudyFolder:
             "seeds": list(study.seeds),
             "image_size": self.dataset.train.size[0],
             "gradient_images": min(GRADIENT_IMAGES, len(self.dataset.train)),
-            **{name: found[name] for name in DESCRIBED},
+            **{name: settings[name] for name in DESCRIBED},
         }
 
     def write_tables(self, done: Sequence[Trained]) -> None:

@@ -39,12 +39,12 @@ def last_epochs(rows: Sequence[EpochRow], network: str) -> list[EpochRow]:
 
 def compare(rows: Sequence[EpochRow], shallow: str, deep: str) -> Comparison:
     """Compare the training errors of two networks that were trained with the same seeds."""
-    found = [[100 * row.train_error for row in last_epochs(rows, name)] for name in (shallow, deep)]
-    difference = Spread.of([b - a for a, b in zip(*found, strict=True)])
+    errors = [[100 * row.train_error for row in last_epochs(rows, name)] for name in (shallow, deep)]
+    difference = Spread.of([b - a for a, b in zip(*errors, strict=True)])
     order: Order = "as well as"
     if abs(difference.mean) >= LEAST_DIFFERENCE and abs(difference.mean) > difference.std:
         order = "worse than" if difference.mean > 0 else "better than"
-    return Comparison(order, Spread.of(found[0]), Spread.of(found[1]), difference)
+    return Comparison(order, Spread.of(errors[0]), Spread.of(errors[1]), difference)
 
 
 def format_table(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
@@ -78,11 +78,11 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
         return _format_one_seed(rows, pairs)
     lines, orders = [], []
     for small, large in pairs:
-        found = compare(rows, small, large)
-        orders.append(found.order)
+        pair = compare(rows, small, large)
+        orders.append(pair.order)
         lines += textwrap.wrap(
-            f"{large} trains {found.order} {small}: {found.deep.mean:.2f} % against {found.shallow.mean:.2f} % "
-            f"training error, a difference of {found.difference.mean:+.2f} ± {found.difference.std:.2f} points.",
+            f"{large} trains {pair.order} {small}: {pair.deep.mean:.2f} % against {pair.shallow.mean:.2f} % "
+            f"training error, a difference of {pair.difference.mean:+.2f} ± {pair.difference.std:.2f} points.",
             WIDTH,
         )
     without, with_them = (order == "worse than" for order in orders)
@@ -101,9 +101,9 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
 def _format_one_seed(rows: Sequence[EpochRow], pairs: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for small, large in pairs:
-        found = compare(rows, small, large)
+        pair = compare(rows, small, large)
         lines.append(
-            f"{large} has {found.deep.mean:.2f} % training error, {small} {found.shallow.mean:.2f} %: "
-            f"{found.difference.mean:+.2f} points."
+            f"{large} has {pair.deep.mean:.2f} % training error, {small} {pair.shallow.mean:.2f} %: "
+            f"{pair.difference.mean:+.2f} points."
         )
     return [*lines, "One seed tells nothing about the spread: whether depth hurts takes several."]

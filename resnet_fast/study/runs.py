@@ -14,7 +14,7 @@ from resnet_fast.study.gradients import gradient_norms
 from resnet_fast.study.settings import Network, SkipStudy
 from resnet_fast.training.loop import run_epoch
 from resnet_fast.training.prepare import Run, augmentation_of, torch_settings
-from resnet_fast.training.processes import Processes, join
+from resnet_fast.training.processes import Processes, connect
 from resnet_fast.training.random_state import seed_everything
 from resnet_fast.training.reporter import Reporter
 from resnet_fast.training.step import TrainingStep
@@ -68,7 +68,7 @@ def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator
     """
     dataset = study.load() if dataset is None else dataset
     augmentation = augmentation_of(study.config, dataset)
-    with join(study.config.device) as processes, torch_settings(study.config, processes.device):
+    with connect(study.config.device) as processes, torch_settings(study.config, processes.device):
         own = dataset.to(processes.device)
         for seed in study.seeds:
             for network in study.networks:
@@ -102,8 +102,8 @@ def train_one(
 
     measure("start")
     for epoch in range(1, config.epochs + 1):
-        found = run_epoch(run, epoch)
-        errors = 1 - found.train_accuracy, 1 - found.test_accuracy
-        epochs.append(EpochRow(network.name, seed, epoch, *errors, found.seconds))
+        metrics = run_epoch(run, epoch)
+        errors = 1 - metrics.train_accuracy, 1 - metrics.test_accuracy
+        epochs.append(EpochRow(network.name, seed, epoch, *errors, metrics.seconds))
     measure("end")
     return Trained(network, seed, tuple(epochs), tuple(gradients))

@@ -111,17 +111,17 @@ def _what_else(data: bytes) -> str:
 
 def _copy(path: Path, copy: Path) -> None:
     """Give a file a second name, or, where the file system has no links, copy it; whole at every moment."""
-    link = unfinished_name(copy)
+    temporary = unfinished_name(copy)
     try:
-        os.link(path, link)
+        os.link(path, temporary)
     except OSError:
         with open(path, "rb") as source, whole_file(copy) as file:
             shutil.copyfileobj(source, file)
         return
     try:
-        os.replace(link, copy)
+        os.replace(temporary, copy)
     finally:
-        link.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
+        temporary.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
 
 
 def _to_cpu(state: Any) -> Any:

@@ -182,10 +182,10 @@ def choose_device(name: "str | torch.device") -> "torch.device":
     Raises:
         ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
     """
-    found = find_device(name)
+    available = find_device(name)
     import torch
 
-    return torch.device(found)
+    return torch.device(available)
 
 
 def find_device(name: object) -> str:
@@ -209,10 +209,10 @@ def check_device(device: Any) -> "torch.device":
     import torch
 
     try:
-        found = torch.device(device)
+        checked = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device must be a device of torch, got {shown(device)}") from None
-    return choose_device(found) if found.type == "cuda" else found
+    return choose_device(checked) if checked.type == "cuda" else checked
 
 
 def choose_precision(device: "torch.device | str") -> str:

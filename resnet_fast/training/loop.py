@@ -26,7 +26,7 @@ from resnet_fast.training.evaluation import evaluate
 from resnet_fast.training.metrics import EpochMetrics, Result
 from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.prepare import Run, augmentation_of, check_data, load, own_part, prepare, torch_settings
-from resnet_fast.training.processes import Processes, join
+from resnet_fast.training.processes import Processes, connect
 from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.run_folder import RunFolder
@@ -102,14 +102,14 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
     check_type("reporter", reporter, Reporter, type(None))
-    with join(config.device) as processes, torch_settings(config, processes.device):
+    with connect(config.device) as processes, torch_settings(config, processes.device):
         return _run_joined(config, saved, reporter or Reporter(), processes)
 
 
 def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
     """Do so with the other processes; with this frame all that exchanges between them is gone."""
     # Two processes may have named the folder by two seconds, or chosen two precisions on two machines.
-    config = replace(processes.of_first(config), data_dir=config.data_dir, workers=config.workers)
+    config = replace(processes.broadcast(config), data_dir=config.data_dir, workers=config.workers)
     if config.tensorboard:
         need_tensorboard()
     if saved is None:
@@ -118,8 +118,8 @@ def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter,
             processes.first_only(partial(weights_file, config.weights))  # before data are downloaded
     dataset = processes.first_goes_first(lambda: load(config))
     augmentation = augmentation_of(config, dataset)
-    of_first = processes.of_first((dataset.classes, len(dataset.train), len(dataset.test), augmentation))
-    processes.together(lambda: check_data(dataset, augmentation, processes, saved, of_first))
+    expected = processes.broadcast((dataset.classes, len(dataset.train), len(dataset.test), augmentation))
+    processes.together(lambda: check_data(dataset, augmentation, processes, saved, expected))
     folder = RunFolder(config, dataset, augmentation, keep=saved is None or saved.is_newest)
     own = processes.together(lambda: own_part(config, dataset, processes))
     reporter = reporter if processes.is_first else Reporter()
@@ -153,7 +153,7 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     for epoch in range(n_before + 1, config.epochs + 1):
         # The first epoch always begins, of a run that goes on, too: else it would never end.
         if config.time_budget and epoch > n_before + 1:
-            if processes.of_first(time.perf_counter() - start + epoch_seconds > config.time_budget):
+            if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
                 processes.first_only(partial(folder.write_tables, history, is_last=True))
                 break
         began = time.perf_counter()
@@ -178,7 +178,7 @@ def _end(run: Run, folder: RunFolder) -> float | None:
     test = run.dataset.test
     if run.processes.size > 1:
         test = folder.dataset.test.to(run.processes.device, run.config.images)
-    found = predict_split(
+    predictions = predict_split(
         run.tested,
         test,
         folder.augmentation.mean,
@@ -187,15 +187,15 @@ def _end(run: Run, folder: RunFolder) -> float | None:
         precision=run.config.precision,
         flip=folder.dataset.flip and run.config.flip != "none",
     )
-    folder.write_end(found)
-    return found.flip_accuracy
+    folder.write_end(predictions)
+    return predictions.flip_accuracy
 
 
 def _restore(run: Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
     """Set the run back to the checkpoint, and return the epochs until there."""
     run.processes.together(partial(_set_back, run, checkpoint))
     history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
-    run.processes.together(partial(_check_same_epoch, len(history), run.processes.of_first(len(history))))
+    run.processes.together(partial(_check_same_epoch, len(history), run.processes.broadcast(len(history))))
     run.step.n_done = len(history) * len(run.loader)  # among another number of processes it may be another
     return history
 
@@ -217,10 +217,10 @@ def _set_back(run: Run, checkpoint: dict[str, Any]) -> None:
         raise ResumeError(f"the checkpoint in {run.config.out} does not fit its settings: {one_line(error)}") from error
 
 
-def _check_same_epoch(n_done: int, of_first: int) -> None:
+def _check_same_epoch(n_done: int, expected: int) -> None:
     """Raise ResumeError unless all processes read the same checkpoint."""
-    if n_done != of_first:
-        raise ResumeError(f"this process has read a checkpoint of epoch {n_done}, the first one that of {of_first}")
+    if n_done != expected:
+        raise ResumeError(f"this process has read a checkpoint of epoch {n_done}, the first one that of {expected}")
 
 
 def run_epoch(run: Run, epoch: int) -> EpochMetrics:
@@ -270,9 +270,9 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
         n_correct += output.n_correct
         done = i + 1
         if done % CHECK_EVERY[device.type] == 0 or done == len(sizes):
-            of_all = processes.sum(losses[checked:done]).double().cpu()
-            check_is_finite(of_all, epoch, checked, step.model, lr)
-            total_loss += float((of_all * sizes[checked:done]).sum())
+            global_losses = processes.sum(losses[checked:done]).double().cpu()
+            check_is_finite(global_losses, epoch, checked, step.model, lr)
+            total_loss += float((global_losses * sizes[checked:done]).sum())
             checked, n_images = done, float(sizes[:done].sum())
             accuracy = int(processes.sum(n_correct)) / n_images
             seconds = max(time.perf_counter() - began, 1e-9)

@@ -91,15 +91,15 @@ class Setting:
 
 
 @cache
-def settings_of(described: type) -> dict[str, Setting]:
+def settings_of(cls: type) -> dict[str, Setting]:
     """Return the settings of a dataclass whose fields are described as above, by name."""
-    found, hints = {}, get_type_hints(described, include_extras=True)
-    for field in fields(described):
+    settings, hints = {}, get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
         annotated, *notes, text = get_args(hints[field.name])
         kinds = get_args(annotated) or (annotated,)
         (kind,) = (kind for kind in kinds if kind is not NoneType)
         rule = next((note for note in notes if isinstance(note, Rule)), None) or BY_TYPE[kind]
-        found[field.name] = Setting(
+        settings[field.name] = Setting(
             field.name, kind, rule, text, field.default, NoneType in kinds, may_move=MAY_MOVE in notes
         )
-    return found
+    return settings

@@ -22,7 +22,7 @@ from resnet_fast.training.network import make_network, whiten_stem
 from resnet_fast.training.processes import Processes
 from resnet_fast.training.random_state import seed_everything
 from resnet_fast.training.reporter import Reporter
-from resnet_fast.training.run_folder import describe
+from resnet_fast.training.run_folder import run_settings
 from resnet_fast.training.saved_run import ResumeError, SavedRun
 from resnet_fast.training.step import TrainingStep
 from resnet_fast.training.weights import Origin, load_weights
@@ -53,10 +53,10 @@ def load(config: TrainConfig) -> ImageDataset:
 
 
 def check_data(
-    dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, of_first: tuple
+    dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, expected: tuple
 ) -> None:
     """Raise unless the data are the same in all processes, suffice for them and, of a resumed run, are as before."""
-    if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != of_first:
+    if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != expected:
         raise DataError(f"the data of process {processes.rank} are not those of process 0")
     if len(dataset.test) < processes.size:
         raise ValueError(f"each process must have an image to test, got {len(dataset.test)} for {processes.size}")
@@ -167,7 +167,8 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmentation) -> None:
     """Raise ResumeError if the data set is not the one that config.json describes."""
-    now = json.loads(json.dumps(describe(saved.config, dataset, augmentation)))  # tuples become lists, as in the file
+    # Through JSON, as in the file: tuples become lists.
+    now = json.loads(json.dumps(run_settings(saved.config, dataset, augmentation)))
     path = saved.config.out / "config.json"
     before = saved.description
     if unlike := difference(now["classes"], before["classes"], "the data set", "config.json"):

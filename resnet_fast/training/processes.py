@@ -111,7 +111,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def of_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the first process's value."""
         if self.size == 1:
             return value
@@ -194,10 +194,10 @@ class Processes:
 
 
 @contextmanager
-def join(device_name: str) -> Iterator[Processes]:
+def connect(device_name: str) -> Iterator[Processes]:
     """Join the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; alone without it.
 
-    Within another `join`, or where torch.distributed is initialized already, the processes stay joined at the end.
+    Within another `connect`, or where torch.distributed is initialized already, the processes stay joined at the end.
 
     Args:
         device_name: "cpu", "cuda" or "cuda:N"; on several processes each takes the GPU of its number on its machine.

@@ -61,7 +61,7 @@ class RunFolder:
             FileExistsError: the folder holds something already.
         """
         check_is_free(self.config.out)
-        values = describe(self.config, self.dataset, self.augmentation)
+        values = run_settings(self.config, self.dataset, self.augmentation)
         if weights_sha256 is not None:
             values["weights_sha256"] = weights_sha256
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -133,10 +133,10 @@ class RunFolder:
             n_test, augmented = len(self.dataset.test), not self.augmentation.changes_nothing
             draw_curves(file, history, self.title, self.config.epochs, n_test, kind, augmented)
 
-    def write_end(self, found: Predictions) -> None:
+    def write_end(self, predictions: Predictions) -> None:
         """Write confusion.png and mistakes.png, of what the network says about the test images after the last epoch."""
         kind = "validation" if self.config.holdout else "test"
-        write_pictures(self.config.out, found, self.dataset.classes, f"{self.title}, {kind} images")
+        write_pictures(self.config.out, predictions, self.dataset.classes, f"{self.title}, {kind} images")
 
     @property
     def title(self) -> str:
@@ -144,7 +144,7 @@ class RunFolder:
         return f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
 
 
-def describe(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation) -> dict[str, Any]:
+def run_settings(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation) -> dict[str, Any]:
     """Return what config.json holds."""
     device = torch.device(config.device)
     return {

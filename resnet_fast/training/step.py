@@ -235,7 +235,7 @@ class TrainingStep:
 
     def _tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
-        state = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
+        state = [value for parameter_state in self.optimizer.state.values() for value in parameter_state.values()]
         averages = [] if self.average is None else self.average.tensors()
         return [*self.model.state_dict().values(), *(v for v in state if isinstance(v, Tensor)), *averages]
 

@@ -54,23 +54,23 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         del outputs
     if problem.operation == "batch norm":
         exact = exact_batch_norm(first)
-        found = _batch_norms(problem, first)
+        candidates = _batch_norms(problem, first)
     elif problem.operation == "batch norm backward":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, first.dy)
-        found = _batch_norms_backward(problem, first)
+        candidates = _batch_norms_backward(problem, first)
     elif problem.operation == "convolution":
         exact, terms = exact_convolution(first)
-        found = _convolutions(problem)
+        candidates = _convolutions(problem)
     elif problem.operation == "data gradient":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
-        found = _data_gradients(problem)
+        candidates = _data_gradients(problem)
     else:
         exact, terms = exact_weight_gradient(first)
-        found = _weight_gradients(problem)
+        candidates = _weight_gradients(problem)
     pairs = list(zip(sets, saved, strict=True))
-    return Prepared(exact, {choice: _candidate(of, pairs) for choice, of in found.items()}, terms)
+    return Prepared(exact, {choice: _candidate(of, pairs) for choice, of in candidates.items()}, terms)
 
 
 def _candidate(of: Implementation, pairs: list[tuple[Inputs, Saved | None]]) -> Candidate:
@@ -86,13 +86,13 @@ def _batch_norms(problem: Problem, first: Inputs) -> dict[Choice, Implementation
     def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
         return {"y": outputs.y}
 
-    found = {
+    candidates = {
         Choice(TWO_PASSES): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True), named),
         Choice(REVERSED): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True, reverse=True), named),
     }
     if single_read.fits(first.x, problem.operation, problem.join):
-        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.forward(*_batch_norm(i), True), named)
-    return found
+        candidates[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.forward(*_batch_norm(i), True), named)
+    return candidates
 
 
 def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tensor]]:
@@ -116,10 +116,10 @@ def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Imple
         training = (True, join == "bn")
         return Implementation(lambda i, s: launch.backward(*arguments(i, s), *training, reverse=reverse), named)
 
-    found = {Choice(TWO_PASSES): two_passes(False), Choice(REVERSED): two_passes(True)}
+    candidates = {Choice(TWO_PASSES): two_passes(False), Choice(REVERSED): two_passes(True)}
     if single_read.fits(first.x, problem.operation, join):
-        found[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
-    return found
+        candidates[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
+    return candidates
 
 
 def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
@@ -139,7 +139,7 @@ def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
     def named(result: tuple[Tensor, Outputs], inputs: Inputs) -> dict[str, Tensor]:
         return {"y": result[0], "mean": result[1].mean[0]}
 
-    return _of_tiles(problem, cudnn, own, named)
+    return _with_tiles(problem, cudnn, own, named)
 
 
 def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
@@ -148,7 +148,7 @@ def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
 
     def cudnn(inputs: Inputs, saved: Saved | None) -> Gradients:
         assert saved is not None
-        return Gradients(*backward_op(_gradient(inputs, of_input=True), inputs.alias, *saved, *settings))
+        return Gradients(*backward_op(_gradient(inputs, wants_dx=True), inputs.alias, *saved, *settings))
 
     def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Gradients]:
         def run(inputs: Inputs, saved: Saved | None) -> Gradients:
@@ -158,27 +158,27 @@ def _data_gradients(problem: Problem) -> dict[Choice, Implementation]:
 
         return run
 
-    return _of_tiles(problem, cudnn, own, _named_gradients(join))
+    return _with_tiles(problem, cudnn, own, _named_gradients(join))
 
 
 def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
     """In fp32, as the weights are that the optimizer has; cuDNN's are in the type of x before that."""
 
     def cudnn(inputs: Inputs, saved: Saved | None) -> Tensor:
-        return _gradient(inputs, of_input=False).float()
+        return _gradient(inputs, wants_dx=False).float()
 
     def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], Tensor]:
         return lambda inputs, saved: conv3x3.weight_gradient(inputs.x, inputs.dy, tiles, torch.float32)
 
-    return _of_tiles(problem, cudnn, own, lambda dweight, inputs: {"dweight": dweight})
+    return _with_tiles(problem, cudnn, own, lambda dweight, inputs: {"dweight": dweight})
 
 
-def _of_tiles(problem: Problem, cudnn: Callable, own: Callable, named: Callable) -> dict[Choice, Implementation]:
-    found = {Choice(CUDNN): Implementation(cudnn, named)}
-    return found | {Choice(CONV3X3, tiles): Implementation(own(tiles), named) for tiles in tiles_of(problem)}
+def _with_tiles(problem: Problem, cudnn: Callable, own: Callable, named: Callable) -> dict[Choice, Implementation]:
+    candidates = {Choice(CUDNN): Implementation(cudnn, named)}
+    return candidates | {Choice(CONV3X3, tiles): Implementation(own(tiles), named) for tiles in tiles_of(problem)}
 
 
-def _gradient(inputs: Inputs, of_input: bool) -> Tensor:
+def _gradient(inputs: Inputs, wants_dx: bool) -> Tensor:
     """As autograd computes it: one of the convolution's two gradients."""
-    dx, dweight = library_gradients(inputs.dy, inputs.x, inputs.weight, of_input, not of_input)
-    return dx if of_input else dweight  # type: ignore[return-value]
+    dx, dweight = library_gradients(inputs.dy, inputs.x, inputs.weight, wants_dx, not wants_dx)
+    return dx if wants_dx else dweight  # type: ignore[return-value]

@@ -131,8 +131,8 @@ def choose_fastest(default: Choice, milliseconds: Mapping[Choice, float]) -> Cho
 
 def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds: int, clock: Clock) -> Outcome:
     default = DEFAULTS[problem.operation]
-    of_default = _results(prepared.candidates[default])
-    for name, result in of_default.items():
+    default_results = _results(prepared.candidates[default])
+    for name, result in default_results.items():
         error, size = _largest(result.double() - prepared.exact[name]), _largest(prepared.exact[name])
         if not error <= MAX_ERROR_OF_DEFAULT * (size + prepared.terms.get(name, 0.0)):
             raise RuntimeError(f"the default's {name} is off by {error:.3g} of {size:.3g} in {problem}")
@@ -141,7 +141,7 @@ def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds:
         if choice == default:
             continue
         try:
-            complaint = _complaint(_results(candidate), of_default, prepared)
+            complaint = _complaint(_results(candidate), default_results, prepared)
             candidate.run()  # as it will be timed, for what fails then to fail here
         except torch.OutOfMemoryError:
             raise
@@ -153,18 +153,18 @@ def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds:
         else:
             right[choice] = candidate.run
     times = clock(right, device, rounds, WARM_UP, hide_launches=True)
-    milliseconds = {choice: percentiles(of_choice)[1] for choice, of_choice in times.items()}
+    milliseconds = {choice: percentiles(choice_times)[1] for choice, choice_times in times.items()}
     return Outcome(problem, Measured(choose_fastest(default, milliseconds), milliseconds), wrong, failed)
 
 
-def _complaint(results: Mapping[str, Tensor], of_default: Mapping[str, Tensor], prepared: Prepared) -> str:
+def _complaint(results: Mapping[str, Tensor], default_results: Mapping[str, Tensor], prepared: Prepared) -> str:
     """What is wrong, or nothing: the error against fp64 may be 2 x the default's, a rounding, and those of a sum."""
     for name, exact in prepared.exact.items():
         result = results[name]
         if result.shape != exact.shape:
             return f"{name} must have shape {tuple(exact.shape)}, got {tuple(result.shape)}"
         rounding, rounding_of_sums = (torch.finfo(dtype).eps / 2 for dtype in (result.dtype, accumulation_type(result)))
-        allowed = 2 * _largest(of_default[name].double() - exact) + rounding * _largest(exact)
+        allowed = 2 * _largest(default_results[name].double() - exact) + rounding * _largest(exact)
         allowed += ROUNDINGS * rounding_of_sums * prepared.terms.get(name, 0.0)
         error = _largest(result.double() - exact)
         if not error <= allowed < math.inf:  # NaN is not

@@ -38,12 +38,12 @@ class _Convolutions(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[_Convolution] = []
+        self.seen: list[_Convolution] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.conv2d and has_kernels(*args, **(kwargs or {})):
-            self.found.append(_Convolution(args[0], result))
+            self.seen.append(_Convolution(args[0], result))
         return result
 
 
@@ -64,18 +64,18 @@ def find_problems(
     """
     check_name(model)
     stem = stem or MODELS[model].stems[0]
-    found = [problem for size in batch_sizes for problem in _of_step(model, stem, size, image_size, dtype)]
+    problems = [problem for size in batch_sizes for problem in _step_problems(model, stem, size, image_size, dtype)]
     order = list(IMPLEMENTATIONS)
-    return sorted(dict.fromkeys(found), key=lambda problem: (problem.n_images, order.index(problem.operation)))
+    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.n_images, order.index(problem.operation)))
 
 
-def _of_step(model: str, stem: str, n_images: int, image_size: int, dtype: str) -> list[Problem]:
+def _step_problems(model: str, stem: str, n_images: int, image_size: int, dtype: str) -> list[Problem]:
     convolutions, norms = _run(model, stem, n_images, image_size)
     normalized, made_by = {id(norm.x) for norm in norms}, {id(norm.y): norm for norm in norms}
-    found = []
+    problems = []
 
     def note(operation: Operation, x: Tensor, y: Tensor, join: str = "none", fork: bool = False) -> None:
-        found.append(Problem(operation, dtype, n_images, x.shape[1], y.shape[1], x.shape[3], join, fork))
+        problems.append(Problem(operation, dtype, n_images, x.shape[1], y.shape[1], x.shape[3], join, fork))
 
     for x, y in convolutions:
         if id(y) not in normalized:
@@ -88,7 +88,7 @@ def _of_step(model: str, stem: str, n_images: int, image_size: int, dtype: str) 
         if x.dim() == 4 and x.shape[2] == x.shape[3]:
             note("batch norm", x, y, join)  # with a fork it computes the same
             note("batch norm backward", x, y, join, fork)
-    return found
+    return problems
 
 
 def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_Convolution], list[_Norm]]:
@@ -102,10 +102,10 @@ def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_C
             _watch(module, norms)
     with _Convolutions() as convolutions:
         network.train()(images)
-    return convolutions.found, norms
+    return convolutions.seen, norms
 
 
-def _watch(norm: FusedBatchNorm2d, found: list[_Norm]) -> None:
+def _watch(norm: FusedBatchNorm2d, seen: list[_Norm]) -> None:
     """Note every pass of a batch norm. A hook would make the network run unfused; this the blocks do not see."""
     fused = norm.fused
 
@@ -113,7 +113,7 @@ def _watch(norm: FusedBatchNorm2d, found: list[_Norm]) -> None:
         y = fused(x, residual, residual_norm, **settings)
         join = "none" if residual is None else "add" if residual_norm is None else "bn"
         fork = settings.get("fork", False)
-        found.append(_Norm(x, y[0] if fork else y, join, fork))
+        seen.append(_Norm(x, y[0] if fork else y, join, fork))
         return y
 
     norm.fused = noted  # type: ignore[method-assign]

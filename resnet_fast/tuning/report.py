@@ -27,12 +27,12 @@ def format_outcome(outcome: Outcome) -> list[str]:
     choice, milliseconds = outcome.measured
     default, fastest = milliseconds[DEFAULTS[outcome.problem.operation]], min(milliseconds.values())
     times = f"{default:>7.4g} ms{fastest:>7.4g} ms{default / fastest:>7.2f}x"
-    lines = [f"{shape}{times}  {describe(choice)}"]
+    lines = [f"{shape}{times}  {format_choice(choice)}"]
     for wrong, complaint in outcome.wrong.items():
-        lines += fold(f"{INDENT}BUG: {describe(wrong)} is wrong and is not chosen: {complaint}; please report it")
+        lines += fold(f"{INDENT}BUG: {format_choice(wrong)} is wrong and is not chosen: {complaint}; please report it")
     if outcome.failed:
         first, reason = next(iter(outcome.failed.items()))
-        lines += fold(f"{INDENT}{len(outcome.failed)} cannot run here, such as {describe(first)}: {reason}")
+        lines += fold(f"{INDENT}{len(outcome.failed)} cannot run here, such as {format_choice(first)}: {reason}")
     return lines
 
 
@@ -46,7 +46,7 @@ def format_end(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def describe(choice: Choice) -> str:
+def format_choice(choice: Choice) -> str:
     """A choice in at most 22 columns; the other settings of tiles are in the file."""
     if choice.tiles is None:
         return choice.implementation
