@@ -21,7 +21,7 @@ from .tile_access import (
 
 
 @triton.jit
-def recompute_drop(x, y_type: tl.constexpr, mean, scale, bias):
+def recompute_relu_mask(x, y_type: tl.constexpr, mean, scale, bias):
     """Where ReLU closed, from x: the forward's expression and rounding (B1)."""
     return normalize(x, mean, scale, bias).to(y_type).to(x.dtype) <= 0.0
 
@@ -68,16 +68,16 @@ def reduce_kernel(
     offs_c = first_channel + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
     offs_m = tl.arange(0, BLOCK_M)
-    of_group = group * n_channels + offs_c
+    group_offs_c = group * n_channels + offs_c
     n_own = tl.minimum(end - first_row, rows_per_split).to(tl.int32)
-    mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
-    rstd = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type)
+    mean = load_channel(mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
     if RELU and relu_mask_ptr is None:
         scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_ptr is not None:
-        residual_mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
-        residual_rstd = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type)
+        residual_mean = load_channel(residual_mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+        residual_rstd = load_channel(residual_rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
         sum_dz_rhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     sum_dz = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
     sum_dz_xhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
@@ -93,7 +93,7 @@ def reduce_kernel(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_type)
         if RELU:
             if relu_mask_ptr is None:
-                drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
+                relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
             else:
                 bytes_at, valid = bit_offsets(
                     first_row + start,
@@ -107,8 +107,8 @@ def reduce_kernel(
                     BLOCK_C,
                 )
                 packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
-                drop = unpack_bits(packed, CHANNELS_LAST, BLOCK_M, BLOCK_C)
-            dz = tl.where(drop, 0.0, dz)
+                relu_mask = unpack_bits(packed, CHANNELS_LAST, BLOCK_M, BLOCK_C)
+            dz = tl.where(relu_mask, 0.0, dz)
         if dz_ptr is not None:
             tl.store(dz_ptr + offsets, dz, mask=mask)
         sum_dz += dz
@@ -245,21 +245,21 @@ def input_gradients_kernel(
     index = program_index(REVERSED)
     group, first_row, end = locate(index // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
     offs_c = (index % n_channel_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    of_group = group * n_channels + offs_c
+    group_offs_c = group * n_channels + offs_c
     mask_c = offs_c < n_channels
     mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
     offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
 
     dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
-    mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
-    rstd = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type)
+    mean = load_channel(mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+    rstd = load_channel(rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    sum_dz = load_channel(sum_dz_ptr, of_group, mask_c, 0.0, acc_type)
-    sum_dz_xhat = load_channel(sum_dz_xhat_ptr, of_group, mask_c, 0.0, acc_type)
+    sum_dz = load_channel(sum_dz_ptr, group_offs_c, mask_c, 0.0, acc_type)
+    sum_dz_xhat = load_channel(sum_dz_xhat_ptr, group_offs_c, mask_c, 0.0, acc_type)
     if RELU:
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
-        dz = tl.where(recompute_drop(x, x_ptr.dtype.element_ty, mean, rstd * weight, bias), 0.0, dz)
+        dz = tl.where(recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, rstd * weight, bias), 0.0, dz)
     if rows_per_group is not None:
         start, _ = group_of_rows(group, n_rows, rows_per_group)
         n_rows = end - start
@@ -268,9 +268,9 @@ def input_gradients_kernel(
 
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
-        mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
-        rstd = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type)
+        mean = load_channel(residual_mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+        rstd = load_channel(residual_rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
         weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        sum_dz_rhat = load_channel(sum_dz_rhat_ptr, of_group, mask_c, 0.0, acc_type)
+        sum_dz_rhat = load_channel(sum_dz_rhat_ptr, group_offs_c, mask_c, 0.0, acc_type)
         dresidual = input_gradient(dz, residual, mean, rstd, weight, sum_dz, sum_dz_rhat, n_rows, RESIDUAL_TRAINING)
         tl.store(dresidual_ptr + offsets, dresidual, mask=mask)

@@ -232,7 +232,7 @@ def combine_statistics_kernel(
         running_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(acc_type)
 
     for group in range(0, n_groups):
-        of_group = (tl.full([], 0, tl.int64) + group) * n_channels + offs_c
+        group_offs_c = (tl.full([], 0, tl.int64) + group) * n_channels + offs_c
         if TRAINING:
             start, end = group_of_rows(group, n_rows, rows_per_group)
             if rows_per_group is None:
@@ -264,12 +264,12 @@ def combine_statistics_kernel(
                 )
                 done = todo & (is_finite(m2).to(tl.int32) | rescue)
                 mean = (mean / unit + pivot) + lost / unit
-                tl.store(mean_ptr + of_group, mean, mask=done > 0)
+                tl.store(mean_ptr + group_offs_c, mean, mask=done > 0)
                 rstd = unit / tl.sqrt(m2 / group_rows + epsilon * unit * unit)
-                tl.store(rstd_ptr + of_group, rstd, mask=done > 0)
+                tl.store(rstd_ptr + group_offs_c, rstd, mask=done > 0)
                 if var_ptr is not None:
                     variance = (m2 / group_rows).to(var_ptr.dtype.element_ty)
-                    tl.store(var_ptr + of_group, variance / unit / unit, mask=done > 0)
+                    tl.store(var_ptr + group_offs_c, variance / unit / unit, mask=done > 0)
                 if running_mean_ptr is not None:
                     new = tl.full([], momentum, acc_type)
                     old = tl.full([], 1.0 - momentum, acc_type)
@@ -279,8 +279,8 @@ def combine_statistics_kernel(
                 todo -= done
                 rescue = 1
         else:
-            tl.store(mean_ptr + of_group, running_mean, mask=mask_c)
-            tl.store(rstd_ptr + of_group, 1.0 / tl.sqrt(running_var + epsilon), mask=mask_c)
+            tl.store(mean_ptr + group_offs_c, running_mean, mask=mask_c)
+            tl.store(rstd_ptr + group_offs_c, 1.0 / tl.sqrt(running_var + epsilon), mask=mask_c)
 
     if TRAINING and running_mean_ptr is not None:
         tl.store(running_mean_ptr + offs_c, running_mean, mask=mask_c)
@@ -325,7 +325,7 @@ def normalize_kernel(
     group, first_row, end = locate(index // n_channel_tiles, BLOCK_M, n_rows, rows_per_group)
     first_channel = (index % n_channel_tiles) * BLOCK_C
     offs_c = first_channel + tl.arange(0, BLOCK_C)
-    of_group = group * n_channels + offs_c
+    group_offs_c = group * n_channels + offs_c
     mask_c = offs_c < n_channels
     mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
     offsets = tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST, BLOCK_M)
@@ -333,14 +333,14 @@ def normalize_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=LAST_USE).to(acc_type)
-    mean = load_channel(mean_ptr, of_group, mask_c, 0.0, acc_type)
-    scale = load_channel(rstd_ptr, of_group, mask_c, 0.0, acc_type) * load_channel(
+    mean = load_channel(mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+    scale = load_channel(rstd_ptr, group_offs_c, mask_c, 0.0, acc_type) * load_channel(
         weight_ptr, offs_c, mask_c, 1.0, acc_type
     )
     z = normalize(x, mean, scale, load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type))
     if residual_mean_ptr is not None:
-        mean = load_channel(residual_mean_ptr, of_group, mask_c, 0.0, acc_type)
-        scale = load_channel(residual_rstd_ptr, of_group, mask_c, 0.0, acc_type) * load_channel(
+        mean = load_channel(residual_mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
+        scale = load_channel(residual_rstd_ptr, group_offs_c, mask_c, 0.0, acc_type) * load_channel(
             residual_weight_ptr, offs_c, mask_c, 1.0, acc_type
         )
         residual = normalize(residual, mean, scale, load_channel(residual_bias_ptr, offs_c, mask_c, 0.0, acc_type))
@@ -350,7 +350,7 @@ def normalize_kernel(
     # The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
     y = z.to(y_ptr.dtype.element_ty).to(acc_type)
     if RELU:
-        drop = y <= 0.0
+        relu_mask = y <= 0.0
         if relu_mask_ptr is not None:
             bytes_at, valid = bit_offsets(
                 first_row,
@@ -363,6 +363,6 @@ def normalize_kernel(
                 BLOCK_M,
                 BLOCK_C,
             )
-            tl.store(relu_mask_ptr + bytes_at, pack_bits(drop, CHANNELS_LAST, BLOCK_M, BLOCK_C), mask=valid)
-        y = tl.where(drop, 0.0, y)
+            tl.store(relu_mask_ptr + bytes_at, pack_bits(relu_mask, CHANNELS_LAST, BLOCK_M, BLOCK_C), mask=valid)
+        y = tl.where(relu_mask, 0.0, y)
     tl.store(y_ptr + offsets, y, mask=mask)

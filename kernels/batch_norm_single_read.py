@@ -10,7 +10,7 @@ batch_norm_backward.py; channels_last, one group, batch statistics.
 import triton
 import triton.language as tl
 
-from .batch_norm_backward import input_gradient, recompute_drop, sum_splits
+from .batch_norm_backward import input_gradient, recompute_relu_mask, sum_splits
 from .batch_norm_forward import UNIT, is_finite, load_pivot, merge_lanes, merge_splits
 from .tile_access import bit_offsets, load_channel, normalize, pack_bits, tile_offsets, unpack_bits
 
@@ -294,13 +294,13 @@ def single_read_forward_kernel(
         # The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
         y = z.to(y_ptr.dtype.element_ty)
         if RELU:
-            drop = y.to(acc_type) <= 0.0
+            relu_mask = y.to(acc_type) <= 0.0
             if relu_mask_ptr is not None:
                 bytes_at, valid = bit_offsets(
                     first_row + k * BLOCK_M, first_channel, 0, n_rows, N_CHANNELS, None, True, BLOCK_M, BLOCK_C
                 )
-                tl.store(relu_mask_ptr + bytes_at, pack_bits(drop, True, BLOCK_M, BLOCK_C), mask=valid)
-            y = tl.where(drop, 0.0, y)
+                tl.store(relu_mask_ptr + bytes_at, pack_bits(relu_mask, True, BLOCK_M, BLOCK_C), mask=valid)
+            y = tl.where(relu_mask, 0.0, y)
         tl.store(y_ptr + offsets + k * TILE_STRIDE, y, mask=mask)
 
 
@@ -377,14 +377,14 @@ def single_read_backward_kernel(
         x = x_tiles[k].to(acc_type)
         if RELU:
             if relu_mask_ptr is None:
-                drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
+                relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
             else:
                 bytes_at, valid = bit_offsets(
                     first_row + k * BLOCK_M, first_channel, 0, n_rows, N_CHANNELS, None, True, BLOCK_M, BLOCK_C
                 )
                 packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
-                drop = unpack_bits(packed, True, BLOCK_M, BLOCK_C)
-            dz = tl.where(drop, 0.0, dz)
+                relu_mask = unpack_bits(packed, True, BLOCK_M, BLOCK_C)
+            dz = tl.where(relu_mask, 0.0, dz)
         dz_tiles += (afresh(dz.to(dy_ptr.dtype.element_ty), 0),)
         sum_dz += dz
         sum_dz_xhat += dz * ((x - mean[None, :]) * rstd[None, :])

@@ -9,7 +9,7 @@ Products accumulate in fp32, and the sum is rounded once.
 import triton
 import triton.language as tl
 
-from .batch_norm_backward import recompute_drop
+from .batch_norm_backward import recompute_relu_mask
 from .batch_norm_forward import UNIT, is_finite
 from .tile_access import bit_offsets, known_multiple, load_channel, tile_offsets, unpack_bits
 
@@ -224,7 +224,7 @@ def conv3x3_data_gradient_kernel(
                 if relu_mask_ptr is None:
                     scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
                     bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
-                    drop = recompute_drop(x, x_ptr.dtype.element_ty, mean, scale, bias)
+                    relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
                 else:
                     bytes_at, valid = bit_offsets(
                         wide_row,
@@ -238,8 +238,8 @@ def conv3x3_data_gradient_kernel(
                         BLOCK_N,
                     )
                     packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
-                    drop = unpack_bits(packed, True, BLOCK_M, BLOCK_N)
-                dz = tl.where(drop, 0.0, dz)
+                    relu_mask = unpack_bits(packed, True, BLOCK_M, BLOCK_N)
+                dz = tl.where(relu_mask, 0.0, dz)
             sum_dz += tl.sum(dz, axis=0)
             sum_dz_xhat += tl.sum(dz * ((x - mean[None, :]) * rstd[None, :]), axis=0)
             if residual_ptr is not None:
@@ -303,6 +303,6 @@ def combine_weight_gradient_kernel(partial_ptr, dweight_ptr, n_elements, n_parts
     mask = offsets < n_elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(0, n_parts):
-        of_part = (tl.full([], 0, tl.int64) + part) * n_elements
-        total += tl.load(partial_ptr + of_part + offsets, mask=mask, other=0.0)
+        part_offset = (tl.full([], 0, tl.int64) + part) * n_elements
+        total += tl.load(partial_ptr + part_offset + offsets, mask=mask, other=0.0)
     tl.store(dweight_ptr + offsets, total, mask=mask)

@@ -122,13 +122,13 @@ def bit_offsets(
 
 
 @triton.jit
-def pack_bits(drop, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def pack_bits(relu_mask, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_M, BLOCK_C], true where ReLU closed -> uint8, eight neighbours along the contiguous axis to a byte."""
     if CHANNELS_LAST:
-        bits = tl.reshape(drop.to(tl.int32), [BLOCK_M, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        bits = tl.reshape(relu_mask.to(tl.int32), [BLOCK_M, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
         packed = tl.sum(bits, axis=2)
     else:
-        bits = tl.reshape(drop.to(tl.int32), [BLOCK_M // 8, 8, BLOCK_C]) << tl.arange(0, 8)[None, :, None]
+        bits = tl.reshape(relu_mask.to(tl.int32), [BLOCK_M // 8, 8, BLOCK_C]) << tl.arange(0, 8)[None, :, None]
         packed = tl.sum(bits, axis=1)
     return packed.to(tl.uint8)
 
