@@ -1,8 +1,5 @@
 """What is there, what runs on this machine and why, and what to do where something is missing.
 
-    findings = diagnose("auto")
-    exit_code(findings)  # 0, or 1 if a needed package is missing or broken, or a result is wrong
-
 Nothing on the machine is changed, except that Triton keeps the kernels that it compiles.
 """
 
@@ -11,12 +8,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .. import _torchvision
+from ..common.machine import nvidia_driver
 from ..ops import choice_files
 from ..ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
 from ..training.config import choose_device, choose_precision
@@ -34,7 +31,6 @@ from . import parity
 NEEDED = {"torch": "2.11", "torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
 OPTIONAL = {"matplotlib": "3.8", "rich": "13", "typer": "0.12", "triton": "3.6"}
 OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernels.md)
-NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 INSTALL_TORCH = "choose the build at https://pytorch.org/get-started/locally and run the command shown there"
 DEFAULTS_RUN = "convolutions are cuDNN's, batch norms take two passes"
 
@@ -84,7 +80,7 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """0 where everything that has to work works, else 1."""
+    """Return 1 if a needed package is missing, broken or too old or a result is wrong, else 0."""
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -144,34 +140,18 @@ def find_gpus() -> Iterator[Finding]:
 def find_gpu(index: int) -> Finding:
     """One GPU that torch sees."""
     gpu = torch.cuda.get_device_properties(index)
-    name, value, capability = f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", (gpu.major, gpu.minor)
+    name, value, advice = f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", ""
     if torch.version.hip is not None:
         return Finding(name, f"{value}, {gpu.gcnArchName}")
-    advice = ""
-    if not has_code_for(capability, torch.cuda.get_arch_list()):
+    capability, built_for = (gpu.major, gpu.minor), " ".join(torch.cuda.get_arch_list())
+    targets = [(kind, divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", built_for)]
+    # sm_XY runs on X.Y and later minors of X, compute_XY on everything later.
+    fits = [kind == "compute" or target[0] == gpu.major for kind, target in targets if target <= capability]
+    if targets and not any(fits):
         advice = f"this torch holds no code for it: {INSTALL_TORCH}"
     elif capability < OLDEST_GPU:
         advice = "older than 7.5, for which the kernels are not tested; use --device cpu"
     return Finding(name, f"{value}, compute capability {gpu.major}.{gpu.minor}", advice=advice)
-
-
-def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a CUDA build runs on a GPU: sm_XY runs on X.Y and later minors of X, compute_XY on everything later."""
-    targets = [(kind, divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for))]
-    return not targets or any(
-        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in targets
-    )
-
-
-def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, None where there is none."""
-    if NVIDIA_MODULE.exists() and (match := re.search(r"\s(\d+\.[\d.]+)\s", NVIDIA_MODULE.read_text())):
-        return match[1]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 def find_compiler(device: torch.device) -> Iterator[Finding]:
@@ -267,9 +247,8 @@ def format_finding(finding: Finding) -> list[str]:
     return lines
 
 
-def format_end(findings: Iterable[Finding]) -> str:
+def format_end(findings: Collection[Finding]) -> str:
     """The last line: the result in one sentence."""
-    findings = list(findings)
     if failed := dict.fromkeys(finding.name for finding in findings if not finding.ok and finding.name):
         return f"Something is wrong: {', '.join(failed)}."
     return "What is needed works; see the notes." if any(f.advice for f in findings) else "All is well."

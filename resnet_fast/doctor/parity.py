@@ -14,11 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import batch_norm_add_relu
-from ..ops import reference
+from ..functional import run
+from ..ops import aten, reference
 from ..ops.arguments import BatchNormArgs, accumulation_type
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -90,8 +89,8 @@ def judge(case: object, name: str, error: float, allowed: float) -> Check:
 
 def check_case(case: Case, device: torch.device) -> Iterator[Check]:
     """Check y, every gradient and every running statistic of the fused operation."""
-    ours = compute(case, device, batch_norm_add_relu)
-    eager = compute(case, device, lambda *norm, **residual: add(F.batch_norm, *norm, **residual).relu())
+    ours = compute(case, device, partial(run, relu=True, fork=False))
+    eager = compute(case, device, partial(aten.batch_norm_add_relu, relu=True))
     exact, exact_of_eager = (
         compute(case, device, partial(formula, results["y"] <= 0), torch.float64) for results in (ours, eager)
     )
@@ -123,7 +122,7 @@ def check_step(device: torch.device) -> Iterator[Check]:
 def compute(
     case: Case, device: torch.device, operation: Callable[..., Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return y, every gradient and every running statistic of an operation that is called as `batch_norm_add_relu`.
+    """Return y, every gradient and every running statistic of operation(x, norm, residual, residual_norm).
 
     Each call draws the same values, and computes in fp32 and the case's type, or with these values in `dtype`.
     """
@@ -138,24 +137,19 @@ def compute(
             vector = low + (high - low) * torch.rand(case.shape[1], generator=generator)
             tensors[prefix + name] = vector.to(device, dtype)
         norms.append(BatchNormArgs(*(tensors[prefix + name] for name in RANGES), training=True, momentum=0.3))
-    residual_norm = norms[1] if case.join == "bn" else None
     dy = tensors.pop("dy")
     running = {name: tensor for name, tensor in tensors.items() if "running" in name}
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if name not in running}
-    y = operation(tensors["x"], *norms[0], residual=tensors.get("residual"), residual_norm=residual_norm)
+    y = operation(tensors["x"], norms[0], tensors.get("residual"), norms[1] if case.join == "bn" else None)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
     return {"y": y.detach(), **running, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def add(batch_norm: Callable, x: Tensor, *norm, residual: Tensor | None, residual_norm: BatchNormArgs | None) -> Tensor:
-    if residual_norm is not None:
-        residual = batch_norm(residual, *residual_norm)
-    return batch_norm(x, *norm) + (0 if residual is None else residual)
-
-
-def formula(relu_mask: Tensor, *norm, **residual) -> Tensor:
+def formula(relu_mask: Tensor, x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm) -> Tensor:
     """ReLU's gradient jumps at 0: it counts as closed where the result that is judged is 0."""
-    z = add(exact_batch_norm, *norm, **residual)
+    z = exact_batch_norm(x, *norm)
+    if residual is not None:
+        z = z + (residual if residual_norm is None else exact_batch_norm(residual, *residual_norm))
     open_part = z.masked_fill(relu_mask, 0)
     return open_part + (z.relu() - open_part).detach()
 
