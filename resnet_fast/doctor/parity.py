@@ -73,10 +73,10 @@ def self_check(device: torch.device, half: torch.dtype) -> list[Check]:
     jobs = {str(case): (partial(check_case, case, device), SECONDS_FOR_CASES) for case in cases(half)}
     jobs[TRAINING_STEP] = (partial(check_step, device), SECONDS_BEFORE_STEP)
     checks, begin = [], time.monotonic()
-    for case, (check, latest) in jobs.items():
+    for case, (run_checks, latest) in jobs.items():
         if time.monotonic() - begin < latest:
             try:
-                checks.append(max(check(), key=lambda check: check.share))
+                checks.append(max(run_checks(), key=lambda check: check.share))
             except Exception as error:  # whatever a broken compiler or driver raises
                 checks.append(Check(case, first_line(error), math.inf))
     return checks
