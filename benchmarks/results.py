@@ -13,7 +13,7 @@ import torch
 
 from resnet_fast import __version__
 from resnet_fast.common.files import whole_file
-from resnet_fast.common.machine import device_name, slug, triton_version
+from resnet_fast.common.machine import device_name, nvidia_driver, slug, triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -103,8 +103,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 @cache
 def _driver() -> str:
-    query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return query.splitlines()[0].strip() if query else "unknown"
+    return nvidia_driver() or "unknown"
 
 
 def _output(*command: str) -> str | None:

@@ -2,9 +2,12 @@
 
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
+
+NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 
 
 def device_name(device: torch.device) -> str:
@@ -32,3 +35,14 @@ def triton_version() -> str:
     except ImportError:
         return ""
     return triton.__version__
+
+
+def nvidia_driver() -> str | None:
+    """Return the version of NVIDIA's driver, None where there is none."""
+    if NVIDIA_MODULE.exists() and (match := re.search(r"\s(\d+\.[\d.]+)\s", NVIDIA_MODULE.read_text())):
+        return match[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None

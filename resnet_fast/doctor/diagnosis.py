@@ -1,8 +1,5 @@
 """What is there, what runs on this machine and why, and what to do where something is missing.
 
-    findings = diagnose("auto")
-    exit_code(findings)  # 0, or 1 if a needed package is missing or broken, or a result is wrong
-
 Nothing on the machine is changed, except that Triton keeps the kernels that it compiles.
 """
 
@@ -11,19 +8,19 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from ..common import torchvision_import
+from ..common.machine import nvidia_driver
 from ..ops import choice_files
 from ..ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
 from ..training.config import choose_device, choose_precision
@@ -33,11 +30,8 @@ from . import parity
 # As in pyproject.toml; the library works without the optional ones.
 NEEDED = {"torch": "2.11", "torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
 OPTIONAL = {"matplotlib": "3.8", "rich": "13", "typer": "0.12", "triton": "3.6"}
-MODULES = {"pillow": "PIL"}  # where the import has another name
 OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernels.md)
-NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
 INSTALL_TORCH = "choose the build at https://pytorch.org/get-started/locally and run the command shown there"
-WIDTH, NAME_WIDTH = 80, 14
 DEFAULTS_RUN = "convolutions are cuDNN's, batch norms take two passes"
 
 
@@ -61,10 +55,20 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
     Raises:
         ValueError: there is no such device.
     """
-    findings = []
+    target, findings = choose_device(device), []
+    probes = {
+        "Python": [Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")],
+        **{name: find_package(name, at_least) for name, at_least in (NEEDED | OPTIONAL).items()},
+        "GPU": find_gpus(),
+        "compiler": find_compiler(target),
+        "backend": find_backend(target),
+        "precision": find_precision(target),
+        "tuning": find_tuning(target),
+        "parity": check_parity(target),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of old drivers and GPUs; the findings say so themselves
-        for name, probe in _probes(choose_device(device)).items():
+        for name, probe in probes.items():  # each begins here
             try:
                 for finding in probe:
                     show(finding)
@@ -75,26 +79,8 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
     return findings
 
 
-def _probes(device: torch.device) -> Mapping[str, Iterable[Finding]]:
-    """The probes, which begin when they are iterated over."""
-    python = Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
-    packages = {name: find_package(name, at_least) for name, at_least in (NEEDED | OPTIONAL).items()}
-    return (
-        {"Python": [python]}
-        | packages
-        | {
-            "GPU": find_gpus(),
-            "compiler": find_compiler(device),
-            "backend": find_backend(device),
-            "precision": find_precision(device),
-            "tuning": find_tuning(device),
-            "parity": check_parity(device),
-        }
-    )
-
-
 def exit_code(findings: Iterable[Finding]) -> int:
-    """0 where everything that has to work works, else 1."""
+    """Return 1 if a needed package is missing, broken or too old or a result is wrong, else 0."""
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -106,27 +92,27 @@ def torch_build() -> str:
 
 def find_package(name: str, at_least: str) -> Iterator[Finding]:
     """A package: imported, for only that tells whether it is whole, and not too old."""
-    advice, module_name = f"pip install '{name}>={at_least}'", MODULES.get(name, name)
+    module_name = "PIL" if name == "pillow" else name
+    advice = INSTALL_TORCH if name == "torch" else f"pip install '{name}>={at_least}'"
     try:
         module = importlib.import_module(module_name)
-        value = version = getattr(module, "__version__", None) or metadata.version(name)
-        if name == "torch":
-            value, advice = f"{version}, {torch_build()}", INSTALL_TORCH
-        if _numbers(version) < _numbers(at_least):
-            value += f"; {at_least} or later is needed"
-        else:
+        version = getattr(module, "__version__", None) or metadata.version(name)
+        value = f"{version}, {torch_build()}" if name == "torch" else version
+        # "2.11.0a0+git" is (2, 11), enough to compare.
+        have, need = ([int(n) for n in re.findall(r"\d+", v.partition("+")[0])[:2]] for v in (version, at_least))
+        if have >= need:
             if name == "torchvision" and torchvision_import.schemas is not None:
                 value += "; its compiled operators do not fit this torch, none is used here"
             return (yield Finding(name, value))
+        value += f"; {at_least} or later is needed"
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
         value = "not installed" if missing else f"cannot be imported ({parity.first_line(error)})"
-    finding = Finding(name, value, name not in NEEDED, advice)
-    if name == "triton":  # without it ATen computes the same
-        finding = replace(finding, advice=f"{advice}; until then nothing is fused")
-        if platform.system() != "Linux":
-            finding = Finding(name, f"{value}; it is for Linux, ATen runs here")
-    yield finding
+    if name == "triton" and platform.system() != "Linux":
+        yield Finding(name, f"{value}; it is for Linux, ATen runs here")
+    else:
+        advice += "; until then nothing is fused" if name == "triton" else ""  # ATen computes the same
+        yield Finding(name, value, name not in NEEDED, advice)
 
 
 def find_gpus() -> Iterator[Finding]:
@@ -140,10 +126,10 @@ def find_gpus() -> Iterator[Finding]:
     elif torch_build() == "CPU build":
         yield Finding("GPU", "not usable: this torch is a CPU build", advice=INSTALL_TORCH)
     else:
-        advice = f"update the driver, or take a torch that fits it: {INSTALL_TORCH}"
-        if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-            advice = f"CUDA_VISIBLE_DEVICES={visible!r} is set, which may hide it: unset it"
-        reason = "for a reason that it does not give"
+        reason, visible = "for a reason that it does not give", os.environ.get("CUDA_VISIBLE_DEVICES")
+        advice = f"CUDA_VISIBLE_DEVICES={visible!r} is set, which may hide it: unset it"
+        if visible is None:
+            advice = f"update the driver, or take a torch that fits it: {INSTALL_TORCH}"
         try:
             torch.cuda.init()
         except Exception as error:
@@ -154,33 +140,18 @@ def find_gpus() -> Iterator[Finding]:
 def find_gpu(index: int) -> Finding:
     """One GPU that torch sees."""
     gpu = torch.cuda.get_device_properties(index)
-    value, advice = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", ""
+    name, value, advice = f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", ""
     if torch.version.hip is not None:
-        return Finding(f"cuda:{index}", f"{value}, {gpu.gcnArchName}")
-    if not has_code_for((gpu.major, gpu.minor), torch.cuda.get_arch_list()):
+        return Finding(name, f"{value}, {gpu.gcnArchName}")
+    capability, built_for = (gpu.major, gpu.minor), " ".join(torch.cuda.get_arch_list())
+    targets = [(kind, divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", built_for)]
+    # sm_XY runs on X.Y and later minors of X, compute_XY on everything later.
+    fits = [kind == "compute" or target[0] == gpu.major for kind, target in targets if target <= capability]
+    if targets and not any(fits):
         advice = f"this torch holds no code for it: {INSTALL_TORCH}"
-    elif (gpu.major, gpu.minor) < OLDEST_GPU:
+    elif capability < OLDEST_GPU:
         advice = "older than 7.5, for which the kernels are not tested; use --device cpu"
-    return Finding(f"cuda:{index}", f"{value}, compute capability {gpu.major}.{gpu.minor}", advice=advice)
-
-
-def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a CUDA build runs on a GPU: sm_XY runs on X.Y and later minors of X, compute_XY on everything later."""
-    targets = [(kind, divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for))]
-    return not targets or any(
-        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in targets
-    )
-
-
-def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, None where there is none."""
-    if NVIDIA_MODULE.exists() and (match := re.search(r"\s(\d+\.[\d.]+)\s", NVIDIA_MODULE.read_text())):
-        return match[1]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+    return Finding(name, f"{value}, compute capability {gpu.major}.{gpu.minor}", advice=advice)
 
 
 def find_compiler(device: torch.device) -> Iterator[Finding]:
@@ -228,20 +199,20 @@ def find_tuning(device: torch.device) -> Iterator[Finding]:
         return (yield Finding("tuning", reason))
     if choice_files.is_off():
         return (yield Finding("tuning", f"off: {DEFAULTS_RUN}", advice=f"{choice_files.SWITCH}=0 is set: unset it"))
-    tables = choice_files.find_tables(choice_files.environment_of(device))
-    built_in, own_advice = tables.built_in and tables.built_in.name, "`resnet-fast tune` makes one of your own"
-    if tables.problem:
-        yield Finding("tuning", f"{tables.own} is not used: {tables.problem}", advice=choice_files.AGAIN)
-    if tables.built_in_problem:
-        yield Finding("tuning", f"{tables.built_in} is not used: {tables.built_in_problem}", advice=own_advice)
-    used = [
-        f"{choice_files.count_changed(entries)} of {len(entries)} entries differ from the default, from {source}"
-        for source, entries in ((tables.own, tables.entries), (f"the built-in {built_in}", tables.built_in_entries))
-        if entries
-    ]
+    tables, used, problems = choice_files.find_tables(choice_files.environment_of(device)), [], False
+    for path, is_own, entries, problem in (
+        (tables.own, True, tables.entries, tables.problem),
+        (tables.built_in, False, tables.built_in_entries, tables.built_in_problem),
+    ):
+        if problem:
+            problems, advice = True, choice_files.AGAIN if is_own else "`resnet-fast tune` makes one of your own"
+            yield Finding("tuning", f"{path} is not used: {problem}", advice=advice)
+        elif path and entries:
+            n_changed, source = choice_files.count_changed(entries), path if is_own else f"the built-in {path.name}"
+            used.append(f"{n_changed} of {len(entries)} entries differ from the default, from {source}")
     if used:
         yield Finding("tuning", f"tuned: {'; and '.join(used)}")
-    elif not tables.problem and not tables.built_in_problem:
+    elif not problems:
         yield Finding("tuning", f"not tuned: {DEFAULTS_RUN}", advice="run `resnet-fast tune`")
     if tables.others:
         names = ", ".join(path.name for path in tables.others)
@@ -255,38 +226,29 @@ def check_parity(device: torch.device) -> Iterator[Finding]:
     begin = time.perf_counter()
     checks = parity.self_check(device, half)
     seconds = time.perf_counter() - begin
-    wrong, advice = [check for check in checks if check.share > 1], ""
-    if wrong:
+    if wrong := [check for check in checks if check.share > 1]:
         advice = "do not train on this device; please report it with this output"
         yield Finding("parity", f"{len(wrong)} of {len(checks)} checks failed, in {seconds:.1f} s", False, advice)
         yield from (Finding("", f"{check.case}: {check.result}", ok=False) for check in wrong)
         return
     value = f"right: {len(checks)} of {parity.N_CHECKS} checks, in fp32, {parity.NAMES[half]} and fp64, took at most "
     value += f"{max(check.share for check in checks):.0%} of their error budget; {seconds:.1f} s"
-    if len(checks) < parity.N_CHECKS:
-        advice = "run again for the rest: compiling took the time, and is not repeated"
-    yield Finding("parity", value, advice=advice)
+    late = "run again for the rest: compiling took the time, and is not repeated"
+    yield Finding("parity", value, advice=late if len(checks) < parity.N_CHECKS else "")
 
 
 def format_finding(finding: Finding) -> list[str]:
     """The lines of a finding: aligned, at most 80 columns, plain."""
-    mark, indent = "FAIL" if not finding.ok else "note" if finding.advice else "ok", " " * (6 + NAME_WIDTH)
-    value = _wrap(finding.value, f"{mark:<6}{finding.name:<{NAME_WIDTH}}", indent)
-    return value + (_wrap(finding.advice, f"{indent}-> ", f"{indent}   ") if finding.advice else [])
+    mark = "FAIL" if not finding.ok else "note" if finding.advice else "ok"
+    lines = []
+    for begin, text in ((f"{mark:<6}{finding.name:<14}", finding.value), (f"{'':20}-> ", finding.advice)):
+        indent = " " * len(begin)
+        lines += textwrap.wrap(text, 80, initial_indent=begin, subsequent_indent=indent, break_on_hyphens=False)
+    return lines
 
 
-def format_end(findings: Iterable[Finding]) -> str:
+def format_end(findings: Collection[Finding]) -> str:
     """The last line: the result in one sentence."""
-    findings = list(findings)
     if failed := dict.fromkeys(finding.name for finding in findings if not finding.ok and finding.name):
         return f"Something is wrong: {', '.join(failed)}."
     return "What is needed works; see the notes." if any(f.advice for f in findings) else "All is well."
-
-
-def _wrap(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """ "2.11.0a0+git" -> (2, 11), enough to compare."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])

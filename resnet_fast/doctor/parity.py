@@ -14,15 +14,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models import resnet as torchvision_resnet
 
-from ..functional import batch_norm_add_relu
-from ..models import resnet
-from ..ops import reference
+from ..functional import run_batch_norm
+from ..ops import aten, reference
 from ..ops.arguments import BatchNormArgs, accumulation_type
-from ..profiling.check import gradient_difference
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -39,9 +35,6 @@ STEP_TOLERANCE = 1e-9  # in fp64 ten layers make 1e-14; a wrong formula shows fr
 # case begins after 8 s and the step not after 3: compiled kernels are kept, so that the next run gets further.
 SECONDS_FOR_CASES, SECONDS_BEFORE_STEP = 8.0, 3.0
 
-Operands = dict[str, Tensor]  # x, dy, residual; the RANGES of x's batch norm, and with "residual_" of the residual's
-Errors = Iterator[tuple[str, float, float]]  # the name of a result, its error, and what is allowed
-
 
 class Case(NamedTuple):
     """One operation with batch statistics: join "none", "add" or "bn", and x: `shape` in `layout`."""
@@ -56,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Check(NamedTuple):
-    """The result of a case that takes the largest share of its allowance, or why there is none; above 1 it is wrong."""
+    """A result and the share of its allowance that its error takes (wrong above 1), or why there is none."""
 
     case: str
     result: str
@@ -76,42 +69,45 @@ def cases(half: torch.dtype) -> list[Case]:
 
 
 def self_check(device: torch.device, half: torch.dtype) -> list[Check]:
-    """Check all cases, with the 16-bit type `half`, and the training step, except what would begin too late."""
+    """Return the worst of each case and of the training step, except of what would begin too late."""
+    jobs = {str(case): (partial(check_case, case, device), SECONDS_FOR_CASES) for case in cases(half)}
+    jobs[TRAINING_STEP] = (partial(check_step, device), SECONDS_BEFORE_STEP)
     checks, begin = [], time.monotonic()
-    for case in cases(half):
-        if time.monotonic() - begin < SECONDS_FOR_CASES:
-            checks.append(check(case, partial(case_errors, case, device)))
-    if time.monotonic() - begin < SECONDS_BEFORE_STEP:
-        checks.append(check(TRAINING_STEP, partial(step_errors, device)))
+    for case, (run_checks, latest) in jobs.items():
+        if time.monotonic() - begin < latest:
+            try:
+                checks.append(max(run_checks(), key=lambda check: check.share))
+            except Exception as error:  # whatever a broken compiler or driver raises
+                checks.append(Check(case, first_line(error), math.inf))
     return checks
 
 
-def check(case: object, errors: Callable[[], Errors]) -> Check:
-    """Return the worst result of a case; an exception, whatever a broken compiler or driver raises, is the worst."""
-    worst = Check(str(case), "", 0.0)
-    try:
-        for name, error, allowed in errors():
-            share = error / allowed if math.isfinite(error) else math.inf
-            if share >= worst.share:
-                worst = Check(str(case), f"{name} is off by {error:.2g}, allowed {allowed:.2g}", share)
-    except Exception as error:
-        return Check(str(case), first_line(error), math.inf)
-    return worst
+def judge(case: object, name: str, error: float, allowed: float) -> Check:
+    share = error / allowed if math.isfinite(error) else math.inf
+    return Check(str(case), f"{name} is off by {error:.2g}, allowed {allowed:.2g}", share)
 
 
-def case_errors(case: Case, device: torch.device) -> Errors:
-    ours = _results(_ours, make_operands(case, device))
-    eager = _results(lambda operands: _before_relu(F.batch_norm, operands).relu(), make_operands(case, device))
-    exact, exact_of_eager = _exact(case, ours["y"]), _exact(case, eager["y"])
+def check_case(case: Case, device: torch.device) -> Iterator[Check]:
+    """Check y, every gradient and every running statistic of the fused operation."""
+    ours = compute(case, device, partial(run_batch_norm, relu=True, fork=False))
+    eager = compute(case, device, partial(aten.batch_norm_add_relu, relu=True))
+    exact, exact_of_eager = (
+        compute(case, device, partial(formula, results["y"] <= 0), torch.float64) for results in (ours, eager)
+    )
     for name, result in ours.items():
-        eps, size = torch.finfo(result.dtype).eps, exact[name].abs().max().item()
-        allowed = 2 * min(_largest(eager[name] - exact_of_eager[name]), EAGER_ROUNDINGS * eps * size) + eps / 2 * size
+        eps, size = torch.finfo(result.dtype).eps, largest(exact[name])
+        allowed = 2 * min(largest(eager[name] - exact_of_eager[name]), EAGER_ROUNDINGS * eps * size) + eps / 2 * size
         allowed += ROUNDINGS * torch.finfo(accumulation_type(result)).eps * size
-        yield name, _largest(result - exact[name]), allowed
+        yield judge(case, name, largest(result - exact[name]), allowed)
 
 
-def step_errors(device: torch.device) -> Errors:
+def check_step(device: torch.device) -> Iterator[Check]:
     """In fp64, where practically no activation lies within a rounding of ReLU's kink, at which gradients jump."""
+    from torchvision.models import resnet as torchvision_resnet  # here: without it doctor has more to say
+
+    from ..models import resnet
+    from ..profiling.check import gradient_difference
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images, labels = torch.randn(4, 3, 8, 8), torch.tensor([3, 1, 4, 1])
@@ -120,68 +116,54 @@ def step_errors(device: torch.device) -> Errors:
     resnet.give_cifar_stem(theirs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     difference = gradient_difference(ours.to(device), theirs.to(device), images.to(device), labels.to(device))
-    yield "its gradient", difference, STEP_TOLERANCE
+    yield judge(TRAINING_STEP, "its gradient", difference, STEP_TOLERANCE)
 
 
-def make_operands(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> Operands:
-    """The same random values at each call, for a pass updates the running statistics; in fp32 and the case's type, or
-    these values in `dtype`.
+def compute(
+    case: Case, device: torch.device, operation: Callable[..., Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return y, every gradient and every running statistic of operation(x, norm, residual, residual_norm).
+
+    Each call draws the same values, and computes in fp32 and the case's type, or with these values in `dtype`.
     """
-    generator, operands = torch.Generator().manual_seed(0), {}
-    for name, mean in {"x": 0.5, "dy": 0.0, **({} if case.join == "none" else {"residual": 0.0})}.items():
-        image = (mean + torch.randn(case.shape, generator=generator)).to(device, case.dtype).to(dtype or case.dtype)
-        operands[name] = image.contiguous(memory_format=LAYOUTS[case.layout])
-    for prefix in ("", "residual_")[: 2 if case.join == "bn" else 1]:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name in ("x", "dy") if case.join == "none" else ("x", "dy", "residual"):
+        image = torch.randn(case.shape, generator=generator) + (0.5 if name == "x" else 0)
+        image = image.to(device, case.dtype).to(dtype or case.dtype)
+        tensors[name] = image.contiguous(memory_format=LAYOUTS[case.layout])
+    norms = []
+    for prefix in ("", "residual_") if case.join == "bn" else ("",):
         for name, (low, high) in RANGES.items():
             vector = low + (high - low) * torch.rand(case.shape[1], generator=generator)
-            operands[prefix + name] = vector.to(device, dtype)
-    return operands
-
-
-def _norm(operands: Operands, prefix: str = "") -> BatchNormArgs:
-    return BatchNormArgs(*(operands[prefix + name] for name in RANGES), training=True, momentum=0.3)
-
-
-def _ours(operands: Operands) -> Tensor:
-    residual_norm = _norm(operands, "residual_") if "residual_bias" in operands else None
-    residual = operands.get("residual")
-    return batch_norm_add_relu(operands["x"], *_norm(operands), residual=residual, residual_norm=residual_norm)
-
-
-def _before_relu(batch_norm: Callable[..., Tensor], operands: Operands) -> Tensor:
-    z, residual = batch_norm(operands["x"], *_norm(operands)), operands.get("residual", 0)
-    return z + (batch_norm(residual, *_norm(operands, "residual_")) if "residual_bias" in operands else residual)
-
-
-def _formula(x: Tensor, *arguments) -> Tensor:
-    norm = BatchNormArgs(*arguments)
-    mean, var = reference.statistics(x)
-    n_rows = x.numel() // x.shape[1]
-    for running, value in ((norm.running_mean, mean), (norm.running_var, var * n_rows / (n_rows - 1))):
-        assert running is not None
-        running.lerp_(value.detach(), norm.momentum)
-    return reference.normalize(x, mean, (var + norm.eps).rsqrt(), norm.weight, norm.bias)
-
-
-def _results(operation: Callable[[Operands], Tensor], operands: Operands) -> Operands:
-    """y, every gradient and every running statistic after one forward and backward."""
-    running = {name: tensor for name, tensor in operands.items() if "running" in name}
-    leaves = {name: operands[name].requires_grad_() for name in operands.keys() - running.keys() - {"dy"}}
-    y = operation(operands)
-    gradients = torch.autograd.grad(y, list(leaves.values()), operands["dy"], materialize_grads=True)
+            tensors[prefix + name] = vector.to(device, dtype)
+        norms.append(BatchNormArgs(*(tensors[prefix + name] for name in RANGES), training=True, momentum=0.3))
+    dy = tensors.pop("dy")
+    running = {name: tensor for name, tensor in tensors.items() if "running" in name}
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if name not in running}
+    y = operation(tensors["x"], norms[0], tensors.get("residual"), norms[1] if case.join == "bn" else None)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
     return {"y": y.detach(), **running, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
-def _exact(case: Case, y: Tensor) -> Operands:
-    """By the formula in fp64. ReLU's gradient jumps at 0: it counts as closed where `y`, which is judged, is 0."""
-    operands = make_operands(case, y.device, torch.float64)
-    operands["dy"] = operands["dy"].masked_fill(y <= 0, 0)
-    results = _results(partial(_before_relu, _formula), operands)
-    return results | {"y": results["y"].relu()}
+def formula(relu_mask: Tensor, x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm) -> Tensor:
+    """ReLU's gradient jumps at 0: it counts as closed where the result that is judged is 0."""
+    z = exact_batch_norm(x, *norm)
+    if residual is not None:
+        z = z + (residual if residual_norm is None else exact_batch_norm(residual, *residual_norm))
+    open_part = z.masked_fill(relu_mask, 0)
+    return open_part + (z.relu() - open_part).detach()
 
 
-def _largest(error: Tensor) -> float:
-    return error.abs().max().item()
+def exact_batch_norm(x: Tensor, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
+    mean, var = reference.statistics(x)
+    n_rows = x.numel() // x.shape[1]
+    running_mean.lerp_(mean.detach(), momentum)
+    running_var.lerp_(var.detach() * n_rows / (n_rows - 1), momentum)
+    return reference.normalize(x, mean, (var + eps).rsqrt(), weight, bias)
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item()
 
 
 def first_line(error: BaseException) -> str:
