@@ -409,9 +409,8 @@ def test_the_saved_weights_are_the_tested_ones(ema: float, tiny: list[Tiny], tmp
         assert not torch.equal(trained["fc.weight"], checkpoint["model"]["fc.weight"])
 
 
-def test_a_real_checkpoint_loads_into_torchvisions_resnet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_aten: None
-):
+@pytest.mark.usefixtures("on_aten")
+def test_a_real_checkpoint_loads_into_torchvisions_resnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     use_dataset(monkeypatch, replace(make_dataset(), train=TensorSplit(*_first(make_dataset().train, 8))))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from resnet_fast.data import Augmentation, Batch
+from resnet_fast.ops import augment
 from resnet_fast.training import RECIPES, TrainConfig, TrainingStep
 from resnet_fast.training.schedule import SCHEDULES
 from resnet_fast.training.step import make_optimizer
@@ -71,6 +72,12 @@ class Flat(nn.Module):
         return self.fc(self.bn(x).mean((2, 3)))
 
 
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted kernel that augments the images takes longer than the steps."""
+    monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
+
+
 def used_rates(config: TrainConfig, n_steps: int) -> list[list[float]]:
     """The rate of each group of parameters in each step."""
     step = TrainingStep(Flat(), config, Augmentation((0.5,) * 3, (0.5,) * 3), n_steps)
@@ -85,7 +92,6 @@ def used_rates(config: TrainConfig, n_steps: int) -> list[list[float]]:
     return used
 
 
-@pytest.mark.usefixtures("on_aten")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_step_follows_the_schedule_and_ends_near_zero(schedule: str):
     used = used_rates(TrainConfig(dataset="digits", device="cpu", lr=0.5, schedule=schedule), 20)
