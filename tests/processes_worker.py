@@ -29,7 +29,7 @@ from resnet_fast.models import resnet
 from resnet_fast.training import Reporter, Result, network, prepare, resume, step, train
 from resnet_fast.training.step import StepOutput, TrainingStep
 
-N_TRAIN = 41  # a last batch of 5 with batches of 9 and of 12, of 1 with 10; 19 images to test
+N_TRAIN = 41  # a last batch of 5 with batches of 9 and of 12, of 6 with 7; 19 images to test
 
 # Processes, whether the batch norms are synchronized, settings. Shares and parts are of unequal sizes everywhere.
 EQUAL: dict[str, tuple[int, bool, dict[str, Any]]] = {

@@ -193,7 +193,7 @@ def test_torchrun_shows_one_table_and_sigterm_ends_all(tmp_path: Path):
     lines = output.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith("2 x cpu, ") and lines.count(HEADER) == 1
-    assert [line.split()[0] for line in lines].count("1/999") == 1
+    assert sum(line.startswith("  1/999 ") for line in lines) == 1
     ours = [line for line in errors.splitlines() if line.startswith("resnet-fast: ")]
     kept = r"resnet-fast: terminated; run keeps the checkpoint, metrics and curves up to epoch \d+"
     assert len(ours) == 1 and re.fullmatch(f"{kept}; {HOW}", ours[0]), errors
