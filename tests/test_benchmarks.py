@@ -14,7 +14,9 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from thin_resnet import thin_resnet
 from torch import nn
+from torchvision.models import resnet as torchvision_resnet
 
 from benchmarks import (
     bench_block,
@@ -40,6 +42,7 @@ from benchmarks.networks import eager_resnet18
 from benchmarks.replay import ReplayClock
 from benchmarks.work import NETWORK, Work, inference_work
 from resnet_fast.data import normalize
+from resnet_fast.models import resnet
 from resnet_fast.ops import choices
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.timing import alternate
@@ -54,16 +57,28 @@ CONVOLUTIONS = {
 BLOCK = Setting("BasicBlock", "both", "fp32", "channels_last", 4, shape=(8, 16, 6))
 STEP = Setting("ResNet-18", "step", "fp32", "channels_last", 4)
 INFERENCE = Setting("ResNet-18", "forward", "fp32", "channels_last", 4)
-LOADER = Setting("64 images 3x32x32", "epoch", "fp32", "channels_last", 32)
+LOADER = Setting("8 images 3x32x32", "epoch", "fp32", "channels_last", 4)
 
 
 @pytest.fixture(autouse=True)
 def small_and_of_eager_alone(monkeypatch):
     """Small data; and no interpreted kernel among the providers here, so that nothing has to be refused for one."""
     monkeypatch.setattr(harness, "refuse_interpreter", lambda: None)
-    monkeypatch.setattr(networks.NetworkLevel, "image_size", 16)
-    monkeypatch.setitem(bench_loader.N_IMAGES, "cpu", 64)
+    monkeypatch.setattr(harness.Level, "warm_up", {"cpu": 0})
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # of pytest's many objects
+    monkeypatch.setattr(networks.NetworkLevel, "image_size", 8)
+    monkeypatch.setitem(bench_loader.N_IMAGES, "cpu", 8)
+    monkeypatch.setattr(bench_loader, "N_CHECKED", 4)
     monkeypatch.setattr(bench_loader, "N_WORKERS", 0)
+    monkeypatch.setattr(bench_loader.LoaderLevel, "warm_up", {"cpu": 0})
+
+
+@pytest.fixture
+def thin(monkeypatch):
+    """A network of three blocks in the place of ResNet-18."""
+    monkeypatch.setattr(bench_step, "N_CLASSES", 3)
+    monkeypatch.setattr(networks.providers, "eager", lambda config: thin_resnet(torchvision_resnet))
+    monkeypatch.setattr(networks.providers, "fused", lambda config: thin_resnet(resnet))
 
 
 def with_wrong(level: harness.Level, build, right=None) -> harness.Level:
@@ -76,10 +91,6 @@ def with_wrong(level: harness.Level, build, right=None) -> harness.Level:
 def of_op(change):
     """An operation that computes `change` of eager's."""
     return lambda setting, data: OpRun(partial(change, bench_op.eager), setting, data)
-
-
-def without_residual_gradient(eager, operation, x, residual, norms):
-    return eager(operation, x, residual.detach() + 0 * residual, norms)
 
 
 def with_running_mean_alone(eager, operation, x, residual, norms):
@@ -100,14 +111,14 @@ def block_without_shortcut(n_in, n_out, width):
 
 def detached_shortcut() -> nn.Module:
     model = eager_resnet18()
-    block = model.layer2[1]
+    block = model.layer1[1]
     conv1, bn1, conv2, bn2 = block.conv1, block.bn1, block.conv2, block.bn2
     block.forward = lambda x: (bn2(conv2(bn1(conv1(x)).relu())) + x.detach()).relu()
     return model
 
 
 def without_a_mean(model: nn.Module) -> nn.Module:
-    model.get_submodule("layer3.1.bn2").running_mean.zero_()
+    model.get_submodule("layer2.0.bn2").running_mean.zero_()
     return model
 
 
@@ -127,16 +138,6 @@ def frozen() -> nn.Module:
     return model
 
 
-def of_loader(change):
-    """torchvision's loader, each batch changed."""
-
-    def make(data, batch_size, shuffle):
-        epoch = bench_loader.torchvision_loader(data, batch_size, shuffle)
-        return lambda: (change(*batch) for batch in epoch())
-
-    return partial(bench_loader.LoaderRun, make)
-
-
 def not_augmented(data, batch_size, shuffle):
     images = normalize(data.images, bench_loader.MEAN, bench_loader.STD)
     return lambda: iter(zip(images.split(batch_size), data.labels.split(batch_size), strict=True))
@@ -149,14 +150,8 @@ class WithoutOptimizer(StepRun):
 
 
 CASES = {
-    "op, residual's gradient": (bench_op.LEVEL, OP, of_op(without_residual_gradient)),
     "op, running variance": (bench_op.LEVEL, OP, of_op(with_running_mean_alone)),
     "op, NaN": (bench_op.LEVEL, OP, of_op(not_a_number)),
-    "convolution, an image not written": (
-        bench_conv.LEVEL,
-        CONVOLUTIONS["forward with statistics"],
-        of_convolution(lambda y, *others: (torch.cat([y[:-1], torch.empty_like(y[-1:])]), *others)),
-    ),
     "convolution, no sums": (
         bench_conv.LEVEL,
         CONVOLUTIONS["data gradient with sums"],
@@ -166,20 +161,19 @@ CASES = {
     "step, detached shortcut": (bench_step.LEVEL, STEP, partial(StepRun, detached_shortcut)),
     "inference, mean": (
         bench_inference.LEVEL,
-        replace(INFERENCE, precision="fp32"),  # in bf16 a single mean may pass for roundings
+        INFERENCE,
         partial(InferenceRun, eager_resnet18, prepare=without_a_mean),
     ),
     "step, no optimizer": (bench_step.LEVEL, STEP, partial(WithoutOptimizer, eager_resnet18)),
     "loader, no crops": (bench_loader.LEVEL, LOADER, partial(bench_loader.LoaderRun, not_augmented)),
-    "loader, labels": (bench_loader.LEVEL, LOADER, of_loader(lambda images, labels: (images, labels.flip(0)))),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_wrong_provider_is_refused_and_the_others_are_timed(case):
+def test_a_wrong_provider_is_refused_and_the_others_are_timed(case, thin):
     level, setting, build = CASES[case]
     planted = with_wrong(level, build)
-    measured = harness.measure(planted, setting, CPU, ["wrong", "right"], rounds=2)
+    measured = harness.measure(planted, setting, CPU, ["wrong", "right"], rounds=1)
     assert measured.times.keys() == {level.baseline, "right"}
     (error,) = measured.refused.values()
     assert isinstance(error, WrongProviderError) and str(error).startswith("wrong is wrong and is not timed")
@@ -188,12 +182,12 @@ def test_a_wrong_provider_is_refused_and_the_others_are_timed(case):
 def test_without_the_baseline_nothing_is_timed():
     level = with_wrong(bench_op.LEVEL, None)
     level.providers = {"wrong": Provider(of_op(not_a_number)), "right": level.providers["right"]}
-    measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=2)
+    measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=1)
     assert not measured.times and measured.refused.keys() == {"wrong", "right"}
     assert not harness.rows(level, OP, measured, Limits(1.0, {"bf16": 1.0}), {})
 
 
-def test_a_loss_that_is_not_finite_is_no_training_step(monkeypatch):
+def test_a_loss_that_is_not_finite_is_no_training_step(monkeypatch, thin):
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 1e6)
     error = harness.measure(bench_step.LEVEL, STEP, CPU, [], rounds=4).refused["eager, tuned"]
     assert "what was timed is no training step" in str(error)
@@ -208,7 +202,7 @@ def test_the_loader_of_ours_passes_its_check():
 def test_an_epoch_is_a_shuffle_of_all_images(change):
     data = bench_loader.LEVEL.problem(LOADER, CPU).data
     run = bench_loader.LoaderRun(lambda *_: lambda: iter([(None, change(data.labels))]), LOADER, data)
-    with pytest.raises(RuntimeError, match="an epoch must be a shuffle of the 64 images"):
+    with pytest.raises(RuntimeError, match="an epoch must be a shuffle of the 8 images"):
         run.finish()
 
 
@@ -218,7 +212,7 @@ def test_what_fails_at_the_end_is_not_timed(monkeypatch):
             raise RuntimeError("no")
 
     level = with_wrong(bench_op.LEVEL, partial(Failing, bench_op.eager))
-    measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=2)
+    measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=1)
     assert measured.times.keys() == {"eager", "right"} and measured.refused.keys() == {"wrong"}
 
 
@@ -241,21 +235,20 @@ def test_no_provider_reads_what_the_one_before_has_read():
 
 @pytest.mark.parametrize(
     ("name", "direction"),
-    (("BN+ReLU", "forward"), ("BN+add+ReLU", "backward"), ("BN+BN+add+ReLU", "both"), ("BN+add+ReLU, forked", "both")),
+    (("BN+ReLU", "forward"), ("BN+BN+add+ReLU", "backward"), ("BN+add+ReLU, forked", "both")),
 )
 def test_every_operation_of_ours_passes_its_check(name, direction):
-    setting = Setting(f"{name} 8x4x4", direction, "fp32", "channels_last", 4, shape=(8, 4, 4))
+    setting = Setting(f"{name} 8x2x2", direction, "fp32", "channels_last", 2, shape=(8, 2, 2))
     measured = harness.measure(bench_op.LEVEL, setting, CPU, ["fused", "fused, apart"], rounds=1)
     assert measured.times.keys() == {"eager", "fused", "fused, apart"}, measured.refused
 
 
-@pytest.mark.parametrize("direction", ("forward with statistics", "data gradient with sums, forked", "weight gradient"))
+@pytest.mark.parametrize("direction", ("forward with statistics", "data gradient with sums, forked"))
 def test_a_convolution_of_ours_passes_its_check(direction):
     setting = CONVOLUTIONS[direction]
     name = next(reversed(bench_conv.candidates(setting)))
     level = copy.copy(bench_conv.LEVEL)
     level.providers = {"cudnn": level.providers["cudnn"], name: Provider(partial(bench_conv.build_conv3x3, name))}
-    level.warm_up = {"cpu": 0}
     measured = harness.measure(level, setting, CPU, [name], rounds=1)
     assert measured.times.keys() == {"cudnn", name}, measured.refused
 
@@ -294,12 +287,6 @@ def choosing(name: str) -> harness.Level:
     level = copy.copy(bench_op.LEVEL)
     level.providers = {"eager": level.providers["eager"], name: level.providers[name]}
     return level
-
-
-def test_a_choice_that_runs_is_timed():
-    level = choosing("fused, two passes reversed")
-    measured = harness.measure(level, CHOOSING, CPU, list(level.providers), rounds=1)
-    assert measured.times.keys() == level.providers.keys(), measured.refused
 
 
 @pytest.mark.parametrize("name", ("fused, two passes reversed", "fused, single read"))
@@ -359,15 +346,12 @@ def test_the_step_runs_as_chosen_where_it_was_tuned(name):
 
 
 def test_a_block_of_ours_passes_its_check():
-    setting = replace(BLOCK, precision="fp32")
-    measured = harness.measure(bench_block.LEVEL, setting, CPU, ["fused"], rounds=1)
+    measured = harness.measure(bench_block.LEVEL, BLOCK, CPU, ["fused"], rounds=1)
     assert measured.times.keys() == {"eager", "fused"}, measured.refused
 
 
-def test_inference_of_ours_passes_its_check(monkeypatch):
-    monkeypatch.setattr(networks.NetworkLevel, "image_size", 8)  # a network of interpreted kernels takes its time
-    monkeypatch.setattr(bench_inference.InferenceLevel, "warm_up", {"cpu": 0})
-    setting = replace(INFERENCE, precision="fp32", batch_size=1)
+def test_inference_of_ours_passes_its_check(thin):
+    setting = replace(INFERENCE, batch_size=1)
     measured = harness.measure(bench_inference.LEVEL, setting, CPU, ["eager", "fused", "folded"], rounds=1)
     assert measured.times.keys() == {"eager, tuned", "eager", "fused", "folded"}, measured.refused
 
@@ -389,31 +373,19 @@ class DeafGraph(Graph):
         return self.result
 
 
-def test_a_recorded_pass_reads_the_images_that_it_is_given(monkeypatch):
+def test_a_recorded_pass_reads_the_images_that_it_is_given(monkeypatch, thin):
     level = with_wrong(bench_inference.LEVEL, partial(InferenceRun, eager_resnet18, graph=True))
     for graph, times in ((Graph, {"eager, tuned", "wrong"}), (DeafGraph, {"eager, tuned"})):
         monkeypatch.setattr(networks, "CudaGraph", graph)
         assert harness.measure(level, INFERENCE, CPU, ["wrong"], rounds=1).times.keys() == times
 
 
-@pytest.mark.slow
-def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch):
+def test_a_recorded_step_starts_from_the_initial_weights(monkeypatch, thin):
     monkeypatch.setattr(networks, "CudaGraph", Graph)
     graphed = Provider(partial(StepRun, eager_resnet18, graph=True))
     level = with_wrong(bench_step.LEVEL, partial(StepRun, frozen, graph=True), graphed)
     measured = harness.measure(level, STEP, CPU, ["wrong", "right"], rounds=1)
     assert "right" in measured.times and "wrong" in measured.refused
-
-
-def test_a_peer_has_the_parameters_that_are_checked(monkeypatch):
-    class Peer(nn.BatchNorm2d):
-        def forward(self, x):
-            return super().forward(x).relu()
-
-    build = partial(bench_op.build_peer, lambda n: (peer := Peer(n), lambda x, residual: peer(x)))
-    setting = Setting("BN+ReLU 8x5x5", "both", "fp32", "NCHW", 6, shape=(8, 5, 5))
-    level = with_wrong(bench_op.LEVEL, of_op(not_a_number), Provider(build))
-    assert "right" in harness.measure(level, setting, CPU, ["right"], rounds=1).times
 
 
 def test_rows_hold_times_ratios_and_floors():
@@ -526,10 +498,3 @@ def test_the_clock_tells_the_recorded_times():
     benchmark = Benchmark()
     clock.replay(benchmark, [1.0, 5.0, 2.0])
     assert benchmark.seconds == pytest.approx([1e-3, 5e-3, 2e-3])
-
-
-def test_order_turns_round_every_round():
-    calls = []
-    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3, warm_up=1)
-    assert "".join(calls) == "abbaabba"
-    assert [len(values) for values in times.values()] == [3, 3]

@@ -178,7 +178,7 @@ def test_the_home_of_nobody_is_no_run(command: tuple[str, ...]):
     assert result.exit_code == 2 and result.stderr.startswith("resnet-fast: error: ") and NOBODYS in result.stderr
 
 
-@pytest.mark.parametrize("command", ["eval", "export"])
+@pytest.mark.parametrize("command", ["eval"])
 @pytest.mark.parametrize(
     ("data_dir", "rule"),
     [(NOBODYS, f"name a user who is known, got '{NOBODYS}'"), ("caf\udce9", "be a path in UTF-8, got 'caf\\udce9'")],

@@ -194,11 +194,11 @@ WRONG_TABLES = {
 }
 
 
-@pytest.mark.parametrize("message", WRONG_TABLES)
-def test_every_field_is_checked(message: str):
-    with pytest.raises(ValueError) as caught:
-        choice_format.read(json.dumps(table(**WRONG_TABLES[message])))
-    assert message in str(caught.value) and len(str(caught.value)) < 300
+def test_every_field_is_checked():
+    for message, changes in WRONG_TABLES.items():
+        with pytest.raises(ValueError) as caught:
+            choice_format.read(json.dumps(table(**changes)))
+        assert message in str(caught.value) and len(str(caught.value)) < 300
 
 
 WHOLE = choice_format.write(ENVIRONMENT, entries())

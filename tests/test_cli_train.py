@@ -4,11 +4,11 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,14 +42,18 @@ def pictures() -> None:
     """For a test of the pictures; in the others nothing is drawn, which would take longer than the training."""
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def use_tiny(monkeypatch: pytest.MonkeyPatch, pictures: bool = False) -> None:
     monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
     # An interpreted kernel would take most of the time; test_augment_kernel holds that both ways give the same bits.
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
-    if "pictures" not in request.fixturenames:
+    if not pictures:
         monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
         monkeypatch.setattr(run_folder, "write_pictures", lambda *args: ["confusion.png"])
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    use_tiny(monkeypatch, "pictures" in request.fixturenames)
 
 
 def run(*args: object) -> CliResult:
@@ -58,6 +62,22 @@ def run(*args: object) -> CliResult:
 
 def digits(out: Path, *args: object) -> CliResult:
     return run("--dataset", "digits", "--epochs", 2, "--batch-size", 256, "--device", "cpu", "--out", out, *args)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of two epochs, without pictures."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiny(monkeypatch)
+        out = tmp_path_factory.mktemp("trained") / "run"
+        assert digits(out, "--seed", 3).exit_code == 0
+        return out
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_a_run_leaves_its_files_and_says_so(pictures: None, tmp_path: Path):
@@ -69,14 +89,9 @@ def test_a_run_leaves_its_files_and_says_so(pictures: None, tmp_path: Path):
     assert str(tmp_path / "run") in result.stdout and all(name in result.stdout for name in names)
     accuracy = float((tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[5])
     assert f"{100 * accuracy:.2f} % test accuracy after epoch 2" in result.stdout
-
-
-def test_without_a_terminal_the_lines_are_plain(tmp_path: Path):
-    result = digits(tmp_path / "run")
-    assert "\x1b" not in result.stdout and "\r" not in result.stdout
+    assert "\x1b" not in result.stdout and "\r" not in result.stdout  # there is no terminal
     table = [line for line in result.stdout.splitlines() if line == HEADER or re.match(r" +\d/2 ", line)]
-    assert len(table) == 3
-    assert len({len(line) for line in table[1:]}) == 1
+    assert len(table) == 3 and len({len(line) for line in table[1:]}) == 1
 
 
 def test_repeat_trains_with_one_seed_after_the_other(tmp_path: Path):
@@ -119,10 +134,7 @@ def test_a_time_budget_says_how_to_go_on(tmp_path: Path):
     ("args", "message"),
     [
         (["--lr", "-1"], "lr must be a positive finite number, got -1.0"),
-        (["--model", "resnet19"], "model must be one of resnet18"),
-        (["--dataset", "mnist"], "got 'mnist'"),
         (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
         (["--epochs", "many"], "'--epochs'"),
         (["--nonsense"], "--nonsense"),
     ],
@@ -155,12 +167,6 @@ def test_missing_cifar10_exits_with_1_and_says_what_to_do(tmp_path: Path, monkey
     assert result.exit_code == 1
     assert "--dataset digits needs no network" in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_data_are_told_in_one_line(tmp_path: Path):
-    result = run("--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run")
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-    assert re.fullmatch(r"resnet-fast: error: the data folder \S+absent does not exist; .*\n", result.stderr)
 
 
 def test_other_errors_of_the_program_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -204,46 +210,9 @@ def interrupt_in_epoch_2(monkeypatch: pytest.MonkeyPatch, number: int | None = N
     monkeypatch.setattr(loop, "train_epoch", interrupted)
 
 
-def test_ctrl_c_exits_with_130_and_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    interrupt_in_epoch_2(monkeypatch)
-    result = digits(tmp_path / "run")
-    assert result.exit_code == 130
-    assert f"interrupted; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
-
-
 def environment(**changes: str) -> dict[str, str]:
     root = str(Path(resnet_fast.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": root, "COLUMNS": "80", "LINES": "24", "TRITON_INTERPRET": "0", **changes}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-def test_a_real_ctrl_c_leaves_no_traceback_and_no_half_file(tmp_path: Path):
-    # What the installed command runs. Under `python -m` CPython (3.11) ends by SIGINT itself, whatever the exit code,
-    # where the interrupt met a string in exec, as in the dataclasses of a module that torch imports late.
-    command = [sys.executable, "-c", "from resnet_fast.cli import app; app()", "train", "--dataset", "digits"]
-    process = subprocess.Popen(
-        [*command, "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path / "run")],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "config.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
-            time.sleep(0.05)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "resnet-fast: interrupted" in errors and "config.json only" in errors and "Traceback" not in errors
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 TINY_RUN = """
@@ -256,13 +225,15 @@ class Tiny(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(4, num_classes))
 MODELS["resnet18"] = replace(MODELS["resnet18"], build=Tiny)
+from resnet_fast.training import run_folder
+run_folder.draw_curves, run_folder.write_pictures = lambda *args: None, lambda *args: []
 from resnet_fast.cli import app
 app()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
-def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals and signals are POSIX")
+def test_on_a_terminal_a_bar_and_rows_fit_80_columns_until_ctrl_c(tmp_path: Path):
     import fcntl
     import pty
     import struct
@@ -270,33 +241,43 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns(tmp_path: Path):
 
     main, worker = pty.openpty()
     fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    args = ["train", "--dataset", "digits", "--epochs", "2", "--device", "cpu", "--out", "run"]
+    args = ["train", "--dataset", "digits", "--epochs", "99", "--device", "cpu", "--out", "run"]
+    # As the installed command, not by `python -m`, under which CPython (3.11) ends by SIGINT itself, whatever the exit
+    # code, where the interrupt met a string in exec, as in the dataclasses of a module that torch imports late.
     process = subprocess.Popen(
         [sys.executable, "-c", TINY_RUN, *args],
-        env=environment(TERM="xterm-256color"),
+        env=environment(TERM="xterm-256color", OMP_NUM_THREADS="1"),
         cwd=tmp_path,
         stdout=worker,
         stderr=worker,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(worker)
-    output = b""
+    output, is_interrupted = b"", False
     try:
         while chunk := os.read(main, 4096):
             output += chunk
+            if not is_interrupted and b"epoch 4/99 " in output:
+                process.send_signal(signal.SIGINT)
+                is_interrupted = True
     except OSError:  # how Linux says that the other end was closed
         pass
     finally:
         os.close(main)
-    assert process.wait(timeout=60) == 0, output.decode()
     text = output.decode()
+    assert process.wait(timeout=60) == 130, text
     assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
-    assert max(len(line) for line in shown) <= 80
-    # The bar reached the end, and shows loss, accuracy, speed and the time left.
-    bar = r"epoch 1/2 .*45/45 loss \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  \d+(\.\d)? s left"
+    assert max(len(line) for line in shown if "resnet-fast: " not in line) <= 80
+    # The bar shows loss, accuracy, speed and the time left.
+    bar = r"epoch [123]/99 .*\d/45 loss \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  .* left"
     assert any(re.search(bar, line) for line in shown)
-    assert HEADER in shown and sum(bool(re.match(r" +[12]/2 +\S+ +\d\.\d{4}", line)) for line in shown) == 2
-    assert any("test accuracy after epoch 2" in line for line in shown)
+    rows = [match[1] for line in shown if (match := re.match(r" +(\d+)/99 +\S+ +\d\.\d{4}", line))]
+    kept = re.search(r"resnet-fast: interrupted; run keeps the checkpoint, metrics and curves up to epoch (\d+)", text)
+    assert kept and HEADER in shown and rows == [str(i + 1) for i in range(int(kept[1]))]
+    assert "Traceback" not in text and not list((tmp_path / "run").glob(".*"))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == int(kept[1])
 
 
 def test_the_widest_lines_fit_80_columns():
@@ -308,12 +289,9 @@ def test_the_widest_lines_fit_80_columns():
     assert max(map(len, format_start(config, dataset))) <= 80
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3.21, "3.2 s"), (52.4, "52 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
-)
-def test_durations_are_readable(seconds: float, text: str):
-    assert format_duration(seconds) == text
+def test_durations_are_readable():
+    found = {3.21: "3.2 s", 52.4: "52 s", 59.7: "1 min 00 s", 200: "3 min 20 s", 7500: "2 h 05 min"}
+    assert {seconds: format_duration(seconds) for seconds in found} == found
 
 
 def test_without_a_terminal_a_long_epoch_says_how_it_goes(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
@@ -332,17 +310,12 @@ def test_without_a_terminal_a_long_epoch_says_how_it_goes(monkeypatch: pytest.Mo
     ]
 
 
-def test_the_plain_reporter_may_be_closed_at_any_time():
-    PlainReporter().close()
-
-
-@pytest.mark.parametrize("name", [None, "checkpoint.pt"])
-def test_resume_goes_on_and_shows_the_whole_table(name: str | None, pictures: None, tmp_path: Path):
+def test_resume_goes_on_and_shows_the_whole_table(tmp_path: Path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_in_epoch_2(monkeypatch)
         first = digits(tmp_path / "run")
     assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
-    result = run("--resume", tmp_path / "run" / name if name else tmp_path / "run", "--device", "cpu")
+    result = run("--resume", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
     assert re.search(r"\n    1/2 .*\nresumed after epoch 1\n    2/2 .*\n", result.stdout)
@@ -350,54 +323,47 @@ def test_resume_goes_on_and_shows_the_whole_table(name: str | None, pictures: No
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 
-def test_resume_of_a_finished_run_says_so(tmp_path: Path):
-    digits(tmp_path / "run")
-    result = run("--resume", tmp_path / "run")
+def test_resume_of_a_finished_run_says_so(finished: Path):
+    result = run("--resume", finished)
     assert result.exit_code == 0
     assert "resumed: the run was finished already, nothing is trained" in result.stdout
     assert "test accuracy after epoch 2" in result.stdout
 
 
-def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(tmp_path: Path):
-    digits(tmp_path / "run", "--seed", 3)
-    config = (tmp_path / "run" / "config.json").read_bytes()
-    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
-    for path in (tmp_path / "run").iterdir():
+def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(finished: Path):
+    config = (finished / "config.json").read_bytes()
+    weights = torch.load(finished / "checkpoint.pt", weights_only=True)["model"]
+    for path in finished.iterdir():
         if path.name != "config.json":
             path.unlink()
-    result = run("--resume", tmp_path / "run")
+    result = run("--resume", finished)
     assert "resumed: no epoch was finished, from the beginning" in result.stdout
-    again = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    again = torch.load(finished / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, weights[name]) for name, value in again.items())
-    assert (tmp_path / "run" / "config.json").read_bytes() == config
+    assert (finished / "config.json").read_bytes() == config
 
 
 BESIDE = "--graph, --data-dir, --images, --device, --workers, --time-budget, --tensorboard"
 
 
-@pytest.mark.parametrize(
-    "args", [["--epochs", "2"], ["--lr", "0.1"], ["--no-nesterov"], ["--out", "x"]], ids=lambda args: args[0]
-)
-def test_resume_takes_no_setting_beside_it_not_even_the_same(args: list[str], tmp_path: Path):
-    digits(tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    result = run("--resume", tmp_path / "run", *args)
-    assert result.exit_code == 2
-    name = "--nesterov" if args[0] == "--no-nesterov" else args[0]
-    assert f"beside it only {BESIDE} may be given, got {name}" in result.stderr
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+def test_resume_takes_no_setting_beside_it_not_even_the_same(finished: Path):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    for args, name in ((["--epochs", "2"], "--epochs"), (["--no-nesterov"], "--nesterov"), (["--out", "x"], "--out")):
+        result = run("--resume", finished, *args)
+        assert result.exit_code == 2
+        assert f"beside it only {BESIDE} may be given, got {name}" in result.stderr
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_resume_may_be_told_where_data_and_processor_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resume_may_be_told_where_data_and_processor_are(finished: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("resnet_fast.cli.run.resume_training", lambda run, reporter: seen.append(run.config) or stop())
 
     def stop() -> None:
         raise KeyboardInterrupt
 
-    digits(tmp_path / "run", "--workers", 1)
-    run("--resume", tmp_path / "run", "--data-dir", tmp_path / "d", "--workers", 2, "--device", "cpu")
-    assert (seen[0].data_dir, seen[0].workers, seen[0].epochs) == (tmp_path / "d", 2, 2)
+    run("--resume", finished, "--data-dir", finished / "d", "--workers", 2, "--device", "cpu")
+    assert (seen[0].data_dir, seen[0].workers, seen[0].epochs) == (finished / "d", 2, 2)
 
 
 def test_resume_of_no_run_exits_with_2(tmp_path: Path):
@@ -406,10 +372,9 @@ def test_resume_of_no_run_exits_with_2(tmp_path: Path):
     assert f"{tmp_path / 'absent'} is neither" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_bad_checkpoint_exits_with_1_and_the_command_it_offers_works(tmp_path: Path):
-    digits(tmp_path / "run")
-    os.truncate(tmp_path / "run" / "checkpoint.pt", 1000)
-    result = run("--resume", tmp_path / "run")
+def test_a_bad_checkpoint_exits_with_1_and_the_command_it_offers_works(finished: Path):
+    os.truncate(finished / "checkpoint.pt", 1000)
+    result = run("--resume", finished)
     assert result.exit_code == 1
     assert "checkpoint.pt is cut short" in result.stderr and result.stderr.count("\n") == 1
     offered = re.search(r"--resume (\S+) goes on after epoch 1", result.stderr)

@@ -26,7 +26,6 @@ from resnet_fast.conversion import rewrite
 ALL = "BN+ReLU BN+add+ReLU BN+BN+add+ReLU".split()
 THIN = {
     "torchvision": (lambda: thin_resnet(torchvision_resnet), ALL),
-    "timm": (thin_timm_resnet, ALL),
     "timm, average pooling before the projection": (lambda: thin_timm_resnet(avg_down=True), ALL),
     "kuangliu": (KuangliuResNet, ALL),
     "akamaster": (AkamasterResNet, ALL[:2]),
@@ -51,8 +50,7 @@ def images(device, size: int = 8) -> torch.Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("name", THIN)
+@pytest.mark.parametrize(("name", "training"), (("torchvision", True), ("pre-activation", False)))
 def test_within_the_budget(name, training, device, one_thread):
     """On the kernels."""
     ours, theirs = (model.train(training) for model in make_pair(THIN[name][0], device))
@@ -69,9 +67,10 @@ def test_within_the_budget(name, training, device, one_thread):
             assert_within_budget(key, found[key], [result[key] for result in expected], exact[key])
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "autocast"))
-@pytest.mark.parametrize("name", THIN)
+@pytest.mark.parametrize(
+    ("name", "autocast", "training"),
+    (*((name, False, True) for name in THIN), ("torchvision", True, True), ("kuangliu", False, False)),
+)
 def test_without_a_gpu_to_the_bit(name, autocast, training, on_aten):
     ours, theirs = (model.train(training) for model in make_pair(THIN[name][0]))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -82,18 +81,13 @@ def test_without_a_gpu_to_the_bit(name, autocast, training, on_aten):
 
 
 @pytest.mark.parametrize("name", THIN)
-def test_what_becomes_one_operation(name):
+def test_the_fused_operations_run_that_the_report_names(name, on_aten, monkeypatch):
+    """As many in one forward as it says: a joined pair of norms is one."""
     make, operations = THIN[name]
     model, report = convert(make(), report=True)
     assert not report.left
     assert {outcome.what for outcome in report.converted} == set(operations)
     assert len(report.converted) == sum(type(module) is FusedBatchNorm2d for module in model.modules())
-
-
-@pytest.mark.parametrize("name", THIN)
-def test_the_fused_operations_run(name, on_aten, monkeypatch):
-    """As many in one forward as the report says: a joined pair of norms is one."""
-    model, report = convert(THIN[name][0](), report=True)
     calls, fused = [], FusedBatchNorm2d.fused
 
     def counted(self, x, residual=None, residual_norm=None, **kwargs):
@@ -102,10 +96,9 @@ def test_the_fused_operations_run(name, on_aten, monkeypatch):
 
     monkeypatch.setattr(FusedBatchNorm2d, "fused", counted)
     model(images("cpu", size_for(name)))
-    counts = [outcome.what.removesuffix("+ReLU") for outcome in report.converted]
-    assert calls.count("BN") == counts.count("BN")
-    assert calls.count("BN+add") == counts.count("BN+add")
-    assert calls.count("BN+BN+add") == counts.count("BN+BN+add") / 2
+    counts = Counter(outcome.what.removesuffix("+ReLU") for outcome in report.converted)
+    counts["BN+BN+add"] //= 2
+    assert Counter(calls) == +counts
 
 
 def test_two_readers_of_a_block_get_a_handle_each(on_aten, monkeypatch):
@@ -141,7 +134,7 @@ def test_a_value_that_is_changed_in_place_gets_no_second_handle(on_aten):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"))
+@pytest.mark.parametrize("name", ("resnet50", "resnext50_32x4d"))
 def test_torchvisions_networks(name, on_aten):
     ours, theirs = make_pair(lambda: getattr(torchvision_models, name)(num_classes=3))
     assert {outcome.what for outcome in convert(ours, report=True)[1].outcomes} == set(ALL)
@@ -150,7 +143,7 @@ def test_torchvisions_networks(name, on_aten):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("resnet18", "resnet26d", "seresnet18", "ecaresnet26t"))
+@pytest.mark.parametrize("name", ("seresnet18", "ecaresnet26t"))
 def test_timms_networks(name, on_aten):
     """All norms are converted, before an attention module alone or with a ReLU."""
     import timm
@@ -166,7 +159,6 @@ def test_timms_networks(name, on_aten):
     ("name", "operations"),
     (
         ("mobilenet_v2", {"BN": 42, "BN+add": 10}),
-        ("densenet121", {"BN+ReLU": 121}),
         ("googlenet", {"BN+ReLU": 57}),
     ),
 )
@@ -222,14 +214,11 @@ def larger(x):
 @pytest.mark.parametrize(
     ("residual", "in_place"),
     (
-        (mean_of_all, ""),
         (mean_of_all, "norm"),
         (first_channel_in_fp64, ""),
-        (first_channel_in_fp64, "norm"),
         (first_channel_in_fp64, "residual"),
         (first_channel_in_bf16, "residual"),
         (larger, ""),
-        (larger, "residual"),
     ),
 )
 def test_a_residual_is_broadcast_and_promoted_as_in_eager(residual, in_place, fold, on_aten):

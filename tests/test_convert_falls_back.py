@@ -24,9 +24,15 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("when", ("before", "after"))
-@pytest.mark.parametrize("where", ("layer1.0.bn1", "layer2.0.conv1", "layer1.1", "layer1"))
+@pytest.mark.parametrize(
+    ("where", "when", "kind"),
+    (
+        ("layer1.0.bn1", "before", "forward"),
+        ("layer2.0.conv1", "after", "forward pre"),
+        ("layer1.1", "before", "backward"),
+        ("layer1", "after", "backward pre"),
+    ),
+)
 def test_hooks_see_what_they_saw(where, when, kind, monkeypatch):
     """And the blocks that they are not in stay fused."""
     theirs, ours, called = KuangliuResNet(), KuangliuResNet(), []
@@ -60,23 +66,15 @@ def _swap_norm(model):
     model.layer1[0].bn1 = nn.Identity()
 
 
-def _swap_block(model):
-    model.layer1[0] = nn.Conv2d(8, 8, 1)
-
-
 def _drop_block(model):
     del model.layer1[1]
-
-
-def _add_shortcut(model):
-    model.layer1[0].shortcut.append(nn.Conv2d(8, 8, 1))
 
 
 def _patch_forward(model):
     model.layer1[0].conv1.forward = lambda x: x * 2
 
 
-@pytest.mark.parametrize("change", (_swap_norm, _swap_block, _drop_block, _add_shortcut, _patch_forward))
+@pytest.mark.parametrize("change", (_swap_norm, _drop_block, _patch_forward))
 def test_a_model_that_is_changed_later_computes_what_it_is_then(change):
     theirs, ours = perturbed(KuangliuResNet()), perturbed(KuangliuResNet())
     ours.load_state_dict(theirs.state_dict())

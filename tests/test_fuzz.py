@@ -1,6 +1,6 @@
 """Any other run folder, option or argument is refused in a line: no traceback, no hang (5 s), at most 500 MB.
 
-100 mutations of each kind, the same ones every time; with `--hypothesis-profile=long` 1,000.
+30 mutations of each kind, the same ones every time; with `--hypothesis-profile=long` 1,000.
 """
 
 import copy
@@ -28,7 +28,7 @@ from resnet_fast import data, inference, models, training
 from resnet_fast.inference import trained
 from resnet_fast.training import network
 
-N = 1000 if settings().max_examples > 500 else 100
+N = 1000 if settings().max_examples > 500 else 30
 SECONDS, MEGABYTES = 5, 500
 
 

@@ -149,8 +149,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
-@pytest.mark.parametrize("prefix", ["", "module."], ids=("plain file", "wrapped file"))
+@pytest.mark.parametrize(("case", "prefix"), [*((case, "") for case in MODELS), ("DataParallel", "module.")])
 def test_prefixes_in_the_model(case: str, prefix: str, source, tmp_path: Path):
     model = MODELS[case](ours())
     path = save(tmp_path / "x.pth", renamed(source.state_dict(), lambda name: prefix + name))

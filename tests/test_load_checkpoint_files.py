@@ -110,11 +110,11 @@ def test_a_changed_bit_in_a_checkpoint_of_ours_shows(tmp_path: Path):
     assert "is damaged: its SHA-256 is not the one" in refusal(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("cut", range(1, 20))
-def test_a_file_that_is_cut_short_anywhere_is_refused(cut: int, tmp_path: Path):
+def test_a_file_that_is_cut_short_anywhere_is_refused(tmp_path: Path):
     for whole in (WHOLE, OLD, SAFE):
-        (tmp_path / "x.pth").write_bytes(whole[: len(whole) * cut // 20])
-        refusal(tmp_path / "x.pth")
+        for cut in range(1, 20):
+            (tmp_path / "x.pth").write_bytes(whole[: len(whole) * cut // 20])
+            refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.filterwarnings("ignore:.*not finite")
@@ -164,8 +164,9 @@ class Harm:
         return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
-@pytest.mark.parametrize("old", [False, True], ids=("zip", "without zip"))
-@pytest.mark.parametrize("force", [False, True], ids=("", "all files trusted by the environment"))
+@pytest.mark.parametrize(
+    ("old", "force"), [(False, True), (True, False)], ids=("zip, all files trusted by the environment", "without zip")
+)
 def test_no_code_runs(old: bool, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if force:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

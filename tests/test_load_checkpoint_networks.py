@@ -34,9 +34,10 @@ def with_other_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=("", "as its training saves it"))
 @pytest.mark.parametrize(
-    "build", [lambda: torchvision_models.resnet18(), lambda: timm.create_model("resnet18")], ids=("torchvision", "timm")
+    ("build", "wrapped"),
+    [(lambda: torchvision_models.resnet18(), True), (lambda: timm.create_model("resnet18"), False)],
+    ids=("torchvision, as its training saves it", "timm"),
 )
 def test_outputs_are_equal(build, wrapped: bool, tmp_path: Path):
     source, model = with_other_statistics(build()), resnet_fast.resnet18().eval()
@@ -44,20 +45,11 @@ def test_outputs_are_equal(build, wrapped: bool, tmp_path: Path):
     torch.save(
         {"state_dict": {f"module.{name}": value for name, value in state.items()}} if wrapped else state, tmp_path / "x"
     )
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(model(x), source(x), rtol=1e-2, atol=1e-2)
     done = resnet_fast.load_checkpoint(model, tmp_path / "x")
     torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-4)  # twenty layers of fp32 roundings
     assert (done.n_tensors, done.kept, done.not_finite) == (122, (), ())
-
-
-def test_ours_into_timm_and_torchvision(tmp_path: Path):
-    source = with_other_statistics(resnet_fast.resnet18())
-    torch.save(source.state_dict(), tmp_path / "x")
-    x = torch.randn(2, 3, 64, 64)
-    for model in (timm.create_model("resnet18").eval(), torchvision_models.resnet18().eval()):
-        resnet_fast.load_checkpoint(model, tmp_path / "x")
-        torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_of_timms_own_saver(tmp_path: Path):

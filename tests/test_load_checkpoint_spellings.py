@@ -65,8 +65,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "prefix"), [("weiaicunzai", ""), ("left", "model._orig_mod.")])
 def test_blocks_as_sequentials(name: str, prefix: str, tmp_path: Path):
     source = Sequentials(trained(thin_resnet(torchvision_resnet)), *NETWORKS[name]).eval()
     torch.save({f"{prefix}{key}": value for key, value in source.state_dict().items()}, tmp_path / "theirs.pth")
@@ -84,7 +83,7 @@ def test_blocks_as_sequentials(name: str, prefix: str, tmp_path: Path):
     assert ("downsample", "shortcut") in back.translated and "conv1 read as conv1.0" in str(back)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 152])
+@pytest.mark.parametrize("depth", [18, 50])
 def test_every_name_of_every_depth(depth: int):
     with torch.device("meta"):
         source = getattr(torchvision_resnet, f"resnet{depth}")()

@@ -1,8 +1,6 @@
 """`resnet-fast predict` says what is on any image, and names each file that it cannot read."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,9 @@ import torch
 from PIL import Image
 from rich.cells import cell_len
 from trained_run import assert_is_plain, invoke, make_image_folder, train_tiny, use_tiny
+from typer.testing import CliRunner
 
-import resnet_fast
-from resnet_fast.cli import predict
+from resnet_fast.cli import app, predict
 from resnet_fast.cli.text import fit, fit_path
 from resnet_fast.inference import classify, load_trained, read_image
 from resnet_fast.training import Result
@@ -22,7 +20,7 @@ from resnet_fast.training import Result
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Result:
     path = tmp_path_factory.mktemp("predict")
-    data = make_image_folder(path / "images", n_train=30)
+    data = make_image_folder(path / "images", n_train=20)
     return train_tiny(path / "run", dataset="folder", data_dir=data, batch_size=8, epochs=3, lr=0.1)
 
 
@@ -60,7 +58,7 @@ def test_the_bar_is_as_long_as_the_probability_in_ascii(trained: Result):
         assert line.count("#") == round(predict.BAR * float(line.split()[1]) / 100)
 
 
-@pytest.mark.parametrize(("top", "shown"), [(1, 1), (2, 2), (3, 3), (50, 3)])
+@pytest.mark.parametrize(("top", "shown"), [(1, 1), (50, 3)])
 def test_top_is_cut_to_the_classes_that_there_are(top: int, shown: int, trained: Result):
     result = invoke("predict", trained.out, image("a.png"), "--top", top)
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1 + shown
@@ -87,7 +85,6 @@ def test_files_that_cannot_be_read_are_named_after_which_the_others_are_done(tra
         (["absent", "x.png"], "absent does not exist"),
         (["RUN"], "IMAGE"),
         (["RUN", "x.png", "--top", "0"], "--top"),
-        (["RUN", "x.png", "--device", "gpu"], "got 'gpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -119,10 +116,7 @@ def test_every_line_fits_80_columns_whatever_the_names_are(classes: tuple[str, .
     assert lines[0].startswith("folder/folder") and lines[0].endswith("猫?.png") and "..." in lines[0]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "short", "x" * 200, "猫" * 40, "a猫" * 20], ids=("none", "short", "long", "wide", "both")
-)
-@pytest.mark.parametrize("width", [8, 20, 21])
+@pytest.mark.parametrize(("text", "width"), [("", 8), ("short", 8), ("x" * 200, 20), ("猫" * 40, 20), ("a猫" * 20, 21)])
 def test_text_is_cut_to_its_columns(text: str, width: int):
     assert cell_len(fit(text, width)) == width
     assert cell_len(fit_path(text, width)) <= width
@@ -140,22 +134,7 @@ def test_a_name_of_bytes_that_are_no_utf8_is_shown(trained: Result):
     assert result.exit_code == 0 and "caf?.png" in result.stdout
 
 
-def test_a_log_that_takes_ascii_alone_gets_escapes(trained: Result, tmp_path: Path):
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from stand_in import stand_in
-from trained_run import Tiny
-from resnet_fast.training import MODELS
-MODELS["resnet18"] = stand_in(lambda *, num_classes, stem: Tiny(num_classes))
-from resnet_fast.cli import app
-app()
-"""
-    root = str(Path(resnet_fast.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code, "predict", str(trained.out), image("猫.png")],
-        env={**os.environ, "PYTHONPATH": root, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"\\u732b.png\n  bee ") and b"\x1b" not in done.stdout
+def test_a_log_that_takes_ascii_alone_gets_escapes(trained: Result):
+    result = CliRunner(charset="ascii").invoke(app, ["predict", str(trained.out), image("猫.png")])
+    assert result.exit_code == 0
+    assert result.stdout_bytes.startswith(b"\\u732b.png\n  bee ") and b"\x1b" not in result.stdout_bytes

@@ -18,34 +18,18 @@ ENGINE = "autograd::engine::evaluate_function: "
     ("names", "category"),
     [
         (["aten::mkldnn_convolution", "aten::conv2d", STEP], CONVOLUTION),
-        (["aten::convolution_backward", "ConvolutionBackward0", f"{ENGINE}ConvolutionBackward0"], CONVOLUTION),
-        (["aten::cudnn_convolution", "aten::conv2d"], CONVOLUTION),
-        (["aten::t", "aten::linear"], CONVOLUTION),
         (["aten::sum", f"{ENGINE}AddmmBackward0"], CONVOLUTION),
         (["aten::copy_", "aten::to", "aten::conv2d"], LAYOUT),
-        (["aten::copy_", "aten::_to_copy", "aten::to", "aten::sum", "aten::mean"], LAYOUT),
         (["void cudnn::engines::nchwToNhwcKernel<...>", "aten::cudnn_convolution", "aten::conv2d"], LAYOUT),
-        (["aten::native_batch_norm", "aten::batch_norm", STEP], NORM),
-        (["aten::cudnn_batch_norm_backward", "CudnnBatchNormBackward0"], NORM),
         (["aten::miopen_batch_norm", "aten::batch_norm"], NORM),
         (["aten::zero_", "aten::zeros", "aten::native_batch_norm"], NORM),
-        (["aten::clamp_min_", "aten::relu_", STEP], NORM),
         (["aten::threshold_backward", "ReluBackward0"], NORM),
-        (["aten::add_", STEP], NORM),
         (["aten::add_", f"{ENGINE}ConvolutionBackward0"], NORM),
         (["combine_weight_gradient_kernel", "_Conv3x3Backward"], CONVOLUTION),
         (["_normalize_kernel", "resnet_fast::batch_norm_add_relu", "_BatchNormAddReLU", STEP], NORM),
-        (["resnet_fast::batch_norm_add_relu_backward", "_BatchNormAddReLUBackward"], NORM),
-        (["aten::view_as", "_BatchNormAddReLU", STEP], NORM),
-        (["aten::copy_", "aten::_fused_sgd_", "Optimizer.step#SGD.step", STEP], OPTIMIZER),
         (["multi_tensor_apply_kernel", "aten::_fused_sgd_", "Optimizer.step#SGD.step"], OPTIMIZER),
-        (["Optimizer.zero_grad#SGD.zero_grad", STEP], OPTIMIZER),
-        (["aten::_log_softmax", "aten::log_softmax", "aten::cross_entropy_loss"], LOSS),
         (["aten::nll_loss_backward", "NllLossBackward0"], LOSS),
-        (["aten::fill_", "aten::ones_like", STEP], LOSS),
         (["aten::sum", "aten::mean", "aten::adaptive_avg_pool2d", STEP], OTHER),
-        (["aten::max_pool2d_with_indices_backward", "MaxPool2DWithIndicesBackward0"], OTHER),
-        (["aten::flatten", STEP], OTHER),
         ([], OTHER),
     ],
     ids=lambda value: " < ".join(value) if isinstance(value, list) else "",
@@ -57,15 +41,14 @@ def test_the_innermost_name_that_says_something_decides(names: list[str], catego
 @pytest.fixture(scope="module")
 def recorded() -> EventList:
     """The events of two real steps on the CPU, in bf16, where there are casts."""
-    config = profile_config(device="cpu", precision="bf16", batch_size=4, image_size=16)
+    config = profile_config(device="cpu", precision="bf16", batch_size=2, image_size=8)
     step = checked_steps(config, {"eager": eager, "again": eager})["eager"]
     return record(step, CPU, 2).events()
 
 
-@pytest.mark.parametrize("category", [*CATEGORIES, BETWEEN])
-def test_a_real_step_has_something_in_every_category(recorded: EventList, category: str):
+def test_a_real_step_has_something_in_every_category(recorded: EventList):
     parts, _ = parts_of(recorded, CPU, 2)
-    assert sum(part.ms for part in parts if part.category == category) > 0
+    assert {part.category for part in parts if part.ms > 0} == {*CATEGORIES, BETWEEN}
 
 
 def test_little_of_a_real_step_is_other(recorded: EventList):

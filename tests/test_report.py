@@ -125,6 +125,13 @@ def place(tmp_path: Path) -> Path:
     return write_results(tmp_path)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time."""
+    pictures = report.pictures
+    monkeypatch.setattr(report, "pictures", lambda folder: dict.fromkeys(pictures(folder), lambda file: None))
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_results(tmp_path_factory.mktemp("drawn"))
@@ -235,7 +242,7 @@ def test_convolutions_are_compared_in_one_table_wins_and_losses(made: Path):
     run(made, "--check")
 
 
-def test_rows_of_another_day_are_marked(place: Path):
+def test_rows_of_another_day_are_marked(place: Path, no_pictures: None):
     path = place / "results" / DEVICE / "training_step.csv"
     later = {"date_utc": "2026-11-26T10:00:00Z", "commit": "ba9876543210"}
     write_rows(path, [STEPS[0] | later, *STEPS[1:]])
@@ -249,7 +256,7 @@ def test_rows_of_another_day_are_marked(place: Path):
     assert "1,237 ms, 1×, 25 %<sup>1</sup>" in readme
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "inference.csv", "speedups.png"])
+@pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "speedups.png"])
 def test_check_names_what_is_stale_and_writes_nothing(made: Path, name: str):
     path = made / name if name == "README.md" else made / "results" / DEVICE / name
     if name == "speedups.png":
@@ -280,7 +287,7 @@ def test_pictures_are_those_of_the_data(made: Path):
     assert "(step_time.png)" in text and text.count(".png") == 1
 
 
-def test_several_devices_have_their_own_tables(place: Path):
+def test_several_devices_have_their_own_tables(place: Path, no_pictures: None):
     row = step("eager, tuned", 55.5, device="Other GPU")
     write_rows(place / "results" / OTHER / "training_step.csv", [row])
     readme = place / "README.md"
@@ -304,12 +311,11 @@ def without(column: str, rows: list[Row]) -> list[Row]:
             [STEPS[0] | {"p50_ms": "1 s"}],
             "training_step.csv, row 1: p50_ms must be a number of at least 0, got '1 s'",
         ),
-        ([STEPS[0] | {"p50_ms": "nan"}], "training_step.csv, row 1: p50_ms must be a number of at least 0, got 'nan'"),
         ([STEPS[0] | {"p50_ms": "0"}], "training_step.csv, row 1: p50_ms must be above 0, got '0'"),
         ([STEPS[0] | {"commit": ""}], "training_step.csv, row 1: commit must not be empty"),
         ([*STEPS, STEPS[2]], "training_step.csv, row 6: a second row of fused, "),
     ],
-    ids=["columns", "text", "nan", "zero", "empty", "twice"],
+    ids=["columns", "text", "zero", "empty", "twice"],
 )
 def test_a_file_that_is_wrong_is_named_and_nothing_written(place: Path, rows: list[Row], message: str):
     write_rows(place / "results" / DEVICE / "training_step.csv", rows)
@@ -344,7 +350,7 @@ def test_arguments_that_are_wrong(place: Path):
     assert "must hold a folder with one of" in run(place, "--results", str(place / "results" / "no-device"), code=1)
 
 
-def test_rows_without_work_or_memory_have_no_such_columns(place: Path):
+def test_rows_without_work_or_memory_have_no_such_columns(place: Path, no_pictures: None):
     empty = dict.fromkeys(("mbytes", "gflop", "gb_per_s", "floor_ms", "of_floor", "peak_mb", "driver"), "")
     folder = place / "results" / OTHER
     rows = [step(name, 100.0, case="2048 images") | empty for name in ("torchvision", "on device")]

@@ -18,8 +18,6 @@ SCHEDULE_NAMES = "one-cycle, triangular, cosine, steps, constant"
 WRONG_SETTINGS = [
     ({"model": "resnet19"}, "model must be one of resnet18, .*'resnet19'"),
     ({"model": "resnt18"}, "model must be one of .*, got 'resnt18'; did you mean resnet18"),
-    ({"model": "vgg"}, r"model must be one of .*, got 'vgg'$"),
-    ({"model": ["resnet18"]}, "model must be one of "),
     ({"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
     ({"backend": "triton"}, "backend must be one of fused, eager, compile, got 'triton'"),
     ({"dataset": "mnist"}, "dataset must be one of cifar10, digits, folder, got 'mnist'"),
@@ -29,56 +27,36 @@ WRONG_SETTINGS = [
     ({"schedule": "cyclic"}, f"schedule must be one of {SCHEDULE_NAMES}, got 'cyclic'"),
     ({"padding": "edge"}, "padding must be one of zero, reflect, got 'edge'"),
     ({"flip": "up"}, "flip must be one of none, random, alternating, got 'up'"),
-    ({"flip": True}, "flip must be one of none, random, alternating, got True"),
     ({"normalize": "batch"}, "normalize must be one of dataset, half, got 'batch'"),
     ({"images": "disk"}, "images must be one of auto, memory, stream, got 'disk'"),
     ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, got 'fp16'"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-    ({"device": "meta"}, "device must be .*'meta'"),
-    ({"device": "cpu:1"}, "device must be .*'cpu:1'"),
     ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
     ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
     ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-    ({"epochs": 2.5}, "epochs must be an integer.*2.5"),
     ({"epochs": True}, "epochs must be an integer.*True"),
-    ({"batch_size": -4}, "batch_size must be an integer of at least 2, got -4"),
     ({"batch_size": 1}, "batch_size must be .* at least 2, got 1"),
     ({"crop": -1}, "crop must be an integer of at least 0, got -1"),
-    ({"crop": 1.5}, "crop must be an integer.*1.5"),
-    ({"cutout": -1}, "cutout must be an integer of at least 0, got -1"),
-    ({"ghost_batch_size": -1}, "ghost_batch_size must be an integer of at least 0, got -1"),
     ({"ghost_batch_size": 1}, "ghost_batch_size must be 0 or at least 2, got 1"),
-    ({"image_size": 0}, "image_size must be an integer of at least 8, got 0"),
     ({"image_size": 7}, "image_size must be an integer of at least 8, got 7"),
     ({"holdout": -1}, "holdout must be an integer of at least 0, got -1"),
     ({"accumulate": 0}, "accumulate must be an integer of at least 1, got 0"),
     ({"workers": -1}, "workers must be"),
-    ({"seed": -1}, "seed must be"),
     ({"seed": 2**32}, "seed must be below"),
-    ({"lr": 0}, "lr must be a positive finite number, got 0"),
-    ({"lr": -0.1}, "lr must be .*-0.1"),
     ({"lr": NAN}, "lr must be .*nan"),
-    ({"lr": INF}, "lr must be .*inf"),
     ({"lr": "fast"}, "lr must be .*'fast'"),
     ({"bn_bias_lr": 0}, "bn_bias_lr must be a positive finite number, got 0"),
-    ({"bn_bias_lr": INF}, "bn_bias_lr must be .*inf"),
     ({"weight_decay": -1e-4}, "weight_decay must be .*-0.0001"),
-    ({"weight_decay": INF}, "weight_decay must be"),
     ({"clip_norm": -1}, "clip_norm must be a finite number, 0 or more, got -1"),
-    ({"clip_norm": NAN}, "clip_norm must be"),
     ({"time_budget": -1}, "time_budget must be a finite number, 0 or more, got -1"),
-    ({"time_budget": INF}, "time_budget must be"),
     ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-    ({"momentum": -0.1}, "momentum must be"),
-    ({"momentum": NAN}, "momentum must be"),
     ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
-    ({"ema": -0.1}, "ema must be"),
     ({"label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
-    ({"label_smoothing": "a little"}, "label_smoothing must be .*'a little'"),
-    ({"nesterov": 1}, "nesterov must be True or False, got 1"),
+    ({"cutout": -1}, "cutout must be an integer of at least 0, got -1"),
     ({"zero_gamma": "yes"}, "zero_gamma must be True or False, got 'yes'"),
     ({"dirac": 0}, "dirac must be True or False, got 0"),
     ({"whiten": 1}, "whiten must be True or False, got 1"),
+    ({"nesterov": 1}, "nesterov must be True or False, got 1"),
     ({"graph": 1}, "graph must be True or False, got 1"),
     ({"sync_bn": None}, "sync_bn must be True or False, got None"),
     ({"deterministic": 1}, "deterministic must be True or False, got 1"),
@@ -106,15 +84,10 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
             {"weights": "w.pt", "zero_gamma": True},
             "zero_gamma must be False with weights, got True: it would overwrite",
         ),
-        ({"weights": "w.pt", "dirac": True}, "dirac must be False with weights, got True: it would overwrite"),
-        ({"weights": "w.pt", "whiten": True}, "whiten must be False with weights, got True: it would overwrite"),
         ({"whiten": True, "stem": "imagenet"}, "whiten needs a 3x3 stem, stem cifar, of 54 .*, got imagenet of 64"),
-        ({"whiten": True, "model": "article"}, "whiten needs a 3x3 stem, .*, got imagenet of 64"),
         ({"stem": "cifar", "model": "article"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
         ({"zero_gamma": True, "model": "article"}, "zero_gamma must be False for article, got True: a block's one"),
         ({"zero_gamma": True, "model": "plain20"}, "zero_gamma must be False for plain20, got True: a block without"),
-        ({"whiten": True, "model": "resnet20"}, "whiten needs a 3x3 stem, .*, got cifar of 16"),
-        ({"stem": "imagenet", "model": "resnet20"}, "stem must be cifar for resnet20, which has no other"),
         ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
         ({"skip_unreadable": True, "dataset": "digits"}, "skip_unreadable is for dataset folder, got digits"),
         ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
@@ -135,10 +108,6 @@ def test_whitening_needs_filters_for_every_direction(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(MODELS, "narrow", replace(MODELS["resnet18"], stem_width=53))
     with pytest.raises(ValueError, match="whiten needs a 3x3 stem, stem cifar, of 54 .*, got cifar of 53"):
         TrainConfig(model="narrow", whiten=True)
-
-
-def test_parts_of_two_images_are_enough():
-    assert TrainConfig(batch_size=8, accumulate=4).accumulate == 4
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
@@ -172,10 +141,6 @@ def test_everything_is_resolved():
     # The data set says how far to crop; without `weights` they are new.
     assert [name for name, value in values.items() if value is None] == ["crop", "weights"]
     json.dumps(values)
-
-
-def test_a_cpu_takes_no_graph():
-    assert TrainConfig(device="cpu").graph is False
 
 
 def test_the_default_run_folder_names_dataset_and_model():

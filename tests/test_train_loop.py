@@ -206,10 +206,6 @@ def test_a_mirrored_accuracy_is_that_of_the_mean_of_both_logits(
     assert result.mirrored_accuracy == (logits.argmax(1) == dataset.test.labels).double().mean()
 
 
-def test_where_a_mirrored_image_is_another_there_is_no_mirrored_accuracy(tiny: list[Tiny], tmp_path: Path):
-    assert train(config_for(tmp_path / "run", epochs=1)).mirrored_accuracy is None
-
-
 def test_the_test_metrics_are_those_of_the_saved_weights(tiny: list[Tiny], tmp_path: Path):
     result = train(config_for(tmp_path / "run"))
     model, dataset = Tiny(3), make_dataset()
@@ -281,51 +277,11 @@ def test_a_loss_that_is_not_finite_names_the_first_layer_that_is_not():
     )
 
 
-def test_an_occupied_run_folder_stops_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-
-    def load(*args, **kwargs):
-        raise AssertionError("the data set was loaded")
-
-    monkeypatch.setattr(prepare, "load_dataset", load)
-    with pytest.raises(FileExistsError, match="already holds notes.txt"):
-        train(config_for(tmp_path / "run"))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
-
-
-def test_nothing_is_written_when_the_data_is_missing(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="does not exist"):
-        train(config_for(tmp_path / "run", dataset="folder", data_dir=tmp_path / "absent"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_result_is_the_last_epoch_and_not_the_best():
     epochs = [EpochMetrics(i, 0.1, 1, 0.5, 1, accuracy, 2, 10) for i, accuracy in ((1, 0.9), (2, 0.7))]
     result = Result(TrainConfig(dataset="digits"), tuple(epochs), nn.Identity(), 5)
     assert result.test_accuracy == 0.7
     assert result.images_per_second == 10 and result.train_seconds == 4
-
-
-def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
-    tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The checkpoint holds everything: model, optimizer with momentum, and the position in schedule and plans."""
-    use_dataset(monkeypatch, make_dataset(padding=2))
-    straight = train(config_for(tmp_path / "straight"))
-    tiny.clear()
-
-    class Stop(Reporter):
-        def start_epoch(self, epoch: int, n_steps: int) -> None:
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config_for(tmp_path / "run"), Stop())
-    resumed = resume(tmp_path / "run")
-    assert [len(model.calls) for model in tiny] == [7, 9]  # an epoch each, and the mistakes at the end
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
 class Poisoned(TensorSplit):
@@ -386,7 +342,6 @@ class Clock:
         pytest.param(1, 1, id="less than an epoch"),
         pytest.param(29, 2, id="almost three epochs"),
         pytest.param(30, 3, id="three epochs"),
-        pytest.param(1000, 6, id="more than all epochs"),
     ],
 )
 def test_a_time_budget_ends_a_run_before_an_epoch_that_would_exceed_it(
@@ -415,7 +370,7 @@ def test_a_run_whose_time_was_spent_goes_on_to_the_weights_that_it_would_have_ha
         assert torch.equal(result.model.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)], ids=["off", "warns", "on"])
+@pytest.mark.parametrize("before", [(False, False), (True, True)], ids=["off", "warns"])
 def test_torchs_settings_come_back_after_a_deterministic_run(
     before: tuple[bool, bool], tiny: list[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -454,7 +409,10 @@ def test_the_saved_weights_are_the_tested_ones(ema: float, tiny: list[Tiny], tmp
         assert not torch.equal(trained["fc.weight"], checkpoint["model"]["fc.weight"])
 
 
+@pytest.mark.usefixtures("on_aten")
 def test_a_real_checkpoint_loads_into_torchvisions_resnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     use_dataset(monkeypatch, replace(make_dataset(), train=TensorSplit(*_first(make_dataset().train, 8))))
     result = train(config_for(tmp_path / "run", stem="imagenet", epochs=1, batch_size=4))
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

@@ -3,7 +3,7 @@
 import os
 import random
 import re
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def straight(tmp_path_factory, one_thread: None) -> Result:
         return train(config_for(tmp_path_factory.mktemp("straight") / "run"))
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 4), (2, 0), (2, 1), (2, 5), (3, 0), (3, 3)])
+@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 4), (2, 5), (3, 0)])
 def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(epoch: int, step: int, straight: Result, tmp_path: Path):
     result = resume(stop(tmp_path / "run", epoch, step))
     assert same_bits(result.out, straight.out)
@@ -58,24 +58,14 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(epoch: int, step:
     assert not result.model.training
 
 
-def test_same_bits_can_tell_runs_apart(straight: Result, tmp_path: Path):
-    assert not same_bits(train(config_for(tmp_path / "run", seed=1)).out, straight.out)
-
-
 OTHER_SETTINGS = [
-    {"momentum": 0.0},
-    {"schedule": "triangular"},
-    {"flip": "random"},
     {"flip": "alternating"},
-    {"crop": 1, "padding": "reflect", "cutout": 3},
-    {"lr": 1},
-    {"ema": 0.9},
+    {"crop": 1, "padding": "reflect", "cutout": 3, "schedule": "triangular"},
     {"recipe": "article"},
     {"optimizer": "adam", "ema": 0.9, "bn_bias_lr": 4.0},
     {"bn_bias_lr": 64.0, "clip_norm": 0.1, "label_smoothing": 0.2, "nesterov": False},
     {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
     {"normalize": "half", "holdout": 7},
-    {"deterministic": True},
 ]
 
 
@@ -173,13 +163,9 @@ def damage(name: str) -> Callable[[Path], None]:
 
     return {
         "missing": Path.unlink,
-        "empty": lambda path: path.write_bytes(b""),
         "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-        "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
-        "zeros at the end": lambda path: path.write_bytes(path.read_bytes()[:3000] + bytes(3000)),
         "flipped bit": flipped,
         "a state dict": lambda path: torch.save(Tiny(3).state_dict(), path),
-        "text": lambda path: path.write_text("my weights"),
         "another format": other_format,
         "other settings": other_settings,
     }[name]
@@ -189,13 +175,9 @@ def damage(name: str) -> Callable[[Path], None]:
     ("name", "reason"),
     [
         ("missing", "is missing"),
-        ("empty", "is empty"),
         ("truncated", "is cut short: its end is missing after"),
-        ("without its last byte", "is cut short"),
-        ("zeros at the end", "is cut short"),
         ("flipped bit", "is damaged: its SHA-256 is not the one"),
         ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
-        ("text", "is no checkpoint: it does not begin as one"),
         ("another format", r"has format 1, resnet_fast \S+ reads format 2"),
         ("other settings", "is of another run: lr is 0.5 there and 0.1 in config.json"),
     ],
@@ -245,13 +227,6 @@ def test_no_whole_checkpoint_left_is_said(tmp_path: Path):
         resume(out)
 
 
-def test_lost_checkpoints_are_no_new_run(tmp_path: Path):
-    out = stop(tmp_path / "run", 2)
-    (out / "checkpoint.pt").unlink()
-    with pytest.raises(ResumeError, match="checkpoint.pt is missing"):
-        resume(out)
-
-
 def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = stop(tmp_path / "run", 3)
     os.truncate(out / "checkpoint.pt", 100)
@@ -264,21 +239,10 @@ def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path
     assert epochs == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["crop", "ema"])
-def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path):
+def test_what_a_run_computes_cannot_be_changed(tmp_path: Path):
     out = stop(tmp_path / "run", 2)
-    state = checkpoint.read_checkpoint(out / "checkpoint.pt")
-    state["config"][name] = 1
-    checkpoint.write_checkpoint(out / "checkpoint.pt", state, None)
-    with pytest.raises(ResumeError, match=f"is of another run: {name} is 1 there"):
-        resume(out)
-
-
-@pytest.mark.parametrize("name", ["lr", "accumulate", "out"])
-def test_what_a_run_computes_cannot_be_changed(name: str, tmp_path: Path):
-    out = stop(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match=f"a run keeps its settings, but for graph, .*, tensorboard; got {name}"):
-        resume(out, **{name: 1})
+    with pytest.raises(ValueError, match="a run keeps its settings, but for graph, .*, tensorboard; got lr"):
+        resume(out, lr=1)
 
 
 def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -288,7 +252,7 @@ def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         resume(out)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "{}"])
 def test_a_damaged_config_is_refused(text: str, tmp_path: Path):
     out = stop(tmp_path / "run", 2)
     (out / "config.json").write_text(text)
@@ -296,7 +260,7 @@ def test_a_damaged_config_is_refused(text: str, tmp_path: Path):
         resume(out)
 
 
-@pytest.mark.parametrize("path", ["absent", "empty", "empty/checkpoint.pt"])
+@pytest.mark.parametrize("path", ["absent", "empty"])
 def test_a_folder_without_a_run_is_no_argument(path: str, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
@@ -369,19 +333,52 @@ def test_a_file_system_without_links_keeps_the_checkpoint_before(
     assert checkpoint.read_checkpoint(out / "checkpoint-previous.pt")["epoch"] == EPOCHS - 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
-@pytest.mark.parametrize("when", ["random", "calls"])
-def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_never_killed(when: str, straight: Result, tmp_path: Path):
-    """20 times at random, and once before each call of the file system that a run makes."""
-    worker = Path(__file__).with_name("resume_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(worker.parents[1])}
-    command = [sys.executable, str(worker), str(tmp_path), when]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= {"random": 20, "calls": 3 * EPOCHS}[when]
-    runs = list(tmp_path.iterdir())
-    names = {path.name for path in straight.out.iterdir()}
-    for out in runs:
-        assert same_bits(out, straight.out)
-        assert {path.name for path in out.iterdir()} == names  # nothing is left half done
-        assert (out / "curves.png").read_bytes() == (straight.out / "curves.png").read_bytes()
+FILE_CALLS = ("open", "fsync", "link", "replace", "unlink", "mkdir")
+
+
+def check_whole(out: Path) -> None:
+    """What has its name is whole, at whatever moment the process was killed."""
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        if (out / name).exists():
+            checkpoint.read_checkpoint(out / name)
+    if (out / "checkpoint-previous.pt").exists():
+        assert (out / "checkpoint.pt").exists()
+    if (out / "metrics.csv").exists():
+        assert (out / "metrics.csv").read_bytes().endswith(b"\n")
+
+
+def test_a_run_killed_before_any_call_ends_with_the_bits_of_one_never_killed(tmp_path: Path):
+    """A process that is killed leaves what is on the disk then: a copy of it before each call that changes it."""
+    out, copies = tmp_path / "run", []
+
+    def copied(call: Callable) -> Callable:
+        def copy_first(*args, **kwargs):
+            with monkeypatch.context() as as_before:
+                for name, original in originals.items():
+                    as_before.setattr(os, name, original)
+                copies.append(tmp_path / str(len(copies)))
+                if out.exists():
+                    shutil.copytree(out, copies[-1])
+            return call(*args, **kwargs)
+
+        return copy_first
+
+    originals = {name: getattr(os, name) for name in FILE_CALLS}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, original in originals.items():
+            monkeypatch.setattr(os, name, copied(original))
+        # As many epochs as there are kinds: one without a checkpoint before it, and one with it.
+        straight = train(config_for(out, epochs=2))
+    assert len(copies) >= 6
+    names = {path.name for path in out.iterdir()}
+    for copy in copies:
+        check_whole(copy)
+        if (copy / "config.json").exists():
+            resume(copy)
+        else:
+            shutil.rmtree(copy, ignore_errors=True)  # a folder in which nothing began is not used again
+            train(config_for(copy, epochs=2))
+        check_whole(copy)
+        assert same_bits(copy, straight.out)
+        assert {path.name for path in copy.iterdir()} == names  # nothing is left half done
+        assert (copy / "curves.png").read_bytes() == (out / "curves.png").read_bytes()

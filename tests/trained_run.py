@@ -14,7 +14,7 @@ from typer.testing import Result as CliResult
 
 from resnet_fast.cli import app
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, Result, TrainConfig, train
+from resnet_fast.training import MODELS, Result, TrainConfig, run_folder, train
 
 
 class Tiny(nn.Module):
@@ -29,6 +29,8 @@ class Tiny(nn.Module):
 def use_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "resnet18", stand_in(lambda *, num_classes, stem: Tiny(num_classes)))
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")  # interpreted it takes longer than the training
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)  # so do pictures
+    monkeypatch.setattr(run_folder, "write_pictures", lambda *args: [])
 
 
 def train_tiny(out: Path, **settings) -> Result:
