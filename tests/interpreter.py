@@ -196,8 +196,8 @@ def _run_programs_together() -> None:
 
 
 def _patch_the_language_once() -> None:
-    """The interpreter replaces hundreds of functions at every call of every @triton.jit function, and takes half its time
-    for it. Here nothing is compiled, so that they may stay replaced.
+    """The interpreter replaces hundreds of functions at every call of a @triton.jit function, half of its time.
+    Nothing is compiled here, so they may stay replaced.
     """
     patch_lang = interpreter._patch_lang
 
