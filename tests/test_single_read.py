@@ -62,6 +62,7 @@ def test_without_relu_and_in_fp16(case, join, device):
             assert_agrees(make_operands(case, dtype, "channels_last", device), join, relu)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(device):
     join = "bn"
     operands = make_operands(FORKED, BF16, "channels_last", device)
