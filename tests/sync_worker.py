@@ -105,7 +105,10 @@ def run_norms(module: nn.Module, x: Tensor, residual: Tensor, dy: Tensor, order:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def norms_task(rank: int, sizes: tuple[int, ...], cases: dict[str, tuple]) -> dict[str, dict[str, Tensor]]:
+def norms_task(
+    rank: int, sizes: tuple[int, ...], cases: dict[str, tuple], batches: dict[str, tuple[Tensor, ...]]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """`run_norms` of every case, and `passes` of the batches."""
     from resnet_fast import FusedSyncBatchNorm2d
 
     found = {}
@@ -113,10 +116,10 @@ def norms_task(rank: int, sizes: tuple[int, ...], cases: dict[str, tuple]) -> di
         module = Norms(FusedSyncBatchNorm2d, join, **options)
         module = module.double() if dtype == torch.float64 else module
         found[name] = run_norms(module, *own_part(batch(sum(sizes), dtype, layout), sizes, rank), order)
-    return found
+    return found, passes(rank, batches)
 
 
-def passes_task(rank: int, batches: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def passes(rank: int, batches: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """y and the running statistics after one pass over a batch, given for each rank."""
     from resnet_fast import FusedSyncBatchNorm2d
 

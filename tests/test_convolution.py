@@ -1,6 +1,7 @@
 """A network whose table of choices has fused convolutions computes the same, and launches what it says."""
 
 import copy
+import functools
 from unittest import mock
 
 import pytest
@@ -72,15 +73,35 @@ def default_launches(network, device) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("operations", (CONVOLUTIONS, *[(operation,) for operation in CONVOLUTIONS]), ids=str)
-def test_every_choice_computes_the_same(operations, network, device, expected, exact):
-    assert_same(step(network, images(device), Fused(operations)), expected, exact)
+@pytest.fixture(scope="module")
+def run_fused(network, device):
+    """What a step finds, launches and asks the table, by the operations that it names."""
+
+    @functools.cache
+    def run(operations: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str], list[Problem]]:
+        table = Fused(operations)
+        with launched() as names:
+            found = step(network, images(device), table)
+        return found, names, table.asked
+
+    return run
 
 
-@pytest.mark.parametrize("operations", [(operation,) for operation in CONVOLUTIONS], ids=str)
-def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, network, device, default_launches):
-    with launched() as names:
-        step(network, images(device), Fused(operations))
+TABLES = pytest.mark.parametrize(
+    "operations",
+    (CONVOLUTIONS, *[pytest.param((operation,), marks=pytest.mark.slow) for operation in CONVOLUTIONS]),
+    ids=str,
+)
+
+
+@TABLES
+def test_every_choice_computes_the_same(operations, run_fused, expected, exact):
+    assert_same(run_fused(operations)[0], expected, exact)
+
+
+@TABLES
+def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, run_fused, default_launches):
+    _, names, _ = run_fused(operations)
     assert ("conv3x3_kernel" in names) == ("convolution" in operations)
     assert ("conv3x3_data_gradient_kernel" in names) == ("data gradient" in operations)
     assert ("conv3x3_weight_gradient_kernel" in names) == ("weight gradient" in operations)
@@ -95,19 +116,19 @@ def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, network,
     assert counts["reduce_kernel"] == (2 if "data gradient" in operations else 7)
 
 
-def test_what_is_chosen_for(network, device):
-    table = Fused()
-    step(network, images(device), table)
+def test_what_is_chosen_for(run_fused):
+    _, _, asked = run_fused(CONVOLUTIONS)
     forward = Problem("convolution", "bf16", 3, 16, 16, 8)
-    assert table.asked[:3] == [
+    assert asked[:3] == [
         Problem("data gradient", "bf16", 3, 16, 16, 8, "none", fork=True),  # the stem's, beside a shortcut
         forward,
         forward._replace(operation="weight gradient"),
     ]
-    of_gradients = {(p.in_channels, p.join, p.fork) for p in table.asked if p.operation == "data gradient"}
+    of_gradients = {(p.in_channels, p.join, p.fork) for p in asked if p.operation == "data gradient"}
     assert of_gradients == {(16, "none", True), (16, "none", False), (32, "none", False), (32, "bn", True)}
 
 
+@pytest.mark.slow
 def test_without_entries_the_convolutions_are_modules_calls(network, device):
     with mock.patch.object(conv3x3, "forward", side_effect=AssertionError):
         calls, forward = [], nn.Conv2d.forward
@@ -117,9 +138,8 @@ def test_without_entries_the_convolutions_are_modules_calls(network, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_a_network_in_low_precision(dtype, network, device):
-    x = images(device, dtype)
+def test_a_network_in_fp16(network, device):
+    x = images(device, torch.float16)
     exact = step(copy.deepcopy(network).double(), x.double(), precision="own")
     assert_same(*(step(network, x, table, precision="own") for table in (Fused(), None)), exact)
 

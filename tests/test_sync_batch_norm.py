@@ -16,7 +16,6 @@ from sync_worker import (
     lost_process_task,
     network,
     norms_task,
-    passes_task,
     run_norms,
     start,
     train,
@@ -43,6 +42,8 @@ CASES = {
 }
 # Images of each process; one has none.
 RUNS = {"kernels": ((3, 0, 2), tuple(CASES)), "aten": ((5, 2), ("bn", "add, second derivatives", "bf16"))}
+NO_ROWS = torch.empty(0, CHANNELS, 1, 1)
+HUGE = 1e25 * torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
 def skip_where_compiled(backend: str) -> None:
@@ -55,11 +56,16 @@ def by_rank(tmp_path_factory):
     """What each process of a run found, by backend."""
 
     @functools.cache
-    def run(backend: str) -> list[dict]:
+    def run(backend: str) -> list[tuple[dict, dict]]:
         skip_where_compiled(backend)
         sizes, names = RUNS[backend]
         cases = {name: CASES[name] for name in names}
-        found = start(norms_task, len(sizes), tmp_path_factory.mktemp("sync"), backend == "kernels", sizes, cases)
+        others = [NO_ROWS] * (len(sizes) - 1)
+        batches = {"no rows": [NO_ROWS, *others], "one row": [torch.ones(1, CHANNELS, 1, 1), *others]}
+        batches["huge"] = HUGE.tensor_split(len(sizes))
+        found = start(
+            norms_task, len(sizes), tmp_path_factory.mktemp("sync"), backend == "kernels", sizes, cases, batches
+        )
         assert None not in found
         return found
 
@@ -76,7 +82,7 @@ def one_process(case: str, sizes: tuple[int, ...], dtype: torch.dtype | None = N
 
 @pytest.mark.parametrize(("backend", "case"), [(backend, case) for backend in RUNS for case in RUNS[backend][1]])
 def test_equals_one_process_on_the_joint_batch(backend, case, by_rank):
-    sizes, ranks = RUNS[backend][0], by_rank(backend)
+    sizes, ranks = RUNS[backend][0], [found for found, _ in by_rank(backend)]
     expected = one_process(case, sizes)
     exact = one_process(case, sizes, torch.float64)
     dtype = CASES[case][1]
@@ -103,23 +109,18 @@ def test_equals_one_process_on_the_joint_batch(backend, case, by_rank):
 
 
 @pytest.mark.parametrize("backend", RUNS)
-def test_few_rows_and_huge_values(backend, tmp_path):
-    skip_where_compiled(backend)
-    huge = 1e25 * torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
-    no_rows, one_row = torch.empty(0, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
-    batches = {"no rows": (no_rows, no_rows), "one row": (one_row, no_rows), "huge": (huge[:1], huge[1:])}
-    ranks = start(passes_task, 2, tmp_path, backend == "kernels", batches)
+def test_few_rows_and_huge_values(backend, by_rank):
+    ranks = [found for _, found in by_rank(backend)]
     for _, running_mean, running_var in (found[name] for found in ranks for name in ("no rows", "one row")):
         assert torch.equal(running_mean, torch.zeros(CHANNELS)) and torch.equal(running_var, torch.ones(CHANNELS))
     assert torch.equal(ranks[0]["one row"][0], torch.zeros(1, CHANNELS, 1, 1))
-    exact = F.batch_norm(huge.double(), None, None, training=True)
+    exact = F.batch_norm(HUGE.double(), None, None, training=True)
     y = torch.cat([found["huge"][0] for found in ranks]).double()
     torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)  # a hundred fp32 roundings; without a rescue y is 0
 
 
-def test_distributed_data_parallel_trains_as_one_process(tmp_path):
-    skip_where_compiled("kernels")
-    trained = start(ddp_task, 2, tmp_path, True)
+def test_distributed_data_parallel_trains_as_one_process(on_aten, tmp_path):
+    trained = start(ddp_task, 2, tmp_path, False)
     model = network()
     losses = train(model, *training_batch())
     state = model.state_dict()
