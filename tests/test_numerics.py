@@ -11,7 +11,6 @@ import torch
 from numerics import CORNERS, DTYPES, MEANS, RESULTS, ROWS, allowances, errors
 
 SMALL = tuple(case for case in ROWS if case.value <= 2**10)
-LARGE = tuple(case for case in ROWS if case.value in (2**13, 2**20))  # seconds to a minute in the interpreter
 FP32 = [(case, case.dtypes[0]) for case in (*MEANS[::3], SMALL[0], SMALL[2], *CORNERS)]
 BF16 = [(case, "bf16") for case in (MEANS[2], CORNERS[0], CORNERS[2])]
 EVERY = [(case, dtype) for case in MEANS + SMALL + CORNERS for dtype in case.dtypes]
@@ -42,9 +41,8 @@ def test_error_is_within_twice_eagers(case, dtype, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_many_rows(case, device):
-    check(case, "fp32", device)
+def test_many_rows(device):
+    check(next(case for case in ROWS if case.value == 2**16), "fp32", device)
 
 
 @pytest.mark.parametrize(("case", "dtype", "layout"), CANCELLING, ids=str)

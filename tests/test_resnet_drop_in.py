@@ -97,14 +97,6 @@ def test_groups_and_dilation_of_a_bottleneck():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-def test_checkpoints_go_both_ways(tmp_path):
-    ours, theirs = pair(num_classes=10)
-    torch.save(ours.state_dict(), tmp_path / "ours.pt")
-    theirs.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True), strict=True)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
-    ours.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True), strict=True)
-
-
 def test_cifar_stem():
     model = resnet_fast.resnet18(num_classes=10, stem="cifar")
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
@@ -151,23 +143,8 @@ def test_gradient_of_an_activation_is_whole_where_a_hook_hands_it_out():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
 
 
-def swap_activation(model):
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.SiLU())
-
-
-def drop_last_stage(model):
-    model.layer4, model.fc = nn.Identity(), nn.Linear(256, 5)
-
-
 def swap_a_norm(model):
     model.layer2[0].bn2 = nn.GroupNorm(8, 128)
-
-
-def empty_a_stage(model):
-    model.layer1 = nn.Sequential()
 
 
 def swap_a_projection(model):
@@ -187,7 +164,7 @@ def patch_a_forward(model):
 
 @pytest.mark.parametrize(
     "surgery",
-    (patch_a_forward, swap_activation, drop_last_stage, swap_a_norm, empty_a_stage, swap_a_projection, wrap_a_block),
+    (patch_a_forward, swap_a_norm, swap_a_projection, wrap_a_block),
 )
 def test_surgery_is_honored(surgery):
     """What users put in place of a layer is what runs."""

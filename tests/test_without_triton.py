@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 STEP = """
-import torch
 import os, sys
+import torch
 
 def run():
-    from resnet_fast import resnet18
+    from resnet_fast import resnet20
     from resnet_fast.functional import batch_norm_add_relu
-    model = resnet18(num_classes=10, stem="cifar")
+    model = resnet20(num_classes=10)
     loss = torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.tensor([1, 2]))
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
