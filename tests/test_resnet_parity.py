@@ -83,13 +83,10 @@ def test_one_step_of_a_thin_network_in_fp64(training, device, on):
 # Interpreted kernels take a quarter of a minute for a whole network.
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stem", "layout", "training"), (("cifar", "channels_last", True), ("imagenet", "nchw", False))
-)
-def test_one_step(stem, layout, training, device, on):
+def test_one_step(device, on):
     on("triton")
-    ours, theirs = (model.train(training) for model in make_pair(stem, layout, device))
-    x, target = make_batch(stem, layout, device)
+    ours, theirs = make_pair("cifar", "channels_last", device)
+    x, target = make_batch("cifar", "channels_last", device)
     found = one_step(ours, x, target)
     exact = one_step(copy.deepcopy(theirs).double(), x.double(), target)
     expected = [
