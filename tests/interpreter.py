@@ -26,6 +26,7 @@ def mend() -> None:
     _multiply_bfloat16()
     _let_registers_be()
     _run_programs_together()
+    _patch_the_language_once()
     _allow_what_is_discarded()
 
 
@@ -173,7 +174,7 @@ class Together:
 def _run_programs_together() -> None:
     """Those of kernels with a barrier (`Together`); of others one after the other, as Triton does."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    call, rmw, patch_lang = executor.__call__, builder.create_atomic_rmw, interpreter._patch_lang
+    call, rmw = executor.__call__, builder.create_atomic_rmw
 
     def call_together(self, *args, **kwargs):
         function = self.fn
@@ -192,7 +193,20 @@ def _run_programs_together() -> None:
 
     executor.__call__ = call_together
     builder.create_atomic_rmw = rmw_and_pass_on
-    interpreter._patch_lang = lambda function: patch_lang(inspect.unwrap(function))
+
+
+def _patch_the_language_once() -> None:
+    """The interpreter replaces hundreds of functions at every call of a @triton.jit function, half of its time.
+    Nothing is compiled here, so they may stay replaced.
+    """
+    patch_lang = interpreter._patch_lang
+
+    @functools.cache
+    def patch_once(function):
+        patch_lang(function)
+        return interpreter._LangPatchScope()  # an empty one, which restores nothing
+
+    interpreter._patch_lang = lambda function: patch_once(inspect.unwrap(function))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What the processes of the synchronized batch norm's tests do; `start` runs several and returns their results."""
 
 import os
+import pickle
 import sys
 import time
 from collections import OrderedDict
@@ -12,25 +13,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-JOINS = ("none", "add", "bn")
 CHANNELS = 12
 
 
 def start(task, world_size: int, folder: Path, interpret: bool, *arguments, timeout: float = 120) -> list:
-    """Run `task(rank, *arguments)` in `world_size` gloo processes; its results by rank (None for one that died)."""
+    """Run `task(rank, *arguments)` in `world_size` gloo processes; its results by rank (None for one that died).
+
+    They are forked from a process that has imported torch once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
-    try:
-        context = mp.get_context("spawn")
-        settings = (task, world_size, str(folder), timeout, arguments)
-        processes = [context.Process(target=_process, args=(rank, *settings)) for rank in range(world_size)]
-        for process in processes:
-            process.start()
-    finally:
-        os.environ.pop("TRITON_INTERPRET")
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    settings = (world_size, str(folder), timeout, interpret, pickle.dumps((task, arguments)))
+    processes = [context.Process(target=_process, args=(rank, *settings)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
     deadline = time.monotonic() + 300
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -40,13 +37,15 @@ def start(task, world_size: int, folder: Path, interpret: bool, *arguments, time
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _process(rank: int, task, world_size: int, folder: str, timeout: float, arguments: tuple) -> None:
+def _process(rank: int, world_size: int, folder: str, timeout: float, interpret: bool, pickled: bytes) -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
-    if os.environ["TRITON_INTERPRET"] == "1":
+    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"  # before a kernel is imported
+    if interpret:
         import interpreter
 
         interpreter.mend()
+    task, arguments = pickle.loads(pickled)
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
@@ -80,7 +79,7 @@ class Norms(nn.Module):
 def batch(n_images: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual, dy of the joint batch; x and residual far from the pivot of any part alone."""
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(n_images, CHANNELS, 5, 4, generator=generator) for _ in range(3)]
+    images = [torch.randn(n_images, CHANNELS, 3, 4, generator=generator) for _ in range(3)]
     images[0] += torch.arange(n_images)[:, None, None, None]
     formats = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
     return tuple(image.to(dtype).contiguous(memory_format=formats[layout]) for image in images)
@@ -106,7 +105,10 @@ def run_norms(module: nn.Module, x: Tensor, residual: Tensor, dy: Tensor, order:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def norms_task(rank: int, sizes: tuple[int, ...], cases: dict[str, tuple]) -> dict[str, dict[str, Tensor]]:
+def norms_task(
+    rank: int, sizes: tuple[int, ...], cases: dict[str, tuple], batches: dict[str, tuple[Tensor, ...]]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """`run_norms` of every case, and `passes` of the batches."""
     from resnet_fast import FusedSyncBatchNorm2d
 
     found = {}
@@ -114,10 +116,10 @@ def norms_task(rank: int, sizes: tuple[int, ...], cases: dict[str, tuple]) -> di
         module = Norms(FusedSyncBatchNorm2d, join, **options)
         module = module.double() if dtype == torch.float64 else module
         found[name] = run_norms(module, *own_part(batch(sum(sizes), dtype, layout), sizes, rank), order)
-    return found
+    return found, passes(rank, batches)
 
 
-def passes_task(rank: int, batches: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def passes(rank: int, batches: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """y and the running statistics after one pass over a batch, given for each rank."""
     from resnet_fast import FusedSyncBatchNorm2d
 
@@ -146,7 +148,7 @@ def network() -> nn.Module:
     ).double()
 
 
-def train(model: nn.Module, images: Tensor, target: Tensor, steps: int = 3) -> list[float]:
+def train(model: nn.Module, images: Tensor, target: Tensor, steps: int = 2) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(steps):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTHS = (20, 32, 44, 56, 110)
 COUNTS = dict(zip(DEPTHS, (269_722, 464_154, 658_586, 853_018, 1_727_962), strict=True))
 SHORTCUTS = ("A", "B", None)
+MORE = (("B", True), (None, False))
 LAYOUTS = (torch.contiguous_format, torch.channels_last)  # the network computes in the last
 
 
@@ -88,29 +89,27 @@ def n_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ("resnet", "plain"))
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_counts(depth, kind):
+@pytest.mark.parametrize("name", (*(f"resnet{depth}" for depth in DEPTHS), "plain20"))
+def test_counts(name):
     """Option A has no parameters, so that a plain network has as many."""
-    model = getattr(resnet_fast, f"{kind}{depth}")()
+    depth = int(name.removeprefix("resnet").removeprefix("plain"))
+    with torch.device("meta"):
+        model = getattr(resnet_fast, name)()
     assert n_parameters(model) == COUNTS[depth]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) + 1 == model.depth == depth
 
 
-@pytest.mark.parametrize("width", (16, 12))
-def test_counts_of_projections(width):
+def test_counts_of_projections():
     """Two of them: a 1x1 convolution without bias, and a weight and a bias for each of its outputs."""
+    width = 12
     projections = sum(c_in * 2 * c_in + 2 * 2 * c_in for c_in in (width, 2 * width))
     options = (resnet_fast.resnet20(shortcut=shortcut, width=width) for shortcut in ("A", "B"))
     identity, projected = map(n_parameters, options)
     assert projected == identity + projections
-    if width == 16:
-        assert projected == COUNTS[20] + 2752
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(("shortcut", "training"), (("A", True), ("B", True), (None, False)))
 def test_on_aten_it_is_plain_pytorchs_to_the_bit(shortcut, training, on_aten):
     model = tiny(shortcut, depth=20).train(training)
     x = images(size=(9, 7))
@@ -120,8 +119,9 @@ def test_on_aten_it_is_plain_pytorchs_to_the_bit(shortcut, training, on_aten):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(
+    ("shortcut", "training"), (("A", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE))
+)
 def test_on_triton_within_the_budget(shortcut, training, device):
     model = tiny(shortcut, depth=8).to(device).train(training)
     x = images(device)
@@ -150,7 +150,7 @@ def test_a_hook_makes_it_run_step_by_step_with_the_same_numbers(shortcut, on_ate
     assert [output.shape for output in seen] == 2 * [(4, 16, 4, 4)]
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("shortcut", ("A", "B"))
 def test_torch_fx_sees_every_step(shortcut, on_aten):
     model = tiny(shortcut).eval()
     traced = fx.symbolic_trace(model)
@@ -167,7 +167,7 @@ def test_a_patched_shortcut_is_seen(on_aten):
     assert not torch.equal(model(images()), tiny("A")(images()))
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("shortcut", ("A", "B"))
 def test_another_norm_is_not_fused(shortcut, on_aten):
     model, fused = tiny(shortcut, norm_layer=nn.BatchNorm2d), tiny(shortcut)
     assert not model._blocks_to_fuse(images()) and fused._blocks_to_fuse(images())
@@ -190,8 +190,7 @@ def test_every_join_is_one_operation(monkeypatch, on_aten):
     assert len(calls) == 1 + 2 * 6 and all(args[2] is None and args[4] for args in calls)
 
 
-@pytest.mark.parametrize("size", ((6, 6), (7, 5), (1, 1)))
-@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize(("size", "stride"), (((6, 6), 2), ((7, 5), 2), ((1, 1), 2), ((6, 6), 1)))
 def test_option_a_against_its_definition(size, stride):
     x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last)
     y = PaddedShortcut(3, 8, stride)(x)
@@ -205,21 +204,13 @@ def test_option_a_against_its_definition(size, stride):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", ((32, 32), (16, 24), (5, 9)))
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_other_sizes_and_layouts(shortcut, size, on_aten):
+def test_other_sizes_and_layouts(shortcut, on_aten):
+    size = (5, 9)
     model = tiny(shortcut, depth=8).eval()
     x = images(size=size)
     torch.testing.assert_close(model(x), model(x.contiguous()), rtol=1e-4, atol=1e-4)  # eight layers of fp32 roundings
     assert model(x).shape == (4, 10)
-
-
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_state_dict_round_trip(shortcut, tmp_path, on_aten):
-    model, other = tiny(shortcut).eval(), CifarResNet(14, 10, shortcut=shortcut, width=8).eval()
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)
-    assert torch.equal(other(images()), model(images()))
 
 
 def test_plain_has_the_keys_of_option_a_and_from_one_seed_its_weights():
@@ -256,11 +247,7 @@ def test_it_trains_under_autocast_and_keeps_the_blocks_fused(monkeypatch, on_ate
     ("depth", "message"),
     [
         (21, "got 21; the nearest are 20 and 26"),
-        (18, "got 18; the nearest are 14 and 20"),
-        (7, "got 7; the least is 8"),
         (2, "got 2; the least is 8"),
-        (-4, "got -4; the least is 8"),
-        (20.0, "got 20.0"),
         (True, "got True"),
         ("20", "got '20'"),
     ],
@@ -276,7 +263,6 @@ def test_another_depth_is_refused(depth, message):
     [
         ({"shortcut": "C"}, "shortcut must be 'A', 'B' or None, got 'C'"),
         ({"width": 0}, "width must be an integer of at least 1, got 0"),
-        ({"width": 8.0}, "width must be an integer of at least 1, got 8.0"),
         ({"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
     ],
 )

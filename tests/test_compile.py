@@ -4,28 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from thin_resnet import thin_resnet
-from torch import nn
 
-from resnet_fast import FusedBatchNorm2d, resnet18
+from resnet_fast import FusedBatchNorm2d
 from resnet_fast.models import resnet
 
 
-def whole(device) -> nn.Module:
-    torch.manual_seed(0)
-    return resnet18(num_classes=10).to(device)
-
-
-def thin(device) -> nn.Module:
-    return thin_resnet(resnet).to(device)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", (thin, pytest.param(whole, marks=pytest.mark.slow)))
-def test_loss_gradients_and_buffers(make, device):
+def test_loss_gradients_and_buffers(device):
     def run(compiled: bool):
-        model = make(device)
+        model = thin_resnet(resnet).to(device)
         generator = torch.Generator().manual_seed(1)
-        x, target = torch.randn(2, 3, 32, 32, generator=generator).to(device), torch.tensor([1, 2], device=device)
+        x, target = torch.randn(2, 3, 16, 16, generator=generator).to(device), torch.tensor([1, 2], device=device)
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         loss = F.cross_entropy(forward(x), target)
         loss.backward()

@@ -35,27 +35,20 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("32x32, 64 channels", 1, 64, 64, 32),
     Case("32x32, 16 channels to 32", 1, 16, 32, 32),
-    Case("16x16, widening", 1, 64, 128, 16),
-    Case("8x8, narrowing, odd batch", 5, 128, 64, 8),
+    Case("8x8, narrowing", 1, 128, 64, 8),
     Case("8x8, multiples of 16 alone", 3, 48, 80, 8),
-    Case("4x4, 512 channels to 64, odd batch", 9, 512, 64, 4),
     Case("4x4, one image, less than a tile", 1, 32, 16, 4),
 )
 
 
-# Every case in bf16; those with the most and the fewest products to a sum in the other types, fp32 among them, where
-# nothing but the order of a sum tells two implementations apart.
+# Every case in bf16, one in the other types, fp32 among them, where nothing but the order of a sum tells two
+# implementations apart.
 TYPED = pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.bfloat16) for case in (CASES[4], CASES[6])]
-    + [pytest.param(case, torch.bfloat16, marks=pytest.mark.slow) for case in (*CASES[:4], CASES[5])]
-    + [
-        pytest.param(case, dtype, marks=pytest.mark.slow)
-        for case in (CASES[4], CASES[6])
-        for dtype in (torch.float16, torch.float32)
-    ],
+    [(CASES[-1], torch.bfloat16), (CASES[2], torch.bfloat16)]
+    + [pytest.param(case, torch.bfloat16, marks=pytest.mark.slow) for case in CASES[:2]]
+    + [pytest.param(CASES[2], dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float32)],
     ids=str,
 )
 
@@ -137,8 +130,8 @@ def test_weight_gradient(case, dtype, device):
     assert_within_budget("dweight in fp32", dweight, gradient(1, x.float(), weight.float(), dy.float()), exact, added)
 
 
-@pytest.mark.parametrize("case", (CASES[4], CASES[6]), ids=str)
-def test_two_runs_give_the_same_bits(case, device):
+def test_two_runs_give_the_same_bits(device):
+    case = CASES[3]
     x, weight, dy = operands(case, torch.bfloat16, device)
     *_, tiles = cuts(case.in_channels, case.out_channels)
     of_weight = weight_gradient_candidates(case.in_channels, case.out_channels, case.n_images * case.width**2)[0]
@@ -173,8 +166,9 @@ def test_what_the_kernels_do_not_take(shape, n_out, different):
     assert has_kernels(torch.empty(2, 16, 8, 8), torch.empty(16, 16, 3, 3), **as_they_do)
 
 
-@pytest.mark.parametrize("n_rows", (16, 2048, 131_072, 1_048_576))
-@pytest.mark.parametrize(("n_in", "n_out"), ((16, 16), (48, 80), (64, 64), (128, 256), (512, 512)))
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "n_rows"), ((16, 16, 16), (48, 80, 2048), (64, 64, 1_048_576), (512, 512, 131_072))
+)
 def test_no_candidate_starts_far_more_programs_than_wanted(n_in, n_out, n_rows):
     for tiles in conv_candidates(n_in, n_out, n_rows):
         n_row_tiles, n_channel_tiles = -(-n_rows // tiles.block_m), -(-n_out // tiles.block_n)

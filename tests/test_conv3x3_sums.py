@@ -44,7 +44,7 @@ def test_statistics(case, dtype, device):
             assert_within_budget(name, found[name], own[name], exact[name], added[name])
 
 
-@pytest.mark.parametrize("scale", (1e-30, 1e18, 1e25, 3e36))
+@pytest.mark.parametrize("scale", (1e-30, 1e25))
 def test_statistics_of_tiny_and_huge_values(scale, device):
     """Whose squares vanish or overflow: the rescue in units of 2^100, across tiles of which some need none."""
     x, weight, _ = operands(Case("huge", 3, 16, 16, 8), torch.bfloat16, device)
@@ -92,7 +92,7 @@ def saved_by(case: Case, join: str, relu: bool, dtype: torch.dtype, device: torc
 @pytest.mark.parametrize(("join", "relu"), (("none", True), ("none", False), ("add", True), ("bn", True)))
 def test_sums(join, relu, fork, dtype, device):
     """dz to the bit as the batch norm's own pass has it from the same gradient, and its sums within the budget."""
-    for case in (CASES[4], CASES[6]):
+    for case in (CASES[3],):
         _, weight, dy = operands(case, dtype, device)
         saved = saved_by(case, join, relu, dtype, device)
         dx_alias = channels_last(torch.randn_like(saved.x)) if fork else None
@@ -126,7 +126,7 @@ def xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return reference.normalize(x.double(), mean[0].double(), rstd[0].double(), None, None)
 
 
-@pytest.mark.parametrize("case", (CASES[4], CASES[6]), ids=str)
+@pytest.mark.parametrize("case", CASES[2:], ids=str)
 def test_nothing_is_written_outside_of_the_results_and_nothing_inside_is_left_out(case, device):
     x, weight, dy = operands(case, torch.bfloat16, device)
     saved, dx_alias = saved_by(case, "bn", True, torch.bfloat16, device), channels_last(torch.randn_like(x))

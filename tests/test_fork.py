@@ -33,9 +33,15 @@ CONSUMERS = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("join", ("none", "add", "bn"))
-@pytest.mark.parametrize("consumers", CONSUMERS)
+@pytest.mark.parametrize(
+    ("consumers", "join", "backend"),
+    (
+        *(("both", join, "triton") for join in ("none", "add", "bn")),
+        ("first alone", "none", "triton"),
+        ("second alone", "bn", "triton"),
+        *((consumers, "bn", "aten") for consumers in CONSUMERS),
+    ),
+)
 def test_gradients_of_the_handles_are_added(consumers, join, backend, device):
     operands = make_operands(CASE, torch.float64, "channels_last", device)
     forked = gradients(operands, join, CONSUMERS[consumers], True, backend)

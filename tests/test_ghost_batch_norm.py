@@ -14,25 +14,20 @@ import pytest
 import torch
 from fused_op import LAYOUTS, Case, Operands, assert_agrees, eager, make_operands, ours, results
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
 
 from resnet_fast import FusedBatchNorm2d, batch_norm_add_relu, functional, resnet18
-from resnet_fast.functional import BatchNormArgs
 from resnet_fast.kernels import tiles
 from resnet_fast.nn import FusedSyncBatchNorm2d, convert_sync_batchnorm
 
 JOINS = ("none", "add", "bn")
 PLAIN = Case("groups of two images", (6, 16, 4, 6), ghost=2)
-CASES = (
-    Case("the last group smaller, rows no multiple of eight", (7, 13, 3, 5), ghost=3),
-    Case("two handles", (5, 9, 5, 5), ghost=2, fork=True),
-    Case("two handles, one image per group", (3, 24, 3, 3), ghost=1, fork=True),
-    Case("one pixel per image", (11, 16, 1, 1), ghost=3),
-    Case("several tiles and splits per group", (5, 136, 5, 7), ghost=2),
-    Case("no affine, no running statistics", (5, 8, 3, 3), ghost=2, affine=False, running=False),
-    Case("frozen shortcut", (5, 12, 3, 3), ghost=2, residual_training=False, momentum=1.0),
-    Case("more images per group than in the batch", (3, 8, 3, 3), ghost=4),
-)
+SMALLER = Case("the last group smaller, rows no multiple of eight", (7, 13, 3, 5), ghost=3)
+FORK = Case("two handles, one image per group", (3, 24, 3, 3), ghost=1, fork=True)
+PIXELS = Case("one pixel per image", (11, 16, 1, 1), ghost=3)
+TILES = Case("several tiles and splits per group", (3, 24, 7, 7), ghost=2)
+BARE = Case("no affine, no running statistics", (5, 8, 3, 3), ghost=2, affine=False, running=False)
+FROZEN = Case("frozen shortcut", (5, 12, 3, 3), ghost=2, residual_training=False, momentum=1.0)
+CASES = (SMALLER, FORK, PIXELS, TILES, BARE, FROZEN)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -41,18 +36,22 @@ def in_groups(operation, ghost: int | None, fork: bool = False):
     return functools.partial(operation, ghost=ghost, **({"fork": True} if fork else {}))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("join", JOINS)
-def test_every_join_type_and_layout(join, layout, dtype, device):
-    for relu in (True, False):
-        assert_agrees(make_operands(PLAIN, dtype, layout, device), join, relu)
+@pytest.mark.parametrize(
+    ("join", "relu", "layout"),
+    (("none", False, "nchw"), ("none", True, "channels_last"), ("add", True, "nchw"), ("bn", False, "channels_last")),
+)
+def test_every_join_and_layout(join, relu, layout, device):
+    assert_agrees(make_operands(PLAIN, torch.bfloat16, layout, device), join, relu)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_corners_on_the_kernels(case, layout, device):
-    assert_agrees(make_operands(case, torch.float32, layout, device), "bn", True)
+def test_corners_in_channels_last(case, device):
+    assert_agrees(make_operands(case, torch.float32, "channels_last", device), "bn", True)
+
+
+@pytest.mark.parametrize("case", (SMALLER, TILES), ids=str)
+def test_corners_in_nchw(case, device):
+    assert_agrees(make_operands(case, torch.float32, "nchw", device), "bn", True)
 
 
 def far_apart(operands: Operands, ghost: int) -> Operands:
@@ -63,8 +62,7 @@ def far_apart(operands: Operands, ghost: int) -> Operands:
     return operands
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize(("join", "layout"), (("bn", "channels_last"), ("add", "nchw")))
 def test_groups_far_apart(join, layout, device):
     """A pivot, or a mean, of another group's would cost all digits."""
     case = Case("far apart", (7, 12, 4, 5), ghost=2)
@@ -84,7 +82,7 @@ def test_a_group_with_infinity_leaves_the_others_alone(device):
     torch.testing.assert_close(found[4:], expected[4:], rtol=1e-3, atol=1e-3)  # eps counts for nothing there
 
 
-@pytest.mark.parametrize("case", (PLAIN, *CASES), ids=str)
+@pytest.mark.parametrize("case", (SMALLER, FORK, BARE, FROZEN), ids=str)
 def test_aten_on_cpu_is_a_loop_of_eager_to_the_bit(case):
     for join, relu, layout in itertools.product(JOINS, (True, False), LAYOUTS):
         operands = make_operands(case, torch.float32, layout, torch.device("cpu"))
@@ -96,9 +94,9 @@ def test_aten_on_cpu_is_a_loop_of_eager_to_the_bit(case):
 
 
 @pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("ghost", (5, 6, 100))
+@pytest.mark.parametrize("ghost", (5, 100))
 def test_as_many_images_as_the_batch_has_are_plain_batch_norm_to_the_bit(ghost, backend, device):
-    for join, layout in itertools.product(JOINS, LAYOUTS):
+    for join, layout in (("none", "nchw"), ("bn", "channels_last")):
         operands = make_operands(Case("plain", (5, 12, 3, 5)), torch.float32, layout, device)
         found = results(in_groups(ours, ghost), operands, join, True, backend)
         for name, expected in results(ours, operands, join, True, backend).items():
@@ -113,55 +111,29 @@ def test_frozen_statistics_know_no_groups(backend, device):
         assert torch.equal(found[name], expected), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_runs_give_the_same_bits(layout, device):
-    operands = make_operands(replace(CASES[0], fork=True), torch.bfloat16, layout, device)
+def test_two_runs_give_the_same_bits(device):
+    operands = make_operands(replace(SMALLER, fork=True), torch.bfloat16, "channels_last", device)
     first, second = (results(in_groups(ours, 3, fork=True), operands, "bn", True, "triton") for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-def differentiable(join: str, fork: bool = False):
-    """Of x, residual, weight, bias, residual weight and residual bias; in groups of two images of five."""
-
-    def operation(x, residual, weight, bias, residual_weight, residual_bias):
-        return batch_norm_add_relu(
-            x,
-            None,
-            None,
-            weight,
-            bias,
-            training=True,
-            residual=None if join == "none" else residual,
-            residual_norm=BatchNormArgs(None, None, residual_weight, residual_bias, True) if join == "bn" else None,
-            fork=fork,
-            backend="triton",
-            ghost_batch_size=2,
-        )
-
-    return operation
-
-
-def leaves(layout: str, device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.randn((5, 3, 1, 3), generator=generator, dtype=torch.float64) for _ in range(2)]
-    images = [image.contiguous(memory_format=LAYOUTS[layout]) for image in images]
-    vectors = [0.5 + torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(4)]
-    return [tensor.to(device).requires_grad_() for tensor in (*images, *vectors)]
-
-
-@pytest.mark.parametrize("join", JOINS)
-def test_gradients_are_the_derivatives(join, device):
-    assert gradcheck(differentiable(join), leaves("channels_last", device), atol=1e-7, fast_mode=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("join", ("none", "bn"))
 def test_second_derivatives(join, device):
-    assert gradgradcheck(differentiable(join, fork=True), leaves("nchw", device), atol=1e-6, fast_mode=True)
+    """Of a penalty on the gradients, against a loop of eager."""
+    operands, found = make_operands(replace(SMALLER, running=False), torch.float64, "nchw", device), []
+    for operation in (functools.partial(ours, backend="triton"), eager):
+        copied = operands.fresh()
+        norms = [norm._replace(weight=norm.weight.requires_grad_()) for norm in copied.norms]
+        leaves = [copied.x.requires_grad_(), copied.residual.requires_grad_(), *(norm.weight for norm in norms)]
+        y = operation(copied.x, copied.residual, norms, join, True, ghost=3)
+        first = torch.autograd.grad((y * operands.dy).sum(), leaves, create_graph=True, allow_unused=True)
+        penalty = sum(gradient.square().sum() for gradient in first if gradient is not None)
+        found.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # fp64, sums in two orders, twice
 
 
-@pytest.mark.parametrize("case", (PLAIN, *CASES[:4], *CASES[5:]), ids=str)  # splits are nothing to this formula
+@pytest.mark.parametrize("case", (SMALLER, FORK, FROZEN), ids=str)
 def test_gradients_that_can_be_differentiated_are_the_plain_ones(case, device):
     operands = make_operands(case, torch.float64, "channels_last", device)
     operation = in_groups(ours, case.ghost, case.fork)
@@ -181,7 +153,7 @@ class Grouped(nn.BatchNorm2d):
         )
 
 
-OPTIONS = ({}, {"momentum": 0.37, "eps": 1e-3}, {"affine": False}, {"track_running_stats": False})
+OPTIONS = ({"momentum": 0.37, "eps": 1e-3}, {"affine": False, "track_running_stats": False})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -225,8 +197,6 @@ def test_one_of_two_joined_norms_is_frozen(either_backend, device):
 
 VALUES = {
     "zero": (0, ValueError, "ghost_batch_size must be at least 1, got 0"),
-    "negative": (-2, ValueError, "ghost_batch_size must be at least 1, got -2"),
-    "bool": (True, TypeError, "ghost_batch_size must be an int or None, got True"),
     "float": (2.0, TypeError, "ghost_batch_size must be an int or None, got 2.0"),
 }
 
@@ -315,11 +285,10 @@ def test_a_module_from_before_there_were_ghost_batches():
         assert repr(old).endswith("track_running_stats=True)")
 
 
-@pytest.mark.parametrize("ghost", (2, 3))
-def test_compiled(ghost, either_backend, device):
+def test_compiled(device):
     """torch.compile without a graph break, of two batches with different numbers of images."""
     torch._dynamo.reset()
-    eagerly, compiled = (FusedBatchNorm2d(8, relu=True, ghost_batch_size=ghost).to(device) for _ in range(2))
+    eagerly, compiled = (FusedBatchNorm2d(8, relu=True, ghost_batch_size=2).to(device) for _ in range(2))
     function = torch.compile(lambda x, residual: compiled(x, residual), fullgraph=True, backend="aot_eager")
     for n_images in (5, 7):
         x, residual = (torch.randn(n_images, 8, 3, 3, device=device) for _ in range(2))

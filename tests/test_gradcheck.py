@@ -11,7 +11,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.ops import reference
 
-JOINS = ("none", "add", "bn")
 SHAPE = (2, 3, 2, 2)
 
 
@@ -54,52 +53,39 @@ def operation(
     return run
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
-@pytest.mark.parametrize("join", JOINS)
-def test_gradients(join, relu, training, backend, device):
-    assert gradcheck(operation(join, relu, training, backend), leaves(device), atol=1e-7, fast_mode=True)
-
-
-@pytest.mark.parametrize("join", JOINS)
-def test_both_handles_of_a_fork(join, device):
-    assert gradcheck(operation(join, True, True, "triton", fork=True), leaves(device), atol=1e-7, fast_mode=True)
-
-
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
-@pytest.mark.parametrize("join", JOINS)
-def test_second_derivatives(join, relu, training, backend, device):
-    assert gradgradcheck(operation(join, relu, training, backend), leaves(device), atol=1e-6, fast_mode=True)
-
-
-BATCH_NORM_BESIDE_FROZEN = {"training": True, "residual_training": False}
+PLAIN = {
+    "none": {"join": "none"},
+    "add, linear": {"join": "add", "relu": False},
+    "bn": {"join": "bn"},
+    "bn, frozen": {"join": "bn", "training": False},
+    "bn, ATen": {"join": "bn", "backend": "aten"},
+}
 FROZEN_BESIDE_BATCH_NORM = {"training": False, "residual_training": True}
 NOT_PLAIN = {
-    "fork, none": {"join": "none", "fork": True},
-    "fork, add": {"join": "add", "fork": True},
-    "fork, bn": {"join": "bn", "fork": True},
     "fork, add, linear": {"join": "add", "fork": True, "relu": False},
-    "fork, bn, frozen": {"join": "bn", "fork": True, "training": False},
-    "batch statistics joined by frozen ones": {"join": "bn", **BATCH_NORM_BESIDE_FROZEN},
-    "frozen statistics joined by the batch's": {"join": "bn", **FROZEN_BESIDE_BATCH_NORM},
+    "fork, bn": {"join": "bn", "fork": True},
+    "batch statistics joined by frozen ones": {"join": "bn", "residual_training": False},
     "frozen statistics joined by the batch's, fork": {"join": "bn", "fork": True, **FROZEN_BESIDE_BATCH_NORM},
-    "no affine, none": {"join": "none", "affine": False},
-    "no affine, add": {"join": "add", "affine": False},
-    "no affine, bn": {"join": "bn", "affine": False},
-    "no affine, frozen": {"join": "bn", "affine": False, "training": False},
+    "no affine": {"join": "bn", "affine": False},
 }
 
 
-def not_plain(case: str):
-    return operation(**{"relu": True, "training": True, "backend": "triton", **NOT_PLAIN[case]})
+def named(case: str):
+    return operation(**{"relu": True, "training": True, "backend": "triton", **(PLAIN | NOT_PLAIN)[case]})
 
 
-@pytest.mark.parametrize("case", NOT_PLAIN)
-def test_second_derivatives_of_whatever_is_not_plain(case, device):
-    assert gradgradcheck(not_plain(case), leaves(device), atol=1e-6, fast_mode=True)
+@pytest.mark.parametrize("case", ("none", "add, linear", "bn, frozen", "bn, ATen", "fork, bn"))
+def test_gradients(case, device):
+    assert gradcheck(named(case), leaves(device), atol=1e-7, fast_mode=True)
+
+
+SECOND = ("add, linear", "bn, frozen", "fork, bn", "batch statistics joined by frozen ones")
+MORE_SECOND = ("bn", "frozen statistics joined by the batch's, fork", "no affine")
+
+
+@pytest.mark.parametrize("case", (*SECOND, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_SECOND)))
+def test_second_derivatives(case, device):
+    assert gradgradcheck(named(case), leaves(device), atol=1e-6, fast_mode=True)
 
 
 def shared_residual(leaves):
@@ -149,7 +135,7 @@ def test_gradients_of_tied_inputs_that_can_be_differentiated_are_the_plain_ones(
 
 @pytest.mark.parametrize("case", NOT_PLAIN)
 def test_gradients_that_can_be_differentiated_are_the_plain_ones(case, device):
-    assert_same(plain_and_differentiable(not_plain(case), dict, device, "channels_last"))
+    assert_same(plain_and_differentiable(named(case), dict, device, "channels_last"))
 
 
 def test_only_the_residual_wants_a_gradient(device):

@@ -122,12 +122,19 @@ def kind(name: str, tensor: Tensor) -> str:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("join", ("none", "bn"))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "layout", "join"),
+    (
+        ("2^31 elements and one image", "channels_last", "bn"),
+        ("2^32 elements, odd channels", "channels_last", "none"),
+        ("2^32 elements, odd channels", "nchw", "bn"),
+        ("2^31 rows", "channels_last", "bn"),
+        ("2^31 rows", "nchw", "none"),
+    ),
+)
 def test_offsets_are_exact(shape, layout, join):
     kernels = set()
-    for kernel, grid, arguments in record_launches(shape, layout, join):
+    for kernel, grid, arguments in record_launches(SHAPES[shape], layout, join):
         assert grid[0] < 2**31
         for program in (0, grid[0] // 2, grid[0] - 1):
             found = accessed(kernel, grid, arguments, program)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from fused_op import LAYOUTS, Case, make_operands, ours, results
+from fused_op import Case, make_operands, ours, results
 from guard import guarded_memory
 from interpreter import needs_interpreter
 from ledger import ledger
@@ -46,37 +46,35 @@ def check(case, dtype, join, relu, layout, device):
     assert kernels >= data_kernels | ({"statistics_kernel"} if case.training else set())
 
 
-@pytest.mark.parametrize("layout", ("channels_last", pytest.param("nchw", marks=pytest.mark.slow)))
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_corners(case, layout, device):
-    check(case, torch.bfloat16, "bn", True, layout, device)
+@pytest.mark.parametrize("case", (CASES[2], *CASES[4:6], *CASES[8:]), ids=str)
+def test_corners(case, device):
+    check(case, torch.bfloat16, "bn", True, "channels_last", device)
+
+
+@pytest.mark.parametrize("case", (CASES[2], pytest.param(CASES[3], marks=pytest.mark.slow)), ids=str)
+def test_corners_in_nchw(case, device):
+    check(case, torch.bfloat16, "bn", True, "nchw", device)
+
+
+@pytest.mark.parametrize(("join", "relu"), (("none", True), ("add", True), ("add", False)))
+def test_joins(join, relu, device):
+    check(FORKED, torch.bfloat16, join, relu, "channels_last", device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", (PLAIN, FORKED), ids=("one handle", "two handles"))
-def test_every_join(case, layout, device):
+@pytest.mark.parametrize(("dtype", "layout"), ((torch.float32, "nchw"), (torch.float64, "channels_last")), ids=str)
+def test_other_types_and_one_handle(dtype, layout, device):
     for join, relu in itertools.product(("none", "add", "bn"), (True, False)):
-        check(case, torch.bfloat16, join, relu, layout, device)
+        check(PLAIN, dtype, join, relu, layout, device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=str)
-def test_other_types(dtype, layout, device):
-    for join in ("none", "bn"):
-        check(FORKED, dtype, join, True, layout, device)
+def test_batch_statistics_beside_frozen_ones(device):
+    check(replace(PLAIN, residual_training=False), torch.float32, "bn", True, "channels_last", device)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_statistics_beside_frozen_ones(layout, device):
-    check(replace(PLAIN, residual_training=False), torch.float32, "bn", True, layout, device)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_variance_for_other_processes(layout, device):
+def test_the_variance_for_other_processes(device):
     """The launch of the synchronized batch norm, which alone asks for it."""
-    x = make_operands(PLAIN, torch.float32, layout, device).x
+    x = make_operands(PLAIN, torch.float32, "channels_last", device).x
 
     def statistics() -> dict[str, Tensor]:
         var = x.new_empty(x.shape[1], dtype=torch.float64)
@@ -90,43 +88,29 @@ def test_the_variance_for_other_processes(layout, device):
     )  # or another vector has come by its name
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    (
-        ({"n_elements": 11}, "wrote outside y_ptr"),
-        ({"write_shift": -1}, "wrote outside y_ptr"),
-        ({"n_elements": 9}, "left part of y_ptr unwritten"),
-    ),
-)
-def test_the_guard_catches_one_wrong_write(wrong, message, device):
+def test_the_guard_catches_what_is_wrong(device):
     x = torch.rand(10, device=device)
     with guarded_memory():
         copy(x, y := torch.empty_like(x))
         assert torch.equal(x, y)
-        with pytest.raises(AssertionError, match=message):
-            copy(x, torch.empty_like(x), **wrong)
-
-
-def test_the_guard_catches_an_input_that_changes(device):
-    with guarded_memory(), pytest.raises(AssertionError, match="changed y_ptr"):
-        copy(torch.rand(10, device=device), torch.zeros(10, device=device))
-
-
-@pytest.mark.parametrize("shift", (-1, 1))
-def test_a_value_read_outside_is_nan_in_the_result(shift, device):
-    x = torch.rand(10, device=device)
-    with guarded_memory():
-        copy(x, y := torch.empty_like(x), read_shift=shift)
-    assert y.isnan().sum() == 1
+        for wrong, message in (
+            ({"n_elements": 11}, "wrote outside y_ptr"),
+            ({"write_shift": -1}, "wrote outside y_ptr"),
+            ({"n_elements": 9}, "left part of y_ptr unwritten"),
+        ):
+            with pytest.raises(AssertionError, match=message):
+                copy(x, torch.empty_like(x), **wrong)
+        with pytest.raises(AssertionError, match="changed y_ptr"):
+            copy(x, torch.zeros_like(x))
+        copy(x, y := torch.empty_like(x), read_shift=1)  # what is read outside is NaN in the result
+        assert y.isnan().sum() == 1
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    "wrong", ({"n_elements": 11}, {"write_shift": -1}, {"read_shift": -1}, {"read_shift": 1}), ids=str
-)
-def test_the_ledger_catches_one_wrong_access(wrong):
+def test_the_ledger_catches_a_wrong_access():
     x = torch.rand(10)
     with ledger(), guarded_memory():  # whose frames leave room for what is wrong
         copy(x, torch.empty_like(x))
-        with pytest.raises(triton.runtime.errors.InterpreterError, match="inside no argument"):
-            copy(x, torch.empty_like(x), **wrong)
+        for wrong in ({"n_elements": 11}, {"write_shift": -1}, {"read_shift": 1}):
+            with pytest.raises(triton.runtime.errors.InterpreterError, match="inside no argument"):
+                copy(x, torch.empty_like(x), **wrong)

@@ -12,7 +12,7 @@ from torchvision.models import resnet as torchvision_resnet
 
 from resnet_fast.data import ImageDataset, TensorSplit
 from resnet_fast.ops import augment as augment_module
-from resnet_fast.training import MODELS, Result, TrainConfig, prepare, run_folder, train
+from resnet_fast.training import Result, TrainConfig, prepare, run_folder, train
 from resnet_fast.training.network import WHITENING_EPS, blocks_of, make_network, whiten_stem
 
 N_CLASSES = 10
@@ -33,7 +33,9 @@ def positive_images(n_channels: int) -> Tensor:
     return torch.rand(2, n_channels, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("model", "stem"), [(name, stem) for name, model in MODELS.items() for stem in model.stems])
+@pytest.mark.parametrize(
+    ("model", "stem"), [("resnet18", "imagenet"), ("resnet50", "cifar"), ("plain20", "cifar"), ("article", "imagenet")]
+)
 def test_all_backends_have_the_same_keys_and_shapes(model: str, stem: str):
     with torch.device("meta"):
         shapes = [
@@ -43,16 +45,16 @@ def test_all_backends_have_the_same_keys_and_shapes(model: str, stem: str):
     assert shapes[0] == shapes[1] == shapes[2] and list(shapes[0]) == list(shapes[1])
 
 
-@pytest.mark.parametrize("start", [{}, {"zero_gamma": True, "dirac": True}], ids=["plain", "zero gamma and dirac"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [("resnet18", {}), ("resnet20", {"zero_gamma": True, "dirac": True}), ("article", {"dirac": True})],
+)
 def test_all_backends_start_with_the_same_weights(model: str, start: dict):
-    start = {switch: on for switch, on in start.items() if switch not in MODELS[model].refused}
     fused, eager = (network(model, backend, **start).state_dict() for backend in ("fused", "eager"))
     assert all(torch.equal(value, eager[name]) for name, value in fused.items())
 
 
-@pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20"])
+@pytest.mark.parametrize(("model", "backend"), [("resnet50", "fused"), ("resnet20", "fused"), ("resnet18", "eager")])
 def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: str):
     blocks = blocks_of(network(model, backend, zero_gamma=True))
     assert len(blocks) == {"resnet18": 8, "resnet50": 16, "resnet20": 9}[model]
@@ -62,8 +64,7 @@ def test_with_zero_gamma_each_block_starts_as_its_shortcut(model: str, backend: 
         assert torch.equal(block(x), shortcut.relu())
 
 
-@pytest.mark.parametrize("backend", ["fused", "eager"])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet20", "plain20", "article"])
+@pytest.mark.parametrize(("model", "backend"), [("resnet50", "fused"), ("article", "fused"), ("resnet20", "eager")])
 def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: str, backend: str):
     found, plain = network(model, backend, dirac=True), network(model, backend)
     convolutions = {
@@ -90,7 +91,7 @@ def test_with_dirac_the_3x3_convolutions_of_blocks_start_as_the_identity(model: 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def smooth_dataset(n_images: int = 200) -> ImageDataset:
+def smooth_dataset(n_images: int = 60) -> ImageDataset:
     """Images whose neighbouring pixels and channels are alike, as those of a camera."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(n_images, 3, 4, 4, generator=generator) + torch.rand(n_images, 1, 4, 4, generator=generator)
@@ -148,7 +149,7 @@ def test_a_stem_that_cannot_whiten_is_refused(conv: nn.Conv2d):
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def dataset(*args, **kwargs) -> ImageDataset:
-        smooth = smooth_dataset(12)
+        smooth = smooth_dataset(8)
         small = TensorSplit(smooth.train.images[..., :8, :8], smooth.train.labels)
         return replace(smooth, train=small, test=small)
 
@@ -162,18 +163,10 @@ def trained(out: Path, **settings) -> Result:
 
 
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize("start", [{}, {"zero_gamma": True, "dirac": True, "whiten": True}], ids=["plain", "all"])
-def test_eager_trains_the_numbers_of_fused(start: dict, tmp_path: Path):
-    """On ATen's operators, which fused then calls in the order in which torchvision's network does."""
-    fused, eager = (trained(tmp_path / backend, backend=backend, **start) for backend in ("fused", "eager"))
-    assert type(fused.model) is not type(eager.model)
-    for name, value in fused.model.state_dict().items():
-        assert torch.equal(value, eager.model.state_dict()[name]), name
-    assert fused.history[0].train_loss == eager.history[0].train_loss
-
-
-@pytest.mark.usefixtures("few_images")
-def test_a_compiled_network_trains_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_plain_layers_train_the_numbers_of_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On ATen's operators, which fused then calls in the order in which torchvision's network does. `compile` gives
+    that network to torch.compile and trains what comes back.
+    """
     compiled, calls = [], []
 
     def compile_with_nothing(model: nn.Module, dynamic: bool):
@@ -181,6 +174,10 @@ def test_a_compiled_network_trains_what_was_compiled(tmp_path: Path, monkeypatch
         return lambda x: calls.append(len(x)) or model(x)
 
     monkeypatch.setattr(torch, "compile", compile_with_nothing)
-    result = trained(tmp_path / "run", backend="compile")
-    assert compiled == [result.model] and calls == [4, 4, 4]
-    assert type(result.model) is torchvision_resnet.ResNet
+    start = {"zero_gamma": True, "dirac": True, "whiten": True}
+    fused, plain = (trained(tmp_path / backend, backend=backend, **start) for backend in ("fused", "compile"))
+    assert compiled == [plain.model] and calls == [4, 4]
+    assert type(plain.model) is torchvision_resnet.ResNet is not type(fused.model)
+    for name, value in fused.model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[name]), name
+    assert fused.history[0].train_loss == plain.history[0].train_loss

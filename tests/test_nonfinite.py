@@ -26,11 +26,6 @@ PLACES = (((0, 0), (0, 1)), ((1, 0), (0, 60)), ((1, 5), (0, 60)), ((1, 80), (0, 
 CLEAN = slice(2, None, 3)
 CPU = torch.device("cpu")
 
-OPERATIONS = (("none", False), ("none", True), ("add", True), ("bn", True))  # join, ReLU
-STATISTICS = pytest.mark.parametrize(
-    "training", (True, pytest.param(False, marks=pytest.mark.slow)), ids=("batch statistics", "frozen")
-)
-
 
 def poisoned(operands: Operands, target: str) -> Operands:
     """`target` (x, residual or dy) with every kind at every place, each in a channel of its own."""
@@ -93,43 +88,57 @@ def check(operands: Operands, join: str, relu: bool, device: torch.device, added
     return found
 
 
+ONE_ELEMENT = (  # target, join, ReLU, layout, type, batch statistics
+    ("x", "none", False, "nchw", torch.float32, True),
+    ("x", "bn", True, "channels_last", torch.bfloat16, True),
+    ("x", "none", True, "channels_last", torch.bfloat16, False),
+    ("residual", "add", True, "nchw", torch.float32, True),
+    ("residual", "bn", True, "channels_last", torch.bfloat16, True),
+    ("dy", "none", True, "nchw", torch.float32, True),
+    ("dy", "bn", True, "channels_last", torch.bfloat16, True),
+)
+MORE = [
+    (target, join, relu, "channels_last", torch.float16, training)
+    for target, (join, relu), training in product(("x", "dy"), (("add", True), ("bn", True)), (True, False))
+]
+
+
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
-    (
-        ("channels_last", torch.bfloat16),
-        ("nchw", torch.float32),
-        pytest.param("channels_last", torch.float16, marks=pytest.mark.slow),
-    ),
+    ("target", "join", "relu", "layout", "dtype", "training"),
+    (*ONE_ELEMENT, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)),
     ids=str,
 )
-@STATISTICS
-@pytest.mark.parametrize("target", ("x", "residual", "dy"))
-def test_one_element(target, training, layout, dtype, device):
+def test_one_element(target, join, relu, layout, dtype, training, device):
     case = Case("non-finite", SHAPE, training=training)
     operands = poisoned(make_operands(case, dtype, layout, CPU), target)
-    for join, relu in OPERATIONS[2:] if target == "residual" else OPERATIONS:
-        clean, added = clean_results(training, join, relu, layout, dtype, device)
-        found = check(operands, join, relu, device, added)
-        for name, result in found.items():
-            channels = (..., CLEAN) if result.dim() == 1 else (slice(None), CLEAN)
-            assert torch.equal(result[channels], clean[name][channels]), f"{name}: another channel's poison shows"
+    clean, added = clean_results(training, join, relu, layout, dtype, device)
+    found = check(operands, join, relu, device, added)
+    for name, result in found.items():
+        channels = (..., CLEAN) if result.dim() == 1 else (slice(None), CLEAN)
+        assert torch.equal(result[channels], clean[name][channels]), f"{name}: another channel's poison shows"
 
 
-@STATISTICS
-@pytest.mark.parametrize("name", ("weight", "bias", "running_mean", "running_var"))
-def test_one_channel_of_a_vector(name, training, device):
+@pytest.mark.parametrize(
+    ("name", "join", "norm", "training"),
+    (
+        ("weight", "bn", 0, True),
+        ("bias", "bn", 1, True),
+        ("running_mean", "none", 0, True),
+        ("running_var", "none", 0, False),
+        pytest.param("running_mean", "bn", 1, False, marks=pytest.mark.slow),
+        pytest.param("running_var", "bn", 1, True, marks=pytest.mark.slow),
+    ),
+)
+def test_one_channel_of_a_vector(name, join, norm, training, device):
     """Infinite weights are not among them: see `test_infinite_weight`."""
     kinds = (NAN,) if name == "weight" else (NAN, INF, -INF)
-    case = Case("non-finite", SHAPE, training=training)
-    for join, norm, relu in (("none", 0, False), ("bn", 0, True), ("bn", 1, True)):
-        operands = poisoned_vector(make_operands(case, torch.float32, "channels_last", CPU), norm, name, kinds)
-        check(
-            operands, join, relu, device, clean_results(training, join, relu, "channels_last", torch.float32, device)[1]
-        )
+    case, relu = Case("non-finite", SHAPE, training=training), join == "bn"
+    operands = poisoned_vector(make_operands(case, torch.float32, "channels_last", CPU), norm, name, kinds)
+    _, added = clean_results(training, join, relu, "channels_last", torch.float32, device)
+    check(operands, join, relu, device, added)
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("batch statistics", "frozen"))
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
+@pytest.mark.parametrize(("relu", "training"), ((True, True), (False, False)))
 def test_infinite_weight(relu, training, device):
     """As (x - mean) · rstd · weight + bias says, and as CUDA's eager does it.
 

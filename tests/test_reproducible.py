@@ -14,15 +14,15 @@ SHAPE = (16, 136, 29, 29) if torch.cuda.is_available() else (2, 24, 9, 9)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("layout", ("channels_last", "nchw"))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)), ids=str)
-def test_operation(dtype, layout, backend, device):
-    for join, fork in (("none", False), ("add", True), ("bn", True)):
-        operands = make_operands(Case("several splits", SHAPE, fork=fork), dtype, layout, device)
-        first, second = (results(partial(ours, fork=fork), operands, join, True, backend) for _ in range(2))
-        for name in first:
-            assert torch.equal(first[name], second[name]), (join, fork, name)
+@pytest.mark.parametrize(
+    ("join", "layout", "backend"),
+    (("none", "nchw", "triton"), ("bn", "channels_last", "triton"), ("bn", "nchw", "aten")),
+)
+def test_operation(join, layout, backend, device):
+    operands = make_operands(Case("several splits", SHAPE, fork=True), torch.bfloat16, layout, device)
+    first, second = (results(partial(ours, fork=True), operands, join, True, backend) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.gpu

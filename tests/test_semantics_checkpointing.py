@@ -10,8 +10,8 @@ from resnet_fast import FusedBatchNorm2d
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False), ids=("reentrant", "not reentrant"))
-@pytest.mark.parametrize("options", ({}, {"momentum": None}, {"track_running_stats": False}), ids=str)
-def test_module(options, use_reentrant, either_backend, device):
+@pytest.mark.parametrize("options", ({"momentum": None}, {"track_running_stats": False}), ids=str)
+def test_module(options, use_reentrant, device):
     outcomes = []
     for norm in (FusedBatchNorm2d, nn.BatchNorm2d):
         module = norm(3, **options).to(device, torch.float64)
@@ -24,7 +24,7 @@ def test_module(options, use_reentrant, either_backend, device):
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False), ids=("reentrant", "not reentrant"))
-def test_stages_of_a_network(use_reentrant, either_backend, device):
+def test_stages_of_a_network(use_reentrant, on_aten, device):
     outcomes = []
     for model in pair(device, torch.float64):
         x = model.bn1(model.conv1(images(device, torch.float64)))
@@ -39,7 +39,7 @@ def test_stages_of_a_network(use_reentrant, either_backend, device):
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)  # fp64: seven layers' sums
 
 
-def test_frozen_statistics_are_not_updated(either_backend, device):
+def test_frozen_statistics_are_not_updated(device):
     module = FusedBatchNorm2d(3).to(device).eval()
     checkpoint(module, torch.randn(2, 3, 4, 4, device=device), use_reentrant=False).sum().backward()
     assert module.num_batches_tracked == 0 and not module.running_mean.any()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from fused_op import eager, ours
-from torch.autograd import gradgradcheck
 
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 
@@ -31,9 +30,10 @@ def results(operation, shape, join, training, device, memory_format=torch.contig
     return y.detach(), [leaf.grad for leaf in leaves], running
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
-@pytest.mark.parametrize("join", ("none", "add", "bn"))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "join", "training"),
+    (("[N, C]", "bn", True), ("[N, C, L]", "add", True), ("5-D", "bn", False), ("6-D", "none", True)),
+)
 def test_every_join(shape, join, training, device):
     found, expected = (results(operation, SHAPES[shape], join, training, device) for operation in (ours, eager))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # fp64, sums of at most 60 terms
@@ -58,13 +58,3 @@ def test_both_handles_of_a_fork(device):
     (y.square().sum() + (3 * y).sum()).backward()
     assert first.shape == second.shape == x.shape and first.data_ptr() == second.data_ptr()
     torch.testing.assert_close((x.grad, residual.grad), (x_alone.grad, residual_alone.grad), rtol=1e-12, atol=1e-12)
-
-
-def test_second_derivatives(device):
-    (x, residual), _ = operands((3, 2, 4), device)
-    assert gradgradcheck(
-        lambda x, residual: batch_norm_add_relu(x, None, None, training=True, residual=residual, backend="triton"),
-        (x, residual),
-        atol=1e-6,
-        fast_mode=True,
-    )

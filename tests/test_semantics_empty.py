@@ -5,17 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_fast import FusedBatchNorm2d, resnet18
+from resnet_fast import FusedBatchNorm2d
 from resnet_fast.functional import FLOATING, BatchNormArgs, batch_norm_add_relu
 from resnet_fast.models.resnet import BasicBlock
 
 SHAPES = {
     "no images": (0, 4, 3, 3),
     "no rows": (2, 4, 0, 3),
-    "no pixels at all": (2, 4, 0, 0),
-    "one image, no columns": (1, 4, 3, 0),
     "no images, 2-D": (0, 4),
-    "no images, 3-D": (0, 4, 3),
     "no images, 5-D": (0, 4, 3, 2, 2),
     "1-D": (0,),
 }
@@ -33,16 +30,14 @@ def results(function, shape, training: bool, dtype, device, affine: bool):
     return [y.detach(), x.grad, running_mean, running_var] + [p.grad for p in parameters if p is not None]
 
 
-@pytest.mark.parametrize("backend", ("the default", "aten"))
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_function(shape, training, backend, device):
-    named = {} if backend == "the default" else {"backend": backend}
+def test_function(shape, training, device):
     for dtype in FLOATING:
         for affine in (True, False) if len(SHAPES[shape]) > 1 else (False,):
             found, expected = (
                 results(function, SHAPES[shape], training, dtype, device, affine)
-                for function in (lambda *args: batch_norm_add_relu(*args, relu=False, **named), F.batch_norm)
+                for function in (lambda *args: batch_norm_add_relu(*args, relu=False), F.batch_norm)
             )
             for ours, theirs in zip(found, expected, strict=True):
                 assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
@@ -89,18 +84,6 @@ def test_module_counts_the_batch_as_torchs_does(momentum, device):
         assert states[0][0]["num_batches_tracked"] == (2 if training else 0)
         assert torch.equal(states[0][0]["num_batches_tracked"], states[1][0]["num_batches_tracked"])
         assert all(not gradient.any() for gradient in states[0][1] + states[1][1])
-
-
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-def test_a_network(training, device):
-    from torchvision.models import resnet18 as torchvision_resnet18
-
-    for model in (resnet18(num_classes=3), torchvision_resnet18(num_classes=3)):
-        model.to(device).train(training)
-        logits = model(torch.empty(0, 3, 32, 32, device=device))
-        logits.sum().backward()
-        assert logits.shape == (0, 3)
-        assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_block_with_a_projection(device):

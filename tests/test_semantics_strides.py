@@ -8,27 +8,19 @@ from torch import Tensor
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 
 IMAGES = {
-    "rows sliced": lambda base: base[:, :, 1:5],
     "columns sliced": lambda base: base[..., ::2],
     "channels sliced": lambda base: base[:, 1:7],
-    "images sliced": lambda base: base[::2],
-    "every second channel of channels_last": lambda base: channels_last(base)[:, ::2],
     "rows of channels_last": lambda base: channels_last(base)[:, :, 1:5],
-    "height and width swapped": lambda base: base.transpose(2, 3),
     "height and width of channels_last swapped": lambda base: channels_last(base).transpose(2, 3),
-    "[N, H, W, C] permuted": lambda base: base.permute(0, 3, 1, 2),
-    "[C, N, H, W] permuted": lambda base: base.transpose(0, 1),
     "images expanded": lambda base: base[:1].expand(4, -1, -1, -1),
     "pixels expanded": lambda base: base[..., :1, :1].expand(-1, -1, 3, 5),
     "channels expanded": lambda base: base[:, :1].expand(-1, 6, -1, -1),
     "everything expanded": lambda base: base[0, 0, 0, 0].expand(2, 3, 2, 2),
-    "channels_last_3d": lambda base: base.unflatten(3, (5, 2)).contiguous(memory_format=torch.channels_last_3d),
     "rows of channels_last_3d": lambda base: base.unflatten(3, (5, 2)).contiguous(memory_format=torch.channels_last_3d)[
         :, :, 1:5
     ],
     "[N, D, H, W, C] permuted": lambda base: base.unflatten(3, (5, 2)).permute(0, 4, 1, 2, 3),
     "[N, L, C] transposed": lambda base: base.flatten(2).transpose(1, 2),
-    "[C, N] transposed": lambda base: base[0, 0].t(),
 }
 
 
@@ -53,8 +45,10 @@ def results(function, view, backend: str, with_residual: bool, device) -> tuple[
     return y, [base.grad for base in bases if base.grad is not None]
 
 
-@pytest.mark.parametrize("backend", ("triton", "aten"))
-@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize(
+    ("image", "backend"),
+    [(image, "triton") for image in IMAGES] + [(image, "aten") for image in list(IMAGES)[::3]],
+)
 def test_image(image, backend, device):
     for with_residual in (False, True):
         y, gradients = results(batch_norm_add_relu, IMAGES[image], backend, with_residual, device)
@@ -78,13 +72,11 @@ def test_residual_in_another_layout_than_x(device):
 VECTORS = {
     "every second element": lambda n: torch.linspace(0.5, 1.5, 2 * n, dtype=torch.float64)[::2],
     "a column": lambda n: torch.linspace(0.5, 1.5, 3 * n, dtype=torch.float64).view(n, 3)[:, 1],
-    "offset": lambda n: torch.linspace(0.5, 1.5, n + 3, dtype=torch.float64)[3:],
     "flipped": lambda n: torch.linspace(0.5, 1.5, n, dtype=torch.float64).flip(0),
 }
 
 
-@pytest.mark.parametrize("join", ("none", "bn"))
-@pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
+@pytest.mark.parametrize(("training", "join"), ((True, "bn"), (False, "none")))
 @pytest.mark.parametrize("vector", VECTORS)
 def test_vectors(vector, training, join, device):
     """The running statistics are updated where they are, and nothing beside them is."""

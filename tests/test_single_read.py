@@ -20,8 +20,7 @@ CORNERS = (
     Case("several tiles of channels, the last not full", (2, 136, 7, 7)),
     Case("as many tiles of channels as programs", (3, 256, 4, 4), fork=True),
     Case("one pixel per image", (33, 16, 1, 1)),
-    Case("no affine", (2, 16, 5, 5), affine=False),
-    Case("no running statistics", (2, 16, 5, 5), running=False),
+    Case("no affine, no running statistics", (2, 16, 5, 5), affine=False, running=False),
     Case("vectors in the type of x", (2, 16, 5, 5), vectors_as_x=True),
     Case("mean far beyond std", (4, 64, 9, 9), mean=300.0, std=0.5),
     Case("large std", (4, 16, 9, 9), std=1000.0),
@@ -29,24 +28,30 @@ CORNERS = (
 
 
 @pytest.mark.parametrize("join", ("none", "add", "bn"))
-@pytest.mark.parametrize("case", (PLAIN, FORKED), ids=("one handle", "two handles"))
+@pytest.mark.parametrize(
+    "case", (pytest.param(PLAIN, id="one handle", marks=pytest.mark.slow), pytest.param(FORKED, id="two handles"))
+)
 def test_every_join_agrees_with_pytorch(case, join, device):
-    with reading_once(case, BF16, join):
-        assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
-
-
-@pytest.mark.parametrize("join", ("none", "bn"))
-@pytest.mark.parametrize("case", CORNERS, ids=str)
-def test_corners_agree_with_pytorch(case, join, device):
     with reading_once(case, BF16, join):
         assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
 
 
 @pytest.mark.parametrize(
     ("case", "join"),
+    [(case, "bn") for case in (CORNERS[1], CORNERS[-2])]
+    + [pytest.param(case, "bn", marks=pytest.mark.slow) for case in (CORNERS[0], *CORNERS[2:-2], CORNERS[-1])],
+    ids=str,
+)
+def test_corners_agree_with_pytorch(case, join, device):
+    with reading_once(case, BF16, join):
+        assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "join"),
     (
         pytest.param(FORKED, "none", id="none"),
-        pytest.param(FORKED, "add", id="add"),
         pytest.param(PLAIN, "add", id="add, whose dresidual may be dy itself"),
         pytest.param(FORKED, "bn", id="bn"),
     ),
@@ -57,8 +62,9 @@ def test_without_relu_and_in_fp16(case, join, device):
             assert_agrees(make_operands(case, dtype, "channels_last", device), join, relu)
 
 
-@pytest.mark.parametrize("join", ("none", "add", "bn"))
-def test_two_runs_give_the_same_bits(join, device):
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits(device):
+    join = "bn"
     operands = make_operands(FORKED, BF16, "channels_last", device)
     run = functools.partial(results, functools.partial(ours, fork=True), operands, join, True, "triton")
     with reading_once(FORKED, BF16, join):
@@ -66,30 +72,30 @@ def test_two_runs_give_the_same_bits(join, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("join", ("none", "add", "bn"))
 @pytest.mark.parametrize("operation", BOTH)
-def test_it_goes_with_two_passes_in_the_other_direction(operation, join, device):
+def test_it_goes_with_two_passes_in_the_other_direction(operation, device):
+    join = "bn"
     with choices.using(entries(FORKED, BF16, join, (operation,))), launched() as kernels:
         assert_agrees(make_operands(FORKED, BF16, "channels_last", device), join, True)
     kernel, other = (FORWARD, BACKWARD) if operation == "batch norm" else (BACKWARD, FORWARD)
     assert kernel in kernels and other not in kernels and len(set(kernels)) == 4
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    (
-        ("squares overflow", [1e30, -2e30]),
-        ("sums overflow", [3e38, 2e38, -3e38]),
-        ("Inf", [float("inf")]),
-        ("Inf and -Inf", [float("inf"), float("-inf")]),
-        ("NaN", [float("nan")]),
-    ),
+NOT_FINITE = (
+    [1e30, -2e30],  # squares overflow
+    [3e38, 2e38, -3e38],  # sums overflow
+    [float("inf")],
+    [float("inf"), float("-inf")],
+    [float("nan")],
 )
-def test_one_channel_beyond_fp32_has_the_statistics_of_two_passes(name, values, device):
-    """And leaves the others alone."""
+
+
+def test_channels_beyond_fp32_have_the_statistics_of_two_passes(device):
+    """And leave the others alone."""
     x = make_operands(PLAIN, BF16, "channels_last", device).x
-    for i, value in enumerate(values):
-        x[i % 3, 5, i::4, 3] = value
+    for channel, values in enumerate(NOT_FINITE):
+        for i, value in enumerate(values):
+            x[i % 3, 5 + channel, i::4, 3] = value
 
     def forward(at) -> dict[str, torch.Tensor]:
         running = torch.zeros(64, device=device), torch.ones(64, device=device)
@@ -118,10 +124,8 @@ def test_an_rstd_of_zero_ends_the_merge(device):
     (
         pytest.param(Case("", (2, 100, 4, 4)), BF16, "channels_last", id="channels not a multiple of eight"),
         pytest.param(Case("", (9, 264, 2, 2)), BF16, "channels_last", id="more channels than programs"),
-        pytest.param(Case("", (2, 256, 16, 16)), BF16, "channels_last", id="more rows than registers"),
         pytest.param(replace(PLAIN, ghost=1), BF16, "channels_last", id="ghost batches"),
         pytest.param(replace(PLAIN, training=False), BF16, "channels_last", id="tracked statistics"),
-        pytest.param(replace(PLAIN, residual_training=False), BF16, "channels_last", id="one of two tracked"),
         pytest.param(PLAIN, BF16, "nchw", id="NCHW"),
         pytest.param(PLAIN, torch.float32, "channels_last", id="fp32"),
     ),

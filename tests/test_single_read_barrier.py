@@ -24,7 +24,7 @@ def image(n_images: int, n_channels: int, device: torch.device) -> torch.Tensor:
 
 def test_many_launches_use_the_same_words(device):
     """Of other numbers of splits and of tiles of channels, one after the other."""
-    sizes = [(1, 64), (4, 64), (1, 256), (1, 16), (2, 136)]
+    sizes = [(1, 64), (4, 64), (1, 16), (2, 136)]
     x = {size: image(*size, device) for size in sizes}
     first = {size: single_read.forward(x[size], NORM, None, None, True).y for size in sizes}
     for size in [*sizes, *reversed(sizes), *sizes]:

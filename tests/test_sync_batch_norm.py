@@ -1,6 +1,7 @@
 """FusedSyncBatchNorm2d: several processes compute what one computes on their joint batch."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -9,14 +10,12 @@ import torch.nn.functional as F
 from budget import assert_within_budget
 from sync_worker import (
     CHANNELS,
-    JOINS,
     Norms,
     batch,
     ddp_task,
     lost_process_task,
     network,
     norms_task,
-    passes_task,
     run_norms,
     start,
     train,
@@ -30,32 +29,47 @@ from resnet_fast import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_bat
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 # join, type, layout, order of the derivative, options of the batch norm
-CASES = {f"{join} fp64": (join, torch.float64, "channels_last", 1, {}) for join in JOINS}
-CASES |= {f"{join} second derivatives": (join, torch.float64, "channels_last", 2, {}) for join in JOINS}
-CASES |= {
-    "nchw": ("bn", torch.float64, "nchw", 1, {}),
+CASES = {
+    "none": ("none", torch.float64, "channels_last", 1, {}),
+    "bn": ("bn", torch.float64, "channels_last", 1, {}),
+    "add, second derivatives": ("add", torch.float64, "channels_last", 2, {}),
+    "bn, second derivatives": ("bn", torch.float64, "channels_last", 2, {}),
+    "add, nchw": ("add", torch.float64, "nchw", 1, {}),
     "fp32": ("bn", torch.float32, "channels_last", 1, {}),
     "bf16": ("bn", torch.bfloat16, "channels_last", 1, {}),
-    "cumulative": ("bn", torch.float64, "channels_last", 1, {"momentum": None}),
-    "no affine": ("bn", torch.float64, "channels_last", 1, {"affine": False}),
+    "cumulative, no affine": ("bn", torch.float64, "channels_last", 1, {"momentum": None, "affine": False}),
     "no running statistics": ("none", torch.float64, "channels_last", 1, {"track_running_stats": False}),
 }
-SIZES = {"two processes": (5, 2), "four processes, one empty": (3, 1, 0, 2)}
+# Images of each process; one has none.
+RUNS = {"kernels": ((3, 0, 2), tuple(CASES)), "aten": ((5, 2), ("bn", "add, second derivatives", "bf16"))}
+NO_ROWS = torch.empty(0, CHANNELS, 1, 1)
+HUGE = 1e25 * torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=("kernels", "aten"))
-def backend(request) -> str:
-    if request.param == "kernels" and torch.cuda.is_available():
+def skip_where_compiled(backend: str) -> None:
+    if backend == "kernels" and torch.cuda.is_available():
         pytest.skip("CPU tensors run on the kernels in the interpreter alone, and here they are compiled")
-    return request.param
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def by_rank(request, backend, tmp_path_factory) -> tuple[tuple[int, ...], list[dict]]:
-    sizes = SIZES[request.param]
-    found = start(norms_task, len(sizes), tmp_path_factory.mktemp("sync"), backend == "kernels", sizes, CASES)
-    assert None not in found
-    return sizes, found
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory):
+    """What each process of a run found, by backend."""
+
+    @functools.cache
+    def run(backend: str) -> list[tuple[dict, dict]]:
+        skip_where_compiled(backend)
+        sizes, names = RUNS[backend]
+        cases = {name: CASES[name] for name in names}
+        others = [NO_ROWS] * (len(sizes) - 1)
+        batches = {"no rows": [NO_ROWS, *others], "one row": [torch.ones(1, CHANNELS, 1, 1), *others]}
+        batches["huge"] = HUGE.tensor_split(len(sizes))
+        found = start(
+            norms_task, len(sizes), tmp_path_factory.mktemp("sync"), backend == "kernels", sizes, cases, batches
+        )
+        assert None not in found
+        return found
+
+    return run
 
 
 def one_process(case: str, sizes: tuple[int, ...], dtype: torch.dtype | None = None):
@@ -66,9 +80,9 @@ def one_process(case: str, sizes: tuple[int, ...], dtype: torch.dtype | None = N
     return run_norms(module, *tensors, order)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_one_process_on_the_joint_batch(case, by_rank):
-    sizes, ranks = by_rank
+@pytest.mark.parametrize(("backend", "case"), [(backend, case) for backend in RUNS for case in RUNS[backend][1]])
+def test_equals_one_process_on_the_joint_batch(backend, case, by_rank):
+    sizes, ranks = RUNS[backend][0], [found for found, _ in by_rank(backend)]
     expected = one_process(case, sizes)
     exact = one_process(case, sizes, torch.float64)
     dtype = CASES[case][1]
@@ -94,32 +108,26 @@ def test_equals_one_process_on_the_joint_batch(case, by_rank):
             assert_within_budget(name, joint, expected[name], exact[name], added)
 
 
-def test_few_rows_and_huge_values(backend, tmp_path):
-    huge = 1e25 * torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
-    no_rows, one_row = torch.empty(0, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
-    batches = {"no rows": (no_rows, no_rows), "one row": (one_row, no_rows), "huge": (huge[:1], huge[1:])}
-    ranks = start(passes_task, 2, tmp_path, backend == "kernels", batches)
+@pytest.mark.parametrize("backend", RUNS)
+def test_few_rows_and_huge_values(backend, by_rank):
+    ranks = [found for _, found in by_rank(backend)]
     for _, running_mean, running_var in (found[name] for found in ranks for name in ("no rows", "one row")):
         assert torch.equal(running_mean, torch.zeros(CHANNELS)) and torch.equal(running_var, torch.ones(CHANNELS))
     assert torch.equal(ranks[0]["one row"][0], torch.zeros(1, CHANNELS, 1, 1))
-    exact = F.batch_norm(huge.double(), None, None, training=True)
+    exact = F.batch_norm(HUGE.double(), None, None, training=True)
     y = torch.cat([found["huge"][0] for found in ranks]).double()
     torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)  # a hundred fp32 roundings; without a rescue y is 0
 
 
-@pytest.fixture(scope="module")
-def trained(backend, tmp_path_factory):
-    return start(ddp_task, 2, tmp_path_factory.mktemp("ddp"), backend == "kernels")
-
-
-def test_distributed_data_parallel_trains_as_one_process(trained):
+def test_distributed_data_parallel_trains_as_one_process(on_aten, tmp_path):
+    trained = start(ddp_task, 2, tmp_path, False)
     model = network()
     losses = train(model, *training_batch())
     state = model.state_dict()
     assert losses[-1] < losses[0]
     torch.testing.assert_close([sum(pair) / 2 for pair in zip(*(found[0] for found in trained), strict=True)], losses)
     for _, found in trained:
-        for name in state:  # three steps in fp64, sums in another order
+        for name in state:  # two steps in fp64, sums in another order
             torch.testing.assert_close(found[name], state[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
