@@ -70,5 +70,5 @@ def launched() -> Iterator[list[str]]:
         kernels.append(kernel.__name__)
         run(kernel, *settings, **arguments)
 
-    with mock.patch.object(launch, "run", noted):
+    with mock.patch.object(launch, "launch_kernel", noted):
         yield kernels

@@ -62,7 +62,7 @@ def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
     def run(kernel, grid, options=None, /, **arguments):
         recorded.append((Launch(kernel, arguments), options or launch.compiler_options(arguments, is_nvidia=True)))
 
-    with mock.patch.object(launch, "run", run):
+    with mock.patch.object(launch, "launch_kernel", run):
         launching()
     return recorded
 

@@ -75,5 +75,5 @@ def guarded_memory() -> Iterator[set[str]]:
             else:
                 assert torch.equal(frame.tensor, tensor), f"{kernel.__name__} changed {name}"
 
-    with mock.patch.object(launch, "run", guarded):
+    with mock.patch.object(launch, "launch_kernel", guarded):
         yield kernels

@@ -70,5 +70,5 @@ def ledger() -> Iterator[list[Launch]]:
         with watched_memory(launches[-1].book):
             run(kernel, grid, *options, **arguments)
 
-    with mock.patch.object(launch, "run", counted):
+    with mock.patch.object(launch, "launch_kernel", counted):
         yield launches

@@ -41,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiny(monkeypatch)
 
 
-def make_trained(model: nn.Module, image_size: int = 32) -> Trained:
+def make_trained(model: nn.Module, image_size: int = 12) -> Trained:
     config = {"model": "resnet18", "stem": "cifar", "dataset": "digits", "data_dir": "data"}
     classes = tuple("abcdefghij")
     return Trained(
@@ -68,7 +68,7 @@ def test_both_files_compute_what_the_network_does_on_any_number_of_images(traine
     assert_is_plain(result)
     assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "model.pt2"]
     assert f"model.onnx, model.pt2: {out}" in result.stdout and "16 real ones" in result.stdout
-    loaded, test = load_trained(trained.out), load_dataset("digits").test
+    loaded, test = load_trained(trained.out), load_dataset("digits", image_size=12).test
     images, _ = next(iter(test.batches(50)))
     for path in out.iterdir():
         for n_images in (1, 50):
@@ -87,7 +87,7 @@ def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Pat
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(std=0.3)
             module.running_var.uniform_(0.5, 2)
-    checked = WRITERS[name](loaded, tmp_path / name, images=torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
+    checked = WRITERS[name](loaded, tmp_path / name, images=torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8))
     assert 0 < checked.error <= checked.allowed and checked.n_images == export.N_RANDOM + 3
     assert checked.n_bytes == (tmp_path / name).stat().st_size > 4e7  # the weights are inside
     if name == "model.pt2":
@@ -97,7 +97,7 @@ def test_a_whole_resnet18_is_exported_in_aten_operators(name: str, tmp_path: Pat
     else:
         proto = onnx.load(tmp_path / name)
         assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
-    x = torch.rand(5, 3, 32, 32)
+    x = torch.rand(5, 3, 12, 12)
     torch.testing.assert_close(run(tmp_path / name, x), expected(loaded, x), rtol=1e-4, atol=1e-4)
 
 
@@ -111,23 +111,23 @@ def test_what_the_logits_mean_is_in_the_files(trained: Result, exported):
     assert json.loads(described["classes"]) == other["classes"] == list(loaded.classes)
     assert json.loads(described["mean"]) == other["mean"] == list(loaded.mean)
     assert json.loads(described["std"]) == other["std"] == list(loaded.std)
-    assert "float32 [N, 3, 32, 32], RGB, in [0, 1]; normalization is inside" in described["input"] == other["input"]
+    assert "float32 [N, 3, 12, 12], RGB, in [0, 1]; normalization is inside" in described["input"] == other["input"]
     shapes = [
         [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in (*proto.graph.input, *proto.graph.output)
     ]
-    assert shapes == [["batch", 3, 32, 32], ["batch", 10]]
+    assert shapes == [["batch", 3, 12, 12], ["batch", 10]]
     assert [v.name for v in (*proto.graph.input, *proto.graph.output)] == ["images", "logits"]
 
 
 def test_a_batch_size_may_be_fixed(trained: Result, tmp_path: Path):
     batch_size = 1
     result = invoke("export", trained.out, "--out", tmp_path, "--batch-size", batch_size)
-    assert result.exit_code == 0 and f"float32 [{batch_size}, 3, 32, 32]" in result.stdout
+    assert result.exit_code == 0 and f"float32 [{batch_size}, 3, 12, 12]" in result.stdout
     dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_value for dim in dims] == [batch_size, 3, 32, 32]
+    assert [dim.dim_value for dim in dims] == [batch_size, 3, 12, 12]
     for name in WRITERS:
-        assert run(tmp_path / name, torch.rand(batch_size, 3, 32, 32)).shape == (batch_size, 10)
+        assert run(tmp_path / name, torch.rand(batch_size, 3, 12, 12)).shape == (batch_size, 10)
 
 
 def test_one_format_writes_one_file_into_the_run_folder(trained: Result, tmp_path: Path):

@@ -317,7 +317,7 @@ def test_a_network_stays_on_the_fused_path(on_aten, device):
         groups.append(options["ghost_batch_size"])
         return run(*arguments, **options)
 
-    with mock.patch("resnet_fast.nn.run", spied):
+    with mock.patch("resnet_fast.nn.run_batch_norm", spied):
         x = torch.randn(5, 3, 16, 16, device=device)
         fused = model(x)
     assert groups == [2] * 17  # of 20 batch norms three are joined

@@ -9,7 +9,7 @@ from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.common.checks import check_path
 from resnet_fast.profiling import profile_config
-from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.config import IMAGE_SIZE, TrainConfig
 from resnet_fast.training.paths import check_is_free
 
 
@@ -20,7 +20,7 @@ def profile(
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
+    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
     precision: Annotated[str, option("precision")] = TrainConfig.precision,
     device: Annotated[str, option("device")] = TrainConfig.device,
     steps: Annotated[

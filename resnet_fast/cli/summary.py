@@ -7,7 +7,7 @@ import typer
 from resnet_fast.cli.app import app, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.models.registry import MODELS, check_name, check_stem, get_model
-from resnet_fast.training.config import SETTINGS, TrainConfig
+from resnet_fast.training.config import IMAGE_SIZE, SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from resnet_fast.models.summary import Summary
@@ -21,7 +21,7 @@ def summary(
     stem: Annotated[str | None, option("stem")] = None,
     image_size: Annotated[
         int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")
-    ] = TrainConfig.image_size,
+    ] = IMAGE_SIZE,
     num_classes: Annotated[int, typer.Option(min=1, max=2**31, help="Outputs of the last layer.")] = N_CLASSES,
 ) -> None:
     """Print the layers of a network with output shapes and parameters, and what they add up to."""

@@ -11,7 +11,7 @@ from resnet_fast.cli.app import app, choice_metavar, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.common.checks import check_choice, check_integer
 from resnet_fast.models.registry import MODELS, check_name, check_stem
-from resnet_fast.training.config import TrainConfig, choose_device
+from resnet_fast.training.config import IMAGE_SIZE, TrainConfig, choose_device
 from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = TrainConfig.image_size,
+    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
     precision: Annotated[
         str, typer.Option(metavar=choice_metavar(PRECISIONS), help="Of the activations.")
     ] = PRECISIONS[0],

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 NOT_MIRRORED = ("digits",)  # a mirrored 2 is no 2
+IMAGE_SIZE = 32
+DIGITS_SIZE = 12  # by the digits' own recipe; others cut out squares of 12 pixels
 N_WHITENING = 54  # filters: 27 directions of 3x3 pixels of 3 channels, and their negatives
 
 MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
@@ -61,8 +63,10 @@ class TrainConfig(Recipe):
     ] = "cifar10"
     data_dir: Annotated[Path, MAY_MOVE, "Where CIFAR-10 is or goes to, or the folder of images."] = Path("data")
     image_size: Annotated[
-        int, integer(8, MAX_IMAGE_SIZE + 1), "Pixels to which digits and a folder's images are resized."
-    ] = 32
+        int,
+        integer(8, MAX_IMAGE_SIZE + 1),
+        "Pixels to which digits and a folder's images are resized. [default: 12 for digits by their recipe, else 32]",
+    ] = FROM_RECIPE
     images: Annotated[
         str,
         one_of(("auto", "memory", "stream")),
@@ -112,6 +116,7 @@ class TrainConfig(Recipe):
             recipe = replace(recipe, flip="none")
         for name in RECIPE_FIELDS:
             self._fill_in(name, getattr(recipe, name))
+        self._fill_in("image_size", DIGITS_SIZE if self.recipe == self.dataset == "digits" else IMAGE_SIZE)
         by_device = self.graph is None
         self._fill_in("graph", False)
         self._fill_in("workers", min(4, os.cpu_count() or 1))
