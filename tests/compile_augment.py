@@ -27,7 +27,9 @@ def record_launch(dtype: torch.dtype, reflect: bool) -> tuple:
     images = torch.empty(1000, 3, 32, 32, dtype=torch.uint8, device="meta").to(memory_format=torch.channels_last)
     labels = torch.empty(1000, dtype=torch.int64, device="meta")
     plan = torch.empty(512, 6, dtype=torch.int32, device="meta")
-    with mock.patch.object(launch, "launch_kernel", lambda kernel, grid, **arguments: recorded.append((kernel, arguments))):
+    with mock.patch.object(
+        launch, "launch_kernel", lambda kernel, grid, **arguments: recorded.append((kernel, arguments))
+    ):
         augment_launch.augment(images, labels, plan, [125.0] * 3, [1 / 63] * 3, 4, reflect, 12, dtype)
     return recorded[0]
 

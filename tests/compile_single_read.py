@@ -60,7 +60,9 @@ def record_launch(case: Case) -> Launch:
     is_bn, has_bits = case.join == "bn", case.relu and case.join != "none"
     with (
         mock.patch.object(single_read, "multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(launch, "launch_kernel", lambda kernel, *_, **arguments: recorded.append(Launch(kernel, arguments))),
+        mock.patch.object(
+            launch, "launch_kernel", lambda kernel, *_, **arguments: recorded.append(Launch(kernel, arguments))
+        ),
     ):
         if case.direction == "forward":
             single_read.forward(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)

@@ -20,7 +20,7 @@ from resnet_fast import functional  # noqa: E402
 # Interpreted kernels have no deadline, and the phase "explain" would trace each of their lines. Another profile is
 # chosen by --hypothesis-profile=long, or =gpu for few kernels to compile.
 PROFILE = {"deadline": None, "print_blob": True, "phases": tuple(phase for phase in Phase if phase != Phase.explain)}
-settings.register_profile("default", max_examples=40, derandomize=True, **PROFILE)
+settings.register_profile("default", max_examples=20, derandomize=True, **PROFILE)
 settings.register_profile("gpu", max_examples=5, derandomize=True, **PROFILE)
 settings.register_profile("long", max_examples=20_000, derandomize=False, **PROFILE)
 settings.load_profile("default")

@@ -119,6 +119,7 @@ def test_folded():
     assert layouts.others == [] and layouts.n_maps > 8
 
 
+@pytest.mark.slow
 def test_compiled():
     network, layouts = CifarResNet(8).eval(), Layouts()
 

@@ -60,7 +60,7 @@ def train(images: Path, out: Path, *args: object):
     return invoke("train", *(part for name, value in settings.items() for part in (f"--{name}", value)), *args)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [ONE_OF_EACH[0], *(pytest.param(n, marks=pytest.mark.slow) for n in ONE_OF_EACH[1:])])
 def test_it_is_trained_on_ghost_batches_averaged_tested_and_exported(name: str, images: Path, tmp_path: Path):
     out = tmp_path / "run"
     result = train(images, out, "--model", name, "--batch-size", 4, "--ghost-batch-size", 2, "--ema", 0.5)

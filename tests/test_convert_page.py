@@ -1,9 +1,11 @@
 """docs/convert.md: its example runs and prints what stands below it."""
 
+import pytest
 import torchvision
 from pages import DOCS, run_example
 
 
+@pytest.mark.slow
 def test_the_page(capsys, on_aten):
     names = run_example(DOCS / "convert.md")
     printed = capsys.readouterr().out

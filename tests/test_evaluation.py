@@ -136,7 +136,7 @@ def test_a_confusion_is_a_picture(n_classes: int = 30):
     assert (blue - red > 30).any() and (red - blue > 80).any()  # what is right, and the error
 
 
-@pytest.mark.parametrize(("n_classes", "fit"), [(20, True), (100, False)])
+@pytest.mark.parametrize(("n_classes", "fit"), [(20, True), pytest.param(100, False, marks=pytest.mark.slow)])
 def test_numbers_stand_where_they_fit(n_classes: int, fit: bool, monkeypatch: pytest.MonkeyPatch):
     matrix = torch.eye(n_classes, dtype=torch.int64) * 12345
     matrix[0, 1] = 67

@@ -96,7 +96,9 @@ def run_example(name: str, monkeypatch, capsys) -> Run:
     return Run(losses, float(accuracy), fused)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "with_lightning" else n for n in EXAMPLES]
+)
 def test_an_example_learns_and_is_fused(name, run):
     result = run(name)
     assert len(result.losses) == EPOCHS and result.losses[-1] < result.losses[0]

@@ -285,6 +285,7 @@ def test_a_module_from_before_there_were_ghost_batches():
         assert repr(old).endswith("track_running_stats=True)")
 
 
+@pytest.mark.slow
 def test_compiled(device):
     """torch.compile without a graph break, of two batches with different numbers of images."""
     torch._dynamo.reset()

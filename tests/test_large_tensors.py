@@ -33,7 +33,9 @@ def record_launches(shape: tuple, layout: str, join: str) -> list[tuple]:
     )
     vector = torch.empty(shape[1], device="meta")
     norm = BatchNormArgs(vector, vector, vector, vector, training=True)
-    with mock.patch.object(launch, "launch_kernel", lambda kernel, grid, **arguments: recorded.append((kernel, grid, arguments))):
+    with mock.patch.object(
+        launch, "launch_kernel", lambda kernel, grid, **arguments: recorded.append((kernel, grid, arguments))
+    ):
         if join == "none":
             y, relu_mask, *statistics = launch.forward(x, norm, None, None, True)
             saved = Saved(x, relu_mask, *statistics[:2], vector, vector, None, None, None, None, None)

@@ -122,7 +122,8 @@ def test_one_step_in_bfloat16(device, on):
 
 
 @pytest.mark.parametrize(
-    ("stem", "layout", "training"), (("cifar", "nchw", True), ("imagenet", "channels_last", False))
+    ("stem", "layout", "training"),
+    (("cifar", "nchw", True), pytest.param("imagenet", "channels_last", False, marks=pytest.mark.slow)),
 )
 def test_without_a_gpu_it_is_torchvisions_to_the_bit(stem, layout, training, on):
     """In whatever layout our weights and images are: that of torchvision's network in channels_last."""

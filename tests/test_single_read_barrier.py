@@ -41,14 +41,20 @@ def test_a_program_too_few_is_a_deadlock(device):
     def without_the_last(kernel, grid, options, **arguments):
         run(kernel, (grid[0] - 1,), options, **arguments | {"barrier_ptr": torch.zeros_like(arguments["barrier_ptr"])})
 
-    with mock.patch.object(launch, "launch_kernel", without_the_last), pytest.raises(InterpreterError, match="Deadlock"):
+    with (
+        mock.patch.object(launch, "launch_kernel", without_the_last),
+        pytest.raises(InterpreterError, match="Deadlock"),
+    ):
         single_read.forward(image(8, 64, device), NORM, None, None, True)
 
 
 @needs_interpreter
 def test_a_program_that_fails_fails_the_launch(device):
     x = image(8, 64, device)
-    with pytest.raises(InterpreterError, match="float"), mock.patch.object(launch, "launch_kernel", _with("eps", "a word")):
+    with (
+        pytest.raises(InterpreterError, match="float"),
+        mock.patch.object(launch, "launch_kernel", _with("eps", "a word")),
+    ):
         single_read.forward(x, NORM, None, None, True)
 
 

@@ -42,7 +42,7 @@ def test_where_no_module_runs_twice_the_rows_have_no_total_of_their_own():
     assert table_of(result.stdout)[0] == ["Conv2d-1", "64 x 32 x 32", "9,408"]
 
 
-@pytest.mark.parametrize("name", ["resnet152", "resnet110", "plain20"])
+@pytest.mark.parametrize("name", ["resnet152", "plain20"])
 def test_every_network_fits_80_columns(name: str):
     result = invoke("summary", name, "--num-classes", 100000)
     assert result.exit_code == 0

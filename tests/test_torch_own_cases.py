@@ -78,7 +78,11 @@ def assert_outcomes_agree(case: str, found: dict, expected: dict, exact: dict, a
             assert_within_budget(label, ours, theirs, exact[name], added.get(name))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), (("triton", torch.float32), ("aten", torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    (pytest.param("triton", torch.float32, marks=pytest.mark.slow), ("aten", torch.bfloat16)),
+    ids=str,
+)
 def test_samples_of_the_function(backend, dtype, op_infos, device):
     n_samples = 0
     for op in op_infos:
