@@ -10,7 +10,7 @@ from resnet_fast import resnet18  # instead of: from torchvision.models import r
 from resnet_fast.data import Augmentation, Loader, load_dataset, normalize
 from resnet_fast.training import RECIPES
 
-recipe = RECIPES["digits"]  # for its numbers alone: 6 epochs, batch 32, lr 0.1 …
+recipe = RECIPES["digits"]  # for its numbers alone: 3 epochs, batch 24, lr 0.0125 …
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 data = load_dataset("digits").to(device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)

@@ -60,7 +60,7 @@ def test_mean_and_std_are_those_of_the_training_images(digits):
 
 
 def test_the_images_of_earlier_runs_are_still_the_same(digits):
-    """They resume only then. The numbers are those of benchmarks/results/amd-epyc-2-threads/digits_config.json."""
+    """They resume only then. The numbers are those in their config.json."""
     assert digits.mean == (0.31272237327646785,) * 3 and digits.std == (0.35655328401886127,) * 3
 
 

@@ -14,6 +14,7 @@ import typer
 
 from resnet_fast.checkpoints import CheckpointMismatch
 from resnet_fast.cli.app import stop, stop_all
+from resnet_fast.common.machine import keep_freed_memory
 from resnet_fast.data import DataError
 from resnet_fast.training import DivergedError, Reporter, Result, ResumeError, TrainConfig, load_run
 from resnet_fast.training import resume as resume_training
@@ -62,6 +63,8 @@ class _Terminated(BaseException):
 
 def run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Result:
     """Run and show how it goes."""
+    if config.device == "cpu":
+        keep_freed_memory()
     with failures_told(config):
         reporter = make_reporter()
         try:

@@ -19,9 +19,7 @@ N_CLASSES = 10
 def summary(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=SETTINGS["model"].help)] = TrainConfig.model,
     stem: Annotated[str | None, option("stem")] = None,
-    image_size: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")
-    ] = IMAGE_SIZE,
+    image_size: Annotated[int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")] = IMAGE_SIZE,
     num_classes: Annotated[int, typer.Option(min=1, max=2**31, help="Outputs of the last layer.")] = N_CLASSES,
 ) -> None:
     """Print the layers of a network with output shapes and parameters, and what they add up to."""

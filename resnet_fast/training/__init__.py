@@ -2,7 +2,7 @@
 
 from resnet_fast.training import TrainConfig, train
 
-result = train(TrainConfig(dataset="digits", epochs=6))
+result = train(TrainConfig(dataset="digits"))
 print(result.test_accuracy, result.out)
 result = resume("runs/…")  # goes on with a run that was stopped
 """
