@@ -183,7 +183,7 @@ class _Conv3x3(torch.autograd.Function):
         with device_guard(x):
             if wants_dx and data_tiles is not None:
                 dx_alias = None if dx_alias is None else dense(dx_alias, like=x)
-                saved = Saved._make(norm)  # only what is linked to a batch norm has tiles
+                saved = Saved._make(norm)  # only an Activation has tiles
                 dx, dtoken = conv3x3.data_gradient(dy, weight_of_x, data_tiles, saved, ctx.relu, dx_alias)
             if wants_dweight and weight_tiles is not None:
                 dweight = conv3x3.weight_gradient(x, dy, weight_tiles, weight.dtype)

@@ -133,10 +133,10 @@ def run_batch_norm(
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
     if to_convolution:
-        y, token, *statistics = y
+        y, token, *saved_outputs = y
         detached_residual = None if residual is None else residual.detach()
         pass_inputs = (dense_norms[0], detached_residual, dense_norms[1] if join == "bn" else None)
-        return y, token, saved_of(x.detach(), *pass_inputs, Outputs(y, *statistics))
+        return y, token, saved_of(x.detach(), *pass_inputs, Outputs(y, *saved_outputs))
     if x.dim() == 4:
         return y
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
@@ -318,9 +318,9 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.eps = (norm.eps, residual_norm.eps)
         ctx.set_materialize_grads(False)
         if ctx.to_convolution:
-            statistics = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
-            ctx.mark_non_differentiable(*(tensor for tensor in statistics if tensor is not None))
-            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *statistics
+            saved_outputs = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
+            ctx.mark_non_differentiable(*(tensor for tensor in saved_outputs if tensor is not None))
+            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *saved_outputs
         return (y, y.view_as(y)) if fork else y
 
     @staticmethod

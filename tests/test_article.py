@@ -285,6 +285,7 @@ def test_another_norm_runs_in_its_place(on_aten):
     assert block(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 
+@pytest.mark.slow
 def test_it_is_one_graph_to_torch_compile(on_aten):
     torch.manual_seed(0)
     block, x = ResidualBlock(3, 4, False), torch.randn(2, 3, 4, 4)

@@ -498,3 +498,11 @@ def test_the_clock_tells_the_recorded_times():
     benchmark = Benchmark()
     clock.replay(benchmark, [1.0, 5.0, 2.0])
     assert benchmark.seconds == pytest.approx([1e-3, 5e-3, 2e-3])
+
+
+def test_order_turns_round_every_round():
+    calls = []
+    runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = alternate(runs, torch.device("cpu"), rounds=3, warm_up=1)
+    assert "".join(calls) == "abbaabba"
+    assert [len(values) for values in times.values()] == [3, 3]

@@ -341,6 +341,7 @@ def test_two_processes_at_once_lose_nothing_of_each_other(own: Path):
     assert read_file(own)[1] == {problem: measured for found in expected for problem, measured in found.items()}
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_leaves_the_table_whole(own: Path):
     add(own, ENVIRONMENT, entries())
     assert start(own, 512, 1, before=KILLED).wait(60) == -9

@@ -271,7 +271,7 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns_until_ctrl_c(tmp_path: Path
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(len(line) for line in shown if "resnet-fast: " not in line) <= 80
     # The bar shows loss, accuracy, speed and the time left.
-    bar = r"epoch [123]/99 .*\d/45 loss \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  .* left"
+    bar = r"epoch [123]/99 .*\d/60 loss \d+\.\d{3}  \d+\.\d %  [\d,]+ images/s  .* left"
     assert any(re.search(bar, line) for line in shown)
     rows = [match[1] for line in shown if (match := re.match(r" +(\d+)/99 +\S+ +\d\.\d{4}", line))]
     kept = re.search(r"resnet-fast: interrupted; run keeps the checkpoint, metrics and curves up to epoch (\d+)", text)

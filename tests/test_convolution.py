@@ -89,7 +89,7 @@ def run_fused(network, device):
 
 TABLES = pytest.mark.parametrize(
     "operations",
-    (CONVOLUTIONS, *[pytest.param((operation,), marks=pytest.mark.slow) for operation in CONVOLUTIONS]),
+    [pytest.param(names, marks=pytest.mark.slow) for names in (CONVOLUTIONS, *((name,) for name in CONVOLUTIONS))],
     ids=str,
 )
 
@@ -116,6 +116,7 @@ def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, run_fuse
     assert counts["reduce_kernel"] == (2 if "data gradient" in operations else 7)
 
 
+@pytest.mark.slow
 def test_what_is_chosen_for(run_fused):
     _, _, asked = run_fused(CONVOLUTIONS)
     forward = Problem("convolution", "bf16", 3, 16, 16, 8)

@@ -125,6 +125,7 @@ def texts_of(draw, module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_a_confusion_is_a_picture(n_classes: int = 30):
     matrix = torch.eye(n_classes, dtype=torch.int64) * 900
     matrix[0, 1] = 90

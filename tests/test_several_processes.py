@@ -27,16 +27,23 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 HOW = "to go on: torchrun --nproc-per-node 2 -m resnet_fast.cli train --resume run"
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
+def run_worker(folder: Path, *groups: str) -> Path:
     """What processes_worker.py leaves."""
-    folder = tmp_path_factory.mktemp("several")
     worker = Path(__file__).with_name("processes_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), str(folder)], capture_output=True, text=True, env=environment(), timeout=600
-    )
+    command = [sys.executable, str(worker), str(folder), *groups]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    return run_worker(tmp_path_factory.mktemp("several"), "equal", "resumed", "resnet")
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> Path:
+    return run_worker(tmp_path_factory.mktemp("several"), "commands") / "commands"
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -128,41 +135,45 @@ def test_and_with_another_number_of_steps(ran: Path):
         ("killed", 1, rf"another process of this run is gone; it, or torchrun, says why; run keeps .* epoch 1; {HOW}"),
     ],
 )
-def test_one_process_says_what_is_wrong(case: str, code: int, message: str, ran: Path):
-    codes, errors = read(ran / "commands" / case)
+@pytest.mark.slow
+def test_one_process_says_what_is_wrong(case: str, code: int, message: str, commands: Path):
+    codes, errors = read(commands / case)
     speaker = 1 if case in ("no data on the second", "other data") else 0
     # The other one was ended as torchrun would, or has killed itself.
     assert codes[speaker] == code and codes[1 - speaker] in (-signal.SIGTERM, -signal.SIGKILL)
     assert re.fullmatch(f"resnet-fast: error: {message}\n", errors[speaker])
-    assert errors[1 - speaker] == "" and (ran / "commands" / case / "1.out").read_text() == ""
+    assert errors[1 - speaker] == "" and (commands / case / "1.out").read_text() == ""
 
 
-def test_an_image_that_one_cannot_read_ends_both(ran: Path):
-    codes, (first, second) = read(ran / "commands" / "broken image")
+@pytest.mark.slow
+def test_an_image_that_one_cannot_read_ends_both(commands: Path):
+    codes, (first, second) = read(commands / "broken image")
     assert codes == [1, 1]
     assert second == "resnet-fast: error: cannot read the image 7.png\n"
     assert re.fullmatch(rf"resnet-fast: error: another process .* is gone; .* up to epoch 1; {HOW}\n", first)
 
 
-def test_a_signal_to_one_ends_both_at_the_same_step(ran: Path):
-    codes, errors = read(ran / "commands" / "interrupted")
+@pytest.mark.slow
+def test_a_signal_to_one_ends_both_at_the_same_step(commands: Path):
+    codes, errors = read(commands / "interrupted")
     assert codes == [130, 130]
     kept = "run keeps the checkpoint, metrics and curves up to epoch 1"
     assert errors == [f"resnet-fast: interrupted; {kept}; {HOW}\n", ""]
 
 
-def test_the_first_process_alone_prints(ran: Path):
+@pytest.mark.slow
+def test_the_first_process_alone_prints(commands: Path):
     for case, rows in (
         ("repeat", 2 * ["1/3", "2/3", "3/3"]),
         ("time budget", ["1/3"]),
     ):
-        codes, errors = read(ran / "commands" / case)
+        codes, errors = read(commands / case)
         assert codes == [0, 0] and errors == ["", ""]
-        assert (ran / "commands" / case / "1.out").read_text() == ""
-        assert re.findall(r"\n +(\d/3) ", (ran / "commands" / case / "0.out").read_text()) == rows
-    assert (ran / "commands" / "time budget" / "0.out").read_text().endswith(f"epoch 2 of 3; {HOW}\n")
+        assert (commands / case / "1.out").read_text() == ""
+        assert re.findall(r"\n +(\d/3) ", (commands / case / "0.out").read_text()) == rows
+    assert (commands / "time budget" / "0.out").read_text().endswith(f"epoch 2 of 3; {HOW}\n")
     seeds = {"seed-0", "seed-1", "summary.csv"}
-    assert {path.name for path in (ran / "commands" / "repeat" / "run").iterdir()} == seeds
+    assert {path.name for path in (commands / "repeat" / "run").iterdir()} == seeds
 
 
 @pytest.mark.slow

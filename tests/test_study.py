@@ -175,6 +175,7 @@ def test_one_seed_has_no_deviation_and_no_verdict():
     ]
 
 
+@pytest.mark.slow
 def test_a_study_of_one_seed_says_so(tmp_path: Path):
     result = run("--epochs", 1, "--seeds", 1, "--out", tmp_path / "s")
     assert result.exit_code == 0, result.output

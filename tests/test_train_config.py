@@ -11,7 +11,7 @@ from resnet_fast.training import MODELS, RECIPES, TrainConfig
 from resnet_fast.training.config import choose_precision
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 SCHEDULE_NAMES = "one-cycle, triangular, cosine, steps, constant"
 
 

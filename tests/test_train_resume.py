@@ -179,7 +179,7 @@ def damage(name: str) -> Callable[[Path], None]:
         ("flipped bit", "is damaged: its SHA-256 is not the one"),
         ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
         ("another format", r"has format 1, resnet_fast \S+ reads format 2"),
-        ("other settings", "is of another run: lr is 0.5 there and 0.1 in config.json"),
+        ("other settings", "is of another run: lr is 0.5 there and 0.0125 in config.json"),
     ],
 )
 def test_a_bad_checkpoint_is_refused_with_its_reason_and_the_one_before_is_offered(
@@ -301,6 +301,7 @@ def test_a_disk_that_fails_keeps_whole_checkpoints_to_go_on_from(
     epochs = [checkpoint.read_checkpoint(out / f"checkpoint{name}.pt")["epoch"] for name in ("-previous", "")]
     assert epochs == [1, 2]
     assert not list(out.glob(".*"))
+    assert not same_bits(out, straight.out)
     assert same_bits(resume(out).out, straight.out)
 
 

@@ -55,7 +55,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return TrainConfig(dataset="digits", device="cpu", precision="bf16", out=tmp_path / "runs" / "one")
+    return TrainConfig(dataset="digits", epochs=6, device="cpu", precision="bf16", out=tmp_path / "runs" / "one")
 
 
 def test_a_file_appears_when_it_is_finished(tmp_path: Path):

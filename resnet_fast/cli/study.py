@@ -49,7 +49,7 @@ def skip(
     try:
         if out is not None:
             check_is_free(check_path("out", out))
-        plan = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
+        settings = make(n_seeds=seeds, epochs=epochs, seed=seed, device=device, data_dir=data_dir, out=out)
     except (ValueError, FileExistsError) as error:
         stop(2, f"error: {error}")
     except OSError as error:
@@ -64,12 +64,12 @@ def skip(
 
     folder, done, n_runs = None, [], 0
     try:
-        n_runs = len(plan.seeds) * len(plan.networks)
-        dataset = plan.load()
-        folder = StudyFolder(plan, dataset, augmentation_of(plan.config, dataset))
+        n_runs = len(settings.seeds) * len(settings.networks)
+        dataset = settings.load()
+        folder = StudyFolder(settings, dataset, augmentation_of(settings.config, dataset))
         folder.start()
         print(f"{folder.title}\n{len(dataset.train):,} training and {len(dataset.test):,} test images\n")
-        for trained in run_study(plan, dataset):
+        for trained in run_study(settings, dataset):
             done.append(trained)
             folder.write_tables(done)
             print(format_run(trained), flush=True)
@@ -83,10 +83,10 @@ def skip(
         stop(1, f"error: {message}" + (f"; {_what_is_kept(folder, done, n_runs)}" if folder else ""))
     rows = [row for trained in done for row in trained.epochs]
     print()
-    print("\n".join(format_table(rows, plan.networks)))
+    print("\n".join(format_table(rows, settings.networks)))
     over = "mean and standard deviation over the seeds" if seeds > 1 else "one seed"
     print(f"(after the last epoch, {over})\n")
-    print("\n".join(format_verdict(rows, plan.networks)))
+    print("\n".join(format_verdict(rows, settings.networks)))
     print(f"\n{', '.join(NAMES)}: {folder.out}")
 
 

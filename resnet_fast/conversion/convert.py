@@ -191,9 +191,11 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
     to_convert = {norm for norm in norms if norm not in left}
     sites = {module: find_sites(forward.graph, module, to_convert) for module, forward in traced.items()}
     outcomes = _outcomes(model, left, sites, opaque)
-    joint = {module: steps for module, steps in sites.items() if any(site.is_joint for site in steps)}
+    joint = {
+        module: module_sites for module, module_sites in sites.items() if any(site.is_joint for site in module_sites)
+    }
     classes = {module: _converted_class(type(module)) for module in joint}
-    fused = {module: _fused_forward(module, traced[module], steps) for module, steps in joint.items()}
+    fused = {module: _fused_forward(module, traced[module], module_sites) for module, module_sites in joint.items()}
 
     for norm in to_convert:
         make_fused(norm)

@@ -69,8 +69,8 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of old drivers and GPUs; the findings say so themselves
         for name, probe in probes.items():  # each begins here
-            if name == "parity" and exit_code(findings):
-                probe = [Finding("parity", "not checked while a needed package is missing or broken")]
+            if name == "parity" and not all(finding.ok for finding in findings):
+                probe = [Finding("parity", "not checked while a needed package is missing, broken or too old")]
             try:
                 for finding in probe:
                     show(finding)

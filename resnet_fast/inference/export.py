@@ -115,7 +115,7 @@ def export_onnx(
         )
     assert program is not None  # it is for another exporter
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {name: _text(value) for name, value in network_facts(trained).items()})
+    onnx.helper.set_model_props(proto, {name: _text(value) for name, value in metadata_of(trained).items()})
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -142,7 +142,7 @@ def export_program(
             model, (_example(trained, batch_size),), dynamic_shapes=_dynamic_shapes(batch_size)
         )
         archive = io.BytesIO()
-        torch.export.save(program, archive, extra_files={LABELS: json.dumps(network_facts(trained), indent=2)})
+        torch.export.save(program, archive, extra_files={LABELS: json.dumps(metadata_of(trained), indent=2)})
         content = archive.getvalue()
         loaded = torch.export.load(io.BytesIO(content)).module()
     return _write(path, content, model, loaded, batch_size, _trial_images(trained, images))
@@ -160,7 +160,7 @@ def need_onnx() -> None:
             raise ExportError(f"{name} cannot be imported ({error}); pip install 'resnet-fast[export]'") from error
 
 
-def network_facts(trained: Trained) -> dict[str, Any]:
+def metadata_of(trained: Trained) -> dict[str, Any]:
     """Return what whoever runs an exported network needs to know."""
     size = trained.image_size
     return {

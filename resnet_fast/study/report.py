@@ -78,11 +78,11 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
         return _format_one_seed(rows, pairs)
     lines, orders = [], []
     for small, large in pairs:
-        pair = compare(rows, small, large)
-        orders.append(pair.order)
+        result = compare(rows, small, large)
+        orders.append(result.order)
         lines += textwrap.wrap(
-            f"{large} trains {pair.order} {small}: {pair.deep.mean:.2f} % against {pair.shallow.mean:.2f} % "
-            f"training error, a difference of {pair.difference.mean:+.2f} ± {pair.difference.std:.2f} points.",
+            f"{large} trains {result.order} {small}: {result.deep.mean:.2f} % against {result.shallow.mean:.2f} % "
+            f"training error, a difference of {result.difference.mean:+.2f} ± {result.difference.std:.2f} points.",
             WIDTH,
         )
     without, with_them = (order == "worse than" for order in orders)
@@ -101,9 +101,9 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
 def _format_one_seed(rows: Sequence[EpochRow], pairs: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for small, large in pairs:
-        pair = compare(rows, small, large)
+        result = compare(rows, small, large)
         lines.append(
-            f"{large} has {pair.deep.mean:.2f} % training error, {small} {pair.shallow.mean:.2f} %: "
-            f"{pair.difference.mean:+.2f} points."
+            f"{large} has {result.deep.mean:.2f} % training error, {small} {result.shallow.mean:.2f} %: "
+            f"{result.difference.mean:+.2f} points."
         )
     return [*lines, "One seed tells nothing about the spread: whether depth hurts takes several."]

@@ -187,10 +187,10 @@ def choose_device(name: "str | torch.device") -> "torch.device":
     Raises:
         ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
     """
-    available = find_device(name)
+    resolved = find_device(name)
     import torch
 
-    return torch.device(available)
+    return torch.device(resolved)
 
 
 def find_device(name: object) -> str:

@@ -103,10 +103,10 @@ def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None)
     """Train from the beginning or, if something is `saved`, from there on."""
     check_type("reporter", reporter, Reporter, type(None))
     with connect(config.device) as processes, torch_settings(config, processes.device):
-        return _run_joined(config, saved, reporter or Reporter(), processes)
+        return _run_connected(config, saved, reporter or Reporter(), processes)
 
 
-def _run_joined(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
+def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
     """Do so with the other processes; with this frame all that exchanges between them is gone."""
     # Two processes may have named the folder by two seconds, or chosen two precisions on two machines.
     config = replace(processes.broadcast(config), data_dir=config.data_dir, workers=config.workers)

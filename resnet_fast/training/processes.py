@@ -195,9 +195,9 @@ class Processes:
 
 @contextmanager
 def connect(device_name: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; alone without it.
+    """Connect the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; alone without it.
 
-    Within another `connect`, or where torch.distributed is initialized already, the processes stay joined at the end.
+    Within another `connect`, or where torch.distributed is initialized already, they stay connected at the end.
 
     Args:
         device_name: "cpu", "cuda" or "cuda:N"; on several processes each takes the GPU of its number on its machine.
@@ -232,7 +232,7 @@ def connect(device_name: str) -> Iterator[Processes]:
 
 @contextmanager
 def _process_group(device: torch.device) -> Iterator[None]:
-    """Have the processes joined in the block.
+    """Connect the processes within the block.
 
     What exchanges by them, as DistributedDataParallel, must be gone at its end: gloo's group waits for its threads when
     it goes, and they wait for the interpreter, which the group lets go of only where python holds its last reference.

@@ -54,23 +54,25 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         del outputs
     if problem.operation == "batch norm":
         exact = exact_batch_norm(first)
-        candidates = _batch_norms(problem, first)
+        implementations = _batch_norms(problem, first)
     elif problem.operation == "batch norm backward":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, first.dy)
-        candidates = _batch_norms_backward(problem, first)
+        implementations = _batch_norms_backward(problem, first)
     elif problem.operation == "convolution":
         exact, terms = exact_convolution(first)
-        candidates = _convolutions(problem)
+        implementations = _convolutions(problem)
     elif problem.operation == "data gradient":
         assert saved[0] is not None
         exact, terms = exact_batch_norm_backward(first, saved[0], y, exact_data_gradient(first))
-        candidates = _data_gradients(problem)
+        implementations = _data_gradients(problem)
     else:
         exact, terms = exact_weight_gradient(first)
-        candidates = _weight_gradients(problem)
+        implementations = _weight_gradients(problem)
     pairs = list(zip(sets, saved, strict=True))
-    return Prepared(exact, {choice: _candidate(of, pairs) for choice, of in candidates.items()}, terms)
+    return Prepared(
+        exact, {choice: _candidate(implementation, pairs) for choice, implementation in implementations.items()}, terms
+    )
 
 
 def _candidate(of: Implementation, pairs: list[tuple[Inputs, Saved | None]]) -> Candidate:
@@ -86,13 +88,15 @@ def _batch_norms(problem: Problem, first: Inputs) -> dict[Choice, Implementation
     def named(outputs: Outputs, inputs: Inputs) -> dict[str, Tensor]:
         return {"y": outputs.y}
 
-    candidates = {
+    implementations = {
         Choice(TWO_PASSES): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True), named),
         Choice(REVERSED): Implementation(lambda i, s: launch.forward(*_batch_norm(i), True, reverse=True), named),
     }
     if single_read.fits(first.x, problem.operation, problem.join):
-        candidates[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.forward(*_batch_norm(i), True), named)
-    return candidates
+        implementations[Choice(SINGLE_READ)] = Implementation(
+            lambda i, s: single_read.forward(*_batch_norm(i), True), named
+        )
+    return implementations
 
 
 def _named_gradients(join: Join) -> Callable[[Gradients, Inputs], dict[str, Tensor]]:
@@ -116,10 +120,12 @@ def _batch_norms_backward(problem: Problem, first: Inputs) -> dict[Choice, Imple
         training = (True, join == "bn")
         return Implementation(lambda i, s: launch.backward(*arguments(i, s), *training, reverse=reverse), named)
 
-    candidates = {Choice(TWO_PASSES): two_passes(False), Choice(REVERSED): two_passes(True)}
+    implementations = {Choice(TWO_PASSES): two_passes(False), Choice(REVERSED): two_passes(True)}
     if single_read.fits(first.x, problem.operation, join):
-        candidates[Choice(SINGLE_READ)] = Implementation(lambda i, s: single_read.backward(*arguments(i, s)), named)
-    return candidates
+        implementations[Choice(SINGLE_READ)] = Implementation(
+            lambda i, s: single_read.backward(*arguments(i, s)), named
+        )
+    return implementations
 
 
 def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
@@ -174,8 +180,8 @@ def _weight_gradients(problem: Problem) -> dict[Choice, Implementation]:
 
 
 def _with_tiles(problem: Problem, cudnn: Callable, own: Callable, named: Callable) -> dict[Choice, Implementation]:
-    candidates = {Choice(CUDNN): Implementation(cudnn, named)}
-    return candidates | {Choice(CONV3X3, tiles): Implementation(own(tiles), named) for tiles in tiles_of(problem)}
+    implementations = {Choice(CUDNN): Implementation(cudnn, named)}
+    return implementations | {Choice(CONV3X3, tiles): Implementation(own(tiles), named) for tiles in tiles_of(problem)}
 
 
 def _gradient(inputs: Inputs, wants_dx: bool) -> Tensor:
