@@ -19,7 +19,7 @@ help:
 train: .venv/train
 	$(BIN)/resnet-fast train --dataset $(DATASET) $(ARGS)
 
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: .venv/dev
 	$(PYTEST) -m "not slow" $(ARGS)
