@@ -162,6 +162,7 @@ def trained(out: Path, **settings) -> Result:
     return train(TrainConfig(**{**common, "precision": "fp32", "lr": 0.01, "out": out, **settings}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_images")
 def test_plain_layers_train_the_numbers_of_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On ATen's operators, which fused then calls in the order in which torchvision's network does. `compile` gives

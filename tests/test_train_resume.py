@@ -275,7 +275,7 @@ def test_a_folder_without_a_run_is_no_argument(path: str, tmp_path: Path):
 @pytest.mark.skipif(sys.platform == "win32", reason="the lock is POSIX's")
 def test_two_processes_are_never_at_one_run(straight: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = stop(tmp_path / "run", 2)
-    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr("resnet_fast.training.run_folder.PATIENCE", 0)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with files.only_writer(out), pytest.raises(BlockingIOError, match=f"another process writes to {out}"):
         resume(out)
