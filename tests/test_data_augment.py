@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from resnet_fast.data import Augmentation, epoch_plan, normalize
+from resnet_fast.data.digits import load_digits
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.ops.augment import augment
+from resnet_fast.training import TrainConfig
+from resnet_fast.training.prepare import augmentation_of
 
 # isort: split
 import torchvision.transforms.functional as tvf
@@ -153,3 +156,20 @@ def test_the_network_gets_channels_last():
     plan = epoch_plan(64, (8, 8), Augmentation(MEAN, STD, crop=2, flip="random"), seed=0, epoch=1)
     for batch in (augment(images, order, plan, MEAN, STD, padding=2)[0], normalize(images.contiguous(), MEAN, STD)):
         assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cutout": 8}, "cutout must be below the images' 8 pixels, got 8"),
+        ({"crop": 8}, "crop must leave something of images of 8x8 pixels, got 8"),
+        ({"crop": 8, "padding": "reflect"}, "crop must be below the images' 8 pixels to reflect, got 8"),
+    ],
+    ids=["cutout", "crop", "reflecting crop"],
+)
+def test_an_augmentation_that_can_erase_a_whole_image_is_refused(settings, message, tmp_path):
+    dataset = load_digits(8)
+    fits = {name: 7 if value == 8 else value for name, value in settings.items()}
+    augmentation_of(TrainConfig(dataset="digits", out=tmp_path, **fits), dataset)
+    with pytest.raises(ValueError, match=message):
+        augmentation_of(TrainConfig(dataset="digits", out=tmp_path, **settings), dataset)

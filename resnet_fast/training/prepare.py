@@ -135,10 +135,10 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
     height, width = dataset.train.size
     if config.padding == "reflect" and crop >= min(height, width):
         raise ValueError(f"crop must be below the images' {min(height, width)} pixels to reflect, got {crop}")
-    if crop >= 2 * min(height, width):
+    if crop >= min(height, width):
         raise ValueError(f"crop must leave something of images of {height}x{width} pixels, got {crop}")
-    if config.cutout > min(height, width):
-        raise ValueError(f"cutout must be at most the images' {min(height, width)} pixels, got {config.cutout}")
+    if config.cutout >= min(height, width):
+        raise ValueError(f"cutout must be below the images' {min(height, width)} pixels, got {config.cutout}")
     return Augmentation(mean, std, crop, config.padding, config.flip, config.cutout)
 
 

@@ -138,6 +138,6 @@ RECIPES = {
         normalize="half",
     ),
     "folder": replace(_BASELINE, epochs=30, schedule="one-cycle", nesterov=True),
-    "digits": replace(_BASELINE, epochs=3, batch_size=24, lr=0.0125, schedule="triangular", nesterov=True),
+    "digits": replace(_BASELINE, epochs=3, batch_size=24, lr=0.0125, schedule="triangular", nesterov=True, flip="none"),
 }
 DEFAULT_RECIPES = {"cifar10": "fast94", "digits": "digits", "folder": "folder"}
