@@ -57,8 +57,12 @@ def test_corners(case, device):
     check(case, torch.bfloat16, "bn", True, "channels_last", device)
 
 
-def test_odd_channels_in_nchw(device):
-    check(next(case for case in CASES if str(case) == "odd channels"), torch.bfloat16, "bn", True, "nchw", device)
+@pytest.mark.parametrize(
+    "name", ("odd channels", pytest.param("7x7, several tiles and splits", marks=pytest.mark.slow))
+)
+def test_corners_in_nchw(name, device):
+    (case,) = (case for case in CASES if str(case) == name)
+    check(case, torch.bfloat16, "bn", True, "nchw", device)
 
 
 @pytest.mark.parametrize(("join", "relu"), (("none", True), ("add", True), ("add", False)))

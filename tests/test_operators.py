@@ -15,8 +15,8 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 CASE = Case("opcheck", (2, 12, 4, 5))
 
 
-def forward_arguments(join, relu, training, layout, device, dtype=torch.float32, requires_grad=False, ghost=0):
-    operands = make_operands(CASE, dtype, layout, device)
+def forward_arguments(join, relu, training, layout, device, requires_grad=False, ghost=0):
+    operands = make_operands(CASE, torch.float32, layout, device)
     norm, residual_norm = (norm._replace(training=training) for norm in operands.norms)
     x = operands.x.requires_grad_(requires_grad)
     residual = None if join == "none" else operands.residual

@@ -14,7 +14,7 @@ import typer
 
 from resnet_fast.checkpoints import CheckpointMismatch
 from resnet_fast.cli.app import stop, stop_all
-from resnet_fast.common.machine import keep_freed_memory
+from resnet_fast.common.memory import keep_freed_memory
 from resnet_fast.data import DataError
 from resnet_fast.training import DivergedError, Reporter, Result, ResumeError, TrainConfig, load_run
 from resnet_fast.training import resume as resume_training

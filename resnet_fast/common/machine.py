@@ -1,6 +1,5 @@
-"""What a measurement says about the machine on which it was taken, and what a training run asks of it."""
+"""What a measurement says about the machine on which it was taken."""
 
-import ctypes
 import platform
 import re
 import subprocess
@@ -9,19 +8,6 @@ from pathlib import Path
 import torch
 
 NVIDIA_MODULE = Path("/proc/driver/nvidia/version")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for this process instead of returning it to the system; other C libraries ignore it.
-
-    A training step on a CPU frees and allocates the same gradients again. Returned, each of their pages is mapped and
-    zeroed anew in every step.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def device_name(device: torch.device) -> str:

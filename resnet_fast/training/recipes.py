@@ -9,7 +9,7 @@ fast94     26 epochs, batch 512. The recipe that it begins from, with batch 500,
 fast95     80 epochs of the same; there 95.4 %, and 95.88 % with flip TTA (train_resnet18_96.py)
 folder     30 epochs, one-cycle, batch 128: for images of which nothing is known
 article    Adam at a constant rate, no augmentation, as in an introduction to skip connections
-digits     3 epochs, batch 24, for UCI's digits at 12x12, chosen on held-out training images: a minute on a CPU
+digits     3 epochs, batch 24, for UCI's digits at 12x12: a minute on a CPU
 
 The accuracies are those that others published for CIFAR-10, of their programs.
 """
