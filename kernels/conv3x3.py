@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .batch_norm_backward import recompute_relu_mask
 from .batch_norm_forward import UNIT, is_finite
-from .tile_access import bit_offsets, known_multiple, load_channel, tile_offsets, unpack_bits
+from .tile_access import bit_offsets, load_channel, load_tile, unpack_bits, wide
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def conv3x3_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y, and the mean and centered M2 of its rounded values over the rows of each program, the means about no pivot."""
+    """y, and the mean and centered M2 of its rounded values over the rows of each program."""
     N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(0) // N_CHANNEL_TILES
     first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
@@ -207,19 +207,18 @@ def conv3x3_data_gradient_kernel(
             BLOCK_N,
             BLOCK_K,
         ).to(dx_desc.dtype)
-        mask = (first_row + tl.arange(0, BLOCK_M) < end)[:, None] & mask_c[None, :]
-        wide_row = tl.full([], 0, tl.int64) + first_row
-        offsets = tile_offsets(wide_row, offs_c, CHANNELS, WIDTH * WIDTH, True, BLOCK_M)
+        n_own = end - first_row
+        at = (wide(first_row), n_own, offs_c, mask_c, WIDTH * WIDTH)
         if dx_alias_ptr is not None:
             # Rounded to the data type, as autograd rounds the sum of two gradients.
-            dx_alias = tl.load(dx_alias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dx_alias = load_tile(dx_alias_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
             dx = (dx.to(tl.float32) + dx_alias).to(dx_desc.dtype)
         if x_ptr is not None:
             # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
             mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
             rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
             dz = dx.to(tl.float32)
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = load_tile(x_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
             if RELU:
                 if relu_mask_ptr is None:
                     scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
@@ -227,12 +226,13 @@ def conv3x3_data_gradient_kernel(
                     relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
                 else:
                     bytes_at, valid = bit_offsets(
-                        wide_row,
+                        wide(first_row),
+                        n_own,
                         first_channel,
                         0,
                         n_rows,
-                        CHANNELS,
                         None,
+                        CHANNELS,
                         True,
                         BLOCK_M,
                         BLOCK_N,
@@ -245,7 +245,7 @@ def conv3x3_data_gradient_kernel(
             if residual_ptr is not None:
                 residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
                 residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-                residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                residual = load_tile(residual_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
                 sum_dz_rhat += tl.sum(dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :]), axis=0)
             dx = dz.to(dx_desc.dtype)
         dx_desc.store([first_row, first_channel], dx)
@@ -273,7 +273,7 @@ def conv3x3_weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A part of the sum over pixels for one tap, BLOCK_M by BLOCK_N channels (C3), of [n_parts, C_out, 9, C_in]."""
-    n_in_channels = known_multiple(n_in_channels, 8)
+    n_in_channels = n_in_channels // 8 * 8  # which shows the compiler that it is a multiple of 8
     n_in_tiles = tl.cdiv(n_in_channels, BLOCK_N)
     n_out_tiles = tl.cdiv(n_out_channels, BLOCK_M)
     tile = tl.program_id(0) // 9

@@ -7,6 +7,25 @@ group after group, and none crosses the end of its group.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Wait until the kernel before has ended and its results can be seen; then the next one may be started.
+
+    With programmatic dependent launch a kernel starts while the one before still runs, and the next one while this one
+    does: nothing may be read or written before this.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wide(n):
+    """n in 64 bits, also where it is 1, of which Triton makes a constant."""
+    return tl.full([], 0, tl.int64) + n
 
 
 @triton.jit
@@ -25,48 +44,84 @@ def group_of_rows(group, n_rows, rows_per_group):
         start = 0
         end = n_rows
     else:
-        start = (tl.full([], 0, tl.int64) + group) * rows_per_group
+        start = wide(group) * rows_per_group
         end = tl.minimum(start + rows_per_group, n_rows)
     return start, end
 
 
 @triton.jit
 def locate(part, rows_per_part, n_rows, rows_per_group):
-    """A part of the rows: its group, first row (int64), and the row behind the last of its group."""
+    """A part of the rows: its group, first row (int64), and how many rows it has."""
     if rows_per_group is None:
         group = 0
-        first_row = part.to(tl.int64) * rows_per_part
+        first_row = wide(part) * rows_per_part
         end = n_rows
     else:
         parts_per_group = tl.cdiv(rows_per_group, rows_per_part)
-        group = (part // parts_per_group).to(tl.int64)
+        group = wide(part // parts_per_group)
         start, end = group_of_rows(group, n_rows, rows_per_group)
-        first_row = start + (part % parts_per_group).to(tl.int64) * rows_per_part
-    return group, first_row, end
+        first_row = start + wide(part % parts_per_group) * rows_per_part
+    return group, first_row, tl.minimum(end - first_row, rows_per_part).to(tl.int32)
 
 
 @triton.jit
-def tile_offsets(first_row, offs_c, n_channels, n_spatial, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Element offsets [BLOCK_M, BLOCK_C], int64, of the rows from `first_row` (int64) and the channels `offs_c`.
+def channels_of(channel_tile, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels of a tile of channels, and which of them exist."""
+    offs_c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    if N_CHANNELS % BLOCK_C == 0:
+        mask_c = tl.full([BLOCK_C], 1, tl.int1)
+    else:
+        mask_c = offs_c < N_CHANNELS
+    return offs_c, mask_c
+
+
+@triton.jit
+def tile_pointers(
+    ptr, first_row, offs_c, n_spatial, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Pointers [BLOCK_M, BLOCK_C] to the rows from `first_row` (int64) and the channels `offs_c`.
 
     Row m is pixel m mod H·W of image m div H·W, in both layouts.
     """
     offs_m = tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:
-        offsets = (first_row + offs_m)[:, None] * n_channels + offs_c[None, :]
+        # Counted in 32 bits from the tile's first element, by numbers that all tiles share.
+        pointers = ptr + first_row * N_CHANNELS + (offs_m[:, None] * N_CHANNELS + offs_c[None, :])
     else:
         # One 64-bit division per tile; the rows inside it are counted from their first image in 32 bits.
         first_image = first_row // n_spatial
         pixels = (first_row % n_spatial).to(tl.int32) + offs_m
-        rows = (first_image + pixels // n_spatial) * n_channels * n_spatial + pixels % n_spatial
-        offsets = rows[:, None] + offs_c.to(tl.int64)[None, :] * n_spatial
-    return offsets
+        rows = (first_image + pixels // n_spatial) * N_CHANNELS * n_spatial + pixels % n_spatial
+        pointers = ptr + (rows[:, None] + offs_c.to(tl.int64)[None, :] * n_spatial)
+    return pointers
 
 
 @triton.jit
-def known_multiple(n, factor: tl.constexpr):
-    """n, shown to the compiler as a multiple of `factor`: of itself it knows 16 alone, and 24 would load narrow."""
-    return n // factor * factor
+def tile_mask(n_own, mask_c, BLOCK_M: tl.constexpr):
+    """Which elements [BLOCK_M, BLOCK_C] exist of a tile with `n_own` rows."""
+    return (tl.arange(0, BLOCK_M) < n_own)[:, None] & mask_c[None, :]
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    first_row,
+    n_own,
+    offs_c,
+    mask_c,
+    n_spatial,
+    N_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """[BLOCK_M, BLOCK_C] from `first_row` on, of which `n_own` rows exist and the others are 0; a mere 0 without `ptr`."""
+    if ptr is None:
+        tile = 0
+    else:
+        pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, N_CHANNELS, CHANNELS_LAST, BLOCK_M)
+        tile = tl.load(pointers, mask=tile_mask(n_own, mask_c, BLOCK_M), other=0.0, eviction_policy=EVICTION)
+    return tile
 
 
 @triton.jit
@@ -88,36 +143,37 @@ def normalize(x, mean, scale, bias):
 @triton.jit
 def bit_offsets(
     first_row,
+    n_own,
     first_channel,
     group,
     n_rows,
-    n_channels,
     rows_per_group,
+    N_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Byte offsets (int64) and validity of a tile's ReLU bits; tiles start at multiples of eight rows and channels.
 
-    channels_last: [n_rows, ceil(n_channels / 8)] bytes, bit i of a byte is its channel 8·byte + i.
-    NCHW:          [n_channels, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
+    channels_last: [n_rows, ceil(N_CHANNELS / 8)] bytes, bit i of a byte is its channel 8·byte + i.
+    NCHW:          [N_CHANNELS, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
                    may be no multiple of eight, each has such bytes of its own rows, one group after the other.
     """
-    start, end = group_of_rows(group, n_rows, rows_per_group)
     if CHANNELS_LAST:
-        rows = first_row + tl.arange(0, BLOCK_M)
-        n_bytes = tl.cdiv(n_channels, 8)
+        N_BYTES: tl.constexpr = (N_CHANNELS + 7) // 8
+        offs_m = tl.arange(0, BLOCK_M)
         byte = first_channel // 8 + tl.arange(0, BLOCK_C // 8)
-        offsets = rows[:, None] * n_bytes + byte[None, :]
-        valid = (rows < end)[:, None] & (byte < n_bytes)[None, :]
+        offsets = first_row * N_BYTES + (offs_m[:, None] * N_BYTES + byte[None, :])
+        valid = (offs_m < n_own)[:, None] & (byte < N_BYTES)[None, :]
     else:
+        start, end = group_of_rows(group, n_rows, rows_per_group)
         channels = first_channel.to(tl.int64) + tl.arange(0, BLOCK_C)
         n_bytes = tl.cdiv(end - start, 8)
         byte = (first_row - start) // 8 + tl.arange(0, BLOCK_M // 8)
         offsets = byte[:, None] + channels[None, :] * n_bytes
         if rows_per_group is not None:
-            offsets += group * n_channels * tl.cdiv(rows_per_group, 8)
-        valid = (byte < n_bytes)[:, None] & (channels < n_channels)[None, :]
+            offsets += group * N_CHANNELS * tl.cdiv(rows_per_group, 8)
+        valid = (byte < n_bytes)[:, None] & (channels < N_CHANNELS)[None, :]
     return offsets, valid
 
 

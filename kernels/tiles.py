@@ -8,34 +8,37 @@ from typing import NamedTuple
 
 import triton
 
-# 4 warps hold 16 elements of a tile per thread: two 16-byte loads per 16-bit tensor, both in flight before the first
-# use, and three tensors plus fp32 accumulators still fit 128 registers.
-TILE_ELEMENTS = 2048
+# 4 warps hold 8 elements of a tile per thread: one 16-byte load of a 16-bit tensor.
 NUM_WARPS = 4
+TILE_ELEMENTS = 1024
 
-# The gradient's sums hold up to four tensors and three accumulators: half a tile keeps them far below 128 registers,
-# and the programs that fit then have as many bytes in flight. NCHW takes half a tile everywhere: each element has a
-# 64-bit offset of its own there.
-SMALL_TILE_ELEMENTS = 1024
-
-# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads.
+# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads. Without
+# a limit ptxas saves registers, and loads each tile just before its use.
 MAX_REGISTERS, MAX_REGISTERS_NCHW, MAX_REGISTERS_FP64 = 128, 168, 255
-MAX_REGISTERS_COMBINE = 255  # the combine kernels have a few programs in all
 
-# 128 channels of a 16-bit type are two full 128-byte lines per row; wider tiles only shorten the rows' axis.
-MAX_BLOCK_C = 128
+# 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
+# a program then has more rows, so that there are fewer partial results to merge.
+MAX_BLOCK_C = 64
+WIDE_LAYER, WIDE_BLOCK_C = 256, 32
 
 # The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
 BITS_PER_BYTE = 8
 
-# Reductions: 1024 programs are about 8 for each of 132 multiprocessors, two waves of the 4 that fit at 128 registers a
-# thread; more programs only write more partial results. At least 64 rows each, so that those stay a small part.
-TARGET_PROGRAMS = 1024
-MIN_ROWS_PER_SPLIT = 64
+# Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums,
+# which has accumulators and vectors beside them; of all tensors in an elementwise pass.
+STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES = 128, 128, 64
 
-# Combining is latency: many rows per step for few steps, 64 bytes of fp32 partials each, two sectors of a line.
-COMBINE_BLOCK_C = 16
-COMBINE_BLOCK_S = 128
+# Reductions: about two programs for each of 132 multiprocessors, which are resident together on any GPU of 64 or more.
+# More programs only write more partial results, and each has a cost of its own. At least one step of loads each.
+TARGET_PROGRAMS = 256
+# Elementwise passes: programs take fewer tiles before there are fewer of them than this.
+PASS_PROGRAMS = 1024
+
+# So many partial results each program of the second pass merges for itself, in a microsecond less than a launch takes.
+FEW_SPLITS = 32
+# Else they are merged at once, [splits, channels], by programs of few channels.
+COMBINE_BLOCK_S = 512
+COMBINE_BLOCK_C = 4
 
 # The single-read kernels keep what they have read in registers: a program of 8 warps has at 255 registers a thread all
 # 65,536 of an NVIDIA multiprocessor. So one program fits on each, and no grid of more is ever resident at once.
@@ -63,18 +66,34 @@ AUGMENT_PIXELS = 256
 
 
 class Tiles(NamedTuple):
-    """How one tensor is cut: tiles for the elementwise kernels, splits of rows for the reductions.
+    """How a tensor is cut for a kernel: a program takes `n_tiles` tiles of BLOCK_M rows by BLOCK_C channels at once.
 
-    Both are counted over all groups of rows; `group_splits` are the splits of a whole group.
+    `n_parts` are splits of rows in a reduction, of `rows_per_part` rows, and the tiles of a program in an elementwise
+    pass; they are counted over all groups of rows, and `group_parts` are those of a whole group.
     """
 
     block_m: int
     block_c: int
-    n_row_tiles: int
+    n_tiles: int
+    rows_per_part: int
+    n_parts: int
+    group_parts: int
     n_channel_tiles: int
-    rows_per_split: int
-    n_splits: int
-    group_splits: int
+
+    @property
+    def n_programs(self) -> int:
+        return self.n_parts * self.n_channel_tiles
+
+
+def choose_blocks(n_channels: int, n_spatial: int, channels_last: bool) -> tuple[int, int]:
+    """BLOCK_M and BLOCK_C of a tensor of `n_channels` whose images have `n_spatial` = H·W pixels."""
+    if channels_last:  # channels are contiguous: fill them first
+        most = MAX_BLOCK_C if n_channels < WIDE_LAYER else WIDE_BLOCK_C
+        block_c = min(most, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
+    else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
+        block_m = min(TILE_ELEMENTS, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
+        block_c = min(TILE_ELEMENTS // block_m, triton.next_power_of_2(n_channels))
+    return TILE_ELEMENTS // block_c, block_c
 
 
 def choose_tiles(
@@ -83,36 +102,36 @@ def choose_tiles(
     n_spatial: int,
     channels_last: bool,
     rows_per_group: int,
-    tile_elements: int = TILE_ELEMENTS,
+    bytes_ahead: int,
+    tile_bytes: int,
+    reduces: bool,
 ) -> Tiles:
-    """The tiles of a [n_rows, n_channels] tensor whose images have `n_spatial` = H·W pixels.
+    """The tiles of a [n_rows, n_channels] tensor, for a kernel that reads `tile_bytes` of a thread's part of a tile.
 
-    With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
+    `bytes_ahead` are those that the thread may have on their way. With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
     TARGET_PROGRAMS: more of them have fewer splits each, and as many partial results together.
     """
-    if channels_last:  # channels are contiguous: fill them first
-        block_c = min(MAX_BLOCK_C, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
-    else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
-        tile_elements = min(tile_elements, SMALL_TILE_ELEMENTS)
-        block_m = min(tile_elements, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
-        block_c = min(tile_elements // block_m, triton.next_power_of_2(n_channels))
-    block_m = tile_elements // block_c
+    block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last)
     n_channel_tiles = triton.cdiv(n_channels, block_c)
-
     full_groups = (n_rows - 1) // rows_per_group  # but the last, which may be smaller and have fewer parts
     last_rows = n_rows - full_groups * rows_per_group
-    wanted_splits = max(1, TARGET_PROGRAMS // (n_channel_tiles * (full_groups + 1)))
-    rows_per_split = max(triton.cdiv(rows_per_group, wanted_splits), MIN_ROWS_PER_SPLIT)
-    rows_per_split = triton.cdiv(rows_per_split, block_m) * block_m
-    return Tiles(
-        block_m=block_m,
-        block_c=block_c,
-        n_row_tiles=full_groups * triton.cdiv(rows_per_group, block_m) + triton.cdiv(last_rows, block_m),
-        n_channel_tiles=n_channel_tiles,
-        rows_per_split=rows_per_split,
-        n_splits=full_groups * triton.cdiv(rows_per_group, rows_per_split) + triton.cdiv(last_rows, rows_per_split),
-        group_splits=triton.cdiv(rows_per_group, rows_per_split),
-    )
+    target = TARGET_PROGRAMS if reduces else PASS_PROGRAMS
+    wanted_parts = max(1, target // (n_channel_tiles * (full_groups + 1)))
+    # In NCHW every element has a 64-bit address of its own, and there are no registers for more than one tile.
+    n_tiles = 1 << max(0, (bytes_ahead // tile_bytes).bit_length() - 1) if channels_last else 1
+    while n_tiles > 1 and rows_per_group < wanted_parts * n_tiles * block_m:
+        n_tiles //= 2
+    rows_per_part = n_tiles * block_m
+    if reduces:
+        rows_per_part *= triton.cdiv(triton.cdiv(rows_per_group, wanted_parts), rows_per_part)
+    group_parts = triton.cdiv(rows_per_group, rows_per_part)
+    n_parts = full_groups * group_parts + triton.cdiv(last_rows, rows_per_part)
+    return Tiles(block_m, block_c, n_tiles, rows_per_part, n_parts, group_parts, n_channel_tiles)
+
+
+def combine_rows(n_splits: int) -> int:
+    """How many partial results are merged at once: all, if they fit, so that every load is on its way together."""
+    return min(COMBINE_BLOCK_S, triton.next_power_of_2(n_splits))
 
 
 class SingleReadTiles(NamedTuple):
@@ -146,14 +165,8 @@ def choose_single_read_tiles(
     return SingleReadTiles(block_m, block_c, n_tiles, triton.cdiv(n_rows, n_tiles * block_m), n_channel_tiles)
 
 
-def max_registers(channels_last: bool, element_size: int) -> int | None:
-    """The most registers a thread may have of an NVIDIA GPU, or None to leave the number to ptxas.
-
-    ptxas spills a register or two to memory for the sake of one program more; it does not where a limit is set. Left to
-    itself it takes fewer than MAX_REGISTERS, without spilling, on the fast path: channels_last in 16-bit types.
-    """
+def max_registers(channels_last: bool, element_size: int) -> int:
+    """The most registers a thread may have of an NVIDIA GPU."""
     if element_size == 8:
         return MAX_REGISTERS_FP64
-    if channels_last:
-        return None if element_size == 2 else MAX_REGISTERS
-    return MAX_REGISTERS_NCHW
+    return MAX_REGISTERS if channels_last else MAX_REGISTERS_NCHW

@@ -186,7 +186,7 @@ def record_launches(operation: Operation) -> list[Launch]:
             saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
             launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn", ghost)
             var = torch.empty(n_channels, dtype=torch.float64, device="meta")
-            launch.statistics(x, BatchNormArgs(None, None, training=True), var)  # of several processes
+            launch.moments(x, var)  # of several processes
     finally:
         launch.launch_kernel = original
     return recorded

@@ -25,10 +25,11 @@ class BatchNormArgs(NamedTuple):
 
 
 class PartialStatistics(NamedTuple):
-    """Mean and centered M2 of x over its parts of `rows_per_part` rows, [2, n_parts, C], from what has computed x."""
+    """Mean and centered M2 of splits of x, [2, n_splits, C] over all groups of rows, `group_splits` of a whole one."""
 
     partials: Tensor
-    rows_per_part: int
+    rows_per_split: int
+    group_splits: int
 
 
 class Outputs(NamedTuple):

@@ -135,7 +135,7 @@ def forward_with_statistics(
 ) -> Outputs:
     """The forward operator where what has computed x has computed its statistics, too."""
     with device_guard(x):
-        return launch.forward(x, norm, residual, residual_norm, relu, partial_statistics=partial_statistics)
+        return launch.forward(x, norm, residual, residual_norm, relu, partial=partial_statistics)
 
 
 def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:
@@ -161,9 +161,8 @@ def recompute_y(saved: Saved, ghost_batch_size: int) -> Tensor:
     """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
     norm = BatchNormArgs(None, None, saved.weight, saved.bias)
     with device_guard(saved.x):
-        return launch.normalize(
-            saved.x, norm, saved.mean, saved.rstd, None, None, None, None, False, ghost_batch_size
-        ).y
+        none = (None,) * 4
+        return launch.normalize(saved.x, norm, saved.mean, saved.rstd, *none, False, ghost_batch_size).y
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")

@@ -68,7 +68,7 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
         WIDTH=width,
         **tiling.blocks,
     )
-    return y, PartialStatistics(partials, rows_per_program)
+    return y, PartialStatistics(partials, rows_per_program, n_parts)
 
 
 def data_gradient(

@@ -4,6 +4,7 @@ Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +47,9 @@ class Shape(NamedTuple):
         """As the kernels take them, to which None says that there is one group."""
         return {
             "n_rows": self.n_rows,
-            "n_channels": self.n_channels,
             "n_spatial": self.n_spatial,
             "rows_per_group": None if self.n_groups == 1 else self.rows_per_group,
         }
-
-    @property
-    def channel_group(self) -> int:
-        """Channels to one 16-byte access of a 16-bit type, where there are whole ones."""
-        return 8 if self.n_channels % 8 == 0 else 1
 
     @property
     def relu_mask(self) -> tuple[int, int]:
@@ -72,77 +67,128 @@ def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /,
     kernel[grid](**arguments, **options)
 
 
-def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, int]:
-    """How a kernel with these arguments is compiled."""
-    options = {"num_warps": tiles.NUM_WARPS}
+def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, Any]:
+    """How a kernel with these arguments is compiled and launched."""
+    options: dict[str, Any] = {"num_warps": tiles.NUM_WARPS}
     if is_nvidia:
-        limit = tiles.MAX_REGISTERS_COMBINE
+        options["maxnreg"] = tiles.MAX_REGISTERS
         if "BLOCK_M" in arguments:
-            limit = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
-        if limit is not None:
-            options["maxnreg"] = limit
+            options["maxnreg"] = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
+        if arguments.get("PDL"):
+            options["launch_pdl"] = True
     return options
 
 
-def statistics(
-    x: Tensor,
-    norm: BatchNormArgs,
-    var: Tensor | None = None,
-    ghost_batch_size: int = 0,
-    partial_statistics: PartialStatistics | None = None,
-) -> tuple[Tensor, Tensor]:
-    """mean and rstd [n_groups, C] of the pass: the batch's (running statistics updated in place), or the tracked ones.
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels on `device` can be started while the one before runs: programmatic dependent launch."""
+    return device.type == "cuda" and _has_pdl(device.index)
 
-    `var`: [n_groups, C] in fp64, receives the batch's biased variance. `partial_statistics`: the batch's, of one
-    group.
+
+@cache
+def _has_pdl(index: int | None) -> bool:
+    if torch.version.cuda is None:
+        return False
+    # CUDA graphs record such launches from CUDA 12.3 on, of which the driver must be.
+    return torch.cuda.get_device_capability(index) >= (9, 0) and torch._C._cuda_getDriverVersion() >= 12030
+
+
+class Statistics(NamedTuple):
+    """Where `normalize_kernel` finds mean and rstd of the pass, [n_groups, C]: there; or it finds them itself and stores
+    them there, from few `partials` of [2, n_splits, C], or are the tracked ones.
     """
-    shape = Shape.of(x, ghost_batch_size)
-    tiling = tiles.choose_tiles(*shape)
-    mean = torch.empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(x), device=x.device)
-    rstd = torch.empty_like(mean)
-    partial_mean = partial_m2 = None
-    rows_per_split, group_splits = tiling.rows_per_split, tiling.group_splits
-    if partial_statistics is not None:
-        partial_mean, partial_m2 = partial_statistics.partials.unbind()
-        rows_per_split, group_splits = partial_statistics.rows_per_part, len(partial_mean)
-    elif norm.training:
-        partial_mean, partial_m2 = mean.new_empty(2, tiling.n_splits, shape.n_channels).unbind()
-        launch_kernel(
-            batch_norm_forward.statistics_kernel,
-            (tiling.n_splits * tiling.n_channel_tiles,),
-            x_ptr=x,
-            partial_mean_ptr=partial_mean,
-            partial_m2_ptr=partial_m2,
-            **shape.sizes,
-            rows_per_split=tiling.rows_per_split,
-            CHANNELS_LAST=shape.channels_last,
-            CHANNEL_GROUP=shape.channel_group,
-            BLOCK_M=tiling.block_m,
-            BLOCK_C=tiling.block_c,
-        )
+
+    mean: Tensor
+    rstd: Tensor
+    partials: Tensor | None = None
+    rows_per_split: int = 1
+    is_tracked: bool = False
+
+
+def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, reduces: bool) -> tiles.Tiles:
+    thread_elements = tiles.TILE_ELEMENTS // (32 * tiles.NUM_WARPS)
+    return tiles.choose_tiles(*shape, bytes_ahead, thread_elements * x.element_size() * n_tensors, reduces)
+
+
+def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
+    """Mean and M2 of every split of x."""
+    tiling = choose_tiles(shape, x, tiles.STATISTICS_BYTES, 1, reduces=True)
+    partials = torch.empty(2, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    launch_kernel(
+        batch_norm_forward.statistics_kernel,
+        (tiling.n_programs,),
+        x_ptr=x,
+        partials_ptr=partials,
+        **shape.sizes,
+        rows_per_split=tiling.rows_per_part,
+        n_splits=tiling.n_parts,
+        N_CHANNELS=shape.n_channels,
+        CHANNELS_LAST=shape.channels_last,
+        BLOCK_M=tiling.block_m,
+        BLOCK_C=tiling.block_c,
+        N_TILES=tiling.n_tiles,
+        PDL=has_pdl(x.device),
+    )
+    return PartialStatistics(partials, tiling.rows_per_part, tiling.group_parts)
+
+
+def combine_statistics(
+    partial: PartialStatistics, norm: BatchNormArgs, shape: Shape, var: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd [n_groups, C] of the pass; the running statistics are updated in place.
+
+    `var`: [n_groups, C] in fp64, receives the batch's biased variance.
+    """
+    partials, rows_per_split, group_splits = partial
+    n_splits = partials.shape[1]
+    mean, rstd = empty_statistics(partials, shape)
     launch_kernel(
         batch_norm_forward.combine_statistics_kernel,
         (triton.cdiv(shape.n_channels, tiles.COMBINE_BLOCK_C),),
-        x_ptr=x if partial_statistics is None else None,  # for the pivot, which is theirs alone
-        partial_mean_ptr=partial_mean,
-        partial_m2_ptr=partial_m2,
+        partials_ptr=partials,
         running_mean_ptr=norm.running_mean,
         running_var_ptr=norm.running_var,
         mean_ptr=mean,
         rstd_ptr=rstd,
         var_ptr=var,
-        **shape.sizes,
+        n_rows=shape.n_rows,
+        rows_per_group=shape.sizes["rows_per_group"],
         rows_per_split=rows_per_split,
+        n_splits=n_splits,
         n_groups=shape.n_groups,
         group_splits=group_splits,
         momentum=norm.momentum,
         eps=norm.eps,
-        TRAINING=norm.training,
-        CHANNELS_LAST=shape.channels_last,
-        BLOCK_S=tiles.COMBINE_BLOCK_S,
+        N_CHANNELS=shape.n_channels,
+        BLOCK_S=tiles.combine_rows(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
+        PDL=has_pdl(partials.device),
     )
     return mean, rstd
+
+
+def moments(x: Tensor, var: Tensor) -> Tensor:
+    """Return the mean, [C], of all rows; `var`: [C] in fp64, receives their biased variance."""
+    shape = Shape.of(x)
+    return combine_statistics(partial_statistics(x, shape), BatchNormArgs(None, None), shape, var)[0][0]
+
+
+def find_statistics(
+    x: Tensor, norm: BatchNormArgs, shape: Shape, partial: PartialStatistics | None = None
+) -> Statistics:
+    """Mean and rstd of the pass, or what `normalize_kernel` takes them from. `partial`: of x, if they need no pass."""
+    if norm.training:
+        partial = partial or partial_statistics(x, shape)
+        if shape.n_groups > 1 or partial.group_splits > tiles.FEW_SPLITS:
+            return Statistics(*combine_statistics(partial, norm, shape))
+    vectors = empty_statistics(x, shape)
+    if partial is None:
+        return Statistics(*vectors, is_tracked=True)
+    return Statistics(*vectors, partial.partials, partial.rows_per_split)
+
+
+def empty_statistics(like: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    mean = like.new_empty(shape.n_groups, shape.n_channels, dtype=accumulation_type(like))
+    return mean, torch.empty_like(mean)
 
 
 def forward(
@@ -153,19 +199,19 @@ def forward(
     relu: bool,
     ghost_batch_size: int = 0,
     reverse: bool = False,
-    partial_statistics: PartialStatistics | None = None,
+    partial: PartialStatistics | None = None,
 ) -> Outputs:
     """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
 
     `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all. `reverse`: whether the second
-    pass walks from the last tile to the first. `partial_statistics`: of x, if they need no pass.
+    pass walks from the last tile to the first. `partial`: statistics of x, if they need no pass.
     """
-    mean, rstd = statistics(x, norm, ghost_batch_size=ghost_batch_size, partial_statistics=partial_statistics)
-    residual_mean = residual_rstd = None
+    shape = Shape.of(x, ghost_batch_size)
+    statistics = find_statistics(x, norm, shape, partial)
+    residual_statistics = None
     if residual is not None and residual_norm is not None:
-        residual_mean, residual_rstd = statistics(residual, residual_norm, ghost_batch_size=ghost_batch_size)
-    residual_arguments = (residual, residual_norm, residual_mean, residual_rstd)
-    return normalize(x, norm, mean, rstd, *residual_arguments, relu, ghost_batch_size, reverse)
+        residual_statistics = find_statistics(residual, residual_norm, shape)
+    return _normalize(x, norm, statistics, residual, residual_norm, residual_statistics, relu, shape, reverse)
 
 
 def normalize(
@@ -179,39 +225,81 @@ def normalize(
     residual_rstd: Tensor | None,
     relu: bool,
     ghost_batch_size: int = 0,
-    reverse: bool = False,
 ) -> Outputs:
-    """`forward` behind the statistics."""
+    """`forward` with these statistics."""
+    residual_statistics = None
+    if residual_mean is not None and residual_rstd is not None:
+        residual_statistics = Statistics(residual_mean, residual_rstd)
     shape = Shape.of(x, ghost_batch_size)
-    tiling = tiles.choose_tiles(*shape)
+    return _normalize(x, norm, Statistics(mean, rstd), residual, residual_norm, residual_statistics, relu, shape, False)
+
+
+NO_NORM = BatchNormArgs(None, None)
+NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]
+
+
+def _normalize(
+    x: Tensor,
+    norm: BatchNormArgs,
+    statistics: Statistics,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    residual_statistics: Statistics | None,
+    relu: bool,
+    shape: Shape,
+    reverse: bool,
+) -> Outputs:
+    own, its = statistics, residual_statistics or NO_STATISTICS
+    residual_norm = residual_norm or NO_NORM
+    merged = own.partials if own.partials is not None else its.partials
+    n_splits = 1 if merged is None else merged.shape[1]
+    n_tensors = 1 if residual is None else 2
+    tiling = choose_tiles(shape, x, tiles.PASS_BYTES, n_tensors, reduces=False)
+    finds = own.partials is not None or own.is_tracked
+    residual_finds = its.partials is not None or its.is_tracked
     y = torch.empty_like(x)
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
     launch_kernel(
         batch_norm_forward.normalize_kernel,
-        (tiling.n_row_tiles * tiling.n_channel_tiles,),
+        (tiling.n_programs,),
         x_ptr=x,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
+        partials_ptr=own.partials,
+        running_mean_ptr=norm.running_mean if finds else None,
+        running_var_ptr=norm.running_var if finds else None,
+        mean_ptr=own.mean,
+        rstd_ptr=own.rstd,
         weight_ptr=norm.weight,
         bias_ptr=norm.bias,
         residual_ptr=residual,
-        residual_mean_ptr=residual_mean,
-        residual_rstd_ptr=residual_rstd,
-        residual_weight_ptr=residual_norm.weight if residual_norm else None,
-        residual_bias_ptr=residual_norm.bias if residual_norm else None,
+        residual_partials_ptr=its.partials,
+        residual_running_mean_ptr=residual_norm.running_mean if residual_finds else None,
+        residual_running_var_ptr=residual_norm.running_var if residual_finds else None,
+        residual_mean_ptr=its.mean,
+        residual_rstd_ptr=its.rstd,
+        residual_weight_ptr=residual_norm.weight,
+        residual_bias_ptr=residual_norm.bias,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         **shape.sizes,
+        rows_per_split=max(own.rows_per_split, its.rows_per_split),
+        n_splits=n_splits,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        residual_momentum=residual_norm.momentum,
+        residual_eps=residual_norm.eps,
         RELU=relu,
         REVERSED=reverse,
+        N_CHANNELS=shape.n_channels,
         CHANNELS_LAST=shape.channels_last,
-        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
+        N_TILES=tiling.n_tiles,
+        BLOCK_S=tiles.combine_rows(n_splits),
+        PDL=has_pdl(x.device),
     )
-    return Outputs(y, relu_mask, mean, rstd, residual_mean, residual_rstd)
+    return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
 
 
 def backward(
@@ -226,31 +314,33 @@ def backward(
     reverse: bool = False,
 ) -> Gradients:
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
-    dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = gradient_sums(
-        dy, dy_alias, saved, join, relu, ghost_batch_size
-    )
-    dx, dresidual = input_gradients(
-        dy, dz, sums, saved, join, relu, training, residual_training, ghost_batch_size, reverse
-    )
+    shape = Shape.of(saved.x, ghost_batch_size)
+    dz, partials, group_splits = partial_sums(dy, dy_alias, saved, join, relu, shape)
+    gradients = empty_gradients(saved)
+    sums = None
+    if shape.n_groups > 1 or group_splits > tiles.FEW_SPLITS:
+        sums, partials = combine_gradients(partials, shape.n_groups, group_splits, gradients), None
+    settings = (saved, join, relu, training, residual_training)
+    dx, dresidual = _input_gradients(dy, dz, partials, sums, gradients, *settings, shape, reverse)
+    dweight, dbias, dresidual_weight, dresidual_bias = gradients
     return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
 
 
-def gradient_sums(
-    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, ghost_batch_size: int = 0
-) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-    """dz where the second pass reads it, the sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, n_groups, C], and
-    the gradients of weight, bias, residual weight and residual bias.
+def partial_sums(
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, shape: Shape
+) -> tuple[Tensor | None, Tensor, int]:
+    """dz where the second pass reads it, the splits' sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, n_splits, C],
+    and how many splits a group has.
     """
-    shape = Shape.of(saved.x, ghost_batch_size)
-    tiling = tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS)
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
+    n_tensors = 2 + (dy_alias is not None) + (join == "bn")
+    tiling = choose_tiles(shape, saved.x, tiles.REDUCE_BYTES, n_tensors, reduces=True)
     dz = torch.empty_like(saved.x) if writes_dz else None
-    is_bn_join = join == "bn"
-    partials = saved.mean.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels)
+    partials = saved.mean.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels)
     launch_kernel(
         batch_norm_backward.reduce_kernel,
-        (tiling.n_splits * tiling.n_channel_tiles,),
+        (tiling.n_programs,),
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
         relu_mask_ptr=saved.relu_mask,
@@ -263,20 +353,30 @@ def gradient_sums(
         residual_mean_ptr=saved.residual_mean,
         residual_rstd_ptr=saved.residual_rstd,
         dz_ptr=dz,
-        partial_dz_ptr=partials[0],
-        partial_dz_xhat_ptr=partials[1],
-        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
+        partials_ptr=partials,
         **shape.sizes,
-        rows_per_split=tiling.rows_per_split,
+        rows_per_split=tiling.rows_per_part,
+        n_splits=tiling.n_parts,
         RELU=relu,
+        N_CHANNELS=shape.n_channels,
         CHANNELS_LAST=shape.channels_last,
-        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
+        N_TILES=tiling.n_tiles,
+        PDL=has_pdl(dy.device),
     )
+    return dz, partials, tiling.group_parts
+
+
+def gradient_sums(
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """dz where the second pass reads it, the sums of all rows, [2 or 3, 1, C], and the gradients of weight, bias,
+    residual weight and residual bias.
+    """
+    dz, partials, n_splits = partial_sums(dy, dy_alias, saved, join, relu, Shape.of(saved.x))
     gradients = empty_gradients(saved)
-    sums = combine_gradients(partials, shape.n_groups, tiling.group_splits, gradients)
-    return dz, sums, gradients
+    return dz, combine_gradients(partials, 1, n_splits, gradients), gradients
 
 
 def empty_gradients(saved: Saved) -> list[Tensor | None]:
@@ -285,8 +385,11 @@ def empty_gradients(saved: Saved) -> list[Tensor | None]:
     return [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]
 
 
+NO_GRADIENTS = (None,) * 4
+
+
 def combine_gradients(
-    partials: Tensor, n_groups: int, group_splits: int, gradients: Sequence[Tensor | None] = (None,) * 4
+    partials: Tensor, n_groups: int, group_splits: int, gradients: Sequence[Tensor | None] = NO_GRADIENTS
 ) -> Tensor:
     """The sums of every group, [2 or 3, n_groups, C], from the partial ones, [2 or 3, n_splits, C].
 
@@ -294,26 +397,23 @@ def combine_gradients(
     """
     n_sums, n_splits, n_channels = partials.shape
     sums = partials.new_empty(n_sums, n_groups, n_channels)
-    has_residual = n_sums == 3
     launch_kernel(
         batch_norm_backward.combine_gradients_kernel,
         (triton.cdiv(n_channels, tiles.COMBINE_BLOCK_C),),
-        partial_dz_ptr=partials[0],
-        partial_dz_xhat_ptr=partials[1],
-        partial_dz_rhat_ptr=partials[2] if has_residual else None,
-        sum_dz_ptr=sums[0],
-        sum_dz_xhat_ptr=sums[1],
-        sum_dz_rhat_ptr=sums[2] if has_residual else None,
+        partials_ptr=partials,
+        sums_ptr=sums,
         dweight_ptr=gradients[0],
         dbias_ptr=gradients[1],
         dresidual_weight_ptr=gradients[2],
         dresidual_bias_ptr=gradients[3],
-        n_channels=n_channels,
+        n_splits=n_splits,
         n_groups=n_groups,
         group_splits=group_splits,
-        n_splits=n_splits,
-        BLOCK_S=tiles.COMBINE_BLOCK_S,
+        N_SUMS=n_sums,
+        N_CHANNELS=n_channels,
+        BLOCK_S=tiles.combine_rows(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
+        PDL=has_pdl(partials.device),
     )
     return sums
 
@@ -327,18 +427,35 @@ def input_gradients(
     relu: bool,
     training: bool,
     residual_training: bool,
-    ghost_batch_size: int = 0,
-    reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and dresidual from the `sums` of every group."""
-    shape = Shape.of(saved.x, ghost_batch_size)
-    tiling = tiles.choose_tiles(*shape)
-    is_bn_join = join == "bn"
+    """dx and dresidual from the `sums` of all rows."""
+    settings = (saved, join, relu, training, residual_training, Shape.of(saved.x), False)
+    return _input_gradients(dy, dz, None, sums, NO_GRADIENTS, *settings)
+
+
+def _input_gradients(
+    dy: Tensor,
+    dz: Tensor | None,
+    partials: Tensor | None,
+    sums: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    saved: Saved,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+    shape: Shape,
+    reverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dresidual from the `sums` of every group, or from few `partials`; `gradients` are then stored, too."""
+    n_splits = 1 if partials is None else partials.shape[1]
+    dweight, dbias, dresidual_weight, dresidual_bias = NO_GRADIENTS if partials is None else gradients
+    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 3 if join == "bn" else 2, reduces=False)
     dx = torch.empty_like(saved.x)
-    dresidual = torch.empty_like(saved.x) if is_bn_join else None
+    dresidual = torch.empty_like(saved.x) if join == "bn" else None
     launch_kernel(
         batch_norm_backward.input_gradients_kernel,
-        (tiling.n_row_tiles * tiling.n_channel_tiles,),
+        (tiling.n_programs,),
         dz_ptr=dy if dz is None else dz,
         x_ptr=saved.x,
         mean_ptr=saved.mean,
@@ -349,19 +466,27 @@ def input_gradients(
         residual_mean_ptr=saved.residual_mean,
         residual_rstd_ptr=saved.residual_rstd,
         residual_weight_ptr=saved.residual_weight,
-        sum_dz_ptr=sums[0],
-        sum_dz_xhat_ptr=sums[1],
-        sum_dz_rhat_ptr=sums[2] if is_bn_join else None,
+        partials_ptr=partials,
+        sums_ptr=sums,
         dx_ptr=dx,
         dresidual_ptr=dresidual,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dresidual_weight_ptr=dresidual_weight,
+        dresidual_bias_ptr=dresidual_bias,
         **shape.sizes,
+        n_splits=n_splits,
+        n_groups=shape.n_groups,
         RELU=relu and dz is None,
         TRAINING=training,
         RESIDUAL_TRAINING=residual_training,
         REVERSED=reverse,
+        N_CHANNELS=shape.n_channels,
         CHANNELS_LAST=shape.channels_last,
-        CHANNEL_GROUP=shape.channel_group,
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
+        N_TILES=tiling.n_tiles,
+        BLOCK_S=tiles.combine_rows(n_splits),
+        PDL=has_pdl(dy.device),
     )
     return dx, dz if join == "add" else dresidual

@@ -146,7 +146,7 @@ def forward(
     tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
     n_norms = 2 if is_bn_join else 1
-    partials = x.new_empty(2 * n_norms, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    partials = x.new_empty(n_norms, 2, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
     vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
     y = torch.empty_like(x)
     relu_mask = None
@@ -167,10 +167,8 @@ def forward(
         residual_running_mean_ptr=residual_norm.running_mean if residual_norm else None,
         residual_running_var_ptr=residual_norm.running_var if residual_norm else None,
         barrier_ptr=words,
-        partial_mean_ptr=partials[0],
-        partial_m2_ptr=partials[1],
-        partial_residual_mean_ptr=partials[2] if is_bn_join else None,
-        partial_residual_m2_ptr=partials[3] if is_bn_join else None,
+        partials_ptr=partials[0],
+        residual_partials_ptr=partials[1] if is_bn_join else None,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         mean_ptr=vectors[0],
@@ -205,7 +203,7 @@ def backward(
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm backward", join)
     is_bn_join = join == "bn"
-    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels, dtype=torch.float32)
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
     dz = torch.empty_like(x) if writes_dz else None
     dx = torch.empty_like(x)
@@ -228,9 +226,7 @@ def backward(
         residual_rstd_ptr=saved.residual_rstd,
         residual_weight_ptr=saved.residual_weight,
         barrier_ptr=words,
-        partial_dz_ptr=partials[0],
-        partial_dz_xhat_ptr=partials[1],
-        partial_dz_rhat_ptr=partials[2] if is_bn_join else None,
+        partials_ptr=partials,
         dz_ptr=dz,
         dx_ptr=dx,
         dresidual_ptr=dresidual,

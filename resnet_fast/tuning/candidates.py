@@ -138,7 +138,7 @@ def _convolutions(problem: Problem) -> dict[Choice, Implementation]:
     def own(tiles: ConvTiles) -> Callable[[Inputs, Saved | None], tuple[Tensor, Outputs]]:
         def run(inputs: Inputs, saved: Saved | None) -> tuple[Tensor, Outputs]:
             y, partials = conv3x3.forward(inputs.x, inputs.weight, tiles)
-            return y, launch.forward(y, norm, None, None, True, partial_statistics=partials)
+            return y, launch.forward(y, norm, None, None, True, partial=partials)
 
         return run
 
