@@ -36,22 +36,34 @@ def is_finite(x):
 
 
 @triton.jit
-def not_negative(m2):
-    """0 where rounding has left a difference of equal sums below it; NaN stays."""
-    return tl.where(m2 < 0, 0.0, m2)
-
-
-@triton.jit
 def add_pairs(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
 @triton.jit
-def choose_pivot(tile, n_own, unit):
-    """[BLOCK_C], the mean of a split's first rows: near the others, and one outlier among them does no harm."""
-    n_rows = tl.minimum(n_own, tile.shape[0]).to(unit.dtype)
-    pivot = tl.sum(tile.to(unit.dtype) * unit, axis=0) * (1 / n_rows)
-    return tl.where(is_finite(pivot), pivot, 0.0)
+def load_row(x_ptr, row, offs_c, mask_c, n_spatial, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """[BLOCK_C], one row of x."""
+    if CHANNELS_LAST:
+        pointers = x_ptr + row * N_CHANNELS + offs_c
+    else:
+        pointers = x_ptr + (row // n_spatial * N_CHANNELS + offs_c) * n_spatial + row % n_spatial
+    return tl.load(pointers, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def load_pivot(
+    x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """[BLOCK_C], the median of a split's first, middle and last row, times unit: typical even where one is an outlier.
+
+    As one of the values it has no rounding of its own: of a constant channel all differences are 0.
+    """
+    first = load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
+    middle = load_row(x_ptr, first_row + n_own // 2, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
+    last = load_row(x_ptr, first_row + n_own - 1, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
+    first, middle, last = first.to(unit.dtype), middle.to(unit.dtype), last.to(unit.dtype)
+    median = tl.maximum(tl.minimum(first, middle), tl.minimum(tl.maximum(first, middle), last))
+    return tl.where(is_finite(median), median, 0.0) * unit
 
 
 @triton.jit
@@ -64,11 +76,12 @@ def add_differences(x, pivot, unit, mask, total, squares):
 
 
 @triton.jit
-def mean_and_m2(total, squares, pivot, n_own):
-    """[BLOCK_C] mean and M2 from the sums of all lanes (S1)."""
+def mean_and_m2(total, squares, pivot, n_rows):
+    """[BLOCK_C] mean and M2 of `n_rows` rows from the sums, [P, BLOCK_C], of differences from the pivot (S2)."""
     total, squares = tl.reduce((total, squares), 0, add_pairs)
-    shift = total * (1 / n_own.to(total.dtype))
-    return pivot + shift, not_negative(tl.fma(-total, shift, squares))
+    shift = total * (1 / (tl.full([], 0.0, total.dtype) + n_rows))
+    m2 = tl.fma(-total, shift, squares)
+    return pivot + shift, tl.where(m2 < 0, 0.0, m2)  # rounding can leave less than 0; NaN stays
 
 
 @triton.jit
@@ -103,7 +116,7 @@ def split_statistics(
                 BLOCK_M,
             ),
         )
-    pivot = choose_pivot(tiles[0], n_own, unit)
+    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS, CHANNELS_LAST)
     total = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
     squares = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
     for start in range(STEP, n_own, STEP):
@@ -196,41 +209,24 @@ def merge_splits(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over a group's rows (S2, S3). The mean comes in two parts, an estimate and what
-    its rounding lost.
-    """
-    count = tl.zeros([], unit.dtype)
-    mean = tl.zeros([BLOCK_C], unit.dtype)
-    lost = tl.zeros([BLOCK_C], unit.dtype)
-    m2 = tl.zeros([BLOCK_C], unit.dtype)
+    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the mean of its first split (S3)."""
+    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype) * unit
+    pivot = tl.where(is_finite(pivot), pivot, 0.0)
+    total = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
+    squares = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     for start in range(0, n_splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
-        part_mean = tl.load(pointers, mask=mask, other=0.0) * unit
-        part_m2 = tl.load(pointers + m2_offset, mask=mask, other=0.0)
-        part_m2 = tl.where(part_m2 < 0, -part_m2 * (unit / UNIT) * (unit / UNIT), part_m2 * unit * unit)
+        mean = tl.load(pointers, mask=mask, other=0.0) * unit
+        m2 = tl.load(pointers + m2_offset, mask=mask, other=0.0)
+        m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
         rows = tl.minimum(n_rows - offs_s.to(tl.int64) * rows_per_split, rows_per_split)
-        rows = tl.maximum(rows, 0).to(unit.dtype)
-        # Chan's formula for many parts (S2).
-        step_count = tl.sum(rows, axis=0)
-        share = 1 / step_count
-        step_mean = tl.sum(rows[:, None] * part_mean, axis=0) * share
-        deviation = part_mean - step_mean[None, :]
-        weighted = rows[:, None] * deviation
-        step_lost, step_m2 = tl.reduce((weighted, tl.fma(weighted, deviation, part_m2)), 0, add_pairs)
-        step_m2 = tl.fma(-step_lost, step_lost * share, step_m2)
-        step_lost = tl.where(is_finite(step_mean), step_lost * share, 0.0)
-        # And for two (S3); `count` is 0 in the first step.
-        total = count + step_count
-        share = step_count / total
-        delta = (step_mean - mean) + (step_lost - lost)
-        m2 += step_m2 + delta * delta * (count * share)
-        merged = mean + tl.where(is_finite(mean), delta * share, step_mean)
-        lost += tl.where(is_finite(merged), delta * share - (merged - mean), 0.0)
-        mean = merged
-        count = total
-    return mean, lost, not_negative(m2)
+        rows = tl.where(offs_s < n_splits, rows, 0).to(unit.dtype)[:, None]
+        difference = mean - pivot[None, :]
+        total += rows * difference
+        squares += tl.fma(rows * difference, difference, m2)
+    return mean_and_m2(total, squares, pivot, n_rows)
 
 
 @triton.jit
@@ -255,7 +251,7 @@ def group_statistics(
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        part_mean, lost, m2 = merge_splits(
+        merged_mean, m2 = merge_splits(
             partials_ptr,
             m2_offset,
             offs_c,
@@ -268,7 +264,7 @@ def group_statistics(
             BLOCK_S,
             BLOCK_C,
         )
-        mean = tl.where(todo, part_mean / unit + lost / unit, mean)
+        mean = tl.where(todo, merged_mean / unit, mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
         todo = mask_c & (is_finite(m2) == 0)

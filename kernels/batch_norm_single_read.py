@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_backward import input_gradient, recompute_relu_mask, store_gradients, sum_splits
-from .batch_norm_forward import UNIT, add_differences, choose_pivot, is_finite, mean_and_m2, pass_statistics
+from .batch_norm_forward import UNIT, add_differences, load_pivot, is_finite, mean_and_m2, pass_statistics
 from .tile_access import (
     bit_offsets,
     channels_of,
@@ -75,7 +75,18 @@ def load_tiles(
 
 
 @triton.jit
-def store_statistics(tiles, n_own, partial_ptrs, m2_offset, mask_c, N_TILES: tl.constexpr):
+def store_statistics(
+    ptr,
+    tiles,
+    first_row,
+    n_own,
+    offs_c,
+    mask_c,
+    partial_ptrs,
+    m2_offset,
+    N_CHANNELS: tl.constexpr,
+    N_TILES: tl.constexpr,
+):
     """Mean and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
     acc_type: tl.constexpr = partial_ptrs.dtype.element_ty
     BLOCK_M: tl.constexpr = tiles[0].shape[0]
@@ -83,7 +94,7 @@ def store_statistics(tiles, n_own, partial_ptrs, m2_offset, mask_c, N_TILES: tl.
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        pivot = choose_pivot(afresh(tiles[0], 0), n_own, unit)
+        pivot = load_pivot(ptr, first_row, n_own, offs_c, mask_c, 1, unit, N_CHANNELS, True)
         total = tl.zeros(tiles[0].shape, acc_type)
         squares = tl.zeros(tiles[0].shape, acc_type)
         n_left = afresh(n_own, 0)
@@ -150,9 +161,17 @@ def single_read_forward_kernel(
     x_tiles = load_tiles(x_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
     if residual_mean_ptr is not None:
         residual_tiles = load_tiles(residual_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
-    store_statistics(x_tiles, n_own, partials_ptr + partial, m2_offset, mask_c, N_TILES)
+    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, m2_offset, N_CHANNELS, N_TILES)
     if residual_mean_ptr is not None:
-        store_statistics(residual_tiles, n_own, residual_partials_ptr + partial, m2_offset, mask_c, N_TILES)
+        store_statistics(
+            residual_ptr,
+            residual_tiles,
+            *at,
+            residual_partials_ptr + partial,
+            m2_offset,
+            N_CHANNELS,
+            N_TILES,
+        )
 
     zero = wait_for_splits(barrier_ptr + tl.program_id(0) % N_CHANNEL_TILES, split, n_splits)
     which = (0, offs_c, mask_c, split == 0, n_rows)

@@ -26,13 +26,13 @@ BITS_PER_BYTE = 8
 
 # Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums,
 # which has accumulators and vectors beside them; of all tensors in an elementwise pass.
-STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES = 128, 128, 64
+STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES = 128, 128, 192
 
 # Reductions: about two programs for each of 132 multiprocessors, which are resident together on any GPU of 64 or more.
 # More programs only write more partial results, and each has a cost of its own. At least one step of loads each.
 TARGET_PROGRAMS = 256
 # Elementwise passes: programs take fewer tiles before there are fewer of them than this.
-PASS_PROGRAMS = 1024
+PASS_PROGRAMS = 256
 
 # So many partial results each program of the second pass merges for itself, in a microsecond less than a launch takes.
 FEW_SPLITS = 32
