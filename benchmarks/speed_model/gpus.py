@@ -1,0 +1,65 @@
+"""The GPUs that the speed model knows, with the source of every figure.
+
+Sizes, clocks and peaks are the vendor's: H200, A100, RTX 4090, RTX 3090 and T4 data sheets and the whitepapers of their
+architectures. The rest, and what is assumed:
+
+memory_gb_s: of a copy, reads and writes together. H200: 4.3 TB/s of 4.8, measured by us. Others: assumed, the same 90 %.
+l2_gb_s, memory_ns, l2_ns: see `GPUS`.
+launch_us: the shortest time between two small kernels in a stream or a graph. Assumed.
+"""
+
+from typing import NamedTuple
+
+
+class Architecture(NamedTuple):
+    """What a multiprocessor holds and issues (CUDA C++ Programming Guide, "Technical Specifications per Compute
+    Capability"); all have 65,536 registers and four schedulers.
+
+    fp32_lanes: multiply-adds in fp32 that a scheduler starts in a cycle.
+    parameters: where a kernel's parameters begin in the constant bank, in bytes (read off compiled kernels).
+    """
+
+    max_warps: int
+    max_programs: int
+    shared_kb: int
+    fp32_lanes: int
+    parameters: int
+
+
+ARCHITECTURES = {
+    75: Architecture(32, 16, 64, 16, 0x160),
+    80: Architecture(64, 32, 164, 16, 0x160),
+    86: Architecture(48, 16, 100, 32, 0x160),
+    89: Architecture(48, 24, 100, 32, 0x160),
+    90: Architecture(64, 32, 228, 32, 0x210),
+}
+
+
+class Gpu(NamedTuple):
+    """Bandwidths in 10⁹ bytes/s, unloaded latencies in ns, dense matrix peaks in 10¹² operations/s."""
+
+    name: str  # part of what the driver calls it
+    capability: int
+    multiprocessors: int
+    clock_ghz: float
+    memory_gb_s: float
+    l2_gb_s: float
+    l2_mb: float
+    memory_ns: float
+    l2_ns: float
+    tflops_16_bit: float
+    tflops_fp32: float  # as cuDNN multiplies fp32 by torch's default: TF32 where there is such
+    launch_us: float
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.capability]
+
+
+GPUS = {
+    "h200": Gpu("H200", 90, 132, 1.75, 4300, 6000, 50, 550, 200, 989, 495, 2.5),
+    "a100": Gpu("A100", 80, 108, 1.41, 1800, 3500, 40, 500, 200, 312, 156, 2.5),
+    "rtx4090": Gpu("RTX 4090", 89, 128, 2.52, 910, 4000, 72, 450, 170, 165, 83, 2.5),
+    "rtx3090": Gpu("RTX 3090", 86, 82, 1.70, 840, 2000, 6, 450, 200, 71, 36, 2.5),
+    "t4": Gpu("T4", 75, 40, 1.35, 260, 900, 4, 500, 200, 65, 8.1, 3.0),
+}
