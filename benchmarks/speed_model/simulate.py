@@ -70,7 +70,11 @@ class Prediction(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An instruction on a program's path. `source` is what serves an access: "memory", "cache" or "" for neither."""
+    """An instruction on a program's path.
+
+    source: what serves an access: "memory", "cache" or "" for neither. pending: groups of asynchronous copies that a
+    wait leaves on their way.
+    """
 
     name: str
     registers: tuple[str, ...]
@@ -80,6 +84,7 @@ class Step(NamedTuple):
     lines: float
     bytes: float
     source: str
+    pending: int
 
 
 def predict(code: Code, work: Work, gpu: Gpu, in_l2: bool) -> Prediction:
@@ -141,6 +146,7 @@ def _steps(code: Code, work: Work) -> list[Step]:
             lines=max(1.0, moved / LINE_BYTES) if pipe == "lsu" else 0.0,
             bytes=moved * (share if at in is_image else 1.0),
             source="memory" if at in is_image else "cache" if at in accesses else "",
+            pending=int(code.instructions[at].text.split()[-1], 16) if name == "DEPBAR" else 0,
         )
     return [steps[at] for at in path]
 
@@ -278,8 +284,8 @@ class Machine(NamedTuple):
                 warp.copied = max(warp.copied, done)
             elif step.name == "LDGDEPBAR":
                 warp.copies.append(warp.copied)
-            elif step.name == "DEPBAR":
-                at = max(at, warp.copied)
+            elif step.name == "DEPBAR" and len(warp.copies) > step.pending:
+                at = max(at, warp.copies[-1 - step.pending])
             for register in following.registers:
                 at = max(at, warp.ready.get(register, 0.0))
             if step.name != "BAR":
