@@ -77,6 +77,7 @@ class Reads:
             if pointer in bytes_of_pass and self.decoded[at].name != "STG"
         }
         self.sizes = {loop: self._trip_sizes(loop) for loop in loops}
+        self.least = self._needs(0, len(self.decoded))
         self.left = dict(bytes_of_pass)
         self.reduced: set[int] = set()  # tensors since whose last load threads have exchanged values
 
@@ -114,21 +115,28 @@ class Reads:
 
     def skips(self, first: int, end: int) -> bool:
         """Whether nothing is left to do for the block from `first` to `end`."""
-        needs: dict[int, int] = {}
-        segment: Counter[int] = Counter()
-        for at in range(first, end + 1):
-            if at == end or self.decoded[at].name == "BRA":
-                for pointer, n_bytes in segment.items():
-                    needs[pointer] = min(n_bytes, needs.get(pointer, n_bytes))
-                segment.clear()
-            elif at in self.loads:
-                segment[self.loads[at][0]] += self.loads[at][1]
+        needs = self._needs(first, end)
         return bool(needs) and all(
             self._is_over(pointer, need) and pointer not in self.reduced for pointer, need in needs.items()
         )
 
+    def _needs(self, first: int, end: int) -> dict[int, int]:
+        """The least bytes of each tensor that the block loads at once, between branches."""
+        needs: dict[int, int] = {}
+        at_once: Counter[int] = Counter()
+        for at in range(first, end + 1):
+            if at == end or self.decoded[at].name == "BRA":
+                for pointer, n_bytes in at_once.items():
+                    needs[pointer] = min(n_bytes, needs.get(pointer, n_bytes))
+                at_once.clear()
+            elif at in self.loads:
+                at_once[self.loads[at][0]] += self.loads[at][1]
+        return needs
+
     def _is_over(self, pointer: int, need: float) -> bool:
-        return self.left[pointer] < min(need, self.bytes_of_pass[pointer]) / 2
+        left, whole = self.left[pointer], self.bytes_of_pass[pointer]
+        # A tensor of less than half a tile is read all the same, by the smallest block.
+        return left <= need / 2 and (left < whole or need > self.least[pointer])
 
     def _has_rest(self, loop: Loop, pointer: int) -> bool:
         """Whether the loop is unrolled: loads of what it leaves over follow, before threads exchange values."""
