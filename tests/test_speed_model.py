@@ -177,7 +177,7 @@ def test_a_kernel_that_grows_by_more_than_3_percent_is_named(job, is_slower, tmp
 
 
 def test_no_kernel_is_slower_than_its_row():
-    """If one is, and for a good reason, run `python -m benchmarks.predict`. In a process where nothing is interpreted."""
+    """If one is, for a good reason, run `python -m benchmarks.predict`. In a process where nothing is interpreted."""
     with open(PREDICTED / "h200.csv", newline="") as file:
         versions = {row["triton"] for row in csv.DictReader(file)}
     if versions != {triton.__version__}:
