@@ -194,5 +194,12 @@ def key_of(recorded: Launch, gpu: Gpu) -> str:
 
 @cache
 def _model_source() -> str:
-    files = (Path(__file__).with_name(name) for name in ("sass.py", "path.py", "simulate.py"))
-    return "".join(ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
+    """Return the model's code, without comments and docstrings."""
+    parts = []
+    for name in ("sass.py", "path.py", "simulate.py"):
+        tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        parts.append(ast.dump(tree))
+    return "".join(parts)

@@ -125,10 +125,8 @@ def decode(text: str) -> Decoded:
 
 
 def _access_bytes(opcode: str) -> int:
-    for suffix, n_bytes in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)):
-        if re.search(rf"\.[US]?{suffix.lstrip('.')}\b", opcode):
-            return n_bytes
-    return 4
+    bits = re.search(r"\.[US]?(128|64|16|8)\b", opcode)
+    return int(bits[1]) // 8 if bits else 4
 
 
 def _count_results(name: str, arguments: list[str]) -> int:

@@ -170,19 +170,18 @@ def _busy(steps: list[Step], fp32_lanes: int) -> float:
 
 def _waits(steps: list[Step]) -> tuple[float, int]:
     """The most bytes of images that a warp has asked for before it waits, and how often it waits for memory."""
-    pending: dict[str, float] = {}  # by the loads' first register
-    owner: dict[str, str] = {}
-    most, waits = 0.0, 0
+    loading: set[str] = set()  # registers
+    asked, most, waits, copies = 0.0, 0.0, 0, False
     for step in steps:
-        if any(register in owner for register in step.registers) or (step.name == "DEPBAR" and pending):
-            pending.clear()
-            owner.clear()
+        if not loading.isdisjoint(step.registers) or (step.name == "DEPBAR" and copies):
+            loading.clear()
+            asked, copies = 0.0, False
             waits += 1
         if step.name in ("LDG", "LDGSTS"):
-            label = f"{len(pending)}"
-            pending[label] = step.bytes if step.source == "memory" else 0.0
-            owner.update(dict.fromkeys(step.writes, label))
-            most = max(most, sum(pending.values()))
+            loading.update(step.writes)
+            copies |= step.name == "LDGSTS"
+            asked += step.bytes * (step.source == "memory")
+            most = max(most, asked)
     return most, waits
 
 
@@ -220,7 +219,7 @@ class Machine(NamedTuple):
     def _simulate(self, steps: list[Step], programs: int, resident: int, warps: int) -> list[float]:
         """Return when programs end, in order; `warps`: of a program, on one scheduler."""
         halves = 2 if self.gpu.architecture.fp32_lanes == 32 else 1
-        free = {pipe: 0.0 for pipe in ("alu", "xu", "heavy", "light")}
+        free: dict[str, float] = dict.fromkeys(("alu", "xu", "heavy", "light"), 0.0)
         queues = {"memory": 0.0, "cache": 0.0}
         lines = clock = 0.0
         order = count()
