@@ -35,6 +35,10 @@ ARCHITECTURES = {
 }
 
 
+# Of the L2 cache, for one tensor among the few that a kernel reads and writes. Assumed.
+L2_SHARE = 0.2
+
+
 class Gpu(NamedTuple):
     """Bandwidths in 10⁹ bytes/s, unloaded latencies in ns, dense matrix peaks in 10¹² operations/s."""
 
@@ -54,6 +58,10 @@ class Gpu(NamedTuple):
     @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.capability]
+
+    def holds(self, n_bytes: float) -> bool:
+        """Whether the L2 cache serves a tensor of this size that another kernel has just read or written."""
+        return n_bytes <= L2_SHARE * self.l2_mb * 1e6
 
 
 GPUS = {

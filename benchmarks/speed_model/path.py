@@ -1,7 +1,8 @@
 """Finds the path of a program through its machine code: which branches it takes, and how often it runs a loop.
 
 Branches are decided by rules, not by values. A conditional branch forward is not taken, except one that leaves a loop
-behind its last trip and one over a call (the slow path of a division). A loop runs until its loads have read what a
+behind its last trip and one over a call (the slow path of a division); of two alternatives, the one with more accesses
+of memory is taken. A loop runs until its loads have read what a
 program has to read of their tensor. Of nested loops that read the same tensor, the outer one is a retry (overflow) and
 runs once.
 """
@@ -110,7 +111,7 @@ def follow(instructions: tuple[Instruction, ...], trips: dict[Loop, int]) -> lis
         path.append(position)
         text, target = instructions[position]
         decoded = decode(text)
-        if decoded.name == "EXIT" and not decoded.conditional:
+        if decoded.name == "EXIT" and (not decoded.conditional or _is_over(instructions, position, trips, done)):
             return path
         taken = False
         if target is not None and decoded.name == "BRA":
@@ -132,11 +133,26 @@ def _leaves(
 ) -> bool:
     """Whether a conditional branch forward is taken."""
     left = [loop for loop in trips if loop.holds(position) and target > loop.last]
-    if left:
-        # A loop that ends in an unconditional branch is tested at its top, once more than it runs.
-        ends_in_test = decode(instructions[left[-1].last].text).conditional
-        is_over = done[left[-1]] >= trips[left[-1]] - ends_in_test
-        if is_over:
-            done.update({loop: -done[loop] for loop in left})
-        return is_over
-    return any(decode(other.text).name == "CALL" for other in instructions[position + 1 : target])
+    if not left:
+        skipped = [decode(other.text) for other in instructions[position + 1 : target]]
+        end = instructions[target - 1].target
+        if skipped[-1:] and skipped[-1].name == "BRA" and not skipped[-1].conditional and end is not None and end > target:
+            otherwise = [decode(other.text) for other in instructions[target:end]]
+            return sum(other.bytes for other in otherwise) > sum(other.bytes for other in skipped)
+        return any(other.name == "CALL" for other in skipped)
+    # A loop that ends in an unconditional branch is tested at its top, once more than it runs.
+    ends_in_test = decode(instructions[left[-1].last].text).conditional
+    is_over = done[left[-1]] >= trips[left[-1]] - ends_in_test
+    if is_over:
+        done.subtract({loop: done[loop] for loop in left})
+    return is_over
+
+
+def _is_over(
+    instructions: tuple[Instruction, ...], position: int, trips: dict[Loop, int], done: Counter[Loop]
+) -> bool:
+    """Whether a conditional exit is the way out of a loop that has run."""
+    return any(
+        loop.holds(position) and not decode(instructions[loop.last].text).conditional and done[loop] >= trips[loop]
+        for loop in trips
+    )
