@@ -1,19 +1,22 @@
 """Captures what torch.compile generates for a training step of ResNet-18 on a GPU that is not there.
 
-    python -m benchmarks.speed_model.capture fake_cuda.so h200 128 bf16 network captured.pickle
+    python -m benchmarks.speed_model.capture fake_cuda.so capture h200 128 bf16 resnet18 captured.pickle
 
-torch is patched until it takes the GPU for present, so this runs in a process of its own: see `inductor.capture`. Tensors
-are fake; nothing is computed.
+torch is patched until it takes the GPU for present, so this runs in a process of its own: see `inductor.run_capture`.
+Tensors are fake; nothing is computed.
 """
 
 import ctypes
 import importlib.util
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 from benchmarks.speed_model.gpus import GPUS, Gpu
@@ -213,25 +216,13 @@ def make_network(network: str) -> Any:
     return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), *head)
 
 
-def capture(gpu: Gpu, batch_size: int, dtype: str, network: str) -> Captured:
-    """Compile the network for the GPU and run a forward and backward pass on fake tensors."""
-    pretend_gpu(gpu)
+def fake_step(
+    batch_size: int, dtype: str, network: str, wrap: Callable[[Any], Any], observer: AbstractContextManager
+) -> None:
+    """Run a forward and backward pass of `wrap(model)` on fake tensors, under autocast, channels_last."""
     import torch
-    from torch._C._dynamo import guards
-    from torch._inductor import config
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.select_algorithm import extern_kernels
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    captured = Captured({}, [])
-    config.compile_threads = 1
-    config.force_disable_caches = True
-    config.shape_padding = False  # measures products
-    config.use_static_cuda_launcher = False  # it keeps no machine code
-    AsyncCompile.triton = lambda self, name, source, device_str="cuda": Recorder(name, source, captured)  # type: ignore
-    guards._empty_strided_cuda = lambda *args: torch.empty_strided(*args[:2], dtype=args[2], device="cuda")
-    for name in ("mm", "addmm"):  # cuBLAS, with an output
-        object.__setattr__(extern_kernels, name, lambda *args, out, **kwargs: out)
     model = make_network(network).to(memory_format=torch.channels_last)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
@@ -242,23 +233,61 @@ def capture(gpu: Gpu, batch_size: int, dtype: str, network: str) -> Captured:
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
         images = torch.empty(batch_size, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch_size, dtype=torch.long, device="cuda")
-        compiled = torch.compile(model, dynamic=False, fullgraph=True)
-        with torch.autocast("cuda", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]):
-            loss = torch.nn.functional.cross_entropy(compiled(images), labels)
-        loss.backward()
+        with observer:
+            with torch.autocast("cuda", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]):
+                loss = torch.nn.functional.cross_entropy(wrap(model)(images), labels)
+            loss.backward()
+
+
+def capture(batch_size: int, dtype: str, network: str) -> Captured:
+    """Return the kernels and launches of the compiled network."""
+    import torch
+    from torch._C._dynamo import guards
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.select_algorithm import extern_kernels
+
+    captured = Captured({}, [])
+    config.compile_threads = 1
+    config.force_disable_caches = True
+    config.shape_padding = False  # measures products
+    config.use_static_cuda_launcher = False  # keeps no machine code
+    AsyncCompile.triton = lambda self, name, source, device_str="cuda": Recorder(name, source, captured)  # type: ignore
+    cast(Any, guards)._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda"
+    )
+    for name in ("mm", "addmm"):  # cuBLAS, with an output
+        object.__setattr__(extern_kernels, name, lambda *args, out, **kwargs: out)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+    fake_step(batch_size, dtype, network, compiled, nullcontext())
     return captured
 
 
+def count_operations(batch_size: int, dtype: str, network: str) -> Counter[str]:
+    """Return how often eager dispatches each operator to CUDA."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    fake_step(batch_size, dtype, network, lambda model: model, Count())
+    return counts
+
+
+def main(function: str, gpu: str, batch_size: str, dtype: str, network: str, path: str) -> None:
+    """Write what `function` returns, pickled."""
+    pretend_gpu(GPUS[gpu])
+    result = {"capture": capture, "count_operations": count_operations}[function](int(batch_size), dtype, network)
+    Path(path).write_bytes(pickle.dumps(result))
+
+
 if __name__ == "__main__":
-    library, gpu, batch_size, dtype, network, path = sys.argv[1:]
-    load_before_torch(library)
-    captured = capture(GPUS[gpu], int(batch_size), dtype, network)
-    # In this module's name, under which the reader imports it.
+    load_before_torch(sys.argv[1])
+    # Under its own name, by which classes are pickled.
     from benchmarks.speed_model import capture as module
 
-    kernels = {
-        name: module.Kernel(k.source, k.signature, [module.Candidate(*c) for c in k.candidates])
-        for name, k in captured.kernels.items()
-    }
-    launches = [module.Launch(*launch) for launch in captured.launches]
-    Path(path).write_bytes(pickle.dumps(module.Captured(kernels, launches)))
+    module.main(*sys.argv[2:])

@@ -1,9 +1,9 @@
 """Predicts ATen's kernels for a training step of ResNet-18, 3x3 stem, bf16 autocast, channels_last, by their bytes.
 
 The machine code of ATen's kernels is not at hand, so a kernel takes the time of its bytes at a share of the bandwidth:
-an estimate, coarser than what is predicted from machine code. Which kernels are launched is read in ATen's source
-(Normalization.cu and Normalization.cuh of torch 2.13) and checked on fake tensors (tests/test_speed_model_peers.py). In
-bf16 batch norms are ATen's; in fp16 they are cuDNN's, which move the same bytes in fewer launches, and get these rows, too.
+an estimate, coarser than what is predicted from machine code. Which operators are dispatched is counted on fake tensors
+(tests/test_speed_model_peers.py), which kernels they launch is read in torch 2.13's Normalization.cu and .cuh. In bf16
+batch norms are ATen's. In fp16 they are cuDNN's: the same bytes in fewer launches; they get these rows, too.
 """
 
 from collections import Counter
@@ -20,9 +20,9 @@ from .rows import Row
 
 ITEM_SIZE = 2  # of an image's element
 # Shares of the bandwidth that a kernel reaches. Published by cudnn-frontend for eager's norms, bf16, on a GPU of the
-# H200's class, which copies at 4300 GB/s: forward 3094, backward 1542 GB/s, each input and output counted once. But
-# eager reads both inputs of the backward twice, so its kernels move 5/3 of these bytes. Those are norms over a row; that
-# ATen's batch norms are as fast is a guess, and so is the same share on other GPUs and in the L2 cache.
+# H200's class, which copies at 4300 GB/s: forward 3094, backward 1542 GB/s, each input and output counted once.
+# Assumed: eager's backward reads its inputs twice, as a batch norm's, so its kernels move 5/3 of these bytes. Those are norms
+# over a row; that batch norms are as fast is a guess, and so is the same share on other GPUs and in the L2 cache.
 NORM_FORWARD, NORM_BACKWARD = 3094 / 4300, 5 / 3 * 1542 / 4300
 ELEMENTWISE = 0.9  # vectorized by TensorIterator; assumed
 # What a kernel takes at least, without its launch. Assumed: as predicted for Inductor's on a few vectors, 0.4 to 1.1.
@@ -90,11 +90,11 @@ def eager_rows(gpu: Gpu, batch_size: int) -> list[Row]:
         us = kernel_us(n_bytes, gpu, kernel.share, gpu.holds(n_elements * ITEM_SIZE))
         rows.append(Row("eager", "batch norm", name, n, us, n_bytes))
     n_norms = sum(n for (kernel, _, _), n in counts.items() if kernel == BATCH_NORM[1])
-    rows.append(Row("eager", "counters", COUNTER.name, n_norms, SHORTEST_US, 0.0))
+    rows.append(Row("eager", "counter", COUNTER.name, n_norms, SHORTEST_US, 0.0))
     for n_elements, n in cast_elements(batch_size).items():
         n_bytes = n_elements * (4 + ITEM_SIZE)
         us = kernel_us(n_bytes, gpu, ELEMENTWISE, gpu.holds(4 * n_elements))
-        rows.append(Row("eager", "casts", f"_to_copy, {n_elements} elements", n, us, n_bytes))
+        rows.append(Row("eager", "cast", f"_to_copy, {n_elements} elements", n, us, n_bytes))
     return rows
 
 

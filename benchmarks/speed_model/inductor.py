@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import include_paths
@@ -26,6 +27,7 @@ from .gpus import Gpu
 from .launches import parameter_offsets
 from .rows import Row
 from .simulate import Work, predict, read_code
+
 
 def build_fake_cuda(folder: Path) -> Path:
     """Compile fake_cuda.cpp; return the library.
@@ -48,31 +50,31 @@ def build_fake_cuda(folder: Path) -> Path:
     return library
 
 
-def run_capture(gpu: str, batch_size: int, dtype: str, network: str) -> Captured | Counter[str]:
-    """Run `capture` in a process of its own; see its arguments there.
+def run_capture(function: str, gpu: str, batch_size: int, dtype: str, network: str = "resnet18") -> Any:
+    """Run a function of capture.py, named, in a process of its own, in which torch is patched; return what it returns.
 
     Raises:
         RuntimeError: something that it needs is missing, or torch's internals have changed.
     """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        path = folder / "captured.pickle"
-        library = build_fake_cuda(folder)
-        command = [sys.executable, "-m", "benchmarks.speed_model.capture", library, gpu, str(batch_size), dtype, network]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": name, "TRITON_INTERPRET": "0"}
-        done = subprocess.run([*command, path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "captured.pickle"
+        library = build_fake_cuda(Path(folder))
+        command = [sys.executable, "-m", "benchmarks.speed_model.capture", library, function]
+        command += [gpu, str(batch_size), dtype, network, path]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"torch {torch.__version__} does not take the GPU for present:\n{done.stderr[-2000:]}")
         return pickle.loads(path.read_bytes())
 
 
 def group_of(launch: Launch) -> str:
-    """Return what a launch is for, of `rows.GROUPS`; Inductor names a kernel after the operations in it."""
+    """Return the launch's group, of `rows.GROUPS`; Inductor names a kernel after the operations in it."""
     if re.search("batch_norm|relu|threshold", launch.kernel):
         return "batch norm"
     if all(tensor == (1, 8) for tensor in launch.tensors.values()):  # int64
-        return "counters"
-    return "casts" if "fused__to_copy" in launch.kernel and "sum" not in launch.kernel else "rest"
+        return "counter"
+    return "cast" if "fused__to_copy" in launch.kernel and "sum" not in launch.kernel else "rest"
 
 
 def work_of(launch: Launch, kernel: Kernel, blocks: dict[str, int], gpu: Gpu) -> Work:

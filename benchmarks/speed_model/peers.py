@@ -5,6 +5,7 @@ torch.compile generates takes about three minutes for each GPU and batch size.
 """
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,6 @@ from .inductor import compile_rows, run_capture
 from .rows import Row, Totals, add_up
 
 PREDICTED = Path(__file__).resolve().parents[1] / "predicted"
-PROVIDERS = ("eager", "compile")
-NUMBERS = {"launches": int, "predicted_us": float, "bytes": float}
 
 
 def peers_path(gpu: str) -> Path:
@@ -37,32 +36,40 @@ def predict_peers(gpu: str, batch_size: int) -> list[Row]:
     Raises:
         RuntimeError: something that the capture needs is missing; see `inductor.run_capture`.
     """
-    captured = run_capture(gpu, batch_size, precision_of(gpu), "resnet18")
+    captured = run_capture("capture", gpu, batch_size, precision_of(gpu))
     return eager_rows(GPUS[gpu], batch_size) + compile_rows(captured, GPUS[gpu])
 
 
 def write_peers(gpu: str, batch_size: int, rows: list[Row]) -> None:
     """Put the rows into the GPU's file, in the place of those of the same batch size."""
-    setting = {"batch_size": str(batch_size), "dtype": precision_of(gpu)}
-    texts = [
-        {**setting, **row._asdict(), "predicted_us": f"{row.predicted_us:.2f}", "bytes": f"{row.bytes:.0f}"}
-        for row in rows
-    ]
-    replace_rows(peers_path(gpu), [{name: str(value) for name, value in text.items()} for text in texts], tuple(setting))
+    setting = {"batch_size": str(batch_size), "precision": precision_of(gpu)}
+    texts = []
+    for row in rows:
+        numbers = {
+            "launches": f"{row.launches}",
+            "predicted_us": f"{row.predicted_us:.2f}",
+            "bytes": f"{row.bytes:.0f}",
+        }
+        texts.append({**setting, **row._asdict(), **numbers})
+    replace_rows(peers_path(gpu), texts, tuple(setting))
 
 
-def read_totals(gpu: str, batch_size: int) -> dict[str, Totals]:
-    """Return the predicted totals of eager and torch.compile, from the GPU's file; none if it has no such batch size.
+def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
+    """Return the totals of eager and torch.compile from the GPU's file; none if the setting is not in it.
 
-    They lack the convolutions, the linear layer, the loss and the optimizer, which are every provider's alike.
+    They lack convolutions, the linear layer, the loss and the optimizer, in which the providers do not differ.
     """
     if not peers_path(gpu).exists():
         return {}
+    rows: dict[str, list[Row]] = {}
     with open(peers_path(gpu), newline="", encoding="utf-8") as file:
-        texts = [row for row in csv.DictReader(file) if row["batch_size"] == str(batch_size)]
-    rows = [Row(**{name: NUMBERS.get(name, str)(text[name]) for name in Row._fields}) for text in texts]
-    by_provider = {provider: [row for row in rows if row.provider == provider] for provider in PROVIDERS}
-    return {provider: add_up(rows, GPUS[gpu]) for provider, rows in by_provider.items() if rows}
+        for text in csv.DictReader(file):
+            if (text["precision"], text["batch_size"]) == (precision, str(batch_size)):
+                numbers = int(text["launches"]), float(text["predicted_us"]), float(text["bytes"])
+                rows.setdefault(text["provider"], []).append(
+                    Row(text["provider"], text["group"], text["kernel"], *numbers)
+                )
+    return {provider: add_up(own) for provider, own in rows.items()}
 
 
 def main(
@@ -70,15 +77,11 @@ def main(
     batch_size: Annotated[list[int], typer.Option(help="Several times for several.")] = [128, 512],  # noqa: B006
 ) -> None:
     """Predict the kernels of eager and torch.compile in a training step of ResNet-18."""
-    for name in gpu:
-        for size in batch_size:
-            write_peers(name, size, predict_peers(name, size))
-            for provider, totals in read_totals(name, size).items():
-                print(
-                    f"predicted, {name}, batch {size}, {provider}: "
-                    f"batch norm {totals.batch_norm_us:.0f} us in {totals.launches} launches, "
-                    f"rest {totals.rest_us:.0f} us in {totals.rest_launches}"
-                )
+    for name, size in itertools.product(gpu, batch_size):
+        write_peers(name, size, predict_peers(name, size))
+        for provider, totals in read_totals(name, precision_of(name), size).items():
+            us = totals.predicted_us + totals.launches * GPUS[name].launch_us
+            typer.echo(f"predicted: {name}, batch {size}, {provider}: {totals.launches} launches, {us:.0f} us")
 
 
 if __name__ == "__main__":
