@@ -175,8 +175,10 @@ class Recorder:
     def __init__(self, name: str, source: str, captured: Captured) -> None:
         from torch._inductor.codecache import PyCodeCache
 
-        self.name, self.captured = name, captured
         self.kernel: Any = getattr(PyCodeCache.load(source), name)
+        if name in captured.kernels and captured.kernels[name].source != source:
+            name += "_backward"  # whose kernels are numbered from 0 on again
+        self.name, self.captured = name, captured
         if name not in captured.kernels:
             captured.kernels[name] = Kernel(source, self.kernel.triton_meta["signature"], self.candidates())
 

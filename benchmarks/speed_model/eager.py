@@ -21,8 +21,9 @@ from .rows import Row
 ITEM_SIZE = 2  # of an image's element
 # Shares of the bandwidth that a kernel reaches. Published by cudnn-frontend for eager's norms, bf16, on a GPU of the
 # H200's class, which copies at 4300 GB/s: forward 3094, backward 1542 GB/s, each input and output counted once.
-# Assumed: eager's backward reads its inputs twice, as a batch norm's, so its kernels move 5/3 of these bytes. Those are norms
-# over a row; that batch norms are as fast is a guess, and so is the same share on other GPUs and in the L2 cache.
+# Assumed: eager's backward reads its inputs twice, as a batch norm's, so its kernels move 5/3 of these bytes.
+# Those are norms over a row; that batch norms are as fast is a guess, and so is the same share on other GPUs and in
+# the L2 cache.
 NORM_FORWARD, NORM_BACKWARD = 3094 / 4300, 5 / 3 * 1542 / 4300
 ELEMENTWISE = 0.9  # vectorized by TensorIterator; assumed
 # What a kernel takes at least, without its launch. Assumed: as predicted for Inductor's on a few vectors, 0.4 to 1.1.
