@@ -1,11 +1,14 @@
 """The GPUs that the speed model knows, with the source of every figure.
 
-Sizes, clocks and peaks are the vendor's: H200, A100, RTX 4090, RTX 3090 and T4 data sheets and the whitepapers of their
-architectures. The rest, and what is assumed:
+The vendor's data sheets and architecture whitepapers have multiprocessors, boost clock, L2 size and matrix peaks
+(dense; GeForce: with fp32 accumulation). The rest:
 
-memory_gb_s: of a copy, reads and writes together. H200: 4.3 TB/s of 4.8, measured by us. Others: assumed, the same 90 %.
-l2_gb_s, memory_ns, l2_ns: see `GPUS`.
-launch_us: the shortest time between two small kernels in a stream or a graph. Assumed.
+- clock_ghz: H200 and T4 below the boost clocks (1.98, 1.59), since power limits them; assumed.
+- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured by us. Others: assumed, 90 % of
+  the data sheet (A100 of 80 GB: 2,039; RTX 4090: 1,008; RTX 3090: 936), T4 81 % of 320.
+- l2_gb_s, memory_ns and l2_ns are assumed: rounded, in the range that microbenchmarks report (arXiv 2402.13499 for
+  Hopper, Ada and Ampere, 2208.11174 for Ampere, 1903.07486 for T4), but taken from none of their tables.
+- launch_us, the shortest time between two small kernels in a stream or a graph, is assumed.
 """
 
 from typing import NamedTuple

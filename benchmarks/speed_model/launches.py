@@ -2,12 +2,12 @@
 
 import ast
 import hashlib
-import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -89,22 +89,22 @@ def recorded_launches() -> Iterator[list[Launch]]:
 @cache
 def training_launches(
     dtype: str, batch_size: int, n_channels: int, width: int, join: str, fork: bool
-) -> tuple[Launch, ...]:
-    """Return the launches of a fused operation with ReLU, forward and backward, channels_last."""
+) -> dict[str, list[Launch]]:
+    """Return the launches of a fused operation with ReLU, channels_last, by direction: "forward" and "backward"."""
     x = torch.empty(batch_size, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
     x = x.to(memory_format=torch.channels_last)
     vector = torch.empty(n_channels, device="meta")
     norm = BatchNormArgs(vector, vector, vector, vector, training=True)
     is_bn_join = join == "bn"
     residual = None if join == "none" else x
-    with recorded_launches() as launches:
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(
-            x, norm, residual, norm if is_bn_join else None, relu=True
-        )
-        of_join = (x, residual_mean, residual_rstd, vector, vector) if is_bn_join else (None,) * 5
-        saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
-        launch.backward(y, y if fork else None, saved, join, True, True, is_bn_join)  # pyright: ignore[reportArgumentType]
-    return tuple(launches)
+    with recorded_launches() as forward:
+        outputs = launch.forward(x, norm, residual, norm if is_bn_join else None, relu=True)
+    y, relu_mask, mean, rstd, residual_mean, residual_rstd = outputs
+    of_join = (x, residual_mean, residual_rstd, vector, vector) if is_bn_join else (None,) * 5
+    saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
+    with recorded_launches() as backward:
+        launch.backward(y, y if fork else None, saved, cast(Any, join), True, True, is_bn_join)
+    return {"forward": forward, "backward": backward}
 
 
 def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
@@ -172,17 +172,14 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
     types, _, _ = recorded.signature(GPUTarget("cuda", gpu.capability, 32))
     offsets = parameter_offsets(types, gpu.capability)
     images = recorded.images()
-    grid = 1
-    for axis in recorded.grid:
-        grid *= axis
+    grid = math.prod(recorded.grid)
     reads = {offsets[name]: image.nbytes / grid for name, image in images.items()}
     for name, value in recorded.arguments.items():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and name.startswith("partial_"):
             share = min(1.0, recorded.arguments["BLOCK_C"] / value.shape[1])
             reads[offsets[name]] = value.nbytes * share
-    return Work(
-        grid, frozenset(offsets[name] for name in images), float(sum(i.nbytes for i in images.values())), reads
-    )
+    image_bytes = float(sum(image.nbytes for image in images.values()))
+    return Work(grid, frozenset(offsets[name] for name in images), image_bytes, reads)
 
 
 def key_of(recorded: Launch, gpu: Gpu) -> str:

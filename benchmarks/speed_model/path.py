@@ -135,8 +135,8 @@ def _leaves(
     left = [loop for loop in trips if loop.holds(position) and target > loop.last]
     if not left:
         skipped = [decode(other.text) for other in instructions[position + 1 : target]]
-        end = instructions[target - 1].target
-        if skipped[-1:] and skipped[-1].name == "BRA" and not skipped[-1].conditional and end is not None and end > target:
+        end = instructions[target - 1].target or 0
+        if end > target and not decode(instructions[target - 1].text).conditional:  # an if and its else
             otherwise = [decode(other.text) for other in instructions[target:end]]
             return sum(other.bytes for other in otherwise) > sum(other.bytes for other in skipped)
         return any(other.name == "CALL" for other in skipped)
@@ -148,9 +148,7 @@ def _leaves(
     return is_over
 
 
-def _is_over(
-    instructions: tuple[Instruction, ...], position: int, trips: dict[Loop, int], done: Counter[Loop]
-) -> bool:
+def _is_over(instructions: tuple[Instruction, ...], position: int, trips: dict[Loop, int], done: Counter[Loop]) -> bool:
     """Whether a conditional exit is the way out of a loop that has run."""
     return any(
         loop.holds(position) and not decode(instructions[loop.last].text).conditional and done[loop] >= trips[loop]

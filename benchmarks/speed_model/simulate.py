@@ -1,8 +1,8 @@
 """Simulates one multiprocessor that runs a kernel's machine code, and predicts the kernel's time.
 
-Warps issue in order, one instruction per scheduler and cycle, and wait for registers, units, barriers and memory. Memory
-is a latency and a queue at the multiprocessor's share of the bandwidth. A multiprocessor's four schedulers run alike, so
-one is simulated, whose accesses count four times.
+Warps issue in order, one instruction per scheduler and cycle, and wait for registers, units, barriers and memory.
+Memory is a latency and a queue at the multiprocessor's share of the bandwidth. A multiprocessor's four schedulers run
+alike, so one is simulated, whose accesses count four times.
 
 Not modelled: the instruction cache, bank conflicts, the memory's turns between reading and writing, and the waits that
 the compiler writes into the instructions.
