@@ -73,8 +73,8 @@ def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
 
 
 def main(
-    gpu: Annotated[list[str], typer.Option(help=f"{', '.join(GPUS)}; several times for several.")] = ["h200"],  # noqa: B006
-    batch_size: Annotated[list[int], typer.Option(help="Several times for several.")] = [128, 512],  # noqa: B006
+    gpu: Annotated[list[str], typer.Option(help="May be given several times.")] = ["h200"],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="May be given several times.")] = [128, 512],  # noqa: B006
 ) -> None:
     """Predict the kernels of eager and torch.compile in a training step of ResNet-18."""
     for name, size in itertools.product(gpu, batch_size):
