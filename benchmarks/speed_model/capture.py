@@ -191,10 +191,10 @@ class Recorder:
         for result in kernel.compile_results:  # what Inductor decides by whether to halve R0_BLOCK
             result.kernel.n_regs = read_code(result.kernel.asm["cubin"], 1, 0).registers
         kernel._dynamic_scale_rblock()
+        results = [(result.config, result.kernel) for result in kernel.compile_results]
         return [
-            Candidate(result.config.kwargs, result.config.num_warps, result.kernel.metadata.shared, cubin)
-            for result in kernel.compile_results
-            for cubin in [result.kernel.asm["cubin"]]
+            Candidate(config.kwargs, config.num_warps, compiled.metadata.shared, compiled.asm["cubin"])
+            for config, compiled in results
         ]
 
     def run(self, *args: Any, stream: int) -> None:
@@ -207,7 +207,7 @@ class Recorder:
 
 
 def make_network(network: str) -> Any:
-    """Return torchvision's ResNet-18 with the 3x3 stem, or for tests "small": one batch norm between its neighbours."""
+    """Return "resnet18", torchvision's with the 3x3 stem, or "small", for tests: one batch norm and its neighbours."""
     from torch import nn
 
     from benchmarks.networks import eager_resnet18
