@@ -188,8 +188,9 @@ class Recorder:
         kernel = self.kernel
         kernel._make_launchers = returning(None)  # they would load the machine code onto the GPU
         kernel._precompile_worker()
-        for result in kernel.compile_results:  # what Inductor decides by whether to halve R0_BLOCK
-            result.kernel.n_regs = read_code(result.kernel.asm["cubin"], 1, 0).registers
+        for result in kernel.compile_results:
+            if "R0_BLOCK" in result.config.kwargs:  # Inductor decides by the registers whether to try half of it
+                result.kernel.n_regs = read_code(result.kernel.asm["cubin"], 1, 0).registers
         kernel._dynamic_scale_rblock()
         results = [(result.config, result.kernel) for result in kernel.compile_results]
         return [
