@@ -43,10 +43,11 @@ def test_eager_launches():
     assert totals.rest_launches == 47
 
 
-@pytest.mark.parametrize("batch_size", [128, 512])
-def test_predicted_rows_of_the_h200(batch_size):
+# At 512 Inductor takes three steps, not two, for one more stage's statistics.
+@pytest.mark.parametrize(("batch_size", "launches"), [(128, 164), (512, 169)])
+def test_predicted_rows_of_the_h200(batch_size, launches):
     totals = read_totals("h200", "bf16", batch_size)
-    assert {provider: own.launches for provider, own in totals.items()} == {"eager": 210, "compile": 164}
+    assert {provider: own.launches for provider, own in totals.items()} == {"eager": 210, "compile": launches}
     assert totals["eager"] == pytest.approx(add_up(eager_rows(H200, batch_size)), rel=0.01)
     assert totals["compile"].predicted_us < totals["eager"].predicted_us
     assert read_totals("h200", "bf16", 1) == {}
