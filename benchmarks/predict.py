@@ -8,7 +8,7 @@ Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has n
 import csv
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,14 +53,14 @@ def main(
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
     from benchmarks.speed_model import network, peers
 
-    slower = []
+    slow = []
     for name, precision in itertools.product([choice.value for choice in gpu], [choice.value for choice in dtype]):
         if precision == "bf16" and GPUS[name].capability < 80:  # has none
             continue
         jobs = [job for size in batch_size for job in network.jobs(name, precision, size)]
         path = PREDICTED / f"{name}.csv"
         if check:
-            slower += _slower(path, jobs, network.KERNEL_KEY)
+            slow += slower(path, jobs, network.KERNEL_KEY)
             continue
         rows = network.predict_all(jobs)
         replace_rows(path, rows, ("precision", "batch_size"))
@@ -76,12 +76,12 @@ def main(
                     f"predicted: {name}, {precision}, batch {size}, {step['provider']}: {step['launches']} launches, "
                     f"{step['batch_norm_us']} us, step {step['step_ms']} ms"
                 )
-    if slower:
-        typer.echo("\n".join(slower))
+    if slow:
+        typer.echo("\n".join(slow))
         raise typer.Exit(1)
 
 
-def _slower(path: Path, jobs: "list[Job]", key: tuple[str, ...]) -> Iterator[str]:
+def slower(path: Path, jobs: "Sequence[Job]", key: tuple[str, ...]) -> Iterator[str]:
     """Yield a line for each kernel that is slower than its row, or has none.
 
     A kernel whose key has not changed needs no prediction: one is predicted to see that. Of the others those of the

@@ -4,8 +4,9 @@ The vendor's data sheets and architecture whitepapers have multiprocessors, boos
 (dense; GeForce: with fp32 accumulation). The rest:
 
 - clock_ghz: H200 and T4 below the boost clocks (1.98, 1.59), since power limits them; assumed.
-- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured by us. Others: assumed, 90 % of
-  the data sheet (A100 of 80 GB: 2,039; RTX 4090: 1,008; RTX 3090: 936), T4 81 % of 320.
+- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured by us. A100 of 80 GB: 1.7 of
+  2.04 TB/s, as in Triton's vector-addition tutorial. Others: assumed, 90 % of the data sheet (RTX 4090: 1,008; RTX
+  3090: 936), T4 81 % of 320.
 - l2_gb_s, memory_ns and l2_ns are assumed: rounded, in the range that microbenchmarks report (arXiv 2402.13499 for
   Hopper, Ada and Ampere, 2208.11174 for Ampere, 1903.07486 for T4), but taken from none of their tables.
 - launch_us, the shortest time between two small kernels in a stream or a graph, is assumed.
@@ -69,7 +70,7 @@ class Gpu(NamedTuple):
 
 GPUS = {
     "h200": Gpu("H200", 90, 132, 1.75, 4300, 6000, 50, 550, 200, 989, 495, 2.5),
-    "a100": Gpu("A100", 80, 108, 1.41, 1800, 3500, 40, 500, 200, 312, 156, 2.5),
+    "a100": Gpu("A100", 80, 108, 1.41, 1700, 3500, 40, 500, 200, 312, 156, 2.5),
     "rtx4090": Gpu("RTX 4090", 89, 128, 2.52, 910, 4000, 72, 450, 170, 165, 83, 2.5),
     "rtx3090": Gpu("RTX 3090", 86, 82, 1.70, 840, 2000, 6, 450, 200, 71, 36, 2.5),
     "t4": Gpu("T4", 75, 40, 1.35, 260, 900, 4, 500, 200, 65, 8.1, 3.0),

@@ -14,7 +14,7 @@ from itertools import count
 from typing import NamedTuple
 
 from .gpus import Gpu
-from .path import count_trips, find_loops, follow, follow_pointers
+from .path import follow, follow_pointers
 from .sass import Code, Instruction, decode, read_code
 
 __all__ = ["Code", "Instruction", "Prediction", "Work", "predict", "read_code"]
@@ -37,9 +37,9 @@ class Work(NamedTuple):
     image_parameters: where pointers to image-sized tensors lie in the constant bank (`launches.parameter_offsets`);
         only their accesses use memory bandwidth, what else is loaded comes from the L2 cache.
     image_bytes: bytes of images that the launch has to read and write, ReLU bits included.
-    program_reads: bytes that one program reads of a tensor, by the pointer's offset in the constant bank, for every
-        tensor over which a program may loop: images (bytes / grid) and partial results (their columns, whole). A loop
-        that loads from such a tensor takes as many trips as that needs; another loop takes one.
+    program_reads: bytes that one program reads in a pass over a tensor, by the pointer's offset in the constant bank,
+        for every tensor over which a program may loop: images (bytes / grid) and partial results (their columns,
+        whole). A loop that loads from such a tensor takes as many trips as that needs; another loop takes one.
     """
 
     grid: int
@@ -124,8 +124,7 @@ def predict(code: Code, work: Work, gpu: Gpu, in_l2: bool) -> Prediction:
 def _steps(code: Code, work: Work) -> list[Step]:
     """The instructions that a warp executes, in order."""
     accesses = follow_pointers(code.instructions, work.image_parameters | work.program_reads.keys())
-    loops = find_loops(code.instructions)
-    path = follow(code.instructions, count_trips(code, loops, accesses, work.program_reads))
+    path = follow(code, accesses, work.program_reads)
     decoded = [decode(instruction.text) for instruction in code.instructions]
     # A row that programs share or a tile that is partly outside is in the instructions' bytes, not in the memory's.
     is_image = {at for at, pointer in accesses.items() if pointer in work.image_parameters}
