@@ -23,6 +23,7 @@ from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
 from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
+from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.options import settings_of
 from resnet_fast.training.random_state import random_states, restore_random_states
@@ -144,6 +145,9 @@ class TrainingStep:
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
+        # DistributedDataParallel exchanges gradients as they come, and a compiler places casts itself.
+        if precision == "bf16" and forward is None and not isinstance(model, DistributedDataParallel):
+            self.forward = cast_weights(model)
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
