@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.models.blocks import has_own_hook, is_observed
+from resnet_fast.models.blocks import has_own_hook
 
 # Layers from here read a weight only to compute with it under autocast; another's code may use it in fp32.
 SOURCES = ("torch.nn.modules.", "torchvision.models.", "resnet_fast.")
@@ -31,13 +31,13 @@ class CastWeights:
     was. If hooks look on, it runs as it is.
 
     Args:
-        model: on its device. Its parameters may be changed in place, not replaced.
+        model: on its device. Its parameters may be changed in place; neither they nor its layers may be replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.modules = model, tuple(model.modules())
         shadows: dict[nn.Parameter, Shadow] = {}  # a weight that layers share is cast once
-        for module in model.modules():
+        for module in self.modules:
             if type(module) not in (nn.Conv2d, nn.Linear):
                 continue
             for name, weight in module._parameters.items():
@@ -49,7 +49,7 @@ class CastWeights:
 
     def __call__(self, x: Tensor) -> Tensor:
         shadows = [shadow for shadow in self.shadows if shadow.weight.requires_grad]
-        if not shadows or has_own_hook(self.model) or is_observed(self.model, x):
+        if not shadows or nn.modules.module._has_any_global_hook() or any(map(has_own_hook, self.modules)):
             return self.model(x)
         casts = _Cast.apply([shadow.copy for shadow in shadows], *(shadow.weight for shadow in shadows))
         try:
