@@ -1,4 +1,4 @@
-"""A fused network counts its batches in one launch, and its counters are those that step by step would be counted."""
+"""A fused network counts its batches in one launch, and its counters are those of nn.BatchNorm2d, step by step."""
 
 import functools
 from collections import Counter
