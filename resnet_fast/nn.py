@@ -1,7 +1,11 @@
 """Batch norm with the residual addition and ReLU fused in, as modules: of one process, or of several together."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
@@ -9,6 +13,31 @@ from .convolution import Activation, Convolved, choose_data_gradient
 from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run_batch_norm
 from .ops.arguments import join_of
 from .ops.distributed import Group
+
+_pass = threading.local()  # batches: num_batches_tracked of a norm -> how many it has yet to count
+
+
+def count_together() -> AbstractContextManager[None]:
+    """Return a context at whose end one launch counts the batches of all norms that ran in it, also after an error.
+
+    Nobody may look at a counter inside. A norm with momentum=None counts at once, because it divides by its counter.
+    """
+    # A compiler merges launches itself, and torch.vmap knows no multi-tensor operator.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return _counting_together()
+
+
+@contextmanager
+def _counting_together() -> Iterator[None]:
+    before = getattr(_pass, "batches", None)
+    batches = _pass.batches = {}
+    try:
+        yield
+    finally:
+        _pass.batches = before
+        if batches:
+            torch._foreach_add_(list(batches), list(batches.values()))  # type: ignore[attr-defined]
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -102,9 +131,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         # A batch that is refused is not counted.
         check_arguments(x, norm, residual, residual_args, group, ghost_batch_size)
         for module in modules:
-            counter = module.counter()
-            if counter is not None:
-                counter.add_(count_groups(x, ghost_batch_size))
+            module._count(count_groups(x, ghost_batch_size))
         if group is not None or ghost_batch_size is not None or not all(module.training for module in modules):
             partial_statistics = consumer = None  # no statistics of all rows, and no sums of them
         choice = choose_data_gradient(consumer, x, join_of(residual, residual_norm), fork)
@@ -126,6 +153,16 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     def counter(self) -> Tensor | None:
         """`num_batches_tracked`, where this pass counts as a batch."""
         return self.num_batches_tracked if self.training and self.track_running_stats else None
+
+    def _count(self, n_batches: int) -> None:
+        counter = self.counter()
+        if counter is None:
+            return
+        batches = None if torch.compiler.is_compiling() else getattr(_pass, "batches", None)
+        if batches is None or self.momentum is None:
+            counter.add_(n_batches)
+        else:
+            batches[counter] = batches.get(counter, 0) + n_batches
 
     def arguments(self) -> BatchNormArgs:
         """What one forward pass uses."""

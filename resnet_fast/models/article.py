@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.checks import check_integer
-from ..nn import FusedBatchNorm2d
+from ..nn import FusedBatchNorm2d, count_together
 from .blocks import is_fused, is_observed, to_channels_last
 
 STEM_CHANNELS = 64
@@ -150,9 +150,13 @@ class ResNetModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels_last(x)
         x = self.conv1(x)
-        x = self.batch_norm.fused(x, relu=True) if _can_fuse(self, x) else self.relu(self.batch_norm(x))
-        x = self.max_pool(x)
-        x = self.residual_blocks(x)
+        if _can_fuse(self, x):
+            with count_together():
+                x = self.max_pool(self.batch_norm.fused(x, relu=True))
+                x = self.residual_blocks(x)
+        else:
+            x = self.max_pool(self.relu(self.batch_norm(x)))
+            x = self.residual_blocks(x)
         x = F.adaptive_avg_pool2d(x, 1)  # no module: the article's table has no row for it
         x = self.flatten(x)
         return self.linear(x)

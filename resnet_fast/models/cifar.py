@@ -18,7 +18,7 @@ from torch import Tensor, flatten, nn
 from torchvision.models.resnet import conv1x1
 
 from ..common.checks import check_integer, is_integer
-from ..nn import FusedBatchNorm2d
+from ..nn import FusedBatchNorm2d, count_together
 from .blocks import BasicBlock, PaddedShortcut, PlainBlock, blocks_to_fuse, run_fused, to_channels_last
 
 Shortcut = Literal["A", "B"] | None
@@ -104,15 +104,20 @@ class CifarResNet(nn.Module):
         if not blocks:
             x = self.relu(self.bn1(x))
             x = self.layer3(self.layer2(self.layer1(x)))
-        elif self.shortcut is None:  # one consumer, one handle
-            x = self.bn1.fused(x, relu=True, consumer=blocks[0].conv1)
-            x = run_fused(blocks, x, None)
         else:
-            x, handle = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
-            x = run_fused(blocks, x, handle)
+            with count_together():
+                x = self._fused_stages(x, blocks)
         x = self.avgpool(x)
         x = flatten(x, 1)
         return self.fc(x)
+
+    def _fused_stages(self, x: Tensor, blocks: list[Any]) -> Tensor:
+        """The stem's batch norm and all blocks."""
+        if self.shortcut is None:  # one consumer, one handle
+            x = self.bn1.fused(x, relu=True, consumer=blocks[0].conv1)
+            return run_fused(blocks, x, None)
+        x, handle = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
+        return run_fused(blocks, x, handle)
 
 
 def check_depth(depth: int) -> None:

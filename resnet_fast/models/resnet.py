@@ -20,7 +20,7 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models._utils import handle_legacy_interface
 
 from ..common.checks import check_integer
-from ..nn import FusedBatchNorm2d
+from ..nn import FusedBatchNorm2d, count_together
 from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused, to_channels_last
 from .pretrained import check_fit, verify
 
@@ -96,11 +96,12 @@ class ResNet(torchvision_resnet.ResNet):
         if not blocks:
             return super()._forward_impl(x)
         x = self.conv1(x)
-        if type(self.maxpool) is nn.Identity:
-            x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
-        else:
-            x = shortcut = self.maxpool(self.bn1.fused(x, relu=True))
-        x = run_fused(blocks, x, shortcut)
+        with count_together():
+            if type(self.maxpool) is nn.Identity:
+                x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
+            else:
+                x = shortcut = self.maxpool(self.bn1.fused(x, relu=True))
+            x = run_fused(blocks, x, shortcut)
         x = self.avgpool(x)
         x = flatten(x, 1)
         return self.fc(x)

@@ -6,7 +6,8 @@
 `training_step` is its middle, from images that are augmented to the optimizer, which profile and benchmarks compare.
 
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
-the optimizer, the batch-norm statistics and the loss in fp32.
+the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` casts the weights together, to the bits of
+autocast's own casts (cast_weights.py).
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation import autocast
 from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
+from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.options import settings_of
 from resnet_fast.training.random_state import random_states, restore_random_states
@@ -144,6 +146,9 @@ class TrainingStep:
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
+        # DistributedDataParallel exchanges gradients as they come, and a compiler places casts itself.
+        if precision == "bf16" and forward is None and not isinstance(model, DistributedDataParallel):
+            self.forward = cast_weights(model)
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
@@ -193,15 +198,15 @@ class TrainingStep:
             with nullcontext() if is_last else self._without_exchange():
                 loss, logits = forward_loss(self.forward, images, labels, self.precision, self.recipe.label_smoothing)
                 # DistributedDataParallel takes the mean over the processes, whatever the size of their shares.
-                (loss * (len(plan) * self.world_size / n_images)).backward()
-            losses.append(loss.detach() * (len(plan) / len(batch.plan)))
+                loss.backward(torch.full_like(loss, len(plan) * self.world_size / n_images))
+            losses.append(loss.detach() if n_parts == 1 else loss.detach() * (len(plan) / len(batch.plan)))
             correct.append((logits.detach().argmax(1) == labels).sum())
         if self.recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
-        return StepOutput(torch.stack(losses).sum(), torch.stack(correct).sum())
+        return StepOutput(_total(losses), _total(correct))
 
     def _without_exchange(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
@@ -263,6 +268,10 @@ class TrainingStep:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.recorded.clear()
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -1,0 +1,85 @@
+"""The weights of a network cast to bf16 together: one launch forward and one backward for all of them.
+
+Autocast takes one for each weight when a layer first reads it, and one to convert each weight's gradient. It leaves
+weights alone that are in bf16 already, so the network runs on copies that are cast before.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.models.blocks import has_own_hook
+
+# Layers from here read a weight only to compute with it under autocast; another's code may use it in fp32.
+SOURCES = ("torch.nn.modules.", "torchvision.models.", "resnet_fast.")
+
+
+class Shadow(NamedTuple):
+    """A weight, its copy in bf16, and the dictionaries of modules' parameters that hold the weight, with its names."""
+
+    weight: nn.Parameter
+    copy: Tensor
+    places: list[tuple[dict[str, Any], str]]
+
+
+class CastWeights:
+    """Runs a model under autocast to bf16, its convolutions and linear layers on weights that are cast together.
+
+    Outputs, and gradients of the fp32 parameters, have the bits of `model(x)`. Outside of a call the model is as it
+    was. If hooks look on, it runs as it is.
+
+    Args:
+        model: on its device. Its parameters may be changed in place; neither they nor its layers may be replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules = model, tuple(model.modules())
+        shadows: dict[nn.Parameter, Shadow] = {}  # a weight that layers share is cast once
+        for module in self.modules:
+            if type(module) not in (nn.Conv2d, nn.Linear):
+                continue
+            for name, weight in module._parameters.items():
+                if type(weight) is nn.Parameter and weight.dtype == torch.float32:
+                    copy = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+                    shadow = shadows.setdefault(weight, Shadow(weight, copy, []))
+                    shadow.places.append((module._parameters, name))
+        self.shadows = list(shadows.values())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shadows = [shadow for shadow in self.shadows if shadow.weight.requires_grad]
+        if not shadows or nn.modules.module._has_any_global_hook() or any(map(has_own_hook, self.modules)):
+            return self.model(x)
+        casts = _Cast.apply([shadow.copy for shadow in shadows], *(shadow.weight for shadow in shadows))
+        try:
+            for shadow, cast in zip(shadows, casts, strict=True):  # type: ignore[arg-type]
+                for parameters, name in shadow.places:
+                    parameters[name] = cast
+            return self.model(x)
+        finally:
+            for shadow in shadows:
+                for parameters, name in shadow.places:
+                    parameters[name] = shadow.weight
+
+
+def cast_weights(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the model's forward with its weights cast together, or the model if it has layers of somebody else."""
+    is_known = all(type(module).__module__.startswith(SOURCES) for module in model.modules())
+    return CastWeights(model) if is_known else model
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, copies: list[Tensor], *weights: Tensor):
+        torch._foreach_copy_(copies, weights)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
+        return tuple(copy.detach() for copy in copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
+        given = [gradient for gradient in gradients if gradient is not None]
+        converted = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+        torch._foreach_copy_(converted, given)  # type: ignore[attr-defined]
+        rest = iter(converted)
+        return None, *(None if gradient is None else next(rest) for gradient in gradients)
