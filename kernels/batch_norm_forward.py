@@ -1,8 +1,8 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
 x, residual, y are [n_rows, N_CHANNELS] in channels_last or NCHW order; per-channel vectors are [N_CHANNELS], those of
-the pass, mean and rstd, [n_groups, N_CHANNELS] (tile_access.py: groups); partial results are [2, n_splits, N_CHANNELS],
-means and then M2. Arithmetic is in fp32, or in fp64 when x is fp64 (the type of `mean`).
+the pass, mean and rstd, [n_groups, N_CHANNELS] (tile_access.py: groups); partial results are [3, n_splits, N_CHANNELS]:
+pivots, shifts (a split's mean is their sum) and M2. Arithmetic is in fp32, or in fp64 when x is fp64 (the type of `mean`).
 
 Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
 """
@@ -76,12 +76,20 @@ def add_differences(x, pivot, unit, mask, total, squares):
 
 
 @triton.jit
-def mean_and_m2(total, squares, pivot, n_rows):
-    """[BLOCK_C] mean and M2 of `n_rows` rows from the sums, [P, BLOCK_C], of differences from the pivot (S2)."""
+def shift_and_m2(total, squares, n_rows):
+    """[BLOCK_C], how far the mean of `n_rows` rows is from the pivot, and M2, from [P, BLOCK_C] sums of differences."""
     total, squares = tl.reduce((total, squares), 0, add_pairs)
     shift = total * (1 / (tl.full([], 0.0, total.dtype) + n_rows))
     m2 = tl.fma(-total, shift, squares)
-    return pivot + shift, tl.where(m2 < 0, 0.0, m2)  # rounding can leave less than 0; NaN stays
+    return shift, tl.where(m2 < 0, 0.0, m2)  # rounding can leave less than 0; NaN stays
+
+
+@triton.jit
+def store_partial(partial_ptrs, stride, pivot, shift, m2, unit, mask):
+    """Store what is about x·unit. A negative M2 stands for its magnitude in units of 1/UNIT²."""
+    tl.store(partial_ptrs, pivot / unit, mask=mask)
+    tl.store(partial_ptrs + stride, shift / unit, mask=mask)
+    tl.store(partial_ptrs + 2 * stride, tl.where(unit < 1, -m2, m2), mask=mask)
 
 
 @triton.jit
@@ -99,7 +107,7 @@ def split_statistics(
     BLOCK_C: tl.constexpr,
     N_TILES: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
+    """[BLOCK_C] pivot, shift and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
     STEP: tl.constexpr = N_TILES * BLOCK_M
     tiles = ()
     for k in tl.static_range(N_TILES):
@@ -142,7 +150,8 @@ def split_statistics(
     for k in tl.static_range(N_TILES):
         mask = tile_mask(n_left - k * BLOCK_M, mask_c, BLOCK_M)
         total, squares = add_differences(tiles[k], pivot, unit, mask, total, squares)
-    return mean_and_m2(total, squares, pivot, n_own)
+    shift, m2 = shift_and_m2(total, squares, n_own)
+    return pivot, shift, m2
 
 
 @triton.jit
@@ -161,7 +170,7 @@ def statistics_kernel(
     N_TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Mean and centered M2 of one split of rows. A negative M2 stands for its magnitude in units of 1/UNIT²."""
+    """Pivot, shift and centered M2 of one split of rows."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     N_CHANNEL_TILES: tl.constexpr = (N_CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -174,7 +183,7 @@ def statistics_kernel(
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
-        mean, m2 = split_statistics(
+        pivot, shift, m2 = split_statistics(
             x_ptr,
             first_row,
             n_own,
@@ -188,8 +197,7 @@ def statistics_kernel(
             BLOCK_C,
             N_TILES,
         )
-        tl.store(partial_ptrs, mean / unit, mask=todo)
-        tl.store(partial_ptrs + wide(n_splits) * N_CHANNELS, tl.where(unit < 1, -m2, m2), mask=todo)
+        store_partial(partial_ptrs, wide(n_splits) * N_CHANNELS, pivot, shift, m2, unit, todo)
         todo = mask_c & (is_finite(m2) == 0)
         again = (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
         unit = tl.full([], UNIT, acc_type)
@@ -198,7 +206,7 @@ def statistics_kernel(
 @triton.jit
 def merge_splits(
     partials_ptr,
-    m2_offset,
+    stride,
     offs_c,
     mask_c,
     n_rows,
@@ -209,30 +217,31 @@ def merge_splits(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the mean of its first split (S3)."""
+    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the pivot of its first split (S2)."""
     pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype) * unit
-    pivot = tl.where(is_finite(pivot), pivot, 0.0)
     total = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     squares = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     for start in range(0, n_splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
-        mean = tl.load(pointers, mask=mask, other=0.0) * unit
-        m2 = tl.load(pointers + m2_offset, mask=mask, other=0.0)
+        split_pivot = tl.load(pointers, mask=mask, other=0.0) * unit
+        shift = tl.load(pointers + stride, mask=mask, other=0.0) * unit
+        m2 = tl.load(pointers + 2 * stride, mask=mask, other=0.0)
         m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
         rows = tl.minimum(n_rows - offs_s.to(tl.int64) * rows_per_split, rows_per_split)
         rows = tl.where(offs_s < n_splits, rows, 0).to(unit.dtype)[:, None]
-        difference = mean - pivot[None, :]
+        difference = (split_pivot - pivot[None, :]) + shift
         total += rows * difference
         squares += tl.fma(rows * difference, difference, m2)
-    return mean_and_m2(total, squares, pivot, n_rows)
+    shift, m2 = shift_and_m2(total, squares, n_rows)
+    return pivot + shift, m2
 
 
 @triton.jit
 def group_statistics(
     partials_ptr,
-    m2_offset,
+    stride,
     offs_c,
     mask_c,
     n_rows,
@@ -253,7 +262,7 @@ def group_statistics(
     while again:
         merged_mean, m2 = merge_splits(
             partials_ptr,
-            m2_offset,
+            stride,
             offs_c,
             mask_c,
             n_rows,
@@ -326,7 +335,7 @@ def combine_statistics_kernel(
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c, mask_c = channels_of(tl.program_id(0), N_CHANNELS, BLOCK_C)
-    m2_offset = wide(n_splits) * N_CHANNELS
+    stride = wide(n_splits) * N_CHANNELS
     running_mean = load_channel(running_mean_ptr, offs_c, mask_c, 0.0, acc_type)
     running_var = load_channel(running_var_ptr, offs_c, mask_c, 0.0, acc_type)
     for group in range(0, n_groups):
@@ -336,7 +345,7 @@ def combine_statistics_kernel(
         own_splits = tl.minimum(n_splits - first_split, group_splits).to(tl.int32)
         mean, var, units = group_statistics(
             partials_ptr + first_split * N_CHANNELS,
-            m2_offset,
+            stride,
             offs_c,
             mask_c,
             group_rows,

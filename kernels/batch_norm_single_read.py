@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_backward import input_gradient, recompute_relu_mask, store_gradients, sum_splits
-from .batch_norm_forward import UNIT, add_differences, load_pivot, is_finite, mean_and_m2, pass_statistics
+from .batch_norm_forward import UNIT, add_differences, is_finite, load_pivot, pass_statistics, shift_and_m2, store_partial
 from .tile_access import (
     bit_offsets,
     channels_of,
@@ -83,11 +83,11 @@ def store_statistics(
     offs_c,
     mask_c,
     partial_ptrs,
-    m2_offset,
+    stride,
     N_CHANNELS: tl.constexpr,
     N_TILES: tl.constexpr,
 ):
-    """Mean and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
+    """Pivot, shift and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
     acc_type: tl.constexpr = partial_ptrs.dtype.element_ty
     BLOCK_M: tl.constexpr = tiles[0].shape[0]
     unit = tl.full([], 1.0, acc_type)
@@ -101,9 +101,8 @@ def store_statistics(
         for k in tl.static_range(N_TILES):
             mask = tile_mask(n_left - k * BLOCK_M, mask_c, BLOCK_M)
             total, squares = add_differences(afresh(tiles[k], 0), pivot, unit, mask, total, squares)
-        mean, m2 = mean_and_m2(total, squares, pivot, n_own)
-        tl.store(partial_ptrs, mean / unit, mask=todo)
-        tl.store(partial_ptrs + m2_offset, tl.where(unit < 1, -m2, m2), mask=todo)
+        shift, m2 = shift_and_m2(total, squares, n_own)
+        store_partial(partial_ptrs, stride, pivot, shift, m2, unit, todo)
         todo = mask_c & (is_finite(m2) == 0)
         again = (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
         unit = tl.full([], UNIT, acc_type)
@@ -155,20 +154,20 @@ def single_read_forward_kernel(
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
     partial = split * N_CHANNELS + offs_c
-    m2_offset = n_splits * N_CHANNELS
+    stride = n_splits * N_CHANNELS
 
     at = (first_row, n_own, offs_c, mask_c)
     x_tiles = load_tiles(x_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
     if residual_mean_ptr is not None:
         residual_tiles = load_tiles(residual_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
-    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, m2_offset, N_CHANNELS, N_TILES)
+    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, stride, N_CHANNELS, N_TILES)
     if residual_mean_ptr is not None:
         store_statistics(
             residual_ptr,
             residual_tiles,
             *at,
             residual_partials_ptr + partial,
-            m2_offset,
+            stride,
             N_CHANNELS,
             N_TILES,
         )

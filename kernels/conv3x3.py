@@ -99,8 +99,7 @@ def conv3x3_kernel(
     x_desc,
     weight_desc,
     y_desc,
-    partial_mean_ptr,
-    partial_m2_ptr,
+    partials_ptr,
     n_rows,
     rows_per_program,
     CHANNELS_AS_ROWS: tl.constexpr,
@@ -111,7 +110,10 @@ def conv3x3_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y, and the mean and centered M2 of its rounded values over the rows of each program."""
+    """y, and the mean and centered M2 of its rounded values over the rows of each program.
+
+    As partial statistics: the mean is the pivot, and there is no shift.
+    """
     N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(0) // N_CHANNEL_TILES
     first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
@@ -141,8 +143,10 @@ def conv3x3_kernel(
 
     offs_c = first_channel + tl.arange(0, BLOCK_N)
     partial = part.to(tl.int64) * CHANNELS + offs_c
-    tl.store(partial_mean_ptr + partial, mean, mask=offs_c < CHANNELS)
-    tl.store(partial_m2_ptr + partial, m2, mask=offs_c < CHANNELS)
+    stride = tl.num_programs(0) // N_CHANNEL_TILES * CHANNELS
+    tl.store(partials_ptr + partial, mean, mask=offs_c < CHANNELS)
+    tl.store(partials_ptr + stride + partial, tl.zeros([BLOCK_N], tl.float32), mask=offs_c < CHANNELS)
+    tl.store(partials_ptr + 2 * stride + partial, m2, mask=offs_c < CHANNELS)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ needs_interpreter = pytest.mark.skipif(
 def mend() -> None:
     """All of the below, before a kernel runs."""
     _round_bfloat16_to_nearest()
-    _sum_in_pairs()
+    _reduce_in_pairs()
     _multiply_bfloat16()
     _let_registers_be()
     _run_programs_together()
@@ -54,21 +54,34 @@ def _round_bfloat16_to_nearest() -> None:
     interpreter._convert_float = convert
 
 
-def _sum_in_pairs() -> None:
-    """tl.sum adds halves of a tile to each other, as lanes and warps do; the interpreter adds one after the other."""
+def _reduce_in_pairs() -> None:
+    """Reductions combine halves of a tile, as lanes and warps do; the interpreter goes one element after the other."""
+
+    def tree(tensors, axis, combine):
+        while tensors[0].shape[axis] > 1:  # a power of two
+            tensors = combine(*zip(*(np.split(data, 2, axis) for data in tensors), strict=True))
+        return tensors
 
     def tree_sum(self, input):
         data, axis = input.handle.data, self.axis
         if axis is None:
             data, axis = data.reshape(-1), 0
-        while data.shape[axis] > 1:  # a power of two
-            first, second = np.split(data, 2, axis)
-            data = first + second
+        (data,) = tree([data], axis, lambda first, second: [first[0] + second[0]])
         keep = self.keep_dims
         data = data.reshape([1] * input.handle.data.ndim) if keep and self.axis is None else data
         return self.to_tensor(data if keep else np.squeeze(data, axis), input.dtype)
 
+    def tree_reduce(self, input):
+        def combine(first, second):
+            halves = [self.to_tensor(data, x.dtype) for half in (first, second) for data, x in zip(half, input, strict=True)]
+            return [result.handle.data for result in self.combine_fn.fn(*halves)]
+
+        assert self.axis is not None and not self.keep_dims
+        reduced = tree([x.handle.data for x in input], self.axis, combine)
+        return [self.to_tensor(np.squeeze(data, self.axis), x.dtype) for data, x in zip(reduced, input, strict=True)]
+
     interpreter.ReduceOps.sum = tree_sum
+    interpreter.ReduceOps.generic_reduce = tree_reduce
 
 
 def _multiply_bfloat16() -> None:

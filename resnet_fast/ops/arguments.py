@@ -25,7 +25,9 @@ class BatchNormArgs(NamedTuple):
 
 
 class PartialStatistics(NamedTuple):
-    """Mean and centered M2 of splits of x, [2, n_splits, C] over all groups of rows, `group_splits` of a whole one."""
+    """Pivot, shift and centered M2 of splits of x, [3, n_splits, C], over all groups of rows, `group_splits` to a whole
+    one. The mean of a split is pivot + shift.
+    """
 
     partials: Tensor
     rows_per_split: int

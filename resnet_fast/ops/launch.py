@@ -94,7 +94,7 @@ def _has_pdl(index: int | None) -> bool:
 
 class Statistics(NamedTuple):
     """Where `normalize_kernel` finds mean and rstd of the pass, [n_groups, C]: there; or it finds them itself and stores
-    them there, from few `partials` of [2, n_splits, C], or are the tracked ones.
+    them there, from few `partials`, [3, n_splits, C], or are the tracked ones.
     """
 
     mean: Tensor
@@ -110,9 +110,9 @@ def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, redu
 
 
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
-    """Mean and M2 of every split of x."""
+    """The partial results of `statistics_kernel`."""
     tiling = choose_tiles(shape, x, tiles.STATISTICS_BYTES, 1, reduces=True)
-    partials = torch.empty(2, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    partials = torch.empty(3, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     launch_kernel(
         batch_norm_forward.statistics_kernel,
         (tiling.n_programs,),
