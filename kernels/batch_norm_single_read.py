@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from .batch_norm_backward import input_gradient, recompute_relu_mask, store_gradients, sum_splits
-from .batch_norm_forward import UNIT, add_differences, is_finite, load_pivot, pass_statistics, shift_and_m2, store_partial
+from .batch_norm_forward import (
+    UNIT,
+    add_differences,
+    is_finite,
+    load_pivot,
+    pass_statistics,
+    shift_and_m2,
+    store_partial,
+)
 from .tile_access import (
     bit_offsets,
     channels_of,
@@ -175,7 +183,19 @@ def single_read_forward_kernel(
     zero = wait_for_splits(barrier_ptr + tl.program_id(0) % N_CHANNEL_TILES, split, n_splits)
     which = (0, offs_c, mask_c, split == 0, n_rows)
     mean, rstd = pass_statistics(
-        partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr, *which, ROWS_PER_SPLIT, n_splits, momentum, eps, N_CHANNELS, BLOCK_M, BLOCK_C
+        partials_ptr,
+        running_mean_ptr,
+        running_var_ptr,
+        mean_ptr,
+        rstd_ptr,
+        *which,
+        ROWS_PER_SPLIT,
+        n_splits,
+        momentum,
+        eps,
+        N_CHANNELS,
+        BLOCK_M,
+        BLOCK_C,
     )
     if residual_mean_ptr is not None:
         residual_mean, residual_rstd = pass_statistics(

@@ -73,7 +73,9 @@ def _reduce_in_pairs() -> None:
 
     def tree_reduce(self, input):
         def combine(first, second):
-            halves = [self.to_tensor(data, x.dtype) for half in (first, second) for data, x in zip(half, input, strict=True)]
+            halves = [
+                self.to_tensor(data, x.dtype) for half in (first, second) for data, x in zip(half, input, strict=True)
+            ]
             return [result.handle.data for result in self.combine_fn.fn(*halves)]
 
         assert self.axis is not None and not self.keep_dims

@@ -175,8 +175,9 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
     grid = math.prod(recorded.grid)
     reads = {offsets[name]: image.nbytes / grid for name, image in images.items()}
     for name, value in recorded.arguments.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and name.startswith("partial_"):
-            share = min(1.0, recorded.arguments["BLOCK_C"] / value.shape[1])
+        # Those that a kernel merges, not those that it writes.
+        if isinstance(value, torch.Tensor) and name.endswith("partials_ptr") and "BLOCK_S" in recorded.arguments:
+            share = min(1.0, recorded.arguments["BLOCK_C"] / value.shape[-1])
             reads[offsets[name]] = value.nbytes * share
     image_bytes = float(sum(image.nbytes for image in images.values()))
     return Work(grid, frozenset(offsets[name] for name in images), image_bytes, reads)
