@@ -129,9 +129,10 @@ def choose_tiles(
     return Tiles(block_m, block_c, n_tiles, rows_per_part, n_parts, group_parts, n_channel_tiles)
 
 
-def combine_rows(n_splits: int) -> int:
-    """How many partial results are merged at once: all, if they fit, so that every load is on its way together."""
-    return min(COMBINE_BLOCK_S, triton.next_power_of_2(n_splits))
+def merge_blocks(n_splits: int) -> dict[str, int]:
+    """How many partial results are merged in a step: all, if they fit, so that every load is on its way together."""
+    block_s = min(COMBINE_BLOCK_S, triton.next_power_of_2(n_splits))
+    return {"N_STEPS": triton.cdiv(n_splits, block_s), "BLOCK_S": block_s}
 
 
 class SingleReadTiles(NamedTuple):

@@ -159,7 +159,7 @@ def combine_statistics(
         momentum=norm.momentum,
         eps=norm.eps,
         N_CHANNELS=shape.n_channels,
-        BLOCK_S=tiles.combine_rows(group_splits),
+        **tiles.merge_blocks(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
         PDL=has_pdl(partials.device),
     )
@@ -296,7 +296,7 @@ def _normalize(
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         N_TILES=tiling.n_tiles,
-        BLOCK_S=tiles.combine_rows(n_splits),
+        **tiles.merge_blocks(n_splits),
         PDL=has_pdl(x.device),
     )
     return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
@@ -411,7 +411,7 @@ def combine_gradients(
         group_splits=group_splits,
         N_SUMS=n_sums,
         N_CHANNELS=n_channels,
-        BLOCK_S=tiles.combine_rows(group_splits),
+        **tiles.merge_blocks(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
         PDL=has_pdl(partials.device),
     )
@@ -486,7 +486,7 @@ def _input_gradients(
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         N_TILES=tiling.n_tiles,
-        BLOCK_S=tiles.combine_rows(n_splits),
+        **tiles.merge_blocks(n_splits),
         PDL=has_pdl(dy.device),
     )
     return dx, dz if join == "add" else dresidual
