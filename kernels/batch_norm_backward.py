@@ -363,7 +363,9 @@ def input_gradients_kernel(
         residual_weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
     if partials_ptr is not None:
         sum_stride = wide(n_splits) * N_CHANNELS
-        sums = sum_splits(partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_S, BLOCK_C)
+        sums = sum_splits(
+            partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_S, BLOCK_C
+        )
         first_mask = mask_c & (first_row == 0)
         store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     else:

@@ -227,7 +227,7 @@ def merge_splits(
     for step in tl.static_range(N_STEPS):
         offs_s = step * BLOCK_S + tl.arange(
             0, BLOCK_S
-        )  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
+        )  # of few enough partials for 32-bit offsets (tiles.STATISTICS_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
         split_pivot = tl.load(pointers, mask=mask, other=0.0)
