@@ -22,8 +22,8 @@ from .tile_access import (
     program_index,
     tile_mask,
     tile_pointers,
-    wide,
     wait_for_previous_kernel,
+    wide,
 )
 
 # Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.

@@ -25,8 +25,9 @@ WIDE_LAYER, WIDE_BLOCK_C = 256, 32
 BITS_PER_BYTE = 8
 
 # Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums
-# and in an elementwise pass, where more tiles share the loads of a program's vectors.
-STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES = 128, 128, 192
+# and in an elementwise pass, where more tiles share the loads of a program's vectors; of those of one that merges
+# statistics first, for which it takes still more.
+STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES, MERGING_PASS_BYTES = 128, 128, 192, 256
 
 # Reductions: about two and four programs for each of 132 multiprocessors, which are resident together on most GPUs.
 # More programs only write more partial results, and each has a cost of its own, of which the statistics have more.

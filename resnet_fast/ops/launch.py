@@ -255,7 +255,8 @@ def _normalize(
     merged = own.partials if own.partials is not None else its.partials
     n_splits = 1 if merged is None else merged.shape[1]
     n_tensors = 1 if residual is None else 2
-    tiling = choose_tiles(shape, x, tiles.PASS_BYTES, n_tensors)
+    bytes_ahead = tiles.PASS_BYTES if merged is None else tiles.MERGING_PASS_BYTES
+    tiling = choose_tiles(shape, x, bytes_ahead, n_tensors)
     finds = own.partials is not None or own.is_tracked
     residual_finds = its.partials is not None or its.is_tracked
     y = torch.empty_like(x)
