@@ -191,7 +191,7 @@ def sum_splits(
     """Partial sums of a group -> N_SUMS times [BLOCK_C], always in the same order."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     totals = ()
-    for k in tl.static_range(N_SUMS):
+    for _ in tl.static_range(N_SUMS):
         totals += (tl.zeros([BLOCK_S, BLOCK_C], acc_type),)
     for start in range(0, n_splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
@@ -253,7 +253,7 @@ def combine_gradients_kernel(
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     offs_c, mask_c = channels_of(tl.program_id(0), N_CHANNELS, BLOCK_C)
     totals = ()
-    for k in tl.static_range(N_SUMS):
+    for _ in tl.static_range(N_SUMS):
         totals += (tl.zeros([BLOCK_C], acc_type),)
     for group in range(0, n_groups):
         first_split = wide(group) * group_splits

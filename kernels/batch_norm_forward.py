@@ -87,8 +87,8 @@ def shift_and_m2(total, squares, n_rows):
 @triton.jit
 def store_partial(partial_ptrs, stride, pivot, shift, m2, unit, mask):
     """Store what is about x·unit. A negative M2 stands for its magnitude in units of 1/UNIT²."""
-    tl.store(partial_ptrs, pivot / unit, mask=mask)
-    tl.store(partial_ptrs + stride, shift / unit, mask=mask)
+    tl.store(partial_ptrs, pivot * (1 / unit), mask=mask)
+    tl.store(partial_ptrs + stride, shift * (1 / unit), mask=mask)
     tl.store(partial_ptrs + 2 * stride, tl.where(unit < 1, -m2, m2), mask=mask)
 
 
@@ -109,6 +109,7 @@ def split_statistics(
 ):
     """[BLOCK_C] pivot, shift and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
     STEP: tl.constexpr = N_TILES * BLOCK_M
+    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS, CHANNELS_LAST)
     tiles = ()
     for k in tl.static_range(N_TILES):
         tiles += (
@@ -124,7 +125,6 @@ def split_statistics(
                 BLOCK_M,
             ),
         )
-    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS, CHANNELS_LAST)
     total = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
     squares = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
     for start in range(STEP, n_own, STEP):
@@ -218,24 +218,25 @@ def merge_splits(
     BLOCK_C: tl.constexpr,
 ):
     """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the pivot of its first split (S2)."""
-    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype) * unit
+    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype)
+    full_rows = tl.full([], 0.0, unit.dtype) + rows_per_split
+    last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
     total = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     squares = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     for start in range(0, n_splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
-        split_pivot = tl.load(pointers, mask=mask, other=0.0) * unit
-        shift = tl.load(pointers + stride, mask=mask, other=0.0) * unit
+        split_pivot = tl.load(pointers, mask=mask, other=0.0)
+        shift = tl.load(pointers + stride, mask=mask, other=0.0)
         m2 = tl.load(pointers + 2 * stride, mask=mask, other=0.0)
         m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
-        rows = tl.minimum(n_rows - offs_s.to(tl.int64) * rows_per_split, rows_per_split)
-        rows = tl.where(offs_s < n_splits, rows, 0).to(unit.dtype)[:, None]
-        difference = (split_pivot - pivot[None, :]) + shift
+        rows = tl.where(offs_s < n_splits - 1, full_rows, tl.where(offs_s < n_splits, last_rows, 0.0))[:, None]
+        difference = (split_pivot * unit - (pivot * unit)[None, :]) + shift * unit
         total += rows * difference
         squares += tl.fma(rows * difference, difference, m2)
     shift, m2 = shift_and_m2(total, squares, n_rows)
-    return pivot + shift, m2
+    return pivot * unit + shift, m2
 
 
 @triton.jit
@@ -273,7 +274,7 @@ def group_statistics(
             BLOCK_S,
             BLOCK_C,
         )
-        mean = tl.where(todo, merged_mean / unit, mean)
+        mean = tl.where(todo, merged_mean * (1 / unit), mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
         todo = mask_c & (is_finite(m2) == 0)
@@ -413,7 +414,7 @@ def pass_statistics(
         if running_mean_ptr is not None:
             running_mean = load_channel(running_mean_ptr, offs_c, first_mask, 0.0, acc_type)
             running_var = load_channel(running_var_ptr, offs_c, first_mask, 0.0, acc_type)
-            new_var = updated_running(running_var, unbiased(var, n_rows) / units / units, momentum)
+            new_var = updated_running(running_var, unbiased(var, n_rows) * (1 / units) * (1 / units), momentum)
             tl.store(running_mean_ptr + offs_c, updated_running(running_mean, mean, momentum), mask=first_mask)
             tl.store(running_var_ptr + offs_c, new_var, mask=first_mask)
     elif running_mean_ptr is not None:
@@ -469,7 +470,7 @@ def normalize_kernel(
 ):
     """y = relu(bn(x) + residual) (N1-N3): no residual, a residual, or a residual with a batch norm of its own.
 
-    Each program has N_TILES tiles, loads them all, and then finds the statistics (`pass_statistics`). With a residual
+    A program has N_TILES tiles, and loads them all before it uses the first. With a residual
     and ReLU the signs go to `relu_mask_ptr`, one bit each; without a residual the backward recomputes them from x, for
     less traffic than a mask.
     """
@@ -483,12 +484,6 @@ def normalize_kernel(
     group, first_row, n_own = locate(index // N_CHANNEL_TILES, N_TILES * BLOCK_M, n_rows, rows_per_group)
     group_start, _ = group_of_rows(group, n_rows, rows_per_group)
     is_first = first_row == group_start
-
-    x_tiles, residual_tiles = (), ()
-    for k in tl.static_range(N_TILES):
-        at = (first_row + k * BLOCK_M, n_own - k * BLOCK_M, offs_c, mask_c, n_spatial)
-        x_tiles += (load_tile(x_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
-        residual_tiles += (load_tile(residual_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
 
     mean, rstd = pass_statistics(
         partials_ptr,
@@ -533,6 +528,12 @@ def normalize_kernel(
         )
         residual_scale = residual_rstd * load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
         residual_bias = load_channel(residual_bias_ptr, offs_c, mask_c, 0.0, acc_type)
+
+    x_tiles, residual_tiles = (), ()
+    for k in tl.static_range(N_TILES):
+        at = (first_row + k * BLOCK_M, n_own - k * BLOCK_M, offs_c, mask_c, n_spatial)
+        x_tiles += (load_tile(x_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
+        residual_tiles += (load_tile(residual_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
 
     for k in tl.static_range(N_TILES):
         row = first_row + k * BLOCK_M

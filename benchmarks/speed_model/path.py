@@ -211,8 +211,10 @@ def _is_taken(reads: Reads, position: int, target: int, trips: dict[Loop, int], 
 
 
 def _ends(reads: Reads, position: int, trips: dict[Loop, int], done: Counter[Loop]) -> bool:
-    """Whether a conditional exit is the way out of a loop that has run."""
+    """Whether a conditional exit is the way out of a loop that has run: at its top, or behind all of its accesses."""
     return any(
-        loop.holds(position) and not reads.decoded[loop.last].conditional and done[loop] >= n
+        loop.holds(position)
+        and not reads.decoded[loop.last].conditional
+        and done[loop] >= n - (not any(reads.decoded[at].bytes for at in range(position, loop.last)))
         for loop, n in trips.items()
     )
