@@ -74,8 +74,9 @@ def read_cubin(cubin: bytes) -> MachineCode:
 
 
 def loads_in_flight(instructions: tuple[sass.Instruction, ...], pointers: list[int]) -> int:
-    """The most loads, as wide as the widest, through these pointers that a thread of NVIDIA's code issues before it waits
-    for one of them. `pointers`: their places in the constant bank.
+    """The most loads of the widest kind through these pointers that a thread issues before it waits for one of them.
+
+    For NVIDIA; `pointers` are places in the constant bank.
     """
     decoded = [sass.decode(instruction.text) for instruction in instructions]
     loads = {at for at in follow_pointers(instructions, pointers) if decoded[at].name == "LDG"}

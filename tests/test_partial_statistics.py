@@ -1,4 +1,4 @@
-"""Statistics in parts: constant channels are exact and outliers do no harm, whatever the splits and whoever merges them."""
+"""Statistics in parts: constant channels are exact and outliers cost no digits, whatever the splits, whoever merges."""
 
 import statistics
 
@@ -59,7 +59,7 @@ def test_constant_channels_are_exact(layout, dtype, splits, device, monkeypatch)
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_outlier_at_any_row_costs_no_digits(layout, dtype, splits, device, monkeypatch):
-    """Also where it is the first, middle or last row of a split, whose median is the pivot: each channel has another."""
+    """Also if it is the first, middle or last row of a split, whose median is the pivot; each channel has another."""
     torch.manual_seed(0)
     n_rows = SHAPE[0] * SHAPE[2] * SHAPE[3]
     noise = torch.randn(SHAPE, dtype=torch.float64)

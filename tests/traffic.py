@@ -85,9 +85,7 @@ def formula(
         vectors=(0 if add else 2, 0),
         of_groups=(2 * norms, 0),
     )
-    gradients = moved(
-        images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0)
-    )
+    gradients = moved(images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0))
     merge = moved(sums=(2 + bn, 0), vectors=(0, 2 * norms))
     if is_merged_by_second_pass(reduction):
         gradients += merge
