@@ -112,8 +112,8 @@ def test_accesses_to_images_are_16_bytes_wide(kind, images, rows):
 def test_image_addresses_are_64_bits_wide(rows):
     """A batch of more than 2^31 elements must not wrap around.
 
-    In channels_last a tile's first element is counted in 64 bits and the others from there in 32, in NCHW all of them in
-    64. Vectors of fp32 and fp64 have offsets of their own.
+    In channels_last a tile's first element is counted in 64 bits and the others from there in 32, in NCHW all of them
+    in 64. Vectors of fp32 and fp64 have offsets of their own.
     """
     for row in rows:
         if row["kernel"] in DATA_KERNELS and row["layout"] == "channels_last":
@@ -123,7 +123,7 @@ def test_image_addresses_are_64_bits_wide(rows):
 
 
 def test_loads_are_on_their_way_together(rows):
-    """Of the path most taken: at least half of those of a step; the compiler puts the use of some before others' loads."""
+    """Of the path most taken: at least half of a step's; the compiler puts the use of some before others' loads."""
     for row in rows:
         if row["kernel"] in DATA_KERNELS and is_most_taken(row["target"], row["dtype"], row["layout"]):
             loads = int(row["images_read"]) * int(row["n_tiles"]) * int(row["share"]) // 128
