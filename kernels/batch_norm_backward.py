@@ -185,6 +185,7 @@ def sum_splits(
     n_splits,
     N_SUMS: tl.constexpr,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -193,8 +194,8 @@ def sum_splits(
     totals = ()
     for _ in tl.static_range(N_SUMS):
         totals += (tl.zeros([BLOCK_S, BLOCK_C], acc_type),)
-    for start in range(0, n_splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
+    for step in tl.static_range(N_STEPS):
+        offs_s = step * BLOCK_S + tl.arange(0, BLOCK_S)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
         more = ()
@@ -241,6 +242,7 @@ def combine_gradients_kernel(
     group_splits,
     N_SUMS: tl.constexpr,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
@@ -266,6 +268,7 @@ def combine_gradients_kernel(
             own_splits,
             N_SUMS,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_S,
             BLOCK_C,
         )
@@ -323,6 +326,7 @@ def input_gradients_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     N_TILES: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -359,7 +363,9 @@ def input_gradients_kernel(
         residual_weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
     if partials_ptr is not None:
         sum_stride = wide(n_splits) * N_CHANNELS
-        sums = sum_splits(partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, BLOCK_S, BLOCK_C)
+        sums = sum_splits(
+            partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_S, BLOCK_C
+        )
         first_mask = mask_c & (first_row == 0)
         store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     else:

@@ -214,6 +214,7 @@ def merge_splits(
     rows_per_split,
     unit,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -223,8 +224,10 @@ def merge_splits(
     last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
     total = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
     squares = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
-    for start in range(0, n_splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)  # of few enough partials for 32-bit offsets (tiles.TARGET_PROGRAMS)
+    for step in tl.static_range(N_STEPS):
+        offs_s = step * BLOCK_S + tl.arange(
+            0, BLOCK_S
+        )  # of few enough partials for 32-bit offsets (tiles.STATISTICS_PROGRAMS)
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
         split_pivot = tl.load(pointers, mask=mask, other=0.0)
@@ -249,6 +252,7 @@ def group_statistics(
     n_splits,
     rows_per_split,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -271,6 +275,7 @@ def group_statistics(
             rows_per_split,
             unit,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_S,
             BLOCK_C,
         )
@@ -324,6 +329,7 @@ def combine_statistics_kernel(
     momentum: tl.float64,
     eps: tl.float64,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
@@ -353,6 +359,7 @@ def combine_statistics_kernel(
             own_splits,
             rows_per_split,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_S,
             BLOCK_C,
         )
@@ -386,6 +393,7 @@ def pass_statistics(
     momentum,
     eps,
     N_CHANNELS: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -407,6 +415,7 @@ def pass_statistics(
             n_splits,
             rows_per_split,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_S,
             BLOCK_C,
         )
@@ -465,6 +474,7 @@ def normalize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     N_TILES: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -501,6 +511,7 @@ def normalize_kernel(
         momentum,
         eps,
         N_CHANNELS,
+        N_STEPS,
         BLOCK_S,
         BLOCK_C,
     )
@@ -523,6 +534,7 @@ def normalize_kernel(
             residual_momentum,
             residual_eps,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_S,
             BLOCK_C,
         )

@@ -146,6 +146,7 @@ def single_read_forward_kernel(
     RELU: tl.constexpr,
     N_CHANNELS: tl.constexpr,
     N_TILES: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -194,6 +195,7 @@ def single_read_forward_kernel(
         momentum,
         eps,
         N_CHANNELS,
+        N_STEPS,
         BLOCK_M,
         BLOCK_C,
     )
@@ -210,6 +212,7 @@ def single_read_forward_kernel(
             residual_momentum,
             residual_eps,
             N_CHANNELS,
+            N_STEPS,
             BLOCK_M,
             BLOCK_C,
         )
@@ -271,6 +274,7 @@ def single_read_backward_kernel(
     RELU: tl.constexpr,
     N_CHANNELS: tl.constexpr,
     N_TILES: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -336,7 +340,7 @@ def single_read_backward_kernel(
 
     zero = wait_for_splits(barrier_ptr + tl.program_id(0) % N_CHANNEL_TILES, split, n_splits)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    sums = sum_splits(partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, BLOCK_M, BLOCK_C)
+    sums = sum_splits(partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_M, BLOCK_C)
     first_mask = mask_c & (split == 0)
     store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     share = 1 / (tl.full([], 0.0, acc_type) + n_rows)

@@ -24,18 +24,19 @@ WIDE_LAYER, WIDE_BLOCK_C = 256, 32
 # The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
 BITS_PER_BYTE = 8
 
-# Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums,
-# which has accumulators and vectors beside them; of all tensors in an elementwise pass.
+# Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums
+# and in an elementwise pass, where more tiles share the loads of a program's vectors.
 STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES = 128, 128, 192
 
-# Reductions: about two programs for each of 132 multiprocessors, which are resident together on any GPU of 64 or more.
-# More programs only write more partial results, and each has a cost of its own. At least one step of loads each.
-TARGET_PROGRAMS = 256
+# Reductions: about two and four programs for each of 132 multiprocessors, which are resident together on most GPUs.
+# More programs only write more partial results, and each has a cost of its own, of which the statistics have more.
+STATISTICS_PROGRAMS, REDUCE_PROGRAMS = 256, 512
 # Elementwise passes: programs take fewer tiles before there are fewer of them than this.
 PASS_PROGRAMS = 256
 
-# So many partial results each program of the second pass merges for itself, in a microsecond less than a launch takes.
-FEW_SPLITS = 32
+# So many partial results each program of the second pass merges for itself, in less time than a launch takes: of
+# statistics, which take more steps to merge, and of the gradient's sums.
+FEW_STATISTICS, FEW_SUMS = 32, 64
 # Else they are merged at once, [splits, channels], by programs of few channels.
 COMBINE_BLOCK_S = 512
 COMBINE_BLOCK_C = 4
@@ -104,19 +105,19 @@ def choose_tiles(
     rows_per_group: int,
     bytes_ahead: int,
     tile_bytes: int,
+    n_programs: int,
     reduces: bool,
 ) -> Tiles:
     """The tiles of a [n_rows, n_channels] tensor, for a kernel that reads `tile_bytes` of a thread's part of a tile.
 
     `bytes_ahead` are those that the thread may have on their way. With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
-    TARGET_PROGRAMS: more of them have fewer splits each, and as many partial results together.
+    `n_programs`: more of them have fewer splits each, and as many partial results together.
     """
     block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last)
     n_channel_tiles = triton.cdiv(n_channels, block_c)
     full_groups = (n_rows - 1) // rows_per_group  # but the last, which may be smaller and have fewer parts
     last_rows = n_rows - full_groups * rows_per_group
-    target = TARGET_PROGRAMS if reduces else PASS_PROGRAMS
-    wanted_parts = max(1, target // (n_channel_tiles * (full_groups + 1)))
+    wanted_parts = max(1, n_programs // (n_channel_tiles * (full_groups + 1)))
     # In NCHW every element has a 64-bit address of its own, and there are no registers for more than one tile.
     n_tiles = 1 << max(0, (bytes_ahead // tile_bytes).bit_length() - 1) if channels_last else 1
     while n_tiles > 1 and rows_per_group < wanted_parts * n_tiles * block_m:
@@ -129,9 +130,10 @@ def choose_tiles(
     return Tiles(block_m, block_c, n_tiles, rows_per_part, n_parts, group_parts, n_channel_tiles)
 
 
-def combine_rows(n_splits: int) -> int:
-    """How many partial results are merged at once: all, if they fit, so that every load is on its way together."""
-    return min(COMBINE_BLOCK_S, triton.next_power_of_2(n_splits))
+def merge_blocks(n_splits: int) -> dict[str, int]:
+    """How many partial results are merged in a step: all, if they fit, so that every load is on its way together."""
+    block_s = min(COMBINE_BLOCK_S, triton.next_power_of_2(n_splits))
+    return {"N_STEPS": triton.cdiv(n_splits, block_s), "BLOCK_S": block_s}
 
 
 class SingleReadTiles(NamedTuple):

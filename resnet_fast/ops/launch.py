@@ -104,14 +104,15 @@ class Statistics(NamedTuple):
     is_tracked: bool = False
 
 
-def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, reduces: bool) -> tiles.Tiles:
-    thread_elements = tiles.TILE_ELEMENTS // (32 * tiles.NUM_WARPS)
-    return tiles.choose_tiles(*shape, bytes_ahead, thread_elements * x.element_size() * n_tensors, reduces)
+def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, n_programs: int = 0) -> tiles.Tiles:
+    """The tiles of a kernel that reads `n_tensors` like x: of a reduction by `n_programs`, or of an elementwise pass."""
+    tile_bytes = tiles.TILE_ELEMENTS // (32 * tiles.NUM_WARPS) * x.element_size() * n_tensors
+    return tiles.choose_tiles(*shape, bytes_ahead, tile_bytes, n_programs or tiles.PASS_PROGRAMS, n_programs > 0)
 
 
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
     """The partial results of `statistics_kernel`."""
-    tiling = choose_tiles(shape, x, tiles.STATISTICS_BYTES, 1, reduces=True)
+    tiling = choose_tiles(shape, x, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
     partials = torch.empty(3, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     launch_kernel(
         batch_norm_forward.statistics_kernel,
@@ -159,7 +160,7 @@ def combine_statistics(
         momentum=norm.momentum,
         eps=norm.eps,
         N_CHANNELS=shape.n_channels,
-        BLOCK_S=tiles.combine_rows(group_splits),
+        **tiles.merge_blocks(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
         PDL=has_pdl(partials.device),
     )
@@ -178,7 +179,7 @@ def find_statistics(
     """Mean and rstd of the pass, or what `normalize_kernel` takes them from. `partial`: of x, if they need no pass."""
     if norm.training:
         partial = partial or partial_statistics(x, shape)
-        if shape.n_groups > 1 or partial.group_splits > tiles.FEW_SPLITS:
+        if shape.n_groups > 1 or partial.group_splits > tiles.FEW_STATISTICS:
             return Statistics(*combine_statistics(partial, norm, shape))
     vectors = empty_statistics(x, shape)
     if partial is None:
@@ -254,7 +255,7 @@ def _normalize(
     merged = own.partials if own.partials is not None else its.partials
     n_splits = 1 if merged is None else merged.shape[1]
     n_tensors = 1 if residual is None else 2
-    tiling = choose_tiles(shape, x, tiles.PASS_BYTES, n_tensors, reduces=False)
+    tiling = choose_tiles(shape, x, tiles.PASS_BYTES, n_tensors)
     finds = own.partials is not None or own.is_tracked
     residual_finds = its.partials is not None or its.is_tracked
     y = torch.empty_like(x)
@@ -296,7 +297,7 @@ def _normalize(
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         N_TILES=tiling.n_tiles,
-        BLOCK_S=tiles.combine_rows(n_splits),
+        **tiles.merge_blocks(n_splits),
         PDL=has_pdl(x.device),
     )
     return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
@@ -318,7 +319,7 @@ def backward(
     dz, partials, group_splits = partial_sums(dy, dy_alias, saved, join, relu, shape)
     gradients = empty_gradients(saved)
     sums = None
-    if shape.n_groups > 1 or group_splits > tiles.FEW_SPLITS:
+    if shape.n_groups > 1 or group_splits > tiles.FEW_SUMS:
         sums, partials = combine_gradients(partials, shape.n_groups, group_splits, gradients), None
     settings = (saved, join, relu, training, residual_training)
     dx, dresidual = _input_gradients(dy, dz, partials, sums, gradients, *settings, shape, reverse)
@@ -335,7 +336,7 @@ def partial_sums(
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     n_tensors = 2 + (dy_alias is not None) + (join == "bn")
-    tiling = choose_tiles(shape, saved.x, tiles.REDUCE_BYTES, n_tensors, reduces=True)
+    tiling = choose_tiles(shape, saved.x, tiles.REDUCE_BYTES, n_tensors, tiles.REDUCE_PROGRAMS)
     dz = torch.empty_like(saved.x) if writes_dz else None
     partials = saved.mean.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels)
     launch_kernel(
@@ -411,7 +412,7 @@ def combine_gradients(
         group_splits=group_splits,
         N_SUMS=n_sums,
         N_CHANNELS=n_channels,
-        BLOCK_S=tiles.combine_rows(group_splits),
+        **tiles.merge_blocks(group_splits),
         BLOCK_C=tiles.COMBINE_BLOCK_C,
         PDL=has_pdl(partials.device),
     )
@@ -450,7 +451,7 @@ def _input_gradients(
     """dx and dresidual from the `sums` of every group, or from few `partials`; `gradients` are then stored, too."""
     n_splits = 1 if partials is None else partials.shape[1]
     dweight, dbias, dresidual_weight, dresidual_bias = NO_GRADIENTS if partials is None else gradients
-    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 3 if join == "bn" else 2, reduces=False)
+    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 3 if join == "bn" else 2)
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if join == "bn" else None
     launch_kernel(
@@ -486,7 +487,7 @@ def _input_gradients(
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
         N_TILES=tiling.n_tiles,
-        BLOCK_S=tiles.combine_rows(n_splits),
+        **tiles.merge_blocks(n_splits),
         PDL=has_pdl(dy.device),
     )
     return dx, dz if join == "add" else dresidual

@@ -8,6 +8,7 @@ device; `fits` tells where it can have both.
 from threading import Lock
 
 import torch
+import triton
 from torch import Tensor
 
 from resnet_fast.kernels import batch_norm_single_read, tiles
@@ -184,6 +185,7 @@ def forward(
         RELU=relu,
         N_CHANNELS=shape.n_channels,
         N_TILES=tiling.n_tiles,
+        N_STEPS=triton.cdiv(tiling.n_splits, tiling.block_m),
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
     )
@@ -239,6 +241,7 @@ def backward(
         RELU=relu,
         N_CHANNELS=shape.n_channels,
         N_TILES=tiling.n_tiles,
+        N_STEPS=triton.cdiv(tiling.n_splits, tiling.block_m),
         BLOCK_M=tiling.block_m,
         BLOCK_C=tiling.block_c,
     )
