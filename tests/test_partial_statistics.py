@@ -21,7 +21,7 @@ ROUNDINGS = 8
 @pytest.fixture(params=(1, 3, 256), ids=lambda n_splits: f"{n_splits} splits at most")
 def splits(request, monkeypatch) -> None:
     """One split; several, of several steps each; and splits of one step."""
-    monkeypatch.setattr(tiles, "TARGET_PROGRAMS", request.param)
+    monkeypatch.setattr(tiles, "STATISTICS_PROGRAMS", request.param)
 
 
 def image(values: Tensor, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
@@ -37,7 +37,7 @@ def by_combine_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_second_pass(x: Tensor, monkeypatch) -> tuple[Tensor, Tensor]:
     """Mean and rstd, [C] in fp64."""
-    monkeypatch.setattr(tiles, "FEW_SPLITS", 1 << 30)
+    monkeypatch.setattr(tiles, "FEW_STATISTICS", 1 << 30)
     outputs = launch.forward(x, NORM, None, None, False)
     return outputs.mean[0].double(), outputs.rstd[0].double()
 
@@ -92,7 +92,7 @@ def test_joined_norms_have_splits_of_their_own(device, monkeypatch):
     x, residual = (image(torch.randn(SHAPE), torch.float32, "channels_last", device) for _ in range(2))
     expected = launch.forward(x, NORM, residual, NORM, True)
     with monkeypatch.context() as patch:
-        patch.setattr(tiles, "TARGET_PROGRAMS", 3)
+        patch.setattr(tiles, "STATISTICS_PROGRAMS", 3)
         partial = launch.partial_statistics(x, launch.Shape.of(x))
     assert partial.group_splits < launch.partial_statistics(residual, launch.Shape.of(residual)).group_splits
     found = launch.forward(x, NORM, residual, NORM, True, partial=partial)

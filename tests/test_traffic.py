@@ -34,7 +34,7 @@ ROLES = (STEM, INNER, BLOCK, LAST, PROJECTION)
 COMBINE_KERNELS = {"combine_statistics_kernel", "combine_gradients_kernel"}
 # Images, channels and map width: several tiles and splits, the last not full; several tiles of channels; so many splits
 # that the combine kernels merge them.
-CASES = [*((role, 2, 24, 9) for role in ROLES), (PROJECTION, 1, 136, 3), (INNER, 9, 24, 11), (PROJECTION, 9, 24, 11)]
+CASES = [*((role, 2, 24, 9) for role in ROLES), (PROJECTION, 1, 136, 3), (INNER, 9, 40, 11), (PROJECTION, 9, 40, 11)]
 
 pytestmark = needs_interpreter
 
@@ -58,7 +58,7 @@ def test_every_kernel_moves_what_the_formula_says(case):
 def test_partial_results_are_merged_in_both_ways():
     """By the second passes, and by the combine kernels."""
     for role in (INNER, PROJECTION):
-        few, many = formula(role, 2, 24, 9), formula(role, 9, 24, 11)
+        few, many = formula(role, 2, 24, 9), formula(role, 9, 40, 11)
         assert COMBINE_KERNELS.isdisjoint(few) and many.keys() >= COMBINE_KERNELS
 
 
@@ -77,7 +77,7 @@ def test_no_element_of_an_image_is_requested_twice_by_one_kernel(case):
     _, n_images, n_channels, width = case
     n_rows = n_images * width**2
     shape = Shape(n_rows, n_channels, width**2, True, n_rows)
-    splits = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, reduces=True)
+    splits = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
     pivots = np.bincount(pivot_rows(n_rows, splits.rows_per_part), minlength=n_rows)
     for launch in launches_of(*case):
         for name, account in launch.accounts.items():
@@ -97,7 +97,7 @@ def test_ghost_batches_move_more_vectors_alone(role):
     assert found == formula(role, *shape, ghost=2)
     assert image_bytes(found) == image_bytes(formula(role, *shape))
     # No launch per group: as many as one group has with many splits.
-    plain = launches_of(role, 9, 24, 11)
+    plain = launches_of(role, 9, 40, 11)
     assert [launch.kernel for launch in launches] == [launch.kernel for launch in plain]
 
 

@@ -42,8 +42,8 @@ def formula(
     shape = Shape(n_rows, n_channels, width * width, True, (ghost or n_images) * width * width)
     bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
     norms, writes_dz = 1 + bn, add or role.fork
-    statistics = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, reduces=True)
-    reduction = choose_tiles(shape, BF16, tiles.REDUCE_BYTES, 2 + role.fork + bn, reduces=True)
+    statistics = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
+    reduction = choose_tiles(shape, BF16, tiles.REDUCE_BYTES, 2 + role.fork + bn, tiles.REDUCE_PROGRAMS)
     sizes = {
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
@@ -62,16 +62,13 @@ def formula(
                 bytes_moved[counted_as.get(what, what), kind] += sizes[what] * n_operands
         return +bytes_moved
 
-    def is_merged_by_second_pass(tiling: tiles.Tiles) -> bool:
-        return shape.n_groups == 1 and tiling.group_parts <= tiles.FEW_SPLITS
-
     # Weight and bias; running statistics; mean and rstd; the parameters' gradients.
     normalize = moved(images=(1 + add, 1), bits=(0, add), vectors=(2 * norms, 0))
     if not training:
         return {"normalize_kernel": normalize + moved(vectors=(2 * norms, 2 * norms))}
     kernels = {"statistics_kernel": moved(images=(norms, 0), partials=(0, 3 * norms))}
     merge = moved(partials=(3 * norms, 0), vectors=(2 * norms, 2 * norms), of_groups=(0, 2 * norms))
-    if is_merged_by_second_pass(statistics):
+    if shape.n_groups == 1 and statistics.n_parts <= tiles.FEW_STATISTICS:
         normalize += merge
     else:
         kernels["combine_statistics_kernel"] = merge
@@ -87,7 +84,7 @@ def formula(
     )
     gradients = moved(images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0))
     merge = moved(sums=(2 + bn, 0), vectors=(0, 2 * norms))
-    if is_merged_by_second_pass(reduction):
+    if shape.n_groups == 1 and reduction.n_parts <= tiles.FEW_SUMS:
         gradients += merge
     else:
         kernels["combine_gradients_kernel"] = merge + moved(of_groups=(0, 2 + bn))
