@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from machine_code import MachineCode, read_amdgcn, read_cubin
+from machine_code import MachineCode, loads_in_flight, read_amdgcn, read_cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.speed_model.launches import DTYPES, Launch, recorded_launches, source_of
+from benchmarks.speed_model.gpus import ARCHITECTURES
+from benchmarks.speed_model.launches import DTYPES, Launch, parameter_offsets, recorded_launches, source_of
+from benchmarks.speed_model.sass import read_code
 from resnet_fast.ops import BatchNormArgs, launch
 from resnet_fast.ops.arguments import Saved
 
@@ -30,6 +32,9 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89
 BACKENDS = {target.backend: target for target in TARGETS.values()}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 STAGES = {64: 32, 128: 16, 256: 8, 512: 4}  # ResNet-18 with the 3x3 stem on 32x32 images: channels to map width
+# Of other types and layouts than the most taken: partial results that combine kernels merge, and that second passes do.
+TWO_STAGES = {128: 16, 512: 4}
+MOST_TAKEN = ("bf16", "channels_last")
 BATCH = 128
 # The image-shaped arguments that a kernel writes; it reads the others.
 WRITTEN = {
@@ -67,9 +72,11 @@ def count_images(recorded: Launch) -> tuple[int, int]:
 class Compiled(NamedTuple):
     """One row of the table: a kernel, the first operation that launches it like this, and its machine code.
 
-    `dots` are the matrix products that the source asks for, `share` is what a thread holds of one image-shaped tile, in
-    bits, `offsets` the types of the offsets to pointers of the data type. `key` is equal where the code is: it stands
-    for what is compiled, and by what.
+    `dots` are the matrix products that the source asks for. Of each image-shaped tensor a thread has `n_tiles` tiles at
+    once, of `share` bits. `bases` and `offsets` are the types of the offsets to pointers of the data type, to a tile's
+    first element and inside the tile. `in_flight`: loads of images that a thread has on their way at once, where the
+    code is NVIDIA's and its parameters are known. `key` is equal where the code is: it stands for what is compiled, and
+    by what.
     """
 
     kernel: str
@@ -80,28 +87,36 @@ class Compiled(NamedTuple):
     dots: int
     images_read: int
     images_written: int
+    n_tiles: int
     share: int
+    in_flight: int | None
+    bases: str
     offsets: str
     key: str
 
 
 def operations() -> Iterator[Operation]:
-    """Those of ResNet-18 on 32x32 images: in a block, at its end, behind a projection; in training and evaluation."""
+    """Those of ResNet-18 on 32x32 images: in a block, at its end, behind a projection; in training and evaluation.
+
+    Every kind is there for the path most taken; for the others those whose code differs most.
+    """
     for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-        for n_channels, width in STAGES.items():
+        is_most_taken = (dtype, layout) == MOST_TAKEN
+        for n_channels, width in (STAGES if is_most_taken else TWO_STAGES).items():
             at = Operation(dtype, layout, n_channels, width)
             joins = ("none", "add", "bn") if n_channels > 64 else ("none", "add")
             for join in joins:
                 yield at._replace(join=join, fork=join != "none")
                 yield at._replace(join=join, training=False)
         yield Operation(dtype, layout, 64, 32, fork=True)  # the stem: no residual, two consumers
-        yield Operation(dtype, layout, 512, 4, "add")  # the last block: one consumer
         yield Operation(dtype, layout, 64, 32, relu=False)  # FusedBatchNorm2d in place of nn.BatchNorm2d
-        yield Operation(dtype, layout, 24, 32)  # channels that are a multiple of 8 alone
-        yield Operation(dtype, layout, 128, 16, ghost=32)  # ghost batches, of every join
-        yield Operation(dtype, layout, 128, 16, "add", fork=True, ghost=32)
-        yield Operation(dtype, layout, 128, 16, "bn", fork=True, ghost=32)
+        yield Operation(dtype, layout, 128, 16, "bn", fork=True, ghost=32)  # ghost batches
         yield Operation(dtype, layout, 24, 7, "bn", fork=True, ghost=31)  # of rows that are a multiple of nothing
+        if is_most_taken:
+            yield Operation(dtype, layout, 512, 4, "add")  # the last block: one consumer
+            yield Operation(dtype, layout, 24, 32)  # channels that are a multiple of 8 alone
+            yield Operation(dtype, layout, 128, 16, ghost=32)
+            yield Operation(dtype, layout, 128, 16, "add", fork=True, ghost=32)
 
 
 @cache
@@ -144,6 +159,10 @@ class Job(NamedTuple):
         threads = launch.tiles.NUM_WARPS * target.warp_size
         elements = recorded.arguments["BLOCK_C"] * recorded.arguments.get("BLOCK_M", 0) // threads
         images_read, images_written = count_images(recorded)
+
+        def offset_types(pattern: str) -> str:
+            return " ".join(sorted(set(re.findall(pattern, ttir))))
+
         return Compiled(
             kernel=recorded.kernel.__name__,
             operation=self.operation,
@@ -153,10 +172,21 @@ class Job(NamedTuple):
             dots=ttir.count("tt.dot "),
             images_read=images_read,
             images_written=images_written,
+            n_tiles=recorded.arguments.get("N_TILES", 0),
             share=elements * DTYPES[self.operation.dtype].itemsize * 8,
-            offsets=" ".join(sorted(set(re.findall(rf"addptr.*!tt\.ptr<{image}>>, tensor<\w+x(i\d+)>", ttir)))),
+            in_flight=count_in_flight(recorded, target, compiled.asm.get("cubin")),
+            bases=offset_types(rf"addptr.* : !tt\.ptr<{image}>, (i\d+)"),
+            offsets=offset_types(rf"addptr.*!tt\.ptr<{image}>>, tensor<\w+x(i\d+)>"),
             key=self.key,
         )
+
+
+def count_in_flight(recorded: Launch, target: GPUTarget, cubin: bytes | None) -> int | None:
+    if target.backend != "cuda" or target.arch not in ARCHITECTURES:
+        return None
+    parameters = parameter_offsets(recorded.signature(target)[0], target.arch)
+    images = [parameters[name] for name, image in recorded.images().items() if image.dim() == 4]
+    return loads_in_flight(read_code(cubin, launch.tiles.NUM_WARPS, 0).instructions, images)
 
 
 def compile_for(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[Any, MachineCode]:

@@ -22,7 +22,7 @@ class Account:
         self.times = {kind: np.zeros(tensor.numel(), np.int64) for kind in ("read", "written")}
 
     def moved(self, kind: str) -> int:
-        """Bytes, each once: caches hold what is read again, the vectors of C and the pivot's rows."""
+        """Bytes, each once: caches hold what is read again, partial results, vectors and the pivots' rows."""
         return self.itemsize * int(np.count_nonzero(self.times[kind]))
 
     @property
@@ -32,7 +32,7 @@ class Account:
             return "operands"
         if self.itemsize == 1:
             return "bits"
-        if self.name.startswith("partial"):
+        if "partial" in self.name:
             return "partials"
         if self.name == "barrier_ptr":
             return "barrier"

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import triton
 
+from benchmarks.speed_model import sass
+from benchmarks.speed_model.path import follow_pointers
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # Width in bits by what a mnemonic says of it; the first match counts.
@@ -68,6 +71,26 @@ def read_cubin(cubin: bytes) -> MachineCode:
         store=r"\bSTG\S*",
         widths=NVIDIA_WIDTHS,
     )
+
+
+def loads_in_flight(instructions: tuple[sass.Instruction, ...], pointers: list[int]) -> int:
+    """The most loads of the widest kind through these pointers that a thread issues before it waits for one of them.
+
+    For NVIDIA; `pointers` are places in the constant bank.
+    """
+    decoded = [sass.decode(instruction.text) for instruction in instructions]
+    loads = {at for at in follow_pointers(instructions, pointers) if decoded[at].name == "LDG"}
+    widest = max((decoded[at].bytes for at in loads), default=0)
+    awaited: set[str] = set()
+    n_loads = most = 0
+    for at, instruction in enumerate(decoded):
+        if not awaited.isdisjoint(instruction.reads | instruction.writes):
+            awaited, n_loads = set(), 0
+        if at in loads and instruction.bytes == widest:
+            awaited |= instruction.writes
+            n_loads += 1
+            most = max(most, n_loads)
+    return most
 
 
 def read_amdgcn(assembly: str) -> MachineCode:

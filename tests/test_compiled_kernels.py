@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import triton
-from kernels_page import read, tables
+from kernels_page import is_most_taken, read, tables
 from pages import DOCS, shown_tables
 
 from resnet_fast.kernels import tiles
@@ -24,12 +25,15 @@ TABLE = read()
 MADE_BY = next(iter(TABLE.values()))["triton"]
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 DATA_KERNELS = {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
-# Per-channel vectors that a kernel reads at the most, and partial sums that it writes: an access of each thread at the
-# most, far fewer than a whole image would take.
+# Per-channel vectors and partial results that a kernel reads and writes at the most: an access of each thread at the
+# most, far fewer than a whole image would take. Of each norm the normalization reads weight, bias, the running
+# statistics, and three kinds of partial results and the pivot, or mean and rstd.
 VECTORS = {
-    "loads": {"statistics_kernel": 0, "normalize_kernel": 8, "reduce_kernel": 4, "input_gradients_kernel": 9},
-    "stores": {"statistics_kernel": 2, "normalize_kernel": 0, "reduce_kernel": 3, "input_gradients_kernel": 0},
+    "loads": {"statistics_kernel": 0, "normalize_kernel": 16, "reduce_kernel": 4, "input_gradients_kernel": 10},
+    "stores": {"statistics_kernel": 3, "normalize_kernel": 8, "reduce_kernel": 3, "input_gradients_kernel": 4},
 }
+PIVOT_ROWS = 3
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
 COMBINE_KERNELS = {"combine_statistics_kernel", "combine_gradients_kernel"}
 
 
@@ -74,21 +78,20 @@ def test_no_stack(rows):
 def test_registers(rows):
     """The limits of tiles.py; on CDNA they are as good, on RDNA 192 leave room for eight wavefronts of 1,536."""
     for row in rows:
-        if row["kernel"] in COMBINE_KERNELS:
-            limit = tiles.MAX_REGISTERS_COMBINE
-        elif row["dtype"] == "fp64":
-            limit = tiles.MAX_REGISTERS_FP64
-        elif row["target"] == "gfx1100":
-            limit = 192
+        if row["kernel"] in DATA_KERNELS:
+            limit = tiles.max_registers(row["layout"] == "channels_last", BITS[row["dtype"]] // 8)
         else:
-            limit = tiles.MAX_REGISTERS if row["layout"] == "channels_last" else tiles.MAX_REGISTERS_NCHW
+            limit = tiles.MAX_REGISTERS
+        if row["target"] == "gfx1100":
+            limit = max(limit, 192)
         assert int(row["registers"]) <= limit, row
 
 
 @pytest.mark.parametrize(("kind", "images"), (("loads", "images_read"), ("stores", "images_written")))
 def test_accesses_to_images_are_16_bytes_wide(kind, images, rows):
     """In channels_last: x, y, dy, dx and their kin, or as wide as a thread's share (8 bytes of a tile of 1,024 16-bit
-    elements on the 256 threads of CDNA). Narrower are the ReLU bits, vectors and, stored, partial sums of channels.
+    elements on the 256 threads of CDNA), all tiles of a step at once. Narrower are the ReLU bits, the rows for a pivot,
+    vectors and partial results.
     """
     for row in rows:
         if row["kernel"] not in DATA_KERNELS or row["layout"] != "channels_last":
@@ -96,18 +99,35 @@ def test_accesses_to_images_are_16_bytes_wide(kind, images, rows):
         width = min(128, int(row["share"]))
         accesses = {int(bits): int(count) for bits, count in (access.split("x") for access in row[kind].split())}
         wide = sum(count for bits, count in accesses.items() if bits >= width)
-        assert wide >= int(row[images]) * int(row["share"]) // width, row
-        narrow = {bits: count for bits, count in accesses.items() if bits < width}
-        narrow.pop(8 if row["join"] != "none" and row["relu"] == "True" else None, None)
-        sums_or_vectors = narrow.pop(64 if row["dtype"] == "fp64" else 32, 0)
-        assert sums_or_vectors <= VECTORS[kind][row["kernel"]] and not narrow, row
+        assert wide >= int(row[images]) * int(row["n_tiles"]) * int(row["share"]) // width, row
+        narrow = Counter({bits: count for bits, count in accesses.items() if bits < width})
+        if row["join"] != "none" and row["relu"] == "True":
+            del narrow[8]
+        if (row["kernel"], kind) == ("statistics_kernel", "loads"):
+            narrow[BITS[row["dtype"]]] -= PIVOT_ROWS
+        narrow[64 if row["dtype"] == "fp64" else 32] -= VECTORS[kind][row["kernel"]]
+        assert not +narrow, row
 
 
-def test_image_offsets_are_64_bits_wide(rows):
-    """A batch of more than 2^31 elements must not wrap around. Vectors of fp32 and fp64 have offsets of their own."""
+def test_image_addresses_are_64_bits_wide(rows):
+    """A batch of more than 2^31 elements must not wrap around.
+
+    In channels_last a tile's first element is counted in 64 bits and the others from there in 32, in NCHW all of them
+    in 64. Vectors of fp32 and fp64 have offsets of their own.
+    """
     for row in rows:
-        if row["kernel"] in DATA_KERNELS:
+        if row["kernel"] in DATA_KERNELS and row["layout"] == "channels_last":
+            assert row["bases"] == "i64", row
+        elif row["kernel"] in DATA_KERNELS:
             assert row["offsets"] == "i64" or (row["dtype"] in ("fp32", "fp64") and "i64" in row["offsets"]), row
+
+
+def test_loads_are_on_their_way_together(rows):
+    """Of the path most taken: at least half of a step's; the compiler puts the use of some before others' loads."""
+    for row in rows:
+        if row["kernel"] in DATA_KERNELS and is_most_taken(row["target"], row["dtype"], row["layout"]):
+            loads = int(row["images_read"]) * int(row["n_tiles"]) * int(row["share"]) // 128
+            assert int(row["in_flight"]) >= loads / 2, row
 
 
 def test_matrix_products_use_matrix_instructions(rows):

@@ -21,7 +21,8 @@ def fresh_norm(n_channels: int, device: torch.device) -> BatchNormArgs:
 
 def statistics(y: Tensor, known: PartialStatistics | None) -> dict[str, Tensor]:
     norm, var = fresh_norm(y.shape[1], y.device), y.new_empty(1, y.shape[1], dtype=torch.float64)
-    mean, rstd = launch.statistics(y, norm, var, partial_statistics=known)
+    shape = launch.Shape.of(y)
+    mean, rstd = launch.combine_statistics(known or launch.partial_statistics(y, shape), norm, shape, var)
     found = {"mean": mean[0], "rstd": rstd[0], "var": var[0].float()}
     return found | {"running_mean": norm.running_mean, "running_var": norm.running_var}
 
@@ -134,7 +135,7 @@ def test_nothing_is_written_outside_of_the_results_and_nothing_inside_is_left_ou
     of_weight = weight_gradient_candidates(case.in_channels, case.out_channels, case.n_images * case.width**2)[0]
 
     def run() -> list[Tensor]:
-        y, (partials, _) = conv3x3.forward(x, weight, tiles)
+        y, (partials, *_) = conv3x3.forward(x, weight, tiles)
         dz, sums = conv3x3.data_gradient(dy, weight, of_gradient, saved, True, dx_alias)
         return [y, partials, dz, sums, conv3x3.weight_gradient(x, dy, of_weight, torch.float32)]
 

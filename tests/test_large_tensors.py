@@ -50,7 +50,7 @@ def record_launches(shape: tuple, layout: str, join: str) -> list[tuple]:
 def first_middle_last(*bounds) -> list[int]:
     """Three turns of a loop stand for all."""
     turns = range(*bounds)
-    return sorted({turns[0], turns[len(turns) // 2], turns[-1]})
+    return sorted({turns[0], turns[len(turns) // 2], turns[-1]}) if turns else []
 
 
 def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np.ndarray]:
@@ -84,16 +84,23 @@ def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np
     return {name: np.unique(np.concatenate(offsets)) for name, offsets in found.items() if offsets}
 
 
-def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
-    """The offsets of that program's tile by what a tensor is (`kind`); int64 holds them."""
-    n_rows, n_channels, n_spatial = (arguments[name] for name in ("n_rows", "n_channels", "n_spatial"))
-    channels_last, block_m, block_c = (arguments[name] for name in ("CHANNELS_LAST", "BLOCK_M", "BLOCK_C"))
+def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
+    """The element offsets of that program's tiles, by argument; int64 holds them."""
+    n_rows, n_spatial = arguments["n_rows"], arguments["n_spatial"]
+    names = ("N_CHANNELS", "CHANNELS_LAST", "BLOCK_M", "BLOCK_C", "N_TILES")
+    n_channels, channels_last, block_m, block_c, n_tiles = (arguments[name] for name in names)
     n_channel_tiles = -(-n_channels // block_c)
     part, first_channel = program // n_channel_tiles, program % n_channel_tiles * block_c
     channels = np.arange(first_channel, min(first_channel + block_c, n_channels))
-    rows_of_part = arguments.get("rows_per_split", block_m)
+    step = n_tiles * block_m
+    is_reduction = kernel.__name__ in ("statistics_kernel", "reduce_kernel")
+    rows_of_part = arguments["rows_per_split"] if is_reduction else step
     first, end = part * rows_of_part, min((part + 1) * rows_of_part, n_rows)
-    rows = np.concatenate([np.arange(at, min(at + block_m, end)) for at in first_middle_last(first, end, block_m)])
+    if kernel.__name__ == "statistics_kernel":  # which loads the first step ahead of its loop
+        steps = [first, *first_middle_last(first + step, end, step)]
+    else:
+        steps = first_middle_last(first, end, step)
+    rows = np.concatenate([np.arange(at, min(at + step, end)) for at in steps])
 
     def offsets(rows: np.ndarray) -> np.ndarray:
         if channels_last:
@@ -106,21 +113,21 @@ def expected(kernel, arguments: dict, program: int) -> dict[int, np.ndarray]:
     else:
         bits = (rows // 8)[:, None] + channels * -(-n_rows // 8)
     if kernel.__name__ == "statistics_kernel":  # beside its own rows it reads the pivot's
-        images = np.concatenate([images, offsets(np.array([0, n_rows // 2, n_rows - 1]))])
-    return {
-        "image": np.unique(images),
-        "bits": np.unique(bits),
-        "partials": part * n_channels + channels,
-        "vector": channels,
-    }
+        images = np.concatenate([images, offsets(np.array([first, first + (end - first) // 2, end - 1]))])
 
+    def of_tensor(name: str, tensor: Tensor) -> np.ndarray:
+        if tensor.dtype == torch.uint8:
+            return np.unique(bits)
+        if tensor.dim() == 4:
+            return np.unique(images)
+        if tensor.dim() == 3:  # sums: of the own split, or all of them
+            n_sums, n_parts, _ = tensor.shape
+            parts = [part] if is_reduction else np.arange(n_parts)
+            of_parts = np.arange(n_sums)[:, None] * n_parts + parts
+            return (of_parts.flatten()[:, None] * n_channels + channels).flatten()
+        return channels
 
-def kind(name: str, tensor: Tensor) -> str:
-    if tensor.dtype == torch.uint8:
-        return "bits"
-    if name.startswith("partial"):
-        return "partials"
-    return "image" if tensor.dim() == 4 else "vector"
+    return {name: of_tensor(name, value) for name, value in arguments.items() if isinstance(value, Tensor)}
 
 
 @needs_interpreter
@@ -146,9 +153,9 @@ def test_offsets_are_exact(shape, layout, join):
                 continue
             kernels.add(kernel.__name__)
             exact = expected(kernel, arguments, program)
-            for name, tensor in arguments.items():
-                if isinstance(tensor, Tensor) and (kind(name, tensor) in ("image", "bits") or name in found):
-                    tile = exact[kind(name, tensor)]
+            for name, tile in exact.items():
+                tensor = arguments[name]
+                if tensor.dim() == 4 or tensor.dtype == torch.uint8 or name in found:
                     assert np.array_equal(found[name], tile), (kernel.__name__, program, name)
                     assert program < grid[0] - 1 or tensor.dim() < 4 or found[name][-1] == tensor.numel() - 1
     assert kernels == {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
@@ -156,7 +163,7 @@ def test_offsets_are_exact(shape, layout, join):
 
 def test_an_image_of_too_many_pixels_is_refused():
     """In NCHW, where pixels are counted in 32 bits; in channels_last nothing depends on it."""
-    with pytest.raises(ValueError, match="at most 2147481600 pixels, got 46000x47000"):
+    with pytest.raises(ValueError, match=f"at most {launch.MAX_NCHW_PIXELS} pixels, got 46000x47000"):
         record_launches(HUGE_IMAGE, "nchw", "none")
     assert record_launches(HUGE_IMAGE, "channels_last", "none")
 

@@ -10,7 +10,7 @@ import torch
 from fused_op import Case, make_operands, ours, results
 from interpreter import needs_interpreter
 from ledger import Launch, ledger
-from traffic import count, formula, image_bytes
+from traffic import BF16, count, formula, image_bytes, pivot_rows
 
 import resnet_fast
 from benchmarks.bench_step import flops_per_image
@@ -26,18 +26,24 @@ from benchmarks.work import (
     network_bytes,
     operation_bytes,
 )
+from resnet_fast.kernels import tiles
+from resnet_fast.ops.launch import Shape, choose_tiles
 
 README = Path(__file__).parents[1] / "kernels/README.md"
 ROLES = (STEM, INNER, BLOCK, LAST, PROJECTION)
-# Images, channels and map width: several tiles and splits, the last not full; and several tiles of channels.
-CASES = [*((role, 2, 24, 9) for role in ROLES), (PROJECTION, 1, 136, 3)]
+COMBINE_KERNELS = {"combine_statistics_kernel", "combine_gradients_kernel"}
+# Images, channels and map width: several tiles and splits, the last not full; several tiles of channels; so many splits
+# that the combine kernels merge them.
+CASES = [*((role, 2, 24, 9) for role in ROLES), (PROJECTION, 1, 136, 3), (INNER, 9, 40, 11), (PROJECTION, 9, 40, 11)]
 
 pytestmark = needs_interpreter
 
 
 @functools.cache
-def launches_of(role: Role, n_images: int, n_channels: int, width: int, ghost: int | None = None) -> list[Launch]:
-    case = Case(role.name, (n_images, n_channels, width, width), fork=role.fork)
+def launches_of(
+    role: Role, n_images: int, n_channels: int, width: int, ghost: int | None = None, training: bool = True
+) -> list[Launch]:
+    case = Case(role.name, (n_images, n_channels, width, width), fork=role.fork, training=training)
     operands = make_operands(case, torch.bfloat16, "channels_last", torch.device("cpu"))
     with ledger() as launches:
         results(functools.partial(ours, fork=role.fork, ghost=ghost), operands, role.join, True, "triton")
@@ -49,18 +55,38 @@ def test_every_kernel_moves_what_the_formula_says(case):
     assert count(launches_of(*case)) == formula(*case)
 
 
+def test_partial_results_are_merged_in_both_ways():
+    """By the second passes, and by the combine kernels."""
+    for role in (INNER, PROJECTION):
+        few, many = formula(role, 2, 24, 9), formula(role, 9, 40, 11)
+        assert COMBINE_KERNELS.isdisjoint(few) and many.keys() >= COMBINE_KERNELS
+
+
+@pytest.mark.parametrize("role", (INNER, PROJECTION), ids=str)
+def test_an_evaluation_is_one_launch(role):
+    """That reads the running statistics, and stores mean and rstd for a backward."""
+    forward = [launch for launch in launches_of(role, 2, 24, 9, training=False) if "gradient" not in launch.kernel]
+    forward = [launch for launch in forward if launch.kernel != "reduce_kernel"]
+    assert len(forward) == 1
+    assert count(forward) == formula(role, 2, 24, 9, training=False)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_element_of_an_image_is_requested_twice_by_one_kernel(case):
+    """Except the rows for the pivots of the statistics, once more each."""
     _, n_images, n_channels, width = case
+    n_rows = n_images * width**2
+    shape = Shape(n_rows, n_channels, width**2, True, n_rows)
+    splits = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
+    pivots = np.bincount(pivot_rows(n_rows, splits.rows_per_part), minlength=n_rows)
     for launch in launches_of(*case):
         for name, account in launch.accounts.items():
+            if account.what == "images" and launch.kernel == "statistics_kernel":
+                assert (account.times["read"].reshape(n_rows, n_channels) == 1 + pivots[:, None]).all()
+            elif account.what in ("images", "bits"):
+                assert account.times["read"].max() <= 1, (launch.kernel, name)
             if account.what in ("images", "bits"):
-                again = {kind: np.flatnonzero(times > 1) for kind, times in account.times.items()}
-                # The statistics read three rows for the pivot, beside their own rows.
-                n_rows = n_images * width**2
-                rows = (0, n_rows // 2, n_rows - 1) if launch.kernel == "statistics_kernel" else ()
-                assert set(again["read"] // n_channels) <= set(rows), (launch.kernel, name)
-                assert again["written"].size == 0, (launch.kernel, name)
+                assert account.times["written"].max() <= 1, (launch.kernel, name)
 
 
 @pytest.mark.parametrize("role", (INNER, PROJECTION), ids=str)
@@ -70,8 +96,9 @@ def test_ghost_batches_move_more_vectors_alone(role):
     found = count(launches)
     assert found == formula(role, *shape, ghost=2)
     assert image_bytes(found) == image_bytes(formula(role, *shape))
-    plain = launches_of(role, 2, 24, 9)
-    assert [launch.kernel for launch in launches] == [launch.kernel for launch in plain]  # no launch per group
+    # No launch per group: as many as one group has with many splits.
+    plain = launches_of(role, 9, 40, 11)
+    assert [launch.kernel for launch in launches] == [launch.kernel for launch in plain]
 
 
 @pytest.mark.slow

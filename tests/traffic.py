@@ -2,77 +2,95 @@
 
 from collections import Counter
 
+import numpy as np
+import torch
 from ledger import Launch
 
 from benchmarks.work import Role
 from resnet_fast.kernels import tiles
+from resnet_fast.ops.launch import Shape, choose_tiles
+
+BF16 = torch.empty(0, dtype=torch.bfloat16)
 
 
 def count(launches: list[Launch]) -> dict[str, Counter]:
-    """By kernel, the bytes of images, ReLU bits, partials, vectors and pivots that were read and written, each once."""
+    """By kernel, the bytes of images, ReLU bits, partials and vectors that were read and written, each once."""
     kernels: dict[str, Counter] = {}
     for entry in launches:
         moved = kernels.setdefault(entry.kernel, Counter())
         for account in entry.accounts.values():
-            # Of the tensor itself the combine kernel reads three rows, for the pivot.
-            is_pivot = account.what == "images" and entry.kernel == "combine_statistics_kernel"
             for kind in ("read", "written"):
-                moved["pivots" if is_pivot else account.what, kind] += account.moved(kind)
-    return kernels
+                moved[account.what, kind] += account.moved(kind)
+    return {kernel: +moved for kernel, moved in kernels.items()}
 
 
-def formula(role: Role, n_images: int, n_channels: int, width: int, ghost: int | None = None) -> dict[str, Counter]:
-    """kernels/README.md, "Bytes moved per element", for channels_last, as `count` gives it.
+def pivot_rows(n_rows: int, rows_per_split: int) -> np.ndarray:
+    """The first, middle and last row of each split, which the statistics read beside their own rows."""
+    first = np.arange(0, n_rows, rows_per_split)
+    n_own = np.minimum(n_rows - first, rows_per_split)
+    return np.concatenate([first, first + n_own // 2, first + n_own - 1])
 
-    `ghost`: images per ghost batch; every group has vectors and a pivot of its own.
+
+def formula(
+    role: Role, n_images: int, n_channels: int, width: int, ghost: int | None = None, training: bool = True
+) -> dict[str, Counter]:
+    """kernels/README.md, "Bytes moved per element", for bf16 in channels_last, as `count` gives it.
+
+    `ghost`: images per ghost batch; each group has statistics and sums of its own. Without `training` only the forward.
     """
     n_rows = n_images * width * width
-    shape = (n_rows, n_channels, width * width, True, (ghost or n_images) * width * width)
-    n_groups = -(-n_images // (ghost or n_images))
+    shape = Shape(n_rows, n_channels, width * width, True, (ghost or n_images) * width * width)
+    bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
+    norms, writes_dz = 1 + bn, add or role.fork
+    statistics = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
+    reduction = choose_tiles(shape, BF16, tiles.REDUCE_BYTES, 2 + role.fork + bn, tiles.REDUCE_PROGRAMS)
     sizes = {
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
-        "partials": 4 * tiles.choose_tiles(*shape).n_splits * n_channels,
-        "sums": 4 * tiles.choose_tiles(*shape, tiles.SMALL_TILE_ELEMENTS).n_splits * n_channels,
+        "partials": 4 * statistics.n_parts * n_channels,
+        "sums": 4 * reduction.n_parts * n_channels,
         "vectors": 4 * n_channels,
-        "of_groups": 4 * n_groups * n_channels,
-        "pivots": n_groups * 3 * 2 * n_channels,
+        "of_groups": 4 * shape.n_groups * n_channels,
     }
     counted_as = {"sums": "partials", "of_groups": "vectors"}
 
     def moved(**operands: tuple[int, int]) -> Counter:
         """Bytes, from how many operands of each size are read and written."""
         bytes_moved = Counter()
-        for what, size in sizes.items():
-            for kind, n_operands in zip(("read", "written"), operands.get(what, (0, 0)), strict=True):
-                bytes_moved[counted_as.get(what, what), kind] += size * n_operands
-        return bytes_moved
+        for what, numbers in operands.items():
+            for kind, n_operands in zip(("read", "written"), numbers, strict=True):
+                bytes_moved[counted_as.get(what, what), kind] += sizes[what] * n_operands
+        return +bytes_moved
 
-    bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
-    writes_dz = add or role.fork
-    return {
-        "statistics_kernel": moved(images=(1 + bn, 0), partials=(0, 2 + 2 * bn)),
-        "combine_statistics_kernel": moved(
-            partials=(2 + 2 * bn, 0),
-            vectors=(2 + 2 * bn, 2 + 2 * bn),
-            of_groups=(0, 2 + 2 * bn),
-            pivots=(1 + bn, 0),
-        ),
-        "normalize_kernel": moved(
-            images=(1 + add, 1), bits=(0, add), vectors=(2 + 2 * bn, 0), of_groups=(2 + 2 * bn, 0)
-        ),
-        "reduce_kernel": moved(
-            images=(2 + role.fork + bn, writes_dz),
-            bits=(add, 0),
-            sums=(0, 2 + bn),
-            vectors=(0 if add else 2, 0),
-            of_groups=(2 + 2 * bn, 0),
-        ),
-        "combine_gradients_kernel": moved(sums=(2 + bn, 0), vectors=(0, 2 + 2 * bn), of_groups=(0, 2 + bn)),
-        "input_gradients_kernel": moved(
-            images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(4 + 3 * bn, 0)
-        ),
-    }
+    # Weight and bias; running statistics; mean and rstd; the parameters' gradients.
+    normalize = moved(images=(1 + add, 1), bits=(0, add), vectors=(2 * norms, 0))
+    if not training:
+        return {"normalize_kernel": normalize + moved(vectors=(2 * norms, 2 * norms))}
+    kernels = {"statistics_kernel": moved(images=(norms, 0), partials=(0, 3 * norms))}
+    merge = moved(partials=(3 * norms, 0), vectors=(2 * norms, 2 * norms), of_groups=(0, 2 * norms))
+    if shape.n_groups == 1 and statistics.n_parts <= tiles.FEW_STATISTICS:
+        normalize += merge
+    else:
+        kernels["combine_statistics_kernel"] = merge
+        normalize += moved(of_groups=(2 * norms, 0))
+    kernels["normalize_kernel"] = normalize
+
+    kernels["reduce_kernel"] = moved(
+        images=(2 + role.fork + bn, writes_dz),
+        bits=(add, 0),
+        sums=(0, 2 + bn),
+        vectors=(0 if add else 2, 0),
+        of_groups=(2 * norms, 0),
+    )
+    gradients = moved(images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0))
+    merge = moved(sums=(2 + bn, 0), vectors=(0, 2 * norms))
+    if shape.n_groups == 1 and reduction.n_parts <= tiles.FEW_SUMS:
+        gradients += merge
+    else:
+        kernels["combine_gradients_kernel"] = merge + moved(of_groups=(0, 2 + bn))
+        gradients += moved(of_groups=(2 + bn, 0))
+    kernels["input_gradients_kernel"] = gradients
+    return kernels
 
 
 def image_bytes(kernels: dict[str, Counter]) -> int:
