@@ -1,8 +1,8 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
 x, residual, y are [n_rows, N_CHANNELS] in channels_last or NCHW order; per-channel vectors are [N_CHANNELS], those of
-the pass, mean and rstd, [n_groups, N_CHANNELS] (tile_access.py: groups); partial results are [3, n_splits, N_CHANNELS]:
-pivots, shifts (a split's mean is their sum) and M2. Arithmetic is in fp32, or in fp64 when x is fp64 (the type of `mean`).
+the pass, mean and rstd, [n_groups, N_CHANNELS] (tile_access.py: groups). Partial results are [3, n_splits, N_CHANNELS]:
+pivots, shifts (a split's mean is their sum) and M2. Arithmetic is in fp32, or in fp64 when x is fp64.
 
 Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
 """

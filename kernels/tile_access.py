@@ -115,7 +115,7 @@ def load_tile(
     BLOCK_M: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):
-    """[BLOCK_M, BLOCK_C] from `first_row` on, of which `n_own` rows exist and the others are 0; a mere 0 without `ptr`."""
+    """[BLOCK_M, BLOCK_C] from `first_row` on; rows behind the first `n_own` are 0. Without `ptr` just 0."""
     if ptr is None:
         tile = 0
     else:

@@ -12,9 +12,10 @@ import triton
 NUM_WARPS = 4
 TILE_ELEMENTS = 1024
 
-# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads. Without
-# a limit ptxas saves registers, and loads each tile just before its use.
+# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads.
+# Without a limit ptxas saves registers, and loads each tile just before its use.
 MAX_REGISTERS, MAX_REGISTERS_NCHW, MAX_REGISTERS_FP64 = 128, 168, 255
+MAX_REGISTERS_COMBINE = 255  # the combine kernels have a few programs in all
 
 # 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
 # a program then has more rows, so that there are fewer partial results to merge.
@@ -111,7 +112,9 @@ def choose_tiles(
 ) -> Tiles:
     """The tiles of a [n_rows, n_channels] tensor, for a kernel that reads `tile_bytes` of a thread's part of a tile.
 
-    `bytes_ahead` are those that the thread may have on their way. With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
+    `bytes_ahead` are those that the thread may have on their way.
+
+    With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
     `n_programs`: more of them have fewer splits each, and as many partial results together.
     """
     block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last)

@@ -70,7 +70,7 @@ def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any,
         return conv(tensor), shortcut
     norm_arguments = (x.token, x.norm, x.relu, x.fork) if is_activation else (None, None, False, False)  # type: ignore[union-attr]
     y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *norm_arguments, plan)
-    out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part))
+    out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part, partials.shape[1]))
     return out, shortcut if x_alias is None else x_alias
 
 
@@ -154,7 +154,7 @@ class _Conv3x3(torch.autograd.Function):
             y = F.conv2d(x, weight_of_x, padding=1)
         else:
             with device_guard(x):
-                y, (partials, rows_per_part) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
+                y, (partials, rows_per_part, _) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
             ctx.mark_non_differentiable(partials)
         ctx.save_for_backward(x, weight, weight_of_x, *(norm or ()))
         ctx.relu, ctx.plan = relu, plan

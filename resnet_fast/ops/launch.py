@@ -71,7 +71,7 @@ def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, An
     """How a kernel with these arguments is compiled and launched."""
     options: dict[str, Any] = {"num_warps": tiles.NUM_WARPS}
     if is_nvidia:
-        options["maxnreg"] = tiles.MAX_REGISTERS
+        options["maxnreg"] = tiles.MAX_REGISTERS_COMBINE
         if "BLOCK_M" in arguments:
             options["maxnreg"] = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
         if arguments.get("PDL"):
@@ -93,8 +93,9 @@ def _has_pdl(index: int | None) -> bool:
 
 
 class Statistics(NamedTuple):
-    """Where `normalize_kernel` finds mean and rstd of the pass, [n_groups, C]: there; or it finds them itself and stores
-    them there, from few `partials`, [3, n_splits, C], or are the tracked ones.
+    """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
+
+    It reads them; or stores them there, merged from few `partials`, [3, n_splits, C], or from the tracked ones.
     """
 
     mean: Tensor
@@ -105,7 +106,7 @@ class Statistics(NamedTuple):
 
 
 def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, n_programs: int = 0) -> tiles.Tiles:
-    """The tiles of a kernel that reads `n_tensors` like x: of a reduction by `n_programs`, or of an elementwise pass."""
+    """The tiles of a kernel that moves `n_tensors` like x: of a reduction by `n_programs`, or an elementwise pass."""
     tile_bytes = tiles.TILE_ELEMENTS // (32 * tiles.NUM_WARPS) * x.element_size() * n_tensors
     return tiles.choose_tiles(*shape, bytes_ahead, tile_bytes, n_programs or tiles.PASS_PROGRAMS, n_programs > 0)
 
@@ -178,8 +179,10 @@ def find_statistics(
 ) -> Statistics:
     """Mean and rstd of the pass, or what `normalize_kernel` takes them from. `partial`: of x, if they need no pass."""
     if norm.training:
+        # Given ones are of other splits than the join's other norm has, if it has some.
+        many = partial is not None or shape.n_groups > 1
         partial = partial or partial_statistics(x, shape)
-        if shape.n_groups > 1 or partial.group_splits > tiles.FEW_STATISTICS:
+        if many or partial.group_splits > tiles.FEW_STATISTICS:
             return Statistics(*combine_statistics(partial, norm, shape))
     vectors = empty_statistics(x, shape)
     if partial is None:
@@ -331,8 +334,9 @@ def backward(
 def partial_sums(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, shape: Shape
 ) -> tuple[Tensor | None, Tensor, int]:
-    """dz where the second pass reads it, the splits' sums of dz, dz·x̂ and (bn join) the residual's, [2 or 3, n_splits, C],
-    and how many splits a group has.
+    """dz where the second pass reads it, the sums of every split, [2 or 3, n_splits, C], and the splits of a group.
+
+    The sums are those of dz, dz·x̂ and, in the bn join, the residual's.
     """
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
@@ -452,7 +456,7 @@ def _input_gradients(
     """dx and dresidual from the `sums` of every group, or from few `partials`; `gradients` are then stored, too."""
     n_splits = 1 if partials is None else partials.shape[1]
     dweight, dbias, dresidual_weight, dresidual_bias = NO_GRADIENTS if partials is None else gradients
-    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 3 if join == "bn" else 2)
+    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 5 if join == "bn" else 2)
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if join == "bn" else None
     launch_kernel(
