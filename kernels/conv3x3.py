@@ -65,7 +65,7 @@ def convolve(
 
 @triton.jit
 def merged_with_tile(y, valid, count, n_own, mean, m2, unit):
-    """Mean and, in units of 1/unit², M2 of the rows so far, `count` of them, and of the tile's, `n_own` (S2, S3)."""
+    """Mean and, in units of 1/unit², M2 of the rows so far, `count` of them, and of the tile's, `n_own`, merged."""
     share = n_own / (count + n_own)
     x = tl.where(valid, y * unit, 0.0)
     tile_mean = tl.sum(x, axis=0) / n_own

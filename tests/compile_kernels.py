@@ -29,7 +29,6 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-MAIN_TARGETS = ("sm_75", "sm_90", "gfx942")  # of the paths less taken: they differ most
 BACKENDS = {target.backend: target for target in TARGETS.values()}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 STAGES = {64: 32, 128: 16, 256: 8, 512: 4}  # ResNet-18 with the 3x3 stem on 32x32 images: channels to map width
@@ -60,6 +59,10 @@ class Operation(NamedTuple):
     fork: bool = False
     training: bool = True
     ghost: int = 0  # images per ghost batch
+
+
+# Of the paths less taken all operations are compiled for sm_90, fp16 for sm_75 as well, and this one for all targets.
+ONE_OF_ALL = Operation("", "", 128, 16)[2:]
 
 
 def count_images(recorded: Launch) -> tuple[int, int]:
@@ -204,9 +207,9 @@ def jobs() -> list[Job]:
             of_backend = {
                 backend: (recorded.signature(target), recorded.options(target)) for backend, target in BACKENDS.items()
             }
-            is_most_taken = (operation.dtype, operation.layout) == MOST_TAKEN
+            everywhere = (operation.dtype, operation.layout) == MOST_TAKEN or operation[2:] == ONE_OF_ALL
             for name, target in TARGETS.items():
-                if not is_most_taken and name not in MAIN_TARGETS:
+                if not everywhere and name != "sm_90" and (name, operation.dtype) != ("sm_75", "fp16"):
                     continue
                 parts = (triton.__version__, name, source_of(recorded.kernel), of_backend[target.backend])
                 key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
