@@ -7,7 +7,6 @@ group after group, and none crosses the end of its group.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -18,8 +17,8 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     does: nothing may be read or written before this.
     """
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
