@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.measured import LEVELS, Folder, Measurement, Origin
+from benchmarks.predictions import beside_measured
 
 TITLES = {
     "training_step": "Training step",
@@ -64,7 +65,7 @@ def report(folder: Folder, pictures: Iterable[str]) -> str:
         for facet in facets:
             facet_rows = [row for row in rows if (row.direction, row.precision, row.layout) == facet]
             lines += ["", f"### {TITLES[name]}: {_direction(facet[0])}{facet[1]}, {facet[2]}", ""]
-            lines += _table(folder, name, facet_rows)
+            lines += [*_table(folder, name, facet_rows), *beside_measured(facet_rows)]
     if folder.parts:
         where = folder.profiled_on or "profile.csv does not say where it was measured"
         lines += ["", "## Training step by category", "", f"Milliseconds per step under the profiler: {where}."]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from compile_kernels import TARGETS, Launch, compile_for
+from compile_kernels import TARGETS, compile_for
 from torch import Tensor
 from triton.compiler import ASTSource
 
+from benchmarks.speed_model.launches import Launch
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
 from resnet_fast.ops import conv3x3, launch
 from resnet_fast.ops.arguments import BatchNormArgs, Saved
@@ -60,7 +61,8 @@ def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
     recorded = []
 
     def run(kernel, grid, options=None, /, **arguments):
-        recorded.append((Launch(kernel, arguments), options or launch.compiler_options(arguments, is_nvidia=True)))
+        options = options or launch.compiler_options(arguments, is_nvidia=True)
+        recorded.append((Launch(kernel, arguments, grid), options))
 
     with mock.patch.object(launch, "launch_kernel", run):
         launching()

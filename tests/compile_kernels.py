@@ -4,7 +4,6 @@ What is compiled is what ResNets launch: launches are recorded from the launchin
 that the arguments' types, divisibility and block sizes are those of a real run.
 """
 
-import ast
 import hashlib
 import itertools
 import re
@@ -15,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from machine_code import MachineCode, read_amdgcn, read_cubin
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import ASTSource
 
+from benchmarks.speed_model.launches import DTYPES, Launch, recorded_launches, source_of
 from resnet_fast.ops import BatchNormArgs, launch
 from resnet_fast.ops.arguments import Saved
 
@@ -30,8 +28,6 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 BACKENDS = {target.backend: target for target in TARGETS.values()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8: "*u8", torch.int32: "*i32"}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 STAGES = {64: 32, 128: 16, 256: 8, 512: 4}  # ResNet-18 with the 3x3 stem on 32x32 images: channels to map width
 BATCH = 128
@@ -60,48 +56,12 @@ class Operation(NamedTuple):
     ghost: int = 0  # images per ghost batch
 
 
-class Launch(NamedTuple):
-    """A kernel and the arguments that it is launched with."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-
-    def signature(self, target: GPUTarget) -> tuple[dict, dict, dict]:
-        """Types, constants and attributes of the arguments, as Triton's launcher specializes them."""
-        backend = make_backend(target)
-        types, constants, attributes = {}, {}, {}
-        for position, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                types[parameter.name] = "constexpr"
-                constants[(position,)] = value
-                continue
-            specialization = ""
-            if isinstance(value, TensorDescriptor):
-                element = POINTERS[value.base.dtype].removeprefix("*")
-                types[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
-            elif isinstance(value, torch.Tensor):
-                types[parameter.name] = POINTERS[value.dtype]
-                specialization = backend.get_tensor_specialization(value, align=True)
-            elif parameter.annotation_type:
-                types[parameter.name] = parameter.annotation_type
-            else:
-                types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                specialization = backend.get_int_specialization(value, align=True)
-            if specialization:
-                attributes[(position,)] = backend.parse_attr(specialization)
-        return types, constants, attributes
-
-    def options(self, target: GPUTarget) -> dict[str, int]:
-        return launch.compiler_options(self.arguments, is_nvidia=target.backend == "cuda")
-
-    def images(self) -> tuple[int, int]:
-        """How many image-shaped tensors the launch reads and writes."""
-        images = {
-            name for name, value in self.arguments.items() if isinstance(value, torch.Tensor) and value.dim() == 4
-        }
-        written = images & WRITTEN[self.kernel.__name__]
-        return len(images - written), len(written)
+def count_images(recorded: Launch) -> tuple[int, int]:
+    """How many image-shaped tensors a launch reads and writes."""
+    tensors = {name: value for name, value in recorded.arguments.items() if isinstance(value, torch.Tensor)}
+    images = {name for name, value in tensors.items() if value.dim() == 4}
+    written = images & WRITTEN[recorded.kernel.__name__]
+    return len(images - written), len(written)
 
 
 class Compiled(NamedTuple):
@@ -125,25 +85,6 @@ class Compiled(NamedTuple):
     key: str
 
 
-@cache
-def _source(kernel: triton.JITFunction) -> str:
-    """The code of a kernel and of all that it calls, without comments, docstrings and line numbers."""
-    found, todo = {}, [kernel]
-    while todo:
-        function = todo.pop()
-        body = ast.parse(function.src).body[0]
-        if ast.get_docstring(body) is not None:
-            del body.body[0]
-        found[function.__name__] = ast.dump(body)
-        for name in function.fn.__code__.co_names:
-            value = function.fn.__globals__.get(name)
-            if isinstance(value, triton.JITFunction) and value.__name__ not in found:
-                todo.append(value)
-            elif isinstance(value, tl.constexpr):
-                found[name] = repr(value.value)
-    return repr(sorted(found.items()))
-
-
 def operations() -> Iterator[Operation]:
     """Those of ResNet-18 on 32x32 images: in a block, at its end, behind a projection; in training and evaluation."""
     for dtype, layout in itertools.product(DTYPES, LAYOUTS):
@@ -165,13 +106,8 @@ def operations() -> Iterator[Operation]:
 
 @cache
 def record_launches(operation: Operation) -> list[Launch]:
-    recorded = []
-    original, launch.launch_kernel = (
-        launch.launch_kernel,
-        lambda kernel, grid, **arguments: recorded.append(Launch(kernel, arguments)),
-    )
     dtype, layout, n_channels, width, join, relu, fork, training, ghost = operation
-    try:
+    with recorded_launches() as recorded:
         x = torch.empty(BATCH, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
         x = x.to(memory_format=LAYOUTS[layout])
         vector = torch.empty(n_channels, dtype=torch.float64 if dtype == "fp64" else torch.float32, device="meta")
@@ -187,8 +123,6 @@ def record_launches(operation: Operation) -> list[Launch]:
             launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn", ghost)
             var = torch.empty(n_channels, dtype=torch.float64, device="meta")
             launch.statistics(x, BatchNormArgs(None, None, training=True), var)  # of several processes
-    finally:
-        launch.launch_kernel = original
     return recorded
 
 
@@ -209,7 +143,7 @@ class Job(NamedTuple):
         image = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}[self.operation.dtype]
         threads = launch.tiles.NUM_WARPS * target.warp_size
         elements = recorded.arguments["BLOCK_C"] * recorded.arguments.get("BLOCK_M", 0) // threads
-        images_read, images_written = recorded.images()
+        images_read, images_written = count_images(recorded)
         return Compiled(
             kernel=recorded.kernel.__name__,
             operation=self.operation,
@@ -240,7 +174,7 @@ def jobs() -> list[Job]:
                 backend: (recorded.signature(target), recorded.options(target)) for backend, target in BACKENDS.items()
             }
             for name, target in TARGETS.items():
-                parts = (triton.__version__, name, _source(recorded.kernel), of_backend[target.backend])
+                parts = (triton.__version__, name, source_of(recorded.kernel), of_backend[target.backend])
                 key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
                 found.setdefault(key, Job(operation, index, name, key))
     return list(found.values())

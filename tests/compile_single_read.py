@@ -9,11 +9,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from compile_kernels import DTYPES, TARGETS, Launch, compile_for
+from compile_kernels import TARGETS, compile_for
 from triton.compiler import ASTSource
 
+from benchmarks.speed_model.launches import DTYPES, Launch, recorded_launches
 from resnet_fast.kernels import tiles
-from resnet_fast.ops import BatchNormArgs, launch, single_read
+from resnet_fast.ops import BatchNormArgs, single_read
 from resnet_fast.ops.arguments import Saved
 
 MULTIPROCESSORS = 132
@@ -48,7 +49,6 @@ CASES = (
 
 def record_launch(case: Case) -> Launch:
     """The kernel and its arguments, of as many rows as give each program so many tiles."""
-    recorded = []
     most = tiles.SINGLE_READ_FORWARD_TILES if case.direction == "forward" else tiles.SINGLE_READ_BACKWARD_TILES
     of_one_row = tiles.choose_single_read_tiles(1, case.n_channels, MULTIPROCESSORS, 1)
     n_splits = MULTIPROCESSORS // of_one_row.n_channel_tiles
@@ -60,9 +60,7 @@ def record_launch(case: Case) -> Launch:
     is_bn, has_bits = case.join == "bn", case.relu and case.join != "none"
     with (
         mock.patch.object(single_read, "multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(
-            launch, "launch_kernel", lambda kernel, *_, **arguments: recorded.append(Launch(kernel, arguments))
-        ),
+        recorded_launches() as recorded,
     ):
         if case.direction == "forward":
             single_read.forward(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)

@@ -1,6 +1,7 @@
 """`python -m benchmarks.report` shows what the CSV files hold, the same every time; README and reports are fresh."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import measured, report
 from benchmarks.harness import COLUMNS
+from benchmarks.predictions import beside_measured
 from benchmarks.results import RESULTS, ROOT, machine_columns, write_rows
 
 MACHINE = {
@@ -365,3 +367,14 @@ def test_rows_without_work_or_memory_have_no_such_columns(place: Path, no_pictur
 def test_a_file_that_is_no_table_is_named(place: Path, content: bytes, message: str):
     (place / "results" / DEVICE / "op.csv").write_bytes(content)
     assert message in run(place, code=1)
+
+
+def test_a_known_gpu_has_predictions_beside_its_measurements():
+    origin = measured.Origin("2026-11-25", "0123456789ab", "NVIDIA H200", "570.1", "8", "2.13.0", "3.7.1", "0.1.0")
+    times = measured.Spread(0.05, 0.05, 0.05)
+    row = measured.Measurement(
+        "fused", "BN+ReLU 64x32x32", "both", "bf16", "channels_last", 128, times, 1.0, times, *(None,) * 5, origin
+    )
+    lines = beside_measured([row, replace(row, provider="eager"), replace(row, case="BN+add+ReLU 64x32x32")])
+    assert len(lines) == 6 and lines[-1].startswith("| BN+ReLU 64x32x32 | 128 | 50.0 | ")
+    assert beside_measured([replace(row, origin=origin._replace(device="Some GPU"))]) == []

@@ -1,0 +1,102 @@
+"""`python -m benchmarks.predict`: predicts the kernels' times on GPUs that are not there, from their machine code.
+
+Writes benchmarks/predicted/<gpu>.csv, a row per kernel, shape, precision and batch size, and steps.csv, a row per
+training step. Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has none; 2 a wrong argument.
+"""
+
+import csv
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benchmarks.results import replace_rows
+from benchmarks.speed_model.gpus import GPUS
+from benchmarks.work import STAGES
+
+if TYPE_CHECKING:
+    from benchmarks.speed_model.network import Job
+
+PREDICTED = Path(__file__).resolve().parent / "predicted"
+TOLERANCE = 1.03  # that a kernel may take of its row's time
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+GpuName = StrEnum("GpuName", list(GPUS))
+
+
+class Precision(StrEnum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+ALL_GPUS, ALL_PRECISIONS, BATCH_SIZES = list(GpuName), list(Precision), [128, 512]
+
+
+@app.command()
+def main(
+    gpu: Annotated[list[GpuName], typer.Option(help="May be given several times.")] = ALL_GPUS,
+    batch_size: Annotated[list[int], typer.Option(min=1, help="May be given several times.")] = BATCH_SIZES,
+    dtype: Annotated[list[Precision], typer.Option(help="May be given several times.")] = ALL_PRECISIONS,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; name the kernels that are slower than their rows say.")
+    ] = False,
+) -> None:
+    """Predict the kernels of a training step of ResNet-18 (3x3 stem, 32x32) from their machine code."""
+    os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
+    from benchmarks.speed_model import network
+
+    slow = []
+    for name, precision in itertools.product([choice.value for choice in gpu], [choice.value for choice in dtype]):
+        if precision == "bf16" and GPUS[name].capability < 80:  # has none
+            continue
+        jobs = [job for size in batch_size for job in network.jobs(name, precision, size)]
+        path = PREDICTED / f"{name}.csv"
+        if check:
+            slow += slower(path, jobs, network.KERNEL_KEY)
+            continue
+        rows = network.predict_all(jobs)
+        replace_rows(path, rows, ("precision", "batch_size"))
+        for size in batch_size:
+            own = [row for row in rows if row["batch_size"] == str(size)]
+            step = network.fused_step_row(name, precision, size, own)
+            replace_rows(PREDICTED / "steps.csv", [step], network.STEP_KEY)
+            typer.echo(
+                f"predicted: {name}, {precision}, batch {size}: {step['launches']} launches, "
+                f"{step['batch_norm_us']} us, step {step['step_ms']} ms"
+            )
+    if slow:
+        typer.echo("\n".join(slow))
+        raise typer.Exit(1)
+
+
+def slower(path: Path, jobs: "Sequence[Job]", key: tuple[str, ...]) -> Iterator[str]:
+    """Yield a line for each kernel that is slower than its row, or has none.
+
+    A kernel whose key has not changed needs no prediction: one is predicted to see that. Of the others those of the
+    first stage are, whose tensors are the largest.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = {tuple(row[column] for column in key): row for row in csv.DictReader(file)}
+    unchanged = 0
+    for job in {job.key: job for job in jobs}.values():
+        row = rows.get(tuple(job.name.values()))
+        if row is None:
+            yield f"{path.name} has no row for {', '.join(job.name.values())}"
+            continue
+        unchanged += row["key"] == job.key
+        if unchanged != 1 if row["key"] == job.key else (job.n_channels, job.width) != STAGES[0]:
+            continue
+        predicted = job.predict()["predicted_us"]
+        if float(predicted) > TOLERANCE * float(row["predicted_us"]):
+            yield f"{path.name} has {row['predicted_us']} us for {', '.join(job.name.values())}: {predicted} us now"
+
+
+if __name__ == "__main__":
+    app()

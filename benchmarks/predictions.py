@@ -1,0 +1,60 @@
+"""The predicted times of benchmarks/predicted/<gpu>.csv beside measured ones, for the report of a GPU that is known."""
+
+import csv
+from collections.abc import Sequence
+from functools import cache
+
+from benchmarks.bench_op import OPERATIONS
+from benchmarks.measured import Measurement
+from benchmarks.predict import PREDICTED
+from benchmarks.speed_model.gpus import GPUS
+
+
+@cache
+def _rows(device: str) -> list[dict[str, str]]:
+    """The rows of the GPU of that name; none if it is not one of the model's."""
+    for name, gpu in GPUS.items():
+        if gpu.name in device and (path := PREDICTED / f"{name}.csv").exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+    return []
+
+
+def predicted_us(row: Measurement) -> float | None:
+    """Return the predicted time of the operation's kernels, launches hidden as in the measurement, if there is one."""
+    case, _, shape = row.case.rpartition(" ")
+    if row.provider != "fused" or row.layout != "channels_last" or case not in OPERATIONS:
+        return None
+    join, fork = OPERATIONS[case]
+    times: dict[tuple[str, str], float] = {}  # by direction and kernel; a fork changes the backward alone
+    for predicted in _rows(row.origin.device):
+        is_shape = f"{predicted['channels']}x{predicted['width']}x{predicted['width']}" == shape
+        is_operation = predicted["join"] == join and (
+            predicted["direction"] == "forward" or predicted["fork"] == ("yes" if fork else "no")
+        )
+        is_setting = (predicted["precision"], int(predicted["batch_size"])) == (row.precision, row.batch_size)
+        if is_shape and is_operation and is_setting and row.direction in ("both", predicted["direction"]):
+            us = float(predicted["predicted_us"]) * int(predicted["launches"])
+            times[predicted["direction"], predicted["kernel"]] = us
+    directions = {direction for direction, _ in times}
+    return sum(times.values()) if directions >= _directions(row.direction) else None
+
+
+def beside_measured(rows: Sequence[Measurement]) -> list[str]:
+    """Return the lines of a table, none if nothing is predicted."""
+    pairs = [(row, us) for row in rows if (us := predicted_us(row)) is not None]
+    if not pairs:
+        return []
+    lines = ["", "Measured beside predicted ([how](../../predicted/README.md)):", ""]
+    lines += [
+        "| case | batch | measured, us | predicted, us | measured / predicted |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row, us in pairs:
+        measured = 1000 * row.ms.p50
+        lines.append(f"| {row.case} | {row.batch_size} | {measured:.1f} | {us:.1f} | {measured / us:.2f} |")
+    return lines
+
+
+def _directions(direction: str) -> set[str]:
+    return {"forward", "backward"} if direction == "both" else {direction}

@@ -1,0 +1,1 @@
+"""Predicts kernels' times from their machine code: no GPU is needed."""

@@ -1,0 +1,205 @@
+"""Records the kernels that a fused operation launches, on tensors of the meta device, and compiles them for any GPU."""
+
+import ast
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from resnet_fast.ops import BatchNormArgs, launch
+from resnet_fast.ops.arguments import Saved
+
+from .gpus import ARCHITECTURES, Gpu
+from .simulate import Code, Work, read_code
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8: "*u8", torch.int32: "*i32"}
+
+
+class Launch(NamedTuple):
+    """A kernel, the arguments that it is launched with, and the programs."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+
+    def signature(self, target: GPUTarget) -> tuple[dict, dict, dict]:
+        """Types, constants and attributes of the arguments, as Triton's launcher specializes them."""
+        backend: Any = make_backend(target)
+        types, constants, attributes = {}, {}, {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                types[parameter.name] = "constexpr"
+                constants[(position,)] = value
+                continue
+            specialization = ""
+            if isinstance(value, TensorDescriptor):
+                element = POINTERS[value.base.dtype].removeprefix("*")
+                types[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
+            elif isinstance(value, torch.Tensor):
+                types[parameter.name] = POINTERS[value.dtype]
+                specialization = backend.get_tensor_specialization(value, align=True)
+            elif parameter.annotation_type:
+                types[parameter.name] = parameter.annotation_type
+            else:
+                types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                specialization = backend.get_int_specialization(value, align=True)
+            if specialization:
+                attributes[(position,)] = backend.parse_attr(specialization)
+        return types, constants, attributes
+
+    def options(self, target: GPUTarget) -> dict[str, int]:
+        return launch.compiler_options(self.arguments, is_nvidia=target.backend == "cuda")
+
+    def images(self) -> dict[str, torch.Tensor]:
+        """The tensors that the launch reads or writes tile by tile, ReLU's bits included."""
+        if "BLOCK_M" not in self.arguments:  # a few rows at most
+            return {}
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in tensors.items() if value.dim() == 4 or value.dtype == torch.uint8}
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect the launches instead of launching."""
+    launches: list[Launch] = []
+    original = launch.launch_kernel
+
+    def record(kernel: Any, grid: tuple, options: dict[str, Any] | None = None, /, **arguments: Any) -> None:
+        launches.append(Launch(kernel, arguments, grid))
+
+    launch.launch_kernel = record
+    try:
+        yield launches
+    finally:
+        launch.launch_kernel = original
+
+
+@cache
+def training_launches(
+    dtype: str, batch_size: int, n_channels: int, width: int, join: str, fork: bool
+) -> dict[str, list[Launch]]:
+    """Return the launches of a fused operation with ReLU, channels_last, by direction: "forward" and "backward"."""
+    x = torch.empty(batch_size, n_channels, width, width, dtype=DTYPES[dtype], device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    vector = torch.empty(n_channels, device="meta")
+    norm = BatchNormArgs(vector, vector, vector, vector, training=True)
+    is_bn_join = join == "bn"
+    residual = None if join == "none" else x
+    with recorded_launches() as forward:
+        outputs = launch.forward(x, norm, residual, norm if is_bn_join else None, relu=True)
+    y, relu_mask, mean, rstd, residual_mean, residual_rstd = outputs
+    of_join = (x, residual_mean, residual_rstd, vector, vector) if is_bn_join else (None,) * 5
+    saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
+    with recorded_launches() as backward:
+        launch.backward(y, y if fork else None, saved, cast(Any, join), True, True, is_bn_join)
+    return {"forward": forward, "backward": backward}
+
+
+def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
+    """Return where the launcher puts each parameter in the constant bank; constants have no place."""
+    at, offsets = ARCHITECTURES[capability].parameters, {}
+    for name, kind in types.items():
+        if kind != "constexpr":
+            size = 8 if kind.startswith("*") or kind in ("i64", "u64", "fp64") else 4
+            at = -(-at // size) * size
+            offsets[name] = at
+            at += size
+    return offsets
+
+
+@cache
+def source_of(kernel: triton.JITFunction) -> str:
+    """Return the code of a kernel and of all that it calls, without comments, docstrings and line numbers."""
+    parts, todo = {}, [kernel]
+    while todo:
+        function = todo.pop()
+        body: Any = ast.parse(function.src).body[0]
+        if ast.get_docstring(body) is not None:
+            del body.body[0]
+        parts[function.__name__] = ast.dump(body)
+        for name in function.fn.__code__.co_names:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction) and value.__name__ not in parts:
+                todo.append(value)
+            elif isinstance(value, tl.constexpr):
+                parts[name] = repr(value.value)
+    return repr(sorted(parts.items()))
+
+
+def compile_launch(recorded: Launch, gpu: Gpu) -> Code:
+    """Return the machine code of a launch on a GPU."""
+    target = GPUTarget("cuda", gpu.capability, 32)
+    types, constants, attributes = recorded.signature(target)
+    options = recorded.options(target)
+    return _compile(recorded.kernel, gpu.capability, _Arguments((types, constants, attributes, options)))
+
+
+class _Arguments:
+    """What a kernel is compiled for, hashed by how it prints."""
+
+    def __init__(self, parts: tuple[dict, dict, dict, dict]) -> None:
+        self.parts = parts
+
+    def __hash__(self) -> int:
+        return hash(repr(self.parts))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Arguments) and self.parts == other.parts
+
+
+@cache
+def _compile(kernel: triton.JITFunction, capability: int, arguments: _Arguments) -> Code:
+    types, constants, attributes, options = arguments.parts
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return read_code(compiled.asm["cubin"], options["num_warps"], compiled.metadata.shared)
+
+
+def work_of(recorded: Launch, gpu: Gpu) -> Work:
+    """Return what a launch has to do: images are read and written once, partial results by whoever has the channels."""
+    types, _, _ = recorded.signature(GPUTarget("cuda", gpu.capability, 32))
+    offsets = parameter_offsets(types, gpu.capability)
+    images = recorded.images()
+    grid = math.prod(recorded.grid)
+    reads = {offsets[name]: image.nbytes / grid for name, image in images.items()}
+    for name, value in recorded.arguments.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and name.startswith("partial_"):
+            share = min(1.0, recorded.arguments["BLOCK_C"] / value.shape[1])
+            reads[offsets[name]] = value.nbytes * share
+    image_bytes = float(sum(image.nbytes for image in images.values()))
+    return Work(grid, frozenset(offsets[name] for name in images), image_bytes, reads)
+
+
+def key_of(recorded: Launch, gpu: Gpu) -> str:
+    """Return a hash of what is compiled, for what, and of the model: predictions with the same key are the same."""
+    target = GPUTarget("cuda", gpu.capability, 32)
+    parts = (
+        triton.__version__, gpu, recorded.grid, source_of(recorded.kernel), recorded.signature(target),
+        recorded.options(target), work_of(recorded, gpu), _model_source(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@cache
+def _model_source() -> str:
+    """Return the model's code, without comments and docstrings."""
+    parts = []
+    for name in ("sass.py", "path.py", "simulate.py"):
+        tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        parts.append(ast.dump(tree))
+    return "".join(parts)
