@@ -1,7 +1,8 @@
 """`python -m benchmarks.predict`: predicts the kernels' times on GPUs that are not there, from their machine code.
 
 Writes benchmarks/predicted/<gpu>.csv, a row per kernel, shape, precision and batch size, and steps.csv, a row per
-training step. Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has none; 2 a wrong argument.
+training step: fused, and eager and torch.compile where `python -m benchmarks.speed_model.peers` has predicted them.
+Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has none; 2 a wrong argument.
 """
 
 import csv
@@ -50,7 +51,7 @@ def main(
 ) -> None:
     """Predict the kernels of a training step of ResNet-18 (3x3 stem, 32x32) from their machine code."""
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
-    from benchmarks.speed_model import network
+    from benchmarks.speed_model import network, peers
 
     slow = []
     for name, precision in itertools.product([choice.value for choice in gpu], [choice.value for choice in dtype]):
@@ -65,12 +66,16 @@ def main(
         replace_rows(path, rows, ("precision", "batch_size"))
         for size in batch_size:
             own = [row for row in rows if row["batch_size"] == str(size)]
-            step = network.fused_step_row(name, precision, size, own)
-            replace_rows(PREDICTED / "steps.csv", [step], network.STEP_KEY)
-            typer.echo(
-                f"predicted: {name}, {precision}, batch {size}: {step['launches']} launches, "
-                f"{step['batch_norm_us']} us, step {step['step_ms']} ms"
-            )
+            steps = [network.fused_step_row(name, precision, size, own)]
+            for provider, totals in peers.read_totals(name, precision, size).items():
+                kernels = (totals.launches, totals.predicted_us)
+                steps.append(network.step_row(name, precision, size, provider, *kernels))
+            replace_rows(PREDICTED / "steps.csv", steps, network.STEP_KEY)
+            for step in steps:
+                typer.echo(
+                    f"predicted: {name}, {precision}, batch {size}, {step['provider']}: {step['launches']} launches, "
+                    f"{step['batch_norm_us']} us, step {step['step_ms']} ms"
+                )
     if slow:
         typer.echo("\n".join(slow))
         raise typer.Exit(1)

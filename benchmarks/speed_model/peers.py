@@ -1,0 +1,88 @@
+"""`python -m benchmarks.speed_model.peers`: predicts the kernels of eager and torch.compile in a training step.
+
+Writes predicted/peers-<gpu>.csv: a row for each kernel. The GPU need not be there. Capturing and predicting what
+torch.compile generates takes about three minutes for each GPU and batch size.
+"""
+
+import csv
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.results import replace_rows
+
+from .eager import eager_rows
+from .gpus import GPUS
+from .inductor import compile_rows, run_capture
+from .rows import Row, Totals, add_up
+
+PREDICTED = Path(__file__).resolve().parents[1] / "predicted"
+
+
+def peers_path(gpu: str) -> Path:
+    return PREDICTED / f"peers-{gpu}.csv"
+
+
+def precision_of(gpu: str) -> str:
+    """Return the 16-bit type in which one trains on the GPU: before sm_80 bf16 is emulated."""
+    return "bf16" if GPUS[gpu].capability >= 80 else "fp16"
+
+
+def predict_peers(gpu: str, batch_size: int) -> list[Row]:
+    """Return the rows of eager and of torch.compile.
+
+    Raises:
+        RuntimeError: something that the capture needs is missing; see `inductor.run_capture`.
+    """
+    captured = run_capture("capture", gpu, batch_size, precision_of(gpu))
+    return eager_rows(GPUS[gpu], batch_size) + compile_rows(captured, GPUS[gpu])
+
+
+def write_peers(gpu: str, batch_size: int, rows: list[Row]) -> None:
+    """Put the rows into the GPU's file, in the place of those of the same batch size."""
+    setting = {"batch_size": str(batch_size), "precision": precision_of(gpu)}
+    texts = []
+    for row in rows:
+        numbers = {
+            "launches": f"{row.launches}",
+            "predicted_us": f"{row.predicted_us:.2f}",
+            "bytes": f"{row.bytes:.0f}",
+        }
+        texts.append({**setting, **row._asdict(), **numbers})
+    replace_rows(peers_path(gpu), texts, tuple(setting))
+
+
+def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
+    """Return the totals of eager and torch.compile from the GPU's file; none if the setting is not in it.
+
+    They lack convolutions, the linear layer, the loss and the optimizer, in which the providers do not differ.
+    """
+    if not peers_path(gpu).exists():
+        return {}
+    rows: dict[str, list[Row]] = {}
+    with open(peers_path(gpu), newline="", encoding="utf-8") as file:
+        for text in csv.DictReader(file):
+            if (text["precision"], text["batch_size"]) == (precision, str(batch_size)):
+                numbers = int(text["launches"]), float(text["predicted_us"]), float(text["bytes"])
+                rows.setdefault(text["provider"], []).append(
+                    Row(text["provider"], text["group"], text["kernel"], *numbers)
+                )
+    return {provider: add_up(own) for provider, own in rows.items()}
+
+
+def main(
+    gpu: Annotated[list[str], typer.Option(help="May be given several times.")] = ["h200"],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="May be given several times.")] = [128, 512],  # noqa: B006
+) -> None:
+    """Predict the kernels of eager and torch.compile in a training step of ResNet-18."""
+    for name, size in itertools.product(gpu, batch_size):
+        write_peers(name, size, predict_peers(name, size))
+        for provider, totals in read_totals(name, precision_of(name), size).items():
+            us = totals.predicted_us + totals.launches * GPUS[name].launch_us
+            typer.echo(f"predicted: {name}, batch {size}, {provider}: {totals.launches} launches, {us:.0f} us")
+
+
+if __name__ == "__main__":
+    typer.run(main)
