@@ -1,18 +1,12 @@
 """Reads off a compiled kernel what decides its speed: registers, stack, widths of accesses, the inner loop."""
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
-
-import triton
 
 from benchmarks.speed_model import sass
 from benchmarks.speed_model.path import follow_pointers
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # Width in bits by what a mnemonic says of it; the first match counts.
 NVIDIA_WIDTHS = {r"\.256": 256, r"\.128": 128, r"\.64": 64, r"\.[US]16": 16, r"\.[US]8": 8, "": 32}
@@ -41,39 +35,14 @@ class MachineCode(NamedTuple):
     matrix: int
 
 
-class Instruction(NamedTuple):
-    """One instruction; `target` is the position of the instruction that a branch goes to."""
-
-    text: str
-    target: int | None
-
-
 def read_cubin(cubin: bytes) -> MachineCode:
     """For NVIDIA; registers per thread, stack in bytes per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, re.MULTILINE)
-    positions = {int(address, 16): position for position, (address, _) in enumerate(lines)}
-    instructions = []
-    for _, text in lines:
-        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
-        instructions.append(Instruction(text, positions[int(branch[1], 16)] if branch else None))
-    return _summary(
-        instructions,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        load=r"\bLDG\S*",
-        store=r"\bSTG\S*",
-        widths=NVIDIA_WIDTHS,
-    )
+    registers, stack, instructions = sass.read_cubin(cubin)
+    accesses = {"load": r"\bLDG\S*", "store": r"\bSTG\S*", "widths": NVIDIA_WIDTHS}
+    return _summary(instructions, registers, stack, **accesses)
 
 
-def loads_in_flight(instructions: tuple[sass.Instruction, ...], pointers: list[int]) -> int:
+def loads_in_flight(instructions: Sequence[sass.Instruction], pointers: list[int]) -> int:
     """The most loads of the widest kind through these pointers that a thread issues before it waits for one of them.
 
     For NVIDIA; `pointers` are places in the constant bank.
@@ -104,7 +73,7 @@ def read_amdgcn(assembly: str) -> MachineCode:
     instructions = []
     for text in lines:
         branch = re.match(r"s_c?branch\w* (\.LBB\w+)", text)
-        instructions.append(Instruction(text, positions[branch[1]] if branch else None))
+        instructions.append(sass.Instruction(text, positions[branch[1]] if branch else None))
     return _summary(
         instructions,
         registers=int(re.search(r"\.vgpr_count: +(\d+)", assembly)[1]),
@@ -116,9 +85,9 @@ def read_amdgcn(assembly: str) -> MachineCode:
 
 
 def _summary(
-    instructions: list[Instruction], registers: int, stack: int, load: str, store: str, widths: dict[str, int]
+    instructions: Sequence[sass.Instruction], registers: int, stack: int, load: str, store: str, widths: dict[str, int]
 ) -> MachineCode:
-    def count(pattern: str, among: list[Instruction]) -> Counter[int]:
+    def count(pattern: str, among: Sequence[sass.Instruction]) -> Counter[int]:
         found = (re.search(pattern, instruction.text) for instruction in among)
         return Counter(next(widths[w] for w in widths if re.search(w, match[0])) for match in found if match)
 

@@ -198,8 +198,8 @@ def _is_taken(reads: Reads, position: int, target: int, trips: dict[Loop, int], 
     """Whether a conditional branch forward is taken."""
     left = [loop for loop in trips if target > loop.last]
     if left:
-        # A loop that ends in an unconditional branch is tested at its top, once more than it runs.
-        return all(done[loop] >= trips[loop] - reads.decoded[loop.last].conditional for loop in left)
+        # A loop that ends in an unconditional branch is tested at its top, once more than it runs, or just before.
+        return all(done[loop] >= trips[loop] - _is_behind(reads, position, loop) for loop in left)
     if reads.skips(position + 1, target):
         return True
     skipped = reads.decoded[position + 1 : target]
@@ -210,11 +210,17 @@ def _is_taken(reads: Reads, position: int, target: int, trips: dict[Loop, int], 
     return any(other.name == "CALL" for other in skipped)
 
 
+def _is_behind(reads: Reads, position: int, loop: Loop) -> bool:
+    """Whether a way out of the loop is behind all of a trip's accesses, or there is one at its end."""
+    end = reads.decoded[loop.last]
+    return end.conditional or not any(reads.decoded[at].bytes for at in range(position, loop.last))
+
+
 def _ends(reads: Reads, position: int, trips: dict[Loop, int], done: Counter[Loop]) -> bool:
     """Whether a conditional exit is the way out of a loop that has run: at its top, or behind all of its accesses."""
     return any(
         loop.holds(position)
         and not reads.decoded[loop.last].conditional
-        and done[loop] >= n - (not any(reads.decoded[at].bytes for at in range(position, loop.last)))
+        and done[loop] >= n - _is_behind(reads, position, loop)
         for loop, n in trips.items()
     )

@@ -1,9 +1,10 @@
 """Reads NVIDIA machine code as cuobjdump lists it: what an instruction reads, writes, occupies and moves."""
 
+import itertools
 import re
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +69,17 @@ WITHOUT_RESULT = {"STG", "STS", "STSM", "STL", "RED", "LDGSTS", *PIPES["control"
 PREDICATE = re.compile(r"U?P(?:\d|T)")
 
 
-def read_code(cubin: bytes, warps: int, shared: int) -> Code:
-    """Return the machine code in a cubin, listed by Triton's cuobjdump."""
+class Listing(NamedTuple):
+    """Registers a thread, its stack in bytes, and the instructions of a cubin."""
+
+    registers: int
+    stack: int
+    instructions: tuple[Instruction, ...]
+
+
+@lru_cache(1)
+def read_cubin(cubin: bytes) -> Listing:
+    """Return what Triton's cuobjdump lists of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -80,12 +90,19 @@ def read_code(cubin: bytes, warps: int, shared: int) -> Code:
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
     positions = {int(address, 16): position for position, (address, _) in enumerate(lines)}
     instructions = []
-    for _, text in lines:
+    for (_, text), (_, following) in itertools.pairwise([*lines, ("", "")]):
+        if following.startswith("BRA "):  # ptxas leaves loops by calls that do not return, for sm_80
+            text = text.replace("CALL.REL.NOINC", "BRA")
         branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
         instructions.append(Instruction(text, positions[int(branch[1], 16)] if branch else None))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
-    return Code(tuple(instructions), int(registers[1]), shared, warps)
+    registers, stack = (int(n) for n in re.findall(r"\b(?:REG|STACK):(\d+)", usage)[:2])
+    return Listing(registers, stack, tuple(instructions))
+
+
+def read_code(cubin: bytes, warps: int, shared: int) -> Code:
+    """Return the machine code in a cubin of a kernel with so many warps a program, and bytes of shared memory."""
+    listing = read_cubin(cubin)
+    return Code(listing.instructions, listing.registers, shared, warps)
 
 
 @cache
