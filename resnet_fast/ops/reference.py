@@ -18,7 +18,7 @@ def _channels(vector: Tensor) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel (S1, S3)."""
+    """Mean and biased variance per channel (S1, S2)."""
     mean = x.mean(PER_CHANNEL)
     return mean, (x - _channels(mean)).square().mean(PER_CHANNEL)
 
