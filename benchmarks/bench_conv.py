@@ -27,7 +27,7 @@ from benchmarks.networks import cudnn_benchmark
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
-from resnet_fast.ops.arguments import BatchNormArgs, Join, Saved
+from resnet_fast.ops.arguments import BatchNormArgs, Join, PartialStatistics, Saved
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
 
@@ -102,7 +102,7 @@ class CudnnRun(ConvRun):
         weight, direction = self.data.weight, self.data.direction
         if direction in (FORWARD, WITH_STATISTICS):
             y = F.conv2d(x, weight, padding=1)
-            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS))
+            return (y,) if direction == FORWARD else (y, *_statistics(y))
         pair, is_weight = [1, 1], direction == WEIGHT
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, [not is_weight, is_weight, False]
@@ -128,13 +128,19 @@ class FusedRun(ConvRun):
         weight, direction = self.data.weight, self.data.direction
         if direction in (FORWARD, WITH_STATISTICS):
             y, parts = conv3x3.forward(x, weight, self.tiles)
-            return (y,) if direction == FORWARD else (y, *_launch().statistics(y, STATISTICS, partial_statistics=parts))
+            return (y,) if direction == FORWARD else (y, *_statistics(y, parts))
         if direction == WEIGHT:
             return (conv3x3.weight_gradient(x, dy, self.tiles, weight.dtype),)
         dx, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, True, dx_alias)
         if sums is None:
             return (dx,)
         return dx, sums[1, 0].clone(), sums[0, 0].clone()  # as ops.batch_norm.backward_of_sums makes parameters' own
+
+
+def _statistics(y: Tensor, partial: PartialStatistics | None = None) -> tuple[Tensor, Tensor]:
+    launch = _launch()
+    shape = launch.Shape.of(y)
+    return launch.combine_statistics(partial or launch.partial_statistics(y, shape), STATISTICS, shape)
 
 
 def _launch() -> Any:

@@ -1,7 +1,7 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
-x, residual, y are [n_rows, N_CHANNELS] in channels_last or NCHW order; per-channel vectors are [N_CHANNELS], those of
-the pass, mean and rstd, [n_groups, N_CHANNELS] (tile_access.py: groups). Partial results are [3, n_splits, N_CHANNELS]:
+x, residual, y are [n_rows, n_channels] in channels_last or NCHW order; per-channel vectors are [n_channels], those of
+the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are [3, n_splits, n_channels]:
 pivots, shifts (a split's mean is their sum) and M2. Arithmetic is in fp32, or in fp64 when x is fp64.
 
 Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
@@ -15,11 +15,13 @@ from .tile_access import (
     channels_of,
     group_of_rows,
     load_channel,
-    load_tile,
+    load_tiles,
     locate,
     normalize,
     pack_bits,
+    part_of_program,
     program_index,
+    store_tile,
     tile_mask,
     tile_pointers,
     wait_for_previous_kernel,
@@ -41,27 +43,20 @@ def add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def load_row(x_ptr, row, offs_c, mask_c, n_spatial, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """[BLOCK_C], one row of x."""
-    if CHANNELS_LAST:
-        pointers = x_ptr + row * N_CHANNELS + offs_c
-    else:
-        pointers = x_ptr + (row // n_spatial * N_CHANNELS + offs_c) * n_spatial + row % n_spatial
-    return tl.load(pointers, mask=mask_c, other=0.0)
-
-
-@triton.jit
-def load_pivot(
-    x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """[BLOCK_C], the median of a split's first, middle and last row, times unit: typical even where one is an outlier.
+def load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
+    """[BLOCK_C], the median of a split's first, middle and last row, times unit; one outlier among them does no harm.
 
     As one of the values it has no rounding of its own: of a constant channel all differences are 0.
     """
-    first = load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
-    middle = load_row(x_ptr, first_row + n_own // 2, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
-    last = load_row(x_ptr, first_row + n_own - 1, offs_c, mask_c, n_spatial, N_CHANNELS, CHANNELS_LAST)
-    first, middle, last = first.to(unit.dtype), middle.to(unit.dtype), last.to(unit.dtype)
+    rows = ()
+    for k in tl.static_range(3):
+        row = first_row + (n_own - 1) * k // 2
+        if TILE.channels_last:
+            pointers = x_ptr + row * TILE.n_channels + offs_c
+        else:
+            pointers = x_ptr + (row // n_spatial * TILE.n_channels + offs_c) * n_spatial + row % n_spatial
+        rows += (tl.load(pointers, mask=mask_c, other=0.0).to(unit.dtype),)
+    first, middle, last = rows
     median = tl.maximum(tl.minimum(first, middle), tl.minimum(tl.maximum(first, middle), last))
     return tl.where(is_finite(median), median, 0.0) * unit
 
@@ -85,6 +80,12 @@ def shift_and_m2(total, squares, n_rows):
 
 
 @triton.jit
+def in_units(m2, unit):
+    """A stored partial M2 in units of 1/unit²."""
+    return tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
+
+
+@triton.jit
 def store_partial(partial_ptrs, stride, pivot, shift, m2, unit, mask):
     """Store what is about x·unit. A negative M2 stands for its magnitude in units of 1/UNIT²."""
     tl.store(partial_ptrs, pivot * (1 / unit), mask=mask)
@@ -93,63 +94,37 @@ def store_partial(partial_ptrs, stride, pivot, shift, m2, unit, mask):
 
 
 @triton.jit
-def split_statistics(
-    x_ptr,
-    first_row,
-    n_own,
-    offs_c,
-    mask_c,
-    n_spatial,
-    unit,
-    N_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    N_TILES: tl.constexpr,
-):
+def overflows(m2, mask_c, unit):
+    """Channels whose M2 is not finite, and whether to compute that once more, of x·UNIT."""
+    todo = mask_c & (is_finite(m2) == 0)
+    return todo, (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
+
+
+@triton.jit
+def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
     """[BLOCK_C] pivot, shift and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
-    STEP: tl.constexpr = N_TILES * BLOCK_M
-    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, N_CHANNELS, CHANNELS_LAST)
+    STEP: tl.constexpr = TILE.n_tiles * TILE.block_m
+    whole_rows = n_own // STEP * STEP  # of steps that need no mask
+    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
+    total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
+    squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     tiles = ()
-    for k in tl.static_range(N_TILES):
-        tiles += (
-            load_tile(
-                x_ptr,
-                first_row + k * BLOCK_M,
-                n_own - k * BLOCK_M,
-                offs_c,
-                mask_c,
-                n_spatial,
-                N_CHANNELS,
-                CHANNELS_LAST,
-                BLOCK_M,
-            ),
-        )
-    total = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
-    squares = tl.zeros([BLOCK_M, BLOCK_C], unit.dtype)
-    for start in range(STEP, n_own, STEP):
+    for k in tl.static_range(TILE.n_tiles):
+        pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
+        tiles += (tl.load(pointers, mask=(whole_rows > 0) & mask_c[None, :], other=0.0),)
+    for start in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
-        for k in tl.static_range(N_TILES):  # each tile makes room for that of the next step
+        for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step
             total, squares = add_differences(tiles[k], pivot, unit, None, total, squares)
-            row = start + k * BLOCK_M
-            ahead += (
-                load_tile(
-                    x_ptr,
-                    first_row + row,
-                    n_own - row,
-                    offs_c,
-                    mask_c,
-                    n_spatial,
-                    N_CHANNELS,
-                    CHANNELS_LAST,
-                    BLOCK_M,
-                ),
-            )
+            pointers = tile_pointers(x_ptr, first_row + start + k * TILE.block_m, offs_c, n_spatial, TILE)
+            ahead += (tl.load(pointers, mask=(start < whole_rows) & mask_c[None, :], other=0.0),)
         tiles = ahead
-    n_left = n_own - (n_own - 1) // STEP * STEP
-    for k in tl.static_range(N_TILES):
-        mask = tile_mask(n_left - k * BLOCK_M, mask_c, BLOCK_M)
-        total, squares = add_differences(tiles[k], pivot, unit, mask, total, squares)
+    if whole_rows < n_own:
+        n_left = n_own - whole_rows
+        tiles = load_tiles(x_ptr, first_row + whole_rows, n_left, offs_c, mask_c, n_spatial, TILE)
+        for k in tl.static_range(TILE.n_tiles):
+            mask = tile_mask(n_left - k * TILE.block_m, mask_c, TILE)
+            total, squares = add_differences(tiles[k], pivot, unit, mask, total, squares)
     shift, m2 = shift_and_m2(total, squares, n_own)
     return pivot, shift, m2
 
@@ -163,43 +138,24 @@ def statistics_kernel(
     rows_per_group,
     rows_per_split,
     n_splits,
-    N_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    N_TILES: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Pivot, shift and centered M2 of one split of rows."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
-    N_CHANNEL_TILES: tl.constexpr = (N_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    split = tl.program_id(0) // N_CHANNEL_TILES
-    offs_c, mask_c = channels_of(tl.program_id(0) % N_CHANNEL_TILES, N_CHANNELS, BLOCK_C)
+    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     _, first_row, n_own = locate(split, rows_per_split, n_rows, rows_per_group)
-    partial_ptrs = partials_ptr + wide(split) * N_CHANNELS + offs_c
+    partial_ptrs = partials_ptr + wide(split) * TILE.n_channels + offs_c
 
     unit = tl.full([], 1.0, acc_type)
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
-        pivot, shift, m2 = split_statistics(
-            x_ptr,
-            first_row,
-            n_own,
-            offs_c,
-            mask_c,
-            n_spatial,
-            unit,
-            N_CHANNELS,
-            CHANNELS_LAST,
-            BLOCK_M,
-            BLOCK_C,
-            N_TILES,
-        )
-        store_partial(partial_ptrs, wide(n_splits) * N_CHANNELS, pivot, shift, m2, unit, todo)
-        todo = mask_c & (is_finite(m2) == 0)
-        again = (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
+        pivot, shift, m2 = split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
+        store_partial(partial_ptrs, wide(n_splits) * TILE.n_channels, pivot, shift, m2, unit, todo)
+        todo, again = overflows(m2, mask_c, unit)
         unit = tl.full([], UNIT, acc_type)
 
 
@@ -214,26 +170,25 @@ def merge_splits(
     rows_per_split,
     unit,
     N_CHANNELS: tl.constexpr,
-    N_STEPS: tl.constexpr,
+    n_steps,
     BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the pivot of its first split (S2)."""
+    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the pivot of its first split (S2).
+
+    `n_steps` are those of BLOCK_S splits; where it is a constant 1 there is no loop, and no load waits for another.
+    """
     pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype)
     full_rows = tl.full([], 0.0, unit.dtype) + rows_per_split
     last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
-    total = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
-    squares = tl.zeros([BLOCK_S, BLOCK_C], unit.dtype)
-    for step in tl.static_range(N_STEPS):
-        offs_s = step * BLOCK_S + tl.arange(
-            0, BLOCK_S
-        )  # of few enough partials for 32-bit offsets (tiles.STATISTICS_PROGRAMS)
+    total = tl.zeros([BLOCK_S, offs_c.shape[0]], unit.dtype)
+    squares = tl.zeros([BLOCK_S, offs_c.shape[0]], unit.dtype)
+    for step in range(0, n_steps):
+        offs_s = step * BLOCK_S + tl.arange(0, BLOCK_S)  # 32-bit offsets: there are few partial results
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
         split_pivot = tl.load(pointers, mask=mask, other=0.0)
         shift = tl.load(pointers + stride, mask=mask, other=0.0)
-        m2 = tl.load(pointers + 2 * stride, mask=mask, other=0.0)
-        m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
+        m2 = in_units(tl.load(pointers + 2 * stride, mask=mask, other=0.0), unit)
         rows = tl.where(offs_s < n_splits - 1, full_rows, tl.where(offs_s < n_splits, last_rows, 0.0))[:, None]
         difference = (split_pivot * unit - (pivot * unit)[None, :]) + shift * unit
         total += rows * difference
@@ -252,38 +207,24 @@ def group_statistics(
     n_splits,
     rows_per_split,
     N_CHANNELS: tl.constexpr,
-    N_STEPS: tl.constexpr,
+    n_steps,
     BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """[BLOCK_C] mean of a group, biased variance in units of 1/unit², and unit: 1 where that does not overflow."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
-    mean = tl.zeros([BLOCK_C], acc_type)
-    var = tl.zeros([BLOCK_C], acc_type)
-    units = tl.full([BLOCK_C], 1.0, acc_type)
+    mean = tl.zeros(offs_c.shape, acc_type)
+    var = tl.zeros(offs_c.shape, acc_type)
+    units = tl.full(offs_c.shape, 1.0, acc_type)
     unit = tl.full([], 1.0, acc_type)
     todo = mask_c
     again = tl.full([], 1, tl.int1)
+    which = (stride, offs_c, mask_c, n_rows, n_splits, rows_per_split)
     while again:
-        merged_mean, m2 = merge_splits(
-            partials_ptr,
-            stride,
-            offs_c,
-            mask_c,
-            n_rows,
-            n_splits,
-            rows_per_split,
-            unit,
-            N_CHANNELS,
-            N_STEPS,
-            BLOCK_S,
-            BLOCK_C,
-        )
+        merged_mean, m2 = merge_splits(partials_ptr, *which, unit, N_CHANNELS, n_steps, BLOCK_S)
         mean = tl.where(todo, merged_mean * (1 / unit), mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
-        todo = mask_c & (is_finite(m2) == 0)
-        again = (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
+        todo, again = overflows(m2, mask_c, unit)
         unit = tl.full([], UNIT, acc_type)
     return mean, var, units
 
@@ -300,16 +241,12 @@ def inverse_std(var, eps, units):
 
 
 @triton.jit
-def unbiased(var, n_rows):
-    return var * (n_rows / (tl.full([], -1.0, var.dtype) + n_rows))
-
-
-@triton.jit
-def updated_running(running, new, momentum):
-    """Running statistics with those of one more batch (S4)."""
-    share = tl.full([], momentum, new.dtype)
-    rest = tl.full([], 1.0 - momentum, new.dtype)
-    return share * new + rest * running
+def updated_running(running_mean, running_var, mean, var, units, n_rows, momentum):
+    """Running statistics with those of one more batch (S4); `var` is biased and in units of 1/units²."""
+    share = tl.full([], momentum, mean.dtype)
+    rest = tl.full([], 1.0 - momentum, mean.dtype)
+    unbiased = var * (n_rows / (tl.full([], -1.0, var.dtype) + n_rows)) * (1 / units) * (1 / units)
+    return share * mean + rest * running_mean, share * unbiased + rest * running_var
 
 
 @triton.jit
@@ -348,20 +285,10 @@ def combine_statistics_kernel(
     for group in range(0, n_groups):
         first_split = wide(group) * group_splits
         start, end = group_of_rows(group, n_rows, rows_per_group)
-        group_rows = end - start
         own_splits = tl.minimum(n_splits - first_split, group_splits).to(tl.int32)
+        which = (stride, offs_c, mask_c, end - start, own_splits, rows_per_split)
         mean, var, units = group_statistics(
-            partials_ptr + first_split * N_CHANNELS,
-            stride,
-            offs_c,
-            mask_c,
-            group_rows,
-            own_splits,
-            rows_per_split,
-            N_CHANNELS,
-            N_STEPS,
-            BLOCK_S,
-            BLOCK_C,
+            partials_ptr + first_split * N_CHANNELS, *which, N_CHANNELS, N_STEPS, BLOCK_S
         )
         group_offs_c = wide(group) * N_CHANNELS + offs_c
         tl.store(mean_ptr + group_offs_c, mean, mask=mask_c)
@@ -369,8 +296,8 @@ def combine_statistics_kernel(
         if var_ptr is not None:
             tl.store(var_ptr + group_offs_c, var.to(var_ptr.dtype.element_ty) / units / units, mask=mask_c)
         if running_mean_ptr is not None:
-            running_mean = updated_running(running_mean, mean, momentum)
-            running_var = updated_running(running_var, unbiased(var, group_rows) / units / units, momentum)
+            new = (mean, var, units, end - start)
+            running_mean, running_var = updated_running(running_mean, running_var, *new, momentum)
     if running_mean_ptr is not None:
         tl.store(running_mean_ptr + offs_c, running_mean, mask=mask_c)
         tl.store(running_var_ptr + offs_c, running_var, mask=mask_c)
@@ -388,14 +315,13 @@ def pass_statistics(
     mask_c,
     is_first,
     n_rows,
-    rows_per_split,
     n_splits,
+    rows_per_split,
     momentum,
     eps,
     N_CHANNELS: tl.constexpr,
-    N_STEPS: tl.constexpr,
+    n_steps,
     BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """[BLOCK_C] mean and rstd of the pass: of partial results, if given, or of running statistics, if given, or read.
 
@@ -406,26 +332,16 @@ def pass_statistics(
     group_offs_c = group * N_CHANNELS + offs_c
     first_mask = mask_c & is_first
     if partials_ptr is not None:
-        mean, var, units = group_statistics(
-            partials_ptr,
-            wide(n_splits) * N_CHANNELS,
-            offs_c,
-            mask_c,
-            n_rows,
-            n_splits,
-            rows_per_split,
-            N_CHANNELS,
-            N_STEPS,
-            BLOCK_S,
-            BLOCK_C,
-        )
+        which = (wide(n_splits) * N_CHANNELS, offs_c, mask_c, n_rows, n_splits, rows_per_split)
+        mean, var, units = group_statistics(partials_ptr, *which, N_CHANNELS, n_steps, BLOCK_S)
         rstd = inverse_std(var, eps, units)
         if running_mean_ptr is not None:
             running_mean = load_channel(running_mean_ptr, offs_c, first_mask, 0.0, acc_type)
             running_var = load_channel(running_var_ptr, offs_c, first_mask, 0.0, acc_type)
-            new_var = updated_running(running_var, unbiased(var, n_rows) * (1 / units) * (1 / units), momentum)
-            tl.store(running_mean_ptr + offs_c, updated_running(running_mean, mean, momentum), mask=first_mask)
-            tl.store(running_var_ptr + offs_c, new_var, mask=first_mask)
+            new = (mean, var, units, n_rows)
+            running_mean, running_var = updated_running(running_mean, running_var, *new, momentum)
+            tl.store(running_mean_ptr + offs_c, running_mean, mask=first_mask)
+            tl.store(running_var_ptr + offs_c, running_var, mask=first_mask)
     elif running_mean_ptr is not None:
         mean = load_channel(running_mean_ptr, offs_c, mask_c, 0.0, acc_type)
         rstd = inverse_std(load_channel(running_var_ptr, offs_c, mask_c, 1.0, acc_type), eps, 1.0)
@@ -436,6 +352,20 @@ def pass_statistics(
         tl.store(mean_ptr + group_offs_c, mean, mask=first_mask)
         tl.store(rstd_ptr + group_offs_c, rstd, mask=first_mask)
     return mean, rstd
+
+
+@triton.jit
+def relu_and_bits(z, y_ptr, relu_mask_ptr, row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
+    """relu(z) in the data type; stores the bits of where it closed, if they are wanted (N3).
+
+    The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
+    """
+    y = z.to(y_ptr.dtype.element_ty)
+    relu_mask = y.to(z.dtype) <= 0.0
+    if relu_mask_ptr is not None:
+        offsets, valid = bit_offsets(row, n_own, channel_tile, group, n_rows, rows_per_group, TILE)
+        tl.store(relu_mask_ptr + offsets, pack_bits(relu_mask, TILE), mask=valid)
+    return tl.where(relu_mask, 0.0, y)
 
 
 @triton.jit
@@ -469,52 +399,27 @@ def normalize_kernel(
     residual_eps: tl.float64,
     RELU: tl.constexpr,
     REVERSED: tl.constexpr,
-    N_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    N_TILES: tl.constexpr,
-    N_STEPS: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y = relu(bn(x) + residual) (N1-N3): no residual, a residual, or a residual with a batch norm of its own.
 
-    A program has N_TILES tiles, and loads them all before it uses the first. With a residual
-    and ReLU the signs go to `relu_mask_ptr`, one bit each; without a residual the backward recomputes them from x, for
-    less traffic than a mask.
+    With a residual and ReLU the signs go to `relu_mask_ptr`, one bit each; without a residual the backward recomputes
+    them from x, for less traffic than a mask. Two norms with the same running statistics must both take them from
+    batches, or neither: no program waits until another has read what it updates.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
-    LAST_USE: tl.constexpr = "evict_first" if REVERSED else ""
-    N_CHANNEL_TILES: tl.constexpr = (N_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    index = program_index(REVERSED)
-    channel_tile = index % N_CHANNEL_TILES
-    offs_c, mask_c = channels_of(channel_tile, N_CHANNELS, BLOCK_C)
-    group, first_row, n_own = locate(index // N_CHANNEL_TILES, N_TILES * BLOCK_M, n_rows, rows_per_group)
-    group_start, _ = group_of_rows(group, n_rows, rows_per_group)
-    is_first = first_row == group_start
+    part, channel_tile = part_of_program(program_index(REVERSED), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
+    group, first_row, n_own = locate(part, TILE.n_tiles * TILE.block_m, n_rows, rows_per_group)
+    group_start, group_end = group_of_rows(group, n_rows, rows_per_group)
+    group_rows = group_end - group_start
 
-    mean, rstd = pass_statistics(
-        partials_ptr,
-        running_mean_ptr,
-        running_var_ptr,
-        mean_ptr,
-        rstd_ptr,
-        group,
-        offs_c,
-        mask_c,
-        is_first,
-        n_rows,
-        rows_per_split,
-        n_splits,
-        momentum,
-        eps,
-        N_CHANNELS,
-        N_STEPS,
-        BLOCK_S,
-        BLOCK_C,
-    )
+    which = (group, offs_c, mask_c, first_row == group_start, group_rows, n_splits, rows_per_split)
+    its = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
+    mean, rstd = pass_statistics(*its, *which, momentum, eps, TILE.n_channels, 1, BLOCK_S)
     scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
     bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_mean_ptr is not None:
@@ -524,55 +429,27 @@ def normalize_kernel(
             residual_running_var_ptr,
             residual_mean_ptr,
             residual_rstd_ptr,
-            group,
-            offs_c,
-            mask_c,
-            is_first,
-            n_rows,
-            rows_per_split,
-            n_splits,
+            *which,
             residual_momentum,
             residual_eps,
-            N_CHANNELS,
-            N_STEPS,
+            TILE.n_channels,
+            1,
             BLOCK_S,
-            BLOCK_C,
         )
         residual_scale = residual_rstd * load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
         residual_bias = load_channel(residual_bias_ptr, offs_c, mask_c, 0.0, acc_type)
 
-    x_tiles, residual_tiles = (), ()
-    for k in tl.static_range(N_TILES):
-        at = (first_row + k * BLOCK_M, n_own - k * BLOCK_M, offs_c, mask_c, n_spatial)
-        x_tiles += (load_tile(x_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
-        residual_tiles += (load_tile(residual_ptr, *at, N_CHANNELS, CHANNELS_LAST, BLOCK_M, LAST_USE),)
-
-    for k in tl.static_range(N_TILES):
-        row = first_row + k * BLOCK_M
-        z = normalize(x_tiles[k].to(acc_type), mean, scale, bias)
+    x_tiles = load_tiles(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE, REVERSED)
+    residual_tiles = load_tiles(residual_ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE, REVERSED)
+    for k in tl.static_range(TILE.n_tiles):
+        row = first_row + k * TILE.block_m
+        n_left = n_own - k * TILE.block_m
+        y = normalize(x_tiles[k].to(acc_type), mean, scale, bias)
         if residual_ptr is not None:
             residual = residual_tiles[k].to(acc_type)
             if residual_mean_ptr is not None:
                 residual = normalize(residual, residual_mean, residual_scale, residual_bias)
-            z += residual
-        # The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
-        y = z.to(y_ptr.dtype.element_ty)
+            y += residual
         if RELU:
-            relu_mask = y.to(acc_type) <= 0.0
-            if relu_mask_ptr is not None:
-                bytes_at, valid = bit_offsets(
-                    row,
-                    n_own - k * BLOCK_M,
-                    channel_tile * BLOCK_C,
-                    group,
-                    n_rows,
-                    rows_per_group,
-                    N_CHANNELS,
-                    CHANNELS_LAST,
-                    BLOCK_M,
-                    BLOCK_C,
-                )
-                tl.store(relu_mask_ptr + bytes_at, pack_bits(relu_mask, CHANNELS_LAST, BLOCK_M, BLOCK_C), mask=valid)
-            y = tl.where(relu_mask, 0.0, y)
-        pointers = tile_pointers(y_ptr, row, offs_c, n_spatial, N_CHANNELS, CHANNELS_LAST, BLOCK_M)
-        tl.store(pointers, y, mask=tile_mask(n_own - k * BLOCK_M, mask_c, BLOCK_M))
+            y = relu_and_bits(y, y_ptr, relu_mask_ptr, row, n_left, channel_tile, group, n_rows, rows_per_group, TILE)
+        store_tile(y_ptr, y, row, n_left, offs_c, mask_c, n_spatial, TILE)

@@ -10,26 +10,34 @@ batch_norm_backward.py; channels_last, one group, batch statistics.
 import triton
 import triton.language as tl
 
-from .batch_norm_backward import input_gradient, recompute_relu_mask, store_gradients, sum_splits
+from .batch_norm_backward import (
+    input_gradient,
+    normalized,
+    preactivation_gradient,
+    store_gradients,
+    store_sums,
+    sum_splits,
+)
 from .batch_norm_forward import (
     UNIT,
     add_differences,
-    is_finite,
     load_pivot,
+    overflows,
     pass_statistics,
+    relu_and_bits,
     shift_and_m2,
     store_partial,
 )
 from .tile_access import (
-    bit_offsets,
     channels_of,
+    load_bits,
     load_channel,
     load_tile,
+    load_tiles,
     normalize,
-    pack_bits,
+    part_of_program,
+    store_tile,
     tile_mask,
-    tile_pointers,
-    unpack_bits,
     wide,
 )
 
@@ -71,48 +79,23 @@ def afresh(x, zero):
 
 
 @triton.jit
-def load_tiles(
-    ptr, first_row, n_own, offs_c, mask_c, N_CHANNELS: tl.constexpr, N_TILES: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """A tuple of N_TILES tiles, all of which are on their way before the first is used."""
-    tiles = ()
-    for k in tl.static_range(N_TILES):
-        row = k * BLOCK_M
-        tiles += (load_tile(ptr, first_row + row, n_own - row, offs_c, mask_c, 1, N_CHANNELS, True, BLOCK_M),)
-    return tiles
-
-
-@triton.jit
-def store_statistics(
-    ptr,
-    tiles,
-    first_row,
-    n_own,
-    offs_c,
-    mask_c,
-    partial_ptrs,
-    stride,
-    N_CHANNELS: tl.constexpr,
-    N_TILES: tl.constexpr,
-):
+def store_statistics(x_ptr, tiles, first_row, n_own, offs_c, mask_c, partial_ptrs, stride, TILE: tl.constexpr):
     """Pivot, shift and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
     acc_type: tl.constexpr = partial_ptrs.dtype.element_ty
-    BLOCK_M: tl.constexpr = tiles[0].shape[0]
     unit = tl.full([], 1.0, acc_type)
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        pivot = load_pivot(ptr, first_row, n_own, offs_c, mask_c, 1, unit, N_CHANNELS, True)
-        total = tl.zeros(tiles[0].shape, acc_type)
-        squares = tl.zeros(tiles[0].shape, acc_type)
+        pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, 1, unit, TILE)
+        total = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
+        squares = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         n_left = afresh(n_own, 0)
-        for k in tl.static_range(N_TILES):
-            mask = tile_mask(n_left - k * BLOCK_M, mask_c, BLOCK_M)
+        for k in tl.static_range(TILE.n_tiles):
+            mask = tile_mask(n_left - k * TILE.block_m, mask_c, TILE)
             total, squares = add_differences(afresh(tiles[k], 0), pivot, unit, mask, total, squares)
         shift, m2 = shift_and_m2(total, squares, n_own)
         store_partial(partial_ptrs, stride, pivot, shift, m2, unit, todo)
-        todo = mask_c & (is_finite(m2) == 0)
-        again = (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
+        todo, again = overflows(m2, mask_c, unit)
         unit = tl.full([], UNIT, acc_type)
 
 
@@ -144,61 +127,34 @@ def single_read_forward_kernel(
     residual_momentum: tl.float64,
     residual_eps: tl.float64,
     RELU: tl.constexpr,
-    N_CHANNELS: tl.constexpr,
-    N_TILES: tl.constexpr,
-    N_STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """y = relu(bn(x) + residual) with batch statistics, and all that the forward returns (S1-S4, N1-N3).
 
     The residual of the add join is read behind the barrier; that of the bn join is held as x is.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
-    N_CHANNEL_TILES: tl.constexpr = (N_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    ROWS_PER_SPLIT: tl.constexpr = N_TILES * BLOCK_M
-    split = tl.program_id(0) // N_CHANNEL_TILES
-    first_channel = (tl.program_id(0) % N_CHANNEL_TILES) * BLOCK_C
-    offs_c, mask_c = channels_of(tl.program_id(0) % N_CHANNEL_TILES, N_CHANNELS, BLOCK_C)
+    ROWS_PER_SPLIT: tl.constexpr = TILE.n_tiles * TILE.block_m
+    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
-    partial = split * N_CHANNELS + offs_c
-    stride = n_splits * N_CHANNELS
+    partial = split * TILE.n_channels + offs_c
+    stride = n_splits * TILE.n_channels
 
     at = (first_row, n_own, offs_c, mask_c)
-    x_tiles = load_tiles(x_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
+    x_tiles = load_tiles(x_ptr, *at, 1, TILE)
     if residual_mean_ptr is not None:
-        residual_tiles = load_tiles(residual_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
-    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, stride, N_CHANNELS, N_TILES)
+        residual_tiles = load_tiles(residual_ptr, *at, 1, TILE)
+    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, stride, TILE)
     if residual_mean_ptr is not None:
-        store_statistics(
-            residual_ptr,
-            residual_tiles,
-            *at,
-            residual_partials_ptr + partial,
-            stride,
-            N_CHANNELS,
-            N_TILES,
-        )
+        store_statistics(residual_ptr, residual_tiles, *at, residual_partials_ptr + partial, stride, TILE)
 
-    zero = wait_for_splits(barrier_ptr + tl.program_id(0) % N_CHANNEL_TILES, split, n_splits)
-    which = (0, offs_c, mask_c, split == 0, n_rows)
-    mean, rstd = pass_statistics(
-        partials_ptr,
-        running_mean_ptr,
-        running_var_ptr,
-        mean_ptr,
-        rstd_ptr,
-        *which,
-        ROWS_PER_SPLIT,
-        n_splits,
-        momentum,
-        eps,
-        N_CHANNELS,
-        N_STEPS,
-        BLOCK_M,
-        BLOCK_C,
-    )
+    zero = wait_for_splits(barrier_ptr + channel_tile, split, n_splits)
+    n_steps = tl.cdiv(n_splits, TILE.block_m)
+    which = (0, offs_c, mask_c, split == 0, n_rows, n_splits, ROWS_PER_SPLIT)
+    its = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
+    mean, rstd = pass_statistics(*its, *which, momentum, eps, TILE.n_channels, n_steps, TILE.block_m)
     if residual_mean_ptr is not None:
         residual_mean, residual_rstd = pass_statistics(
             residual_partials_ptr,
@@ -207,14 +163,11 @@ def single_read_forward_kernel(
             residual_mean_ptr,
             residual_rstd_ptr,
             *which,
-            ROWS_PER_SPLIT,
-            n_splits,
             residual_momentum,
             residual_eps,
-            N_CHANNELS,
-            N_STEPS,
-            BLOCK_M,
-            BLOCK_C,
+            TILE.n_channels,
+            n_steps,
+            TILE.block_m,
         )
         residual_scale = residual_rstd * load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
         residual_bias = load_channel(residual_bias_ptr, offs_c, mask_c, 0.0, acc_type)
@@ -223,27 +176,18 @@ def single_read_forward_kernel(
 
     n_own += zero
     first_row = wide(split + zero) * ROWS_PER_SPLIT
-    for k in tl.static_range(N_TILES):
-        row = first_row + k * BLOCK_M
-        n_left = n_own - k * BLOCK_M
-        z = normalize(afresh(x_tiles[k], zero).to(acc_type), mean, scale, bias)
+    for k in tl.static_range(TILE.n_tiles):
+        row = first_row + k * TILE.block_m
+        n_left = n_own - k * TILE.block_m
+        y = normalize(afresh(x_tiles[k], zero).to(acc_type), mean, scale, bias)
         if residual_mean_ptr is not None:
             residual = afresh(residual_tiles[k], zero).to(acc_type)
-            z += normalize(residual, residual_mean, residual_scale, residual_bias)
+            y += normalize(residual, residual_mean, residual_scale, residual_bias)
         elif residual_ptr is not None:
-            z += load_tile(residual_ptr, row, n_left, offs_c, mask_c, 1, N_CHANNELS, True, BLOCK_M).to(acc_type)
-        # The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
-        y = z.to(y_ptr.dtype.element_ty)
+            y += load_tile(residual_ptr, row, n_left, offs_c, mask_c, 1, TILE).to(acc_type)
         if RELU:
-            relu_mask = y.to(acc_type) <= 0.0
-            if relu_mask_ptr is not None:
-                bytes_at, valid = bit_offsets(
-                    row, n_left, first_channel, 0, n_rows, None, N_CHANNELS, True, BLOCK_M, BLOCK_C
-                )
-                tl.store(relu_mask_ptr + bytes_at, pack_bits(relu_mask, True, BLOCK_M, BLOCK_C), mask=valid)
-            y = tl.where(relu_mask, 0.0, y)
-        pointers = tile_pointers(y_ptr, row, offs_c, 1, N_CHANNELS, True, BLOCK_M)
-        tl.store(pointers, y, mask=tile_mask(n_left, mask_c, BLOCK_M))
+            y = relu_and_bits(y, y_ptr, relu_mask_ptr, row, n_left, channel_tile, 0, n_rows, None, TILE)
+        store_tile(y_ptr, y, row, n_left, offs_c, mask_c, 1, TILE)
 
 
 @triton.jit
@@ -272,98 +216,78 @@ def single_read_backward_kernel(
     n_rows,
     n_splits,
     RELU: tl.constexpr,
-    N_CHANNELS: tl.constexpr,
-    N_TILES: tl.constexpr,
-    N_STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dx, the parameters' gradients, and the residual's: dz of the add join, that of the bn join (B1-B4)."""
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
-    N_CHANNEL_TILES: tl.constexpr = (N_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    ROWS_PER_SPLIT: tl.constexpr = N_TILES * BLOCK_M
+    ROWS_PER_SPLIT: tl.constexpr = TILE.n_tiles * TILE.block_m
+    FORK: tl.constexpr = dy_alias_ptr is not None
+    BITS: tl.constexpr = relu_mask_ptr is not None
     N_SUMS: tl.constexpr = 2 if residual_ptr is None else 3
-    split = tl.program_id(0) // N_CHANNEL_TILES
-    first_channel = (tl.program_id(0) % N_CHANNEL_TILES) * BLOCK_C
-    offs_c, mask_c = channels_of(tl.program_id(0) % N_CHANNEL_TILES, N_CHANNELS, BLOCK_C)
+    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
 
-    at = (first_row, n_own, offs_c, mask_c)
-    dy_tiles = load_tiles(dy_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
-    x_tiles = load_tiles(x_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
+    at = (first_row, n_own, offs_c, mask_c, 1)
+    dy_tiles = load_tiles(dy_ptr, *at, TILE)
+    x_tiles = load_tiles(x_ptr, *at, TILE)
     mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
     rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
-    if RELU and relu_mask_ptr is None:
+    scale, bias = rstd, mean  # of no use where ReLU is not recomputed
+    if RELU and not BITS:
         scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
         bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
-    sum_dz = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
-    sum_dz_xhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+    sum_dz = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
+    sum_dz_xhat = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
+    sum_dz_rhat = None
     if residual_ptr is not None:
-        residual_tiles = load_tiles(residual_ptr, *at, N_CHANNELS, N_TILES, BLOCK_M)
+        residual_tiles = load_tiles(residual_ptr, *at, TILE)
         residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, acc_type)
         residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, acc_type)
-        sum_dz_rhat = tl.zeros([BLOCK_M, BLOCK_C], acc_type)
+        sum_dz_rhat = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
 
     dz_tiles = ()
-    for k in tl.static_range(N_TILES):
-        row = first_row + k * BLOCK_M
-        n_left = n_own - k * BLOCK_M
-        dz = dy_tiles[k].to(acc_type)
-        if dy_alias_ptr is not None:
-            # Rounded to the data type, as autograd rounds the sum of two gradients.
-            dz += load_tile(dy_alias_ptr, row, n_left, offs_c, mask_c, 1, N_CHANNELS, True, BLOCK_M).to(acc_type)
-            dz = dz.to(dy_ptr.dtype.element_ty).to(acc_type)
-        x = x_tiles[k].to(acc_type)
-        if RELU:
-            if relu_mask_ptr is None:
-                relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
-            else:
-                bytes_at, valid = bit_offsets(
-                    row, n_left, first_channel, 0, n_rows, None, N_CHANNELS, True, BLOCK_M, BLOCK_C
-                )
-                packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
-                relu_mask = unpack_bits(packed, True, BLOCK_M, BLOCK_C)
-            dz = tl.where(relu_mask, 0.0, dz)
+    for k in tl.static_range(TILE.n_tiles):
+        row = first_row + k * TILE.block_m
+        n_left = n_own - k * TILE.block_m
+        dy_alias = load_tile(dy_alias_ptr, row, n_left, offs_c, mask_c, 1, TILE)
+        packed = load_bits(relu_mask_ptr, row, n_left, channel_tile, 0, n_rows, None, TILE)
+        dz = preactivation_gradient(
+            dy_tiles[k], dy_alias, x_tiles[k], packed, mean, scale, bias, FORK, RELU, BITS, TILE
+        )
         dz_tiles += (afresh(dz.to(dy_ptr.dtype.element_ty), 0),)
         sum_dz += dz
-        sum_dz_xhat += dz * ((x - mean[None, :]) * rstd[None, :])
+        sum_dz_xhat += dz * normalized(x_tiles[k].to(acc_type), mean, rstd)
         if residual_ptr is not None:
-            residual = residual_tiles[k].to(acc_type)
-            sum_dz_rhat += dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :])
-    sum_stride = n_splits * N_CHANNELS
-    partial_ptrs = partials_ptr + split * N_CHANNELS + offs_c
-    tl.store(partial_ptrs, tl.sum(sum_dz, axis=0), mask=mask_c)
-    tl.store(partial_ptrs + sum_stride, tl.sum(sum_dz_xhat, axis=0), mask=mask_c)
-    if residual_ptr is not None:
-        tl.store(partial_ptrs + 2 * sum_stride, tl.sum(sum_dz_rhat, axis=0), mask=mask_c)
+            sum_dz_rhat += dz * normalized(residual_tiles[k].to(acc_type), residual_mean, residual_rstd)
+    stride = n_splits * TILE.n_channels
+    store_sums(partials_ptr + split * TILE.n_channels + offs_c, stride, mask_c, sum_dz, sum_dz_xhat, sum_dz_rhat)
 
-    zero = wait_for_splits(barrier_ptr + tl.program_id(0) % N_CHANNEL_TILES, split, n_splits)
+    zero = wait_for_splits(barrier_ptr + channel_tile, split, n_splits)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    sums = sum_splits(partials_ptr, sum_stride, offs_c, mask_c, n_splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_M, BLOCK_C)
+    which = (stride, offs_c, mask_c, n_splits)
+    sums = sum_splits(partials_ptr, *which, N_SUMS, TILE.n_channels, tl.cdiv(n_splits, TILE.block_m), TILE.block_m)
     first_mask = mask_c & (split == 0)
     store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     share = 1 / (tl.full([], 0.0, acc_type) + n_rows)
 
     n_own += zero
     first_row = wide(split + zero) * ROWS_PER_SPLIT
-    for k in tl.static_range(N_TILES):
-        row = first_row + k * BLOCK_M
-        mask = tile_mask(n_own - k * BLOCK_M, mask_c, BLOCK_M)
+    for k in tl.static_range(TILE.n_tiles):
+        at = (first_row + k * TILE.block_m, n_own - k * TILE.block_m, offs_c, mask_c, 1)
         dz = afresh(dz_tiles[k], zero)
         if dz_ptr is not None:
-            tl.store(tile_pointers(dz_ptr, row, offs_c, 1, N_CHANNELS, True, BLOCK_M), dz, mask=mask)
+            store_tile(dz_ptr, dz, *at, TILE)
         x = afresh(x_tiles[k], zero).to(acc_type)
         dx = input_gradient(dz.to(acc_type), x, mean, rstd, weight, sums[0] * share, sums[1] * share, True)
-        tl.store(tile_pointers(dx_ptr, row, offs_c, 1, N_CHANNELS, True, BLOCK_M), dx, mask=mask)
+        store_tile(dx_ptr, dx, *at, TILE)
 
     if residual_ptr is not None:
         weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        for k in tl.static_range(N_TILES):
+        for k in tl.static_range(TILE.n_tiles):
+            at = (first_row + k * TILE.block_m, n_own - k * TILE.block_m, offs_c, mask_c, 1)
             dz = afresh(dz_tiles[k], zero).to(acc_type)
-            residual = afresh(residual_tiles[k], zero).to(acc_type)
-            dresidual = input_gradient(
-                dz, residual, residual_mean, residual_rstd, weight, sums[0] * share, sums[2] * share, True
-            )
-            pointers = tile_pointers(dresidual_ptr, first_row + k * BLOCK_M, offs_c, 1, N_CHANNELS, True, BLOCK_M)
-            tl.store(pointers, dresidual, mask=tile_mask(n_own - k * BLOCK_M, mask_c, BLOCK_M))
+            its = (afresh(residual_tiles[k], zero).to(acc_type), residual_mean, residual_rstd, weight)
+            dresidual = input_gradient(dz, *its, sums[0] * share, sums[2] * share, True)
+            store_tile(dresidual_ptr, dresidual, *at, TILE)

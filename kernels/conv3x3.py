@@ -9,9 +9,9 @@ Products accumulate in fp32, and the sum is rounded once.
 import triton
 import triton.language as tl
 
-from .batch_norm_backward import recompute_relu_mask
-from .batch_norm_forward import UNIT, is_finite
-from .tile_access import bit_offsets, load_channel, load_tile, unpack_bits, wide
+from .batch_norm_backward import normalized, preactivation_gradient
+from .batch_norm_forward import UNIT, in_units, is_finite
+from .tile_access import channels_of, load_bits, load_channel, load_tile, part_of_program, wide
 
 
 @triton.jit
@@ -29,13 +29,11 @@ def convolve(
     BACKWARD: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
+    """[BLOCK_M, BLOCK_C] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
 
     CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes
     so that its block, without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the
@@ -44,16 +42,16 @@ def convolve(
     image, line = box_of(first_row, WIDTH)
     N_BLOCKS: tl.constexpr = (SUMMED_CHANNELS + BLOCK_K - 1) // BLOCK_K
     if CHANNELS_AS_ROWS:
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        total = tl.zeros([TILE.block_c, TILE.block_m], tl.float32)
     else:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([TILE.block_m, TILE.block_c], tl.float32)
     for step in range(0, 9 * N_BLOCKS):
         tap = step // N_BLOCKS
         channel = step % N_BLOCKS * BLOCK_K
         x = x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, channel])
-        x = tl.reshape(x, [BLOCK_M, BLOCK_K])
+        x = tl.reshape(x, [TILE.block_m, BLOCK_K])
         if BACKWARD:
-            weight = weight_desc.load([channel, (8 - tap) * CHANNELS + first_channel])
+            weight = weight_desc.load([channel, (8 - tap) * TILE.n_channels + first_channel])
         else:
             weight = tl.trans(weight_desc.load([first_channel, tap * SUMMED_CHANNELS + channel]))
         if CHANNELS_AS_ROWS:
@@ -71,14 +69,13 @@ def merged_with_tile(y, valid, count, n_own, mean, m2, unit):
     tile_mean = tl.sum(x, axis=0) / n_own
     deviation = tl.where(valid, x - tile_mean[None, :], 0.0)
     delta = tile_mean - mean * unit
-    merged_m2 = tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
-    merged_m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
+    merged_m2 = in_units(m2, unit) + tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
     return mean + tl.where(is_finite(mean), delta * share, tile_mean) / unit, merged_m2
 
 
 @triton.jit
 def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr):
-    """Mean and M2, [BLOCK_N], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_N] in fp32.
+    """Mean and M2, [BLOCK_C], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_C] in fp32.
 
     A negative M2 stands for its magnitude in units of 1/UNIT², as in `statistics_kernel`.
     """
@@ -86,11 +83,11 @@ def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr):
     count = (first_row - start).to(tl.float32)
     n_own = tl.minimum(end - first_row, BLOCK_M).to(tl.float32)
     new_mean, new_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, 1.0)
-    overflows = is_finite(new_m2) == 0  # a square has overflowed, or y holds Inf or NaN
-    if tl.max(overflows.to(tl.int32), axis=0) > 0:
+    not_finite = is_finite(new_m2) == 0  # a square has overflowed, or y holds Inf or NaN
+    if tl.max(not_finite.to(tl.int32), axis=0) > 0:
         rescued_mean, rescued_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, UNIT)
-        new_mean = tl.where(overflows, rescued_mean, new_mean)
-        new_m2 = tl.where(overflows, -rescued_m2, new_m2)
+        new_mean = tl.where(not_finite, rescued_mean, new_mean)
+        new_m2 = tl.where(not_finite, -rescued_m2, new_m2)
     return new_mean, new_m2
 
 
@@ -104,49 +101,33 @@ def conv3x3_kernel(
     rows_per_program,
     CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """y, and the mean and centered M2 of its rounded values over the rows of each program.
 
-    As partial statistics: the mean is the pivot, and there is no shift.
+    As partial statistics: a finite mean is the pivot, another one the shift, since no pivot may be Inf or NaN.
     """
-    N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
-    part = tl.program_id(0) // N_CHANNEL_TILES
-    first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
+    part, channel_tile = part_of_program(tl.program_id(0), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
+    first_channel = channel_tile * TILE.block_c
     start = part * rows_per_program
     end = tl.minimum(start + rows_per_program, n_rows)
-    mean = tl.zeros([BLOCK_N], tl.float32)
-    m2 = tl.zeros([BLOCK_N], tl.float32)
-
-    for first_row in range(start, end, BLOCK_M):
-        y = convolve(
-            x_desc,
-            weight_desc,
-            first_row,
-            first_channel,
-            False,
-            CHANNELS_AS_ROWS,
-            SUMMED_CHANNELS,
-            CHANNELS,
-            WIDTH,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        ).to(y_desc.dtype)
+    mean = tl.zeros([TILE.block_c], tl.float32)
+    m2 = tl.zeros([TILE.block_c], tl.float32)
+    for first_row in range(start, end, TILE.block_m):
+        at = (first_row, first_channel)
+        y = convolve(x_desc, weight_desc, *at, False, CHANNELS_AS_ROWS, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
+        y = y.to(y_desc.dtype)
         y_desc.store([first_row, first_channel], y)
+        mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, TILE.block_m)
 
-        mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, BLOCK_M)
-
-    offs_c = first_channel + tl.arange(0, BLOCK_N)
-    partial = part.to(tl.int64) * CHANNELS + offs_c
-    stride = tl.num_programs(0) // N_CHANNEL_TILES * CHANNELS
-    tl.store(partials_ptr + partial, mean, mask=offs_c < CHANNELS)
-    tl.store(partials_ptr + stride + partial, tl.zeros([BLOCK_N], tl.float32), mask=offs_c < CHANNELS)
-    tl.store(partials_ptr + 2 * stride + partial, m2, mask=offs_c < CHANNELS)
+    partial = wide(part) * TILE.n_channels + offs_c
+    stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
+    tl.store(partials_ptr + partial, tl.where(is_finite(mean), mean, 0.0), mask=mask_c)
+    tl.store(partials_ptr + stride + partial, tl.where(is_finite(mean), 0.0, mean), mask=mask_c)
+    tl.store(partials_ptr + 2 * stride + partial, m2, mask=mask_c)
 
 
 @triton.jit
@@ -164,18 +145,14 @@ def conv3x3_data_gradient_kernel(
     residual_mean_ptr,
     residual_rstd_ptr,
     dx_desc,
-    partial_dz_ptr,
-    partial_dz_xhat_ptr,
-    partial_dz_rhat_ptr,
+    partials_ptr,
     n_rows,
     rows_per_program,
     RELU: tl.constexpr,
     CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The gradient of the convolution's input, plus that of the input's other consumer (`dx_alias_ptr`, the fork).
@@ -185,81 +162,56 @@ def conv3x3_data_gradient_kernel(
 
     The channels that are summed over are here the convolution's output channels.
     """
-    N_CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
-    part = tl.program_id(0) // N_CHANNEL_TILES
-    first_channel = tl.program_id(0) % N_CHANNEL_TILES * BLOCK_N
+    FORK: tl.constexpr = dx_alias_ptr is not None
+    BITS: tl.constexpr = relu_mask_ptr is not None
+    part, channel_tile = part_of_program(tl.program_id(0), TILE)
+    offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
+    first_channel = channel_tile * TILE.block_c
     start = part * rows_per_program
     end = tl.minimum(start + rows_per_program, n_rows)
-    offs_c = first_channel + tl.arange(0, BLOCK_N)
-    mask_c = offs_c < CHANNELS
-    sum_dz = tl.zeros([BLOCK_N], tl.float32)
-    sum_dz_xhat = tl.zeros([BLOCK_N], tl.float32)
-    sum_dz_rhat = tl.zeros([BLOCK_N], tl.float32)
+    sum_dz = tl.zeros([TILE.block_c], tl.float32)
+    sum_dz_xhat = tl.zeros([TILE.block_c], tl.float32)
+    sum_dz_rhat = tl.zeros([TILE.block_c], tl.float32)
 
-    for first_row in range(start, end, BLOCK_M):
-        dx = convolve(
-            dy_desc,
-            conv_weight_desc,
-            first_row,
-            first_channel,
-            True,
-            CHANNELS_AS_ROWS,
-            SUMMED_CHANNELS,
-            CHANNELS,
-            WIDTH,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        ).to(dx_desc.dtype)
+    for first_row in range(start, end, TILE.block_m):
+        at = (first_row, first_channel)
+        dx = convolve(dy_desc, conv_weight_desc, *at, True, CHANNELS_AS_ROWS, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
+        dx = dx.to(dx_desc.dtype)
+        row = wide(first_row)
         n_own = end - first_row
-        at = (wide(first_row), n_own, offs_c, mask_c, WIDTH * WIDTH)
-        if dx_alias_ptr is not None:
-            # Rounded to the data type, as autograd rounds the sum of two gradients.
-            dx_alias = load_tile(dx_alias_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
-            dx = (dx.to(tl.float32) + dx_alias).to(dx_desc.dtype)
+        at = (row, n_own, offs_c, mask_c, WIDTH * WIDTH)
+        dx_alias = load_tile(dx_alias_ptr, *at, TILE)
         if x_ptr is not None:
             # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
             mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
             rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-            dz = dx.to(tl.float32)
-            x = load_tile(x_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
-            if RELU:
-                if relu_mask_ptr is None:
-                    scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
-                    bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
-                    relu_mask = recompute_relu_mask(x, x_ptr.dtype.element_ty, mean, scale, bias)
-                else:
-                    bytes_at, valid = bit_offsets(
-                        wide(first_row),
-                        n_own,
-                        first_channel,
-                        0,
-                        n_rows,
-                        None,
-                        CHANNELS,
-                        True,
-                        BLOCK_M,
-                        BLOCK_N,
-                    )
-                    packed = tl.load(relu_mask_ptr + bytes_at, mask=valid, other=0)
-                    relu_mask = unpack_bits(packed, True, BLOCK_M, BLOCK_N)
-                dz = tl.where(relu_mask, 0.0, dz)
+            scale, bias = rstd, mean  # of no use where ReLU is not recomputed
+            if RELU and not BITS:
+                scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
+                bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
+            x = load_tile(x_ptr, *at, TILE)
+            packed = load_bits(relu_mask_ptr, row, n_own, channel_tile, 0, n_rows, None, TILE)
+            dz = preactivation_gradient(dx, dx_alias, x, packed, mean, scale, bias, FORK, RELU, BITS, TILE)
             sum_dz += tl.sum(dz, axis=0)
-            sum_dz_xhat += tl.sum(dz * ((x - mean[None, :]) * rstd[None, :]), axis=0)
+            sum_dz_xhat += tl.sum(dz * normalized(x.to(tl.float32), mean, rstd), axis=0)
             if residual_ptr is not None:
                 residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
                 residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-                residual = load_tile(residual_ptr, *at, CHANNELS, True, BLOCK_M).to(tl.float32)
-                sum_dz_rhat += tl.sum(dz * ((residual - residual_mean[None, :]) * residual_rstd[None, :]), axis=0)
+                residual = load_tile(residual_ptr, *at, TILE).to(tl.float32)
+                sum_dz_rhat += tl.sum(dz * normalized(residual, residual_mean, residual_rstd), axis=0)
             dx = dz.to(dx_desc.dtype)
+        elif FORK:
+            # Rounded to the data type, as autograd rounds the sum of two gradients.
+            dx = (dx.to(tl.float32) + dx_alias.to(tl.float32)).to(dx_desc.dtype)
         dx_desc.store([first_row, first_channel], dx)
 
     if x_ptr is not None:
-        partial = part.to(tl.int64) * CHANNELS + offs_c
-        tl.store(partial_dz_ptr + partial, sum_dz, mask=mask_c)
-        tl.store(partial_dz_xhat_ptr + partial, sum_dz_xhat, mask=mask_c)
+        partial = wide(part) * TILE.n_channels + offs_c
+        stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
+        tl.store(partials_ptr + partial, sum_dz, mask=mask_c)
+        tl.store(partials_ptr + stride + partial, sum_dz_xhat, mask=mask_c)
         if residual_ptr is not None:
-            tl.store(partial_dz_rhat_ptr + partial, sum_dz_rhat, mask=mask_c)
+            tl.store(partials_ptr + 2 * stride + partial, sum_dz_rhat, mask=mask_c)
 
 
 @triton.jit
@@ -295,7 +247,7 @@ def conv3x3_weight_gradient_kernel(
         total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
     offs_out = first_out + tl.arange(0, BLOCK_M)
     offs_in = first_in + tl.arange(0, BLOCK_N)
-    rows = (part.to(tl.int64) * n_out_channels + offs_out) * 9 + tap
+    rows = (wide(part) * n_out_channels + offs_out) * 9 + tap
     mask = (offs_out < n_out_channels)[:, None] & (offs_in < n_in_channels)[None, :]
     tl.store(partial_ptr + rows[:, None] * n_in_channels + offs_in[None, :], total, mask=mask)
 
@@ -307,6 +259,6 @@ def combine_weight_gradient_kernel(partial_ptr, dweight_ptr, n_elements, n_parts
     mask = offsets < n_elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(0, n_parts):
-        part_offset = (tl.full([], 0, tl.int64) + part) * n_elements
+        part_offset = wide(part) * n_elements
         total += tl.load(partial_ptr + part_offset + offsets, mask=mask, other=0.0)
     tl.store(dweight_ptr + offsets, total, mask=mask)

@@ -75,52 +75,63 @@ def channels_of(channel_tile, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(
-    ptr, first_row, offs_c, n_spatial, N_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def part_of_program(index, TILE: tl.constexpr):
+    """The part of the rows and the tile of channels of a program; tiles of channels vary fastest."""
+    N_CHANNEL_TILES: tl.constexpr = (TILE.n_channels + TILE.block_c - 1) // TILE.block_c
+    return index // N_CHANNEL_TILES, index % N_CHANNEL_TILES
+
+
+@triton.jit
+def tile_pointers(ptr, first_row, offs_c, n_spatial, TILE: tl.constexpr):
     """Pointers [BLOCK_M, BLOCK_C] to the rows from `first_row` (int64) and the channels `offs_c`.
 
     Row m is pixel m mod H·W of image m div H·W, in both layouts.
     """
-    offs_m = tl.arange(0, BLOCK_M)
-    if CHANNELS_LAST:
+    offs_m = tl.arange(0, TILE.block_m)
+    if TILE.channels_last:
         # Counted in 32 bits from the tile's first element, by numbers that all tiles share.
-        pointers = ptr + first_row * N_CHANNELS + (offs_m[:, None] * N_CHANNELS + offs_c[None, :])
+        pointers = ptr + first_row * TILE.n_channels + (offs_m[:, None] * TILE.n_channels + offs_c[None, :])
     else:
         # One 64-bit division per tile; the rows inside it are counted from their first image in 32 bits.
         first_image = first_row // n_spatial
         pixels = (first_row % n_spatial).to(tl.int32) + offs_m
-        rows = (first_image + pixels // n_spatial) * N_CHANNELS * n_spatial + pixels % n_spatial
+        rows = (first_image + pixels // n_spatial) * TILE.n_channels * n_spatial + pixels % n_spatial
         pointers = ptr + (rows[:, None] + offs_c.to(tl.int64)[None, :] * n_spatial)
     return pointers
 
 
 @triton.jit
-def tile_mask(n_own, mask_c, BLOCK_M: tl.constexpr):
+def tile_mask(n_own, mask_c, TILE: tl.constexpr):
     """Which elements [BLOCK_M, BLOCK_C] exist of a tile with `n_own` rows."""
-    return (tl.arange(0, BLOCK_M) < n_own)[:, None] & mask_c[None, :]
+    return (tl.arange(0, TILE.block_m) < n_own)[:, None] & mask_c[None, :]
 
 
 @triton.jit
-def load_tile(
-    ptr,
-    first_row,
-    n_own,
-    offs_c,
-    mask_c,
-    n_spatial,
-    N_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    EVICTION: tl.constexpr = "",
-):
+def load_tile(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr, LAST_USE: tl.constexpr = False):
     """[BLOCK_M, BLOCK_C] from `first_row` on; rows behind the first `n_own` are 0. Without `ptr` just 0."""
     if ptr is None:
         tile = 0
     else:
-        pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, N_CHANNELS, CHANNELS_LAST, BLOCK_M)
-        tile = tl.load(pointers, mask=tile_mask(n_own, mask_c, BLOCK_M), other=0.0, eviction_policy=EVICTION)
+        EVICTION: tl.constexpr = "evict_first" if LAST_USE else ""
+        pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, TILE)
+        tile = tl.load(pointers, mask=tile_mask(n_own, mask_c, TILE), other=0.0, eviction_policy=EVICTION)
     return tile
+
+
+@triton.jit
+def load_tiles(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr, LAST_USE: tl.constexpr = False):
+    """N_TILES tiles, all of which are on their way before the first is used."""
+    tiles = ()
+    for k in tl.static_range(TILE.n_tiles):
+        row = k * TILE.block_m
+        tiles += (load_tile(ptr, first_row + row, n_own - row, offs_c, mask_c, n_spatial, TILE, LAST_USE),)
+    return tiles
+
+
+@triton.jit
+def store_tile(ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
+    pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, TILE)
+    tl.store(pointers, tile, mask=tile_mask(n_own, mask_c, TILE))
 
 
 @triton.jit
@@ -140,59 +151,59 @@ def normalize(x, mean, scale, bias):
 
 
 @triton.jit
-def bit_offsets(
-    first_row,
-    n_own,
-    first_channel,
-    group,
-    n_rows,
-    rows_per_group,
-    N_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def bit_offsets(first_row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
     """Byte offsets (int64) and validity of a tile's ReLU bits; tiles start at multiples of eight rows and channels.
 
-    channels_last: [n_rows, ceil(N_CHANNELS / 8)] bytes, bit i of a byte is its channel 8·byte + i.
-    NCHW:          [N_CHANNELS, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
+    channels_last: [n_rows, ceil(n_channels / 8)] bytes, bit i of a byte is its channel 8·byte + i.
+    NCHW:          [n_channels, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
                    may be no multiple of eight, each has such bytes of its own rows, one group after the other.
     """
-    if CHANNELS_LAST:
-        N_BYTES: tl.constexpr = (N_CHANNELS + 7) // 8
-        offs_m = tl.arange(0, BLOCK_M)
-        byte = first_channel // 8 + tl.arange(0, BLOCK_C // 8)
+    if TILE.channels_last:
+        N_BYTES: tl.constexpr = (TILE.n_channels + 7) // 8
+        offs_m = tl.arange(0, TILE.block_m)
+        byte = channel_tile * (TILE.block_c // 8) + tl.arange(0, TILE.block_c // 8)
         offsets = first_row * N_BYTES + (offs_m[:, None] * N_BYTES + byte[None, :])
         valid = (offs_m < n_own)[:, None] & (byte < N_BYTES)[None, :]
     else:
         start, end = group_of_rows(group, n_rows, rows_per_group)
-        channels = first_channel.to(tl.int64) + tl.arange(0, BLOCK_C)
+        channels = wide(channel_tile) * TILE.block_c + tl.arange(0, TILE.block_c)
         n_bytes = tl.cdiv(end - start, 8)
-        byte = (first_row - start) // 8 + tl.arange(0, BLOCK_M // 8)
+        byte = (first_row - start) // 8 + tl.arange(0, TILE.block_m // 8)
         offsets = byte[:, None] + channels[None, :] * n_bytes
         if rows_per_group is not None:
-            offsets += group * N_CHANNELS * tl.cdiv(rows_per_group, 8)
-        valid = (byte < n_bytes)[:, None] & (channels < N_CHANNELS)[None, :]
+            offsets += group * TILE.n_channels * tl.cdiv(rows_per_group, 8)
+        valid = (byte < n_bytes)[:, None] & (channels < TILE.n_channels)[None, :]
     return offsets, valid
 
 
 @triton.jit
-def pack_bits(relu_mask, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_M, BLOCK_C], true where ReLU closed -> uint8, eight neighbours along the contiguous axis to a byte."""
-    if CHANNELS_LAST:
-        bits = tl.reshape(relu_mask.to(tl.int32), [BLOCK_M, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, axis=2)
+def load_bits(ptr, first_row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
+    """The packed ReLU bits of a tile. Without `ptr` just 0."""
+    if ptr is None:
+        packed = 0
     else:
-        bits = tl.reshape(relu_mask.to(tl.int32), [BLOCK_M // 8, 8, BLOCK_C]) << tl.arange(0, 8)[None, :, None]
-        packed = tl.sum(bits, axis=1)
+        offsets, valid = bit_offsets(first_row, n_own, channel_tile, group, n_rows, rows_per_group, TILE)
+        packed = tl.load(ptr + offsets, mask=valid, other=0)
+    return packed
+
+
+@triton.jit
+def pack_bits(relu_mask, TILE: tl.constexpr):
+    """[BLOCK_M, BLOCK_C], true where ReLU closed -> uint8, eight neighbours along the contiguous axis to a byte."""
+    if TILE.channels_last:
+        bits = tl.reshape(relu_mask.to(tl.int32), [TILE.block_m, TILE.block_c // 8, 8])
+        packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
+    else:
+        bits = tl.reshape(relu_mask.to(tl.int32), [TILE.block_m // 8, 8, TILE.block_c])
+        packed = tl.sum(bits << tl.arange(0, 8)[None, :, None], axis=1)
     return packed.to(tl.uint8)
 
 
 @triton.jit
-def unpack_bits(packed, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def unpack_bits(packed, TILE: tl.constexpr):
     """The inverse of `pack_bits`: truth values [BLOCK_M, BLOCK_C]."""
-    if CHANNELS_LAST:
+    if TILE.channels_last:
         bits = packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]
     else:
         bits = packed[:, None, :].to(tl.int32) >> tl.arange(0, 8)[None, :, None]
-    return tl.reshape(bits & 1, [BLOCK_M, BLOCK_C]) != 0
+    return tl.reshape(bits & 1, [TILE.block_m, TILE.block_c]) != 0

@@ -7,15 +7,17 @@ BLOCK_C channels. Nothing here depends on the device, so a result does not depen
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 
-# 4 warps hold 8 elements of a tile per thread: one 16-byte load of a 16-bit tensor.
-NUM_WARPS = 4
-TILE_ELEMENTS = 1024
+# A thread has 8 elements of a tile: one 16-byte load of a 16-bit tensor. A tile is for 4 warps or, of a reduction in
+# channels_last, for 8: as many threads in half as many programs leave half as many partial results.
+THREAD_ELEMENTS = 8
+NUM_WARPS, REDUCTION_WARPS = 4, 8
 
-# Registers a thread, of the 65,536 of an NVIDIA multiprocessor, for four, three and two programs of 128 threads.
-# Without a limit ptxas saves registers, and loads each tile just before its use.
-MAX_REGISTERS, MAX_REGISTERS_NCHW, MAX_REGISTERS_FP64 = 128, 168, 255
-MAX_REGISTERS_COMBINE = 255  # the combine kernels have a few programs in all
+# Registers a thread, of the 65,536 of an NVIDIA multiprocessor: for three programs of 4 warps, and two of 8. Without a
+# limit ptxas saves registers, and loads each tile just before its use. For sm_100 it takes up to 180, and with fewer
+# moves some to memory. The combine kernels have a few programs in all.
+MAX_REGISTERS, MAX_REGISTERS_REDUCTION, ALL_REGISTERS = 168, 128, 255
 
 # 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
 # a program then has more rows, so that there are fewer partial results to merge.
@@ -25,20 +27,18 @@ WIDE_LAYER, WIDE_BLOCK_C = 256, 32
 # The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
 BITS_PER_BYTE = 8
 
-# Bytes that a thread has on their way, in 16-byte loads: of x in the statistics; of all tensors in the gradient's sums
-# and in an elementwise pass, where more tiles share the loads of a program's vectors; of those of one that merges
-# statistics first, for which it takes still more.
-STATISTICS_BYTES, REDUCE_BYTES, PASS_BYTES, MERGING_PASS_BYTES = 128, 128, 192, 256
+# Bytes that a thread has on their way, in 16-byte loads of all tensors: of a reduction, and of an elementwise pass,
+# where more tiles share what a program does once, the loads of its vectors and the merging of partial results.
+REDUCE_BYTES, PASS_BYTES = 128, 256
 
-# Reductions: about two and four programs for each of 132 multiprocessors, which are resident together on most GPUs.
-# More programs only write more partial results, and each has a cost of its own, of which the statistics have more.
-STATISTICS_PROGRAMS, REDUCE_PROGRAMS = 256, 512
+# Reductions: about one and two programs for each of 132 multiprocessors, which are resident together on most GPUs. More
+# only write more partial results, and each has a cost of its own, of which the statistics have more.
+STATISTICS_PROGRAMS, REDUCE_PROGRAMS = 128, 256
 # Elementwise passes: programs take fewer tiles before there are fewer of them than this.
 PASS_PROGRAMS = 256
 
-# So many partial results each program of the second pass merges for itself, in less time than a launch takes: of
-# statistics, which take more steps to merge, and of the gradient's sums.
-FEW_STATISTICS, FEW_SUMS = 32, 64
+# Up to this many partial results are merged by each program of the second pass, in less time than a launch takes.
+FEW_SPLITS = 32
 # Else they are merged at once, [splits, channels], by programs of few channels.
 COMBINE_BLOCK_S = 512
 COMBINE_BLOCK_C = 4
@@ -58,26 +58,49 @@ SINGLE_READ_OPTIONS = {
 SINGLE_READ_BLOCK_C = 64
 SINGLE_READ_ELEMENTS = 2048
 
-# The most tiles of each tensor, by join: of the one to three tensors that are held, 112 to 128 registers a thread. The
+# The most tiles of each tensor, by join: of the one to three tensors that are held, 108 to 128 registers a thread. The
 # rest is for sums, vectors and addresses. On sm_90 one or two tiles more make the compiler move registers to memory; on
 # sm_80 and sm_100 it then already moves up to 32 of the 255 (tests/test_single_read_machine_code.py).
 SINGLE_READ_FORWARD_TILES = {"none": 32, "add": 32, "bn": 14}
-SINGLE_READ_BACKWARD_TILES = {"none": 16, "add": 16, "bn": 10}
+SINGLE_READ_BACKWARD_TILES = {"none": 16, "add": 16, "bn": 9}
 
 # Augmentation: 256 pixels of 3 channels (4 with the masked one) are 8 elements a thread, four programs a 32x32 image.
 AUGMENT_PIXELS = 256
 
 
+class Tile(NamedTuple):
+    """What a kernel is compiled for: the layout of its tensors, and a program's `n_tiles` tiles, all loaded at once.
+
+    For Triton the fields are constants.
+    """
+
+    n_channels: tl.constexpr
+    channels_last: tl.constexpr
+    block_m: tl.constexpr
+    block_c: tl.constexpr
+    n_tiles: tl.constexpr
+
+    @classmethod
+    def of(cls, n_channels: int, channels_last: bool, block_m: int, block_c: int, n_tiles: int = 1) -> "Tile":
+        return cls(*map(tl.constexpr, (n_channels, channels_last, block_m, block_c, n_tiles)))
+
+    @property
+    def num_warps(self) -> int:
+        return self.block_m.value * self.block_c.value // (32 * THREAD_ELEMENTS)
+
+    @property
+    def values(self) -> tuple[int, bool, int, int, int]:
+        return tuple(field.value for field in self)
+
+
 class Tiles(NamedTuple):
-    """How a tensor is cut for a kernel: a program takes `n_tiles` tiles of BLOCK_M rows by BLOCK_C channels at once.
+    """How a tensor is cut for a kernel.
 
     `n_parts` are splits of rows in a reduction, of `rows_per_part` rows, and the tiles of a program in an elementwise
     pass; they are counted over all groups of rows, and `group_parts` are those of a whole group.
     """
 
-    block_m: int
-    block_c: int
-    n_tiles: int
+    tile: Tile
     rows_per_part: int
     n_parts: int
     group_parts: int
@@ -88,15 +111,16 @@ class Tiles(NamedTuple):
         return self.n_parts * self.n_channel_tiles
 
 
-def choose_blocks(n_channels: int, n_spatial: int, channels_last: bool) -> tuple[int, int]:
+def choose_blocks(n_channels: int, n_spatial: int, channels_last: bool, num_warps: int) -> tuple[int, int]:
     """BLOCK_M and BLOCK_C of a tensor of `n_channels` whose images have `n_spatial` = H·W pixels."""
+    elements = num_warps * 32 * THREAD_ELEMENTS
     if channels_last:  # channels are contiguous: fill them first
         most = MAX_BLOCK_C if n_channels < WIDE_LAYER else WIDE_BLOCK_C
         block_c = min(most, max(BITS_PER_BYTE, triton.next_power_of_2(n_channels)))
     else:  # pixels are contiguous: whole images of few channels, as many channels as fill the tile
-        block_m = min(TILE_ELEMENTS, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
-        block_c = min(TILE_ELEMENTS // block_m, triton.next_power_of_2(n_channels))
-    return TILE_ELEMENTS // block_c, block_c
+        block_m = min(elements, max(BITS_PER_BYTE, triton.next_power_of_2(n_spatial)))
+        block_c = min(elements // block_m, triton.next_power_of_2(n_channels))
+    return elements // block_c, block_c
 
 
 def choose_tiles(
@@ -105,33 +129,36 @@ def choose_tiles(
     n_spatial: int,
     channels_last: bool,
     rows_per_group: int,
-    bytes_ahead: int,
     tile_bytes: int,
-    n_programs: int,
-    reduces: bool,
+    reduction_programs: int = 0,
 ) -> Tiles:
-    """The tiles of a [n_rows, n_channels] tensor, for a kernel that reads `tile_bytes` of a thread's part of a tile.
+    """The tiles of a [n_rows, n_channels] tensor.
 
-    `bytes_ahead` are those that the thread may have on their way.
+    `tile_bytes`: a thread's part of a tile, of all tensors that are read. `reduction_programs`: the approximate number
+    of programs of a reduction; 0 for an elementwise pass.
 
-    With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share
-    `n_programs`: more of them have fewer splits each, and as many partial results together.
+    With `rows_per_group` < n_rows none crosses the end of a group, whose statistics are its own. The groups share the
+    programs: more of them have fewer splits each, and as many partial results together.
     """
-    block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last)
+    num_warps = REDUCTION_WARPS if reduction_programs and channels_last else NUM_WARPS
+    block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last, num_warps)
+    n_programs = reduction_programs * REDUCTION_WARPS // num_warps or PASS_PROGRAMS
     n_channel_tiles = triton.cdiv(n_channels, block_c)
     full_groups = (n_rows - 1) // rows_per_group  # but the last, which may be smaller and have fewer parts
     last_rows = n_rows - full_groups * rows_per_group
     wanted_parts = max(1, n_programs // (n_channel_tiles * (full_groups + 1)))
     # In NCHW every element has a 64-bit address of its own, and there are no registers for more than one tile.
+    bytes_ahead = REDUCE_BYTES if reduction_programs else PASS_BYTES
     n_tiles = 1 << max(0, (bytes_ahead // tile_bytes).bit_length() - 1) if channels_last else 1
     while n_tiles > 1 and rows_per_group < wanted_parts * n_tiles * block_m:
         n_tiles //= 2
     rows_per_part = n_tiles * block_m
-    if reduces:
+    if reduction_programs:
         rows_per_part *= triton.cdiv(triton.cdiv(rows_per_group, wanted_parts), rows_per_part)
     group_parts = triton.cdiv(rows_per_group, rows_per_part)
     n_parts = full_groups * group_parts + triton.cdiv(last_rows, rows_per_part)
-    return Tiles(block_m, block_c, n_tiles, rows_per_part, n_parts, group_parts, n_channel_tiles)
+    tile = Tile.of(n_channels, channels_last, block_m, block_c, n_tiles)
+    return Tiles(tile, rows_per_part, n_parts, group_parts, n_channel_tiles)
 
 
 def merge_blocks(n_splits: int) -> dict[str, int]:
@@ -141,13 +168,9 @@ def merge_blocks(n_splits: int) -> dict[str, int]:
 
 
 class SingleReadTiles(NamedTuple):
-    """How a single-read kernel cuts a tensor: its programs are `n_splits` of rows by `n_channel_tiles`, and each holds
-    `n_tiles` tiles of BLOCK_M rows by BLOCK_C channels of every tensor.
-    """
+    """How a single-read kernel cuts a tensor: its programs are `n_splits` of rows by `n_channel_tiles`."""
 
-    block_m: int
-    block_c: int
-    n_tiles: int
+    tile: Tile
     n_splits: int
     n_channel_tiles: int
 
@@ -168,11 +191,12 @@ def choose_single_read_tiles(
     if n_rows > most_splits * most_tiles * block_m:
         return None
     n_tiles = triton.cdiv(triton.cdiv(n_rows, block_m), most_splits)
-    return SingleReadTiles(block_m, block_c, n_tiles, triton.cdiv(n_rows, n_tiles * block_m), n_channel_tiles)
+    tile = Tile.of(n_channels, True, block_m, block_c, n_tiles)
+    return SingleReadTiles(tile, triton.cdiv(n_rows, n_tiles * block_m), n_channel_tiles)
 
 
-def max_registers(channels_last: bool, element_size: int) -> int:
-    """The most registers a thread may have of an NVIDIA GPU."""
-    if element_size == 8:
-        return MAX_REGISTERS_FP64
-    return MAX_REGISTERS if channels_last else MAX_REGISTERS_NCHW
+def max_registers(tile: Tile | None, element_size: int, capability: int) -> int:
+    """The most registers that a thread may have on an NVIDIA GPU; without a tile, of a combine kernel."""
+    if tile is None or element_size == 8 or 100 <= capability < 120:
+        return ALL_REGISTERS
+    return MAX_REGISTERS if tile.num_warps == NUM_WARPS else MAX_REGISTERS_REDUCTION

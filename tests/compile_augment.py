@@ -55,7 +55,7 @@ if __name__ == "__main__":
         for padding in ("zero", "reflect"):
             kernel, arguments = record_launch(dtype, padding == "reflect")
             for target in ("sm_90", "gfx942"):
-                options = launch.compiler_options(arguments, is_nvidia=TARGETS[target].backend == "cuda")
+                options = launch.compiler_options(arguments, 90 if target == "sm_90" else None)
                 compiled, code = compile_for(source(kernel, arguments), TARGETS[target], options)
                 # Offsets of whole tiles are those to pixels; the plan's and the labels' are scalars.
                 offsets = re.findall(r"tt\.addptr.*tensor<\S+!tt\.ptr<\w+>>, tensor<\w+x(i\d+)>", compiled.asm["ttir"])

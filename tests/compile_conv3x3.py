@@ -61,7 +61,7 @@ def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
     recorded = []
 
     def run(kernel, grid, options=None, /, **arguments):
-        options = options or launch.compiler_options(arguments, is_nvidia=True)
+        options = options or launch.compiler_options(arguments, 90)
         recorded.append((Launch(kernel, arguments, grid), options))
 
     with mock.patch.object(launch, "launch_kernel", run):

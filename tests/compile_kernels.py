@@ -61,9 +61,9 @@ class Operation(NamedTuple):
     ghost: int = 0  # images per ghost batch
 
 
-# All operations are compiled for sm_90, those of the path most taken for these, fp16 for sm_75, and one for all.
-AMPERE_ON = ("sm_80", "sm_86", "sm_89", "sm_90")
-ONE_OF_ALL = Operation("", "", 128, 16)[2:]
+# All operations are compiled for sm_90, those of the path most taken for these, fp16 for sm_75, and two for all.
+AMPERE_ON = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ONE_OF_ALL = (Operation("", "", 128, 16)[2:], Operation("", "", 128, 16, "bn", fork=True)[2:])
 
 
 def count_images(recorded: Launch) -> tuple[int, int]:
@@ -161,8 +161,9 @@ class Job(NamedTuple):
         compiled, code = compile_for(source, target, recorded.options(target))
         ttir = compiled.asm["ttir"]
         image = {"bf16": "bf16", "fp16": "f16", "fp32": "f32", "fp64": "f64"}[self.operation.dtype]
-        threads = launch.tiles.NUM_WARPS * target.warp_size
-        elements = recorded.arguments["BLOCK_C"] * recorded.arguments.get("BLOCK_M", 0) // threads
+        threads = recorded.options(target)["num_warps"] * target.warp_size
+        tile = recorded.arguments.get("TILE")
+        elements = tile.block_m.value * tile.block_c.value // threads if tile else 0
         images_read, images_written = count_images(recorded)
 
         def offset_types(pattern: str) -> str:
@@ -177,7 +178,7 @@ class Job(NamedTuple):
             dots=ttir.count("tt.dot "),
             images_read=images_read,
             images_written=images_written,
-            n_tiles=recorded.arguments.get("N_TILES", 0),
+            n_tiles=tile.n_tiles.value if tile else 0,
             share=elements * DTYPES[self.operation.dtype].itemsize * 8,
             in_flight=count_in_flight(recorded, target, compiled.asm.get("cubin")),
             bases=offset_types(rf"addptr.* : !tt\.ptr<{image}>, (i\d+)"),
@@ -191,7 +192,7 @@ def count_in_flight(recorded: Launch, target: GPUTarget, cubin: bytes | None) ->
         return None
     parameters = parameter_offsets(recorded.signature(target)[0], target.arch)
     images = [parameters[name] for name, image in recorded.images().items() if image.dim() == 4]
-    return loads_in_flight(read_code(cubin, launch.tiles.NUM_WARPS, 0).instructions, images)
+    return loads_in_flight(read_code(cubin, recorded.options(target)["num_warps"], 0).instructions, images)
 
 
 def compile_for(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[Any, MachineCode]:
@@ -211,7 +212,7 @@ def jobs() -> list[Job]:
             is_most_taken = (operation.dtype, operation.layout) == MOST_TAKEN
             for name, target in TARGETS.items():
                 is_full = name == "sm_90" or (is_most_taken and name in AMPERE_ON)
-                if not is_full and (name, operation.dtype) != ("sm_75", "fp16") and operation[2:] != ONE_OF_ALL:
+                if not is_full and (name, operation.dtype) != ("sm_75", "fp16") and operation[2:] not in ONE_OF_ALL:
                     continue
                 parts = (triton.__version__, name, source_of(recorded.kernel), of_backend[target.backend])
                 key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -52,7 +52,7 @@ def record_launch(case: Case) -> Launch:
     most = tiles.SINGLE_READ_FORWARD_TILES if case.direction == "forward" else tiles.SINGLE_READ_BACKWARD_TILES
     of_one_row = tiles.choose_single_read_tiles(1, case.n_channels, MULTIPROCESSORS, 1)
     n_splits = MULTIPROCESSORS // of_one_row.n_channel_tiles
-    n_rows = n_splits * of_one_row.block_m * (case.n_tiles or most[case.join])
+    n_rows = n_splits * of_one_row.tile.block_m.value * (case.n_tiles or most[case.join])
     x = torch.empty(n_rows // 4, case.n_channels, 2, 2, dtype=DTYPES[case.dtype], device="meta")
     x = x.to(memory_format=torch.channels_last)
     vector = torch.empty(case.n_channels, device="meta")
@@ -69,7 +69,7 @@ def record_launch(case: Case) -> Launch:
             of_residual = (x, vector, vector, vector, vector) if is_bn else (None,) * 5
             saved = Saved(x, bits, vector, vector, vector, vector, *of_residual)
             single_read.backward(x, x if case.fork else None, saved, case.join, case.relu)
-    assert not case.n_tiles or recorded[0].arguments["N_TILES"] == case.n_tiles
+    assert not case.n_tiles or recorded[0].arguments["TILE"].n_tiles.value == case.n_tiles
     return recorded[0]
 
 
@@ -80,7 +80,7 @@ def compile_case(case: Case) -> dict:
     compiled, code = compile_for(source, target, tiles.SINGLE_READ_OPTIONS)
     return {
         "case": case,
-        "n_tiles": recorded.arguments["N_TILES"],
+        "n_tiles": recorded.arguments["TILE"].n_tiles.value,
         "registers": code.registers,
         "stack": code.stack,
         "shared": compiled.metadata.shared,

@@ -64,12 +64,27 @@ def test_a_channel_with_inf_or_nan_is_as_pytorchs(device):
     weight[0, 0, 1, 1] = weight[1, 1, 1, 1] = weight[2, 2, 1, 1] = weight[3, 3, 1, 1] = 1
     x[0, 0, 0, 0], x[1, 1, 0, 0] = float("inf"), float("nan")
     x[0, 2, 0, 0], x[2, 2, 0, 0] = float("inf"), -float("inf")
+    assert_as_pytorch(x, weight)
+
+
+def test_a_channel_that_overflows_is_as_pytorchs(device):
+    """One infinity among finite values, in the rows of the first program or of the last."""
+    x, weight, _ = operands(Case("overflow", 3, 16, 16, 8), torch.float16, device)
+    weight.zero_()
+    weight[0, 0, 1, 1] = weight[1, 1, 1, 1] = weight[2, 2, 1, 1] = 2
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[2, 2, 7, 7] = 6e4, -6e4, 6e4
+    means = assert_as_pytorch(x, weight)
+    assert means[:3].tolist() == [float("inf"), -float("inf"), float("inf")]
+
+
+def assert_as_pytorch(x: Tensor, weight: Tensor) -> Tensor:
     for tiles in cuts(16, 16):
         y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
         found = statistics(y, known)
         mean, var = reference.statistics(y.float())
         torch.testing.assert_close(found["mean"], mean, equal_nan=True)
         torch.testing.assert_close(found["var"], var, equal_nan=True, rtol=2**-17, atol=0)
+    return found["mean"]
 
 
 def saved_by(case: Case, join: str, relu: bool, dtype: torch.dtype, device: torch.device) -> Saved:

@@ -61,11 +61,13 @@ def test_which_gpus_have_it(cuda, capability, driver, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    launch._has_pdl.cache_clear()
+    for cached in (launch._capability, launch._driver_version):
+        cached.cache_clear()
     try:
         assert launch.has_pdl(torch.device("cuda", 0)) == expected
     finally:
-        launch._has_pdl.cache_clear()
+        for cached in (launch._capability, launch._driver_version):
+            cached.cache_clear()
 
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))
@@ -74,6 +76,6 @@ def test_other_devices_have_none(device):
 
 
 def test_a_launch_asks_for_it_with_the_kernels_flag():
-    assert launch.compiler_options({"PDL": True}, is_nvidia=True)["launch_pdl"]
-    for arguments, is_nvidia in (({"PDL": False}, True), ({}, True), ({"PDL": True}, False)):
-        assert "launch_pdl" not in launch.compiler_options(arguments, is_nvidia)
+    assert launch.compiler_options({"PDL": True}, 90)["launch_pdl"]
+    for arguments, capability in (({"PDL": False}, 90), ({}, 90), ({"PDL": True}, None)):
+        assert "launch_pdl" not in launch.compiler_options(arguments, capability)

@@ -338,9 +338,9 @@ def test_blocks_of_different_groups_run_step_by_step(on_aten, device):
 
 def test_tiles_do_not_cross_groups():
     """The parts of a last, smaller group alone are left out."""
-    for channels_last, reduces in itertools.product((True, False), (True, False)):
-        tiling = tiles.choose_tiles(7 * 35, 16, 35, channels_last, 3 * 35, 128, 16, 256, reduces)
+    for channels_last, programs in itertools.product((True, False), (0, 256)):
+        tiling = tiles.choose_tiles(7 * 35, 16, 35, channels_last, 3 * 35, 16, programs)
         assert tiling.n_parts == sum(-(-n // tiling.rows_per_part) for n in (105, 105, 35))
         assert tiling.group_parts == -(-105 // tiling.rows_per_part)
-    many = tiles.choose_tiles(512 * 1024, 64, 1024, True, 32 * 1024, 128, 16, 256, reduces=True)
+    many = tiles.choose_tiles(512 * 1024, 64, 1024, True, 32 * 1024, 16, 256)
     assert many.n_parts <= 256  # not as many for each group

@@ -87,8 +87,7 @@ def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np
 def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
     """The element offsets of that program's tiles, by argument; int64 holds them."""
     n_rows, n_spatial = arguments["n_rows"], arguments["n_spatial"]
-    names = ("N_CHANNELS", "CHANNELS_LAST", "BLOCK_M", "BLOCK_C", "N_TILES")
-    n_channels, channels_last, block_m, block_c, n_tiles = (arguments[name] for name in names)
+    n_channels, channels_last, block_m, block_c, n_tiles = arguments["TILE"].values
     n_channel_tiles = -(-n_channels // block_c)
     part, first_channel = program // n_channel_tiles, program % n_channel_tiles * block_c
     channels = np.arange(first_channel, min(first_channel + block_c, n_channels))
@@ -96,8 +95,9 @@ def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
     is_reduction = kernel.__name__ in ("statistics_kernel", "reduce_kernel")
     rows_of_part = arguments["rows_per_split"] if is_reduction else step
     first, end = part * rows_of_part, min((part + 1) * rows_of_part, n_rows)
-    if kernel.__name__ == "statistics_kernel":  # which loads the first step ahead of its loop
-        steps = [first, *first_middle_last(first + step, end, step)]
+    if kernel.__name__ == "statistics_kernel":  # which loads a step ahead: whole ones, then what is left
+        whole = first + (end - first) // step * step
+        steps = [at for at in (first, *first_middle_last(first + step, whole + step, step)) if at < whole] + [whole]
     else:
         steps = first_middle_last(first, end, step)
     rows = np.concatenate([np.arange(at, min(at + step, end)) for at in steps])
@@ -113,7 +113,7 @@ def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
     else:
         bits = (rows // 8)[:, None] + channels * -(-n_rows // 8)
     if kernel.__name__ == "statistics_kernel":  # beside its own rows it reads the pivot's
-        images = np.concatenate([images, offsets(np.array([first, first + (end - first) // 2, end - 1]))])
+        images = np.concatenate([images, offsets(np.array([first, first + (end - first - 1) // 2, end - 1]))])
 
     def of_tensor(name: str, tensor: Tensor) -> np.ndarray:
         if tensor.dtype == torch.uint8:

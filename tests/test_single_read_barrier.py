@@ -64,7 +64,9 @@ def _with(name: str, value):
 
 
 @pytest.mark.parametrize(
-    "cut", (tiles.SingleReadTiles(32, 64, 1, n_splits=10_000, n_channel_tiles=1), None), ids=("too many", "none")
+    "cut",
+    (tiles.SingleReadTiles(tiles.Tile.of(64, True, 32, 64), n_splits=10_000, n_channel_tiles=1), None),
+    ids=("too many", "none"),
 )
 def test_a_grid_that_would_not_run_at_once_is_refused(cut, device):
     x = image(2, 64, device)
@@ -84,10 +86,11 @@ def test_no_grid_has_more_programs_than_multiprocessors(n_multiprocessors):
             cut = tiles.choose_single_read_tiles(n_rows, n_channels, n_multiprocessors, 32)
             if cut is not None:
                 assert cut.n_splits * cut.n_channel_tiles <= n_multiprocessors
-                assert cut.n_tiles <= 32
-                rows_per_split = cut.n_tiles * cut.block_m
+                _, _, block_m, block_c, n_tiles = cut.tile.values
+                assert n_tiles <= 32
+                rows_per_split = n_tiles * block_m
                 assert (cut.n_splits - 1) * rows_per_split < n_rows <= cut.n_splits * rows_per_split
-                assert cut.n_channel_tiles * cut.block_c >= n_channels
+                assert cut.n_channel_tiles * block_c >= n_channels
 
 
 def test_every_recorded_launch_has_words_of_its_own(device):

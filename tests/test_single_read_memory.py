@@ -94,7 +94,8 @@ def test_the_bytes_are_those_of_the_formula(case, join):
     n_rows = 2 * 81
     shape = launch.Shape(n_rows, 64, 81, True, n_rows)
     tiling = single_read.choose_tiles(shape, "batch norm", join, torch.device("cpu"))
-    pivots = np.bincount(pivot_rows(n_rows, tiling.n_tiles * tiling.block_m), minlength=n_rows)
+    _, _, block_m, _, n_tiles = tiling.tile.values
+    pivots = np.bincount(pivot_rows(n_rows, n_tiles * block_m), minlength=n_rows)
     for entry in launches:
         for name, account in entry.accounts.items():
             if account.what in ("images", "bits"):

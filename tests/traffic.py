@@ -28,7 +28,7 @@ def pivot_rows(n_rows: int, rows_per_split: int) -> np.ndarray:
     """The first, middle and last row of each split, which the statistics read beside their own rows."""
     first = np.arange(0, n_rows, rows_per_split)
     n_own = np.minimum(n_rows - first, rows_per_split)
-    return np.concatenate([first, first + n_own // 2, first + n_own - 1])
+    return np.concatenate([first, first + (n_own - 1) // 2, first + n_own - 1])
 
 
 def formula(
@@ -42,8 +42,8 @@ def formula(
     shape = Shape(n_rows, n_channels, width * width, True, (ghost or n_images) * width * width)
     bn, add = role.join == "bn", role.join != "none"  # as numbers: the operands that a join adds
     norms, writes_dz = 1 + bn, add or role.fork
-    statistics = choose_tiles(shape, BF16, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
-    reduction = choose_tiles(shape, BF16, tiles.REDUCE_BYTES, 2 + role.fork + bn, tiles.REDUCE_PROGRAMS)
+    statistics = choose_tiles(shape, BF16, 1, tiles.STATISTICS_PROGRAMS)
+    reduction = choose_tiles(shape, BF16, 2 + role.fork + bn, tiles.REDUCE_PROGRAMS)
     sizes = {
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
@@ -68,7 +68,7 @@ def formula(
         return {"normalize_kernel": normalize + moved(vectors=(2 * norms, 2 * norms))}
     kernels = {"statistics_kernel": moved(images=(norms, 0), partials=(0, 3 * norms))}
     merge = moved(partials=(3 * norms, 0), vectors=(2 * norms, 2 * norms), of_groups=(0, 2 * norms))
-    if shape.n_groups == 1 and statistics.n_parts <= tiles.FEW_STATISTICS:
+    if shape.n_groups == 1 and statistics.n_parts <= tiles.FEW_SPLITS:
         normalize += merge
     else:
         kernels["combine_statistics_kernel"] = merge
@@ -84,7 +84,7 @@ def formula(
     )
     gradients = moved(images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0))
     merge = moved(sums=(2 + bn, 0), vectors=(0, 2 * norms))
-    if shape.n_groups == 1 and reduction.n_parts <= tiles.FEW_SUMS:
+    if shape.n_groups == 1 and reduction.n_parts <= tiles.FEW_SPLITS:
         gradients += merge
     else:
         kernels["combine_gradients_kernel"] = merge + moved(of_groups=(0, 2 + bn))

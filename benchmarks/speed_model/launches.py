@@ -60,11 +60,11 @@ class Launch(NamedTuple):
         return types, constants, attributes
 
     def options(self, target: GPUTarget) -> dict[str, int]:
-        return launch.compiler_options(self.arguments, is_nvidia=target.backend == "cuda")
+        return launch.compiler_options(self.arguments, int(target.arch) if target.backend == "cuda" else None)
 
     def images(self) -> dict[str, torch.Tensor]:
         """The tensors that the launch reads or writes tile by tile, ReLU's bits included."""
-        if "BLOCK_M" not in self.arguments:  # a few rows at most
+        if "TILE" not in self.arguments:  # a few rows at most
             return {}
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
         return {name: value for name, value in tensors.items() if value.dim() == 4 or value.dtype == torch.uint8}
@@ -177,7 +177,9 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
     for name, value in recorded.arguments.items():
         # Those that a kernel merges, not those that it writes.
         if isinstance(value, torch.Tensor) and name.endswith("partials_ptr") and "BLOCK_S" in recorded.arguments:
-            share = min(1.0, recorded.arguments["BLOCK_C"] / value.shape[-1])
+            tile = recorded.arguments.get("TILE")
+            block_c = tile.block_c.value if tile else recorded.arguments["BLOCK_C"]
+            share = min(1.0, block_c / value.shape[-1])
             reads[offsets[name]] = value.nbytes * share
     image_bytes = float(sum(image.nbytes for image in images.values()))
     return Work(grid, frozenset(offsets[name] for name in images), image_bytes, reads)

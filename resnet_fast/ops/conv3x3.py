@@ -63,9 +63,9 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
         rows_per_program=rows_per_program,
         CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
-        CHANNELS=n_channels,
         WIDTH=width,
-        **tiling.blocks,
+        TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
+        BLOCK_K=tiling.block_k,
     )
     return y, PartialStatistics(partials, rows_per_program, n_parts)
 
@@ -103,17 +103,15 @@ def data_gradient(
         dx_alias_ptr=dx_alias,
         **norm_pointers,
         dx_desc=rows(dx, tiling.block_m, tiling.block_n),
-        partial_dz_ptr=None if partials is None else partials[0],
-        partial_dz_xhat_ptr=None if partials is None else partials[1],
-        partial_dz_rhat_ptr=None if partials is None or len(partials) == 2 else partials[2],
+        partials_ptr=partials,
         n_rows=n_rows,
         rows_per_program=rows_per_program,
         RELU=relu,
         CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
-        CHANNELS=n_channels,
         WIDTH=width,
-        **tiling.blocks,
+        TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
+        BLOCK_K=tiling.block_k,
     )
     return dx, None if partials is None else launch.combine_gradients(partials, 1, n_parts)
 

@@ -15,8 +15,8 @@ from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
 
-# Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_offsets).
-MAX_NCHW_PIXELS = 2**31 - tiles.TILE_ELEMENTS
+# Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_pointers).
+MAX_NCHW_PIXELS = 2**31 - tiles.NUM_WARPS * 32 * tiles.THREAD_ELEMENTS
 
 
 class Shape(NamedTuple):
@@ -63,57 +63,69 @@ class Shape(NamedTuple):
 def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **arguments) -> None:
     """The one place where a kernel is launched; `options` of its compiler instead of `compiler_options`."""
     if options is None:
-        options = compiler_options(arguments, is_nvidia=torch.version.cuda is not None)
+        first = next(iter(arguments.values()))  # a tensor
+        options = compiler_options(arguments, nvidia_capability(first.device))
     kernel[grid](**arguments, **options)
 
 
-def compiler_options(arguments: dict[str, Any], is_nvidia: bool) -> dict[str, Any]:
-    """How a kernel with these arguments is compiled and launched."""
-    options: dict[str, Any] = {"num_warps": tiles.NUM_WARPS}
-    if is_nvidia:
-        options["maxnreg"] = tiles.MAX_REGISTERS_COMBINE
-        if "BLOCK_M" in arguments:
-            options["maxnreg"] = tiles.max_registers(arguments["CHANNELS_LAST"], arguments["x_ptr"].element_size())
+def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[str, Any]:
+    """How a kernel with these arguments is compiled and launched; `capability`: as of `nvidia_capability`."""
+    tile = arguments.get("TILE")
+    options: dict[str, Any] = {"num_warps": tile.num_warps if tile else tiles.NUM_WARPS}
+    if capability is not None:
+        element_size = arguments["x_ptr"].element_size() if tile else 0
+        options["maxnreg"] = tiles.max_registers(tile, element_size, capability)
         if arguments.get("PDL"):
             options["launch_pdl"] = True
     return options
 
 
-def has_pdl(device: torch.device) -> bool:
-    """Whether kernels on `device` can be started while the one before runs: programmatic dependent launch."""
-    return device.type == "cuda" and _has_pdl(device.index)
+def nvidia_capability(device: torch.device) -> int | None:
+    """The compute capability, 90 for 9.0; None where `device` is no GPU of NVIDIA's."""
+    return _capability(device.index) if device.type == "cuda" and torch.version.cuda is not None else None
 
 
 @cache
-def _has_pdl(index: int | None) -> bool:
-    if torch.version.cuda is None:
-        return False
-    # CUDA graphs record such launches from CUDA 12.3 on, of which the driver must be.
-    return torch.cuda.get_device_capability(index) >= (9, 0) and torch._C._cuda_getDriverVersion() >= 12030
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels on `device` can be started while the one before runs: programmatic dependent launch."""
+    # CUDA graphs can record such launches since the driver of CUDA 12.3.
+    return (nvidia_capability(device) or 0) >= 90 and _driver_version() >= 12030
+
+
+@cache
+def _driver_version() -> int:
+    return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
 
 
 class Statistics(NamedTuple):
     """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
 
-    It reads them; or stores them there, merged from few `partials`, [3, n_splits, C], or from the tracked ones.
+    It reads them; or stores them there, from running statistics or, with few `partials`, [3, n_splits, C], merged from
+    these, and then updates the running ones.
     """
 
     mean: Tensor
     rstd: Tensor
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
     partials: Tensor | None = None
     rows_per_split: int = 1
-    is_tracked: bool = False
 
 
-def choose_tiles(shape: Shape, x: Tensor, bytes_ahead: int, n_tensors: int, n_programs: int = 0) -> tiles.Tiles:
-    """The tiles of a kernel that moves `n_tensors` like x: of a reduction by `n_programs`, or an elementwise pass."""
-    tile_bytes = tiles.TILE_ELEMENTS // (32 * tiles.NUM_WARPS) * x.element_size() * n_tensors
-    return tiles.choose_tiles(*shape, bytes_ahead, tile_bytes, n_programs or tiles.PASS_PROGRAMS, n_programs > 0)
+def choose_tiles(shape: Shape, x: Tensor, n_tensors: int, reduction_programs: int = 0) -> tiles.Tiles:
+    """The tiles of a kernel that reads `n_tensors` like x: of a reduction by so many programs, or of a pass."""
+    tile_bytes = tiles.THREAD_ELEMENTS * x.element_size() * n_tensors
+    return tiles.choose_tiles(*shape, tile_bytes, reduction_programs)
 
 
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
     """The partial results of `statistics_kernel`."""
-    tiling = choose_tiles(shape, x, tiles.STATISTICS_BYTES, 1, tiles.STATISTICS_PROGRAMS)
+    tiling = choose_tiles(shape, x, 1, tiles.STATISTICS_PROGRAMS)
     partials = torch.empty(3, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     launch_kernel(
         batch_norm_forward.statistics_kernel,
@@ -123,11 +135,7 @@ def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
         **shape.sizes,
         rows_per_split=tiling.rows_per_part,
         n_splits=tiling.n_parts,
-        N_CHANNELS=shape.n_channels,
-        CHANNELS_LAST=shape.channels_last,
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
-        N_TILES=tiling.n_tiles,
+        TILE=tiling.tile,
         PDL=has_pdl(x.device),
     )
     return PartialStatistics(partials, tiling.rows_per_part, tiling.group_parts)
@@ -178,16 +186,15 @@ def find_statistics(
     x: Tensor, norm: BatchNormArgs, shape: Shape, partial: PartialStatistics | None = None
 ) -> Statistics:
     """Mean and rstd of the pass, or what `normalize_kernel` takes them from. `partial`: of x, if they need no pass."""
-    if norm.training:
-        # Given ones are of other splits than the join's other norm has, if it has some.
-        many = partial is not None or shape.n_groups > 1
-        partial = partial or partial_statistics(x, shape)
-        if many or partial.group_splits > tiles.FEW_STATISTICS:
-            return Statistics(*combine_statistics(partial, norm, shape))
-    vectors = empty_statistics(x, shape)
-    if partial is None:
-        return Statistics(*vectors, is_tracked=True)
-    return Statistics(*vectors, partial.partials, partial.rows_per_split)
+    running = (norm.running_mean, norm.running_var)
+    if not norm.training:
+        return Statistics(*empty_statistics(x, shape), *running)
+    # A convolution's partial results have other splits than the residual's, and one launch merges one kind.
+    is_combined = partial is not None or shape.n_groups > 1
+    partial = partial or partial_statistics(x, shape)
+    if is_combined or partial.group_splits > tiles.FEW_SPLITS:
+        return Statistics(*combine_statistics(partial, norm, shape))
+    return Statistics(*empty_statistics(x, shape), *running, partial.partials, partial.rows_per_split)
 
 
 def empty_statistics(like: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -257,11 +264,7 @@ def _normalize(
     residual_norm = residual_norm or NO_NORM
     merged = own.partials if own.partials is not None else its.partials
     n_splits = 1 if merged is None else merged.shape[1]
-    n_tensors = 1 if residual is None else 2
-    bytes_ahead = tiles.PASS_BYTES if merged is None else tiles.MERGING_PASS_BYTES
-    tiling = choose_tiles(shape, x, bytes_ahead, n_tensors)
-    finds = own.partials is not None or own.is_tracked
-    residual_finds = its.partials is not None or its.is_tracked
+    tiling = choose_tiles(shape, x, 1 if residual is None else 2)
     y = torch.empty_like(x)
     relu_mask = None
     if relu and residual is not None:
@@ -271,16 +274,16 @@ def _normalize(
         (tiling.n_programs,),
         x_ptr=x,
         partials_ptr=own.partials,
-        running_mean_ptr=norm.running_mean if finds else None,
-        running_var_ptr=norm.running_var if finds else None,
+        running_mean_ptr=own.running_mean,
+        running_var_ptr=own.running_var,
         mean_ptr=own.mean,
         rstd_ptr=own.rstd,
         weight_ptr=norm.weight,
         bias_ptr=norm.bias,
         residual_ptr=residual,
         residual_partials_ptr=its.partials,
-        residual_running_mean_ptr=residual_norm.running_mean if residual_finds else None,
-        residual_running_var_ptr=residual_norm.running_var if residual_finds else None,
+        residual_running_mean_ptr=its.running_mean,
+        residual_running_var_ptr=its.running_var,
         residual_mean_ptr=its.mean,
         residual_rstd_ptr=its.rstd,
         residual_weight_ptr=residual_norm.weight,
@@ -296,12 +299,8 @@ def _normalize(
         residual_eps=residual_norm.eps,
         RELU=relu,
         REVERSED=reverse,
-        N_CHANNELS=shape.n_channels,
-        CHANNELS_LAST=shape.channels_last,
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
-        N_TILES=tiling.n_tiles,
-        **tiles.merge_blocks(n_splits),
+        TILE=tiling.tile,
+        BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(x.device),
     )
     return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
@@ -323,7 +322,7 @@ def backward(
     dz, partials, group_splits = partial_sums(dy, dy_alias, saved, join, relu, shape)
     gradients = empty_gradients(saved)
     sums = None
-    if shape.n_groups > 1 or group_splits > tiles.FEW_SUMS:
+    if shape.n_groups > 1 or group_splits > tiles.FEW_SPLITS:
         sums, partials = combine_gradients(partials, shape.n_groups, group_splits, gradients), None
     settings = (saved, join, relu, training, residual_training)
     dx, dresidual = _input_gradients(dy, dz, partials, sums, gradients, *settings, shape, reverse)
@@ -341,7 +340,7 @@ def partial_sums(
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     n_tensors = 2 + (dy_alias is not None) + (join == "bn")
-    tiling = choose_tiles(shape, saved.x, tiles.REDUCE_BYTES, n_tensors, tiles.REDUCE_PROGRAMS)
+    tiling = choose_tiles(shape, saved.x, n_tensors, tiles.REDUCE_PROGRAMS)
     dz = torch.empty_like(saved.x) if writes_dz else None
     partials = saved.mean.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels)
     launch_kernel(
@@ -364,11 +363,7 @@ def partial_sums(
         rows_per_split=tiling.rows_per_part,
         n_splits=tiling.n_parts,
         RELU=relu,
-        N_CHANNELS=shape.n_channels,
-        CHANNELS_LAST=shape.channels_last,
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
-        N_TILES=tiling.n_tiles,
+        TILE=tiling.tile,
         PDL=has_pdl(dy.device),
     )
     return dz, partials, tiling.group_parts
@@ -456,7 +451,8 @@ def _input_gradients(
     """dx and dresidual from the `sums` of every group, or from few `partials`; `gradients` are then stored, too."""
     n_splits = 1 if partials is None else partials.shape[1]
     dweight, dbias, dresidual_weight, dresidual_bias = NO_GRADIENTS if partials is None else gradients
-    tiling = choose_tiles(shape, saved.x, tiles.PASS_BYTES, 5 if join == "bn" else 2)
+    # In the bn join more tiles than those of five tensors would have do not fit into the registers.
+    tiling = choose_tiles(shape, saved.x, 5 if join == "bn" else 2)
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if join == "bn" else None
     launch_kernel(
@@ -487,12 +483,8 @@ def _input_gradients(
         TRAINING=training,
         RESIDUAL_TRAINING=residual_training,
         REVERSED=reverse,
-        N_CHANNELS=shape.n_channels,
-        CHANNELS_LAST=shape.channels_last,
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
-        N_TILES=tiling.n_tiles,
-        **tiles.merge_blocks(n_splits),
+        TILE=tiling.tile,
+        BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(dy.device),
     )
     return dx, dz if join == "add" else dresidual

@@ -8,7 +8,6 @@ device; `fits` tells where it can have both.
 from threading import Lock
 
 import torch
-import triton
 from torch import Tensor
 
 from resnet_fast.kernels import batch_norm_single_read, tiles
@@ -183,11 +182,7 @@ def forward(
         residual_momentum=residual_norm.momentum if residual_norm else 0.0,
         residual_eps=residual_norm.eps if residual_norm else 0.0,
         RELU=relu,
-        N_CHANNELS=shape.n_channels,
-        N_TILES=tiling.n_tiles,
-        N_STEPS=triton.cdiv(tiling.n_splits, tiling.block_m),
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
+        TILE=tiling.tile,
     )
     residual_mean, residual_rstd = vectors[2:] if is_bn_join else (None, None)
     return Outputs(y, relu_mask, vectors[0], vectors[1], residual_mean, residual_rstd)
@@ -239,11 +234,7 @@ def backward(
         n_rows=shape.n_rows,
         n_splits=tiling.n_splits,
         RELU=relu,
-        N_CHANNELS=shape.n_channels,
-        N_TILES=tiling.n_tiles,
-        N_STEPS=triton.cdiv(tiling.n_splits, tiling.block_m),
-        BLOCK_M=tiling.block_m,
-        BLOCK_C=tiling.block_c,
+        TILE=tiling.tile,
     )
     dweight, dbias, dresidual_weight, dresidual_bias = gradients
     return Gradients(dx, dweight, dbias, dz if join == "add" else dresidual, dresidual_weight, dresidual_bias)
