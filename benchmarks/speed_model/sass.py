@@ -1,6 +1,5 @@
 """Reads NVIDIA machine code as cuobjdump lists it: what an instruction reads, writes, occupies and moves."""
 
-import itertools
 import re
 import subprocess
 import tempfile
@@ -90,11 +89,17 @@ def read_cubin(cubin: bytes) -> Listing:
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
     positions = {int(address, 16): position for position, (address, _) in enumerate(lines)}
     instructions = []
-    for (_, text), (_, following) in itertools.pairwise([*lines, ("", "")]):
-        if following.startswith("BRA "):  # ptxas leaves loops by calls that do not return, for sm_80
-            text = text.replace("CALL.REL.NOINC", "BRA")
-        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
-        instructions.append(Instruction(text, positions[int(branch[1], 16)] if branch else None))
+    for position, (_, text) in enumerate(lines):
+        branch = re.search(r"\b(BRA|CALL\.REL\.NOINC)\b.*\b0x([0-9a-f]+)$", text)
+        target = positions[int(branch[2], 16)] if branch else None
+        if re.match(r"@!PT |BRA\.DIV", text):  # never, and where threads of a warp have gone different ways
+            target = None
+        elif branch and branch[1] != "BRA":
+            if target == position + 2:  # over a branch backwards: so ptxas leaves loops for sm_80
+                text = text.replace(branch[1], "BRA")
+            else:
+                target = None
+        instructions.append(Instruction(text, target))
     registers, stack = (int(n) for n in re.findall(r"\b(?:REG|STACK):(\d+)", usage)[:2])
     return Listing(registers, stack, tuple(instructions))
 
