@@ -15,6 +15,7 @@ from .tile_access import (
     channels_of,
     group_of_rows,
     load_channel,
+    load_tile,
     load_tiles,
     locate,
     normalize,
@@ -43,31 +44,31 @@ def add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
-    """[BLOCK_C], the median of a split's first, middle and last row, times unit; one outlier among them does no harm.
-
-    As one of the values it has no rounding of its own: of a constant channel all differences are 0.
-    """
-    rows = ()
-    for k in tl.static_range(3):
-        row = first_row + (n_own - 1) * k // 2
-        if TILE.channels_last:
-            pointers = x_ptr + row * TILE.n_channels + offs_c
-        else:
-            pointers = x_ptr + (row // n_spatial * TILE.n_channels + offs_c) * n_spatial + row % n_spatial
-        rows += (tl.load(pointers, mask=mask_c, other=0.0).to(unit.dtype),)
-    first, middle, last = rows
-    median = tl.maximum(tl.minimum(first, middle), tl.minimum(tl.maximum(first, middle), last))
-    return tl.where(is_finite(median), median, 0.0) * unit
-
-
-@triton.jit
 def add_differences(x, pivot, unit, mask, total, squares):
     """Add x·unit - pivot, and its square, to the sums (S1); without those outside of `mask`, if there is one."""
     difference = tl.fma(x.to(unit.dtype), tl.broadcast_to(unit, x.shape), tl.broadcast_to(-pivot[None, :], x.shape))
     if mask is not None:
         difference = tl.where(mask, difference, 0.0)
     return total + difference, tl.fma(difference, difference, squares)
+
+
+@triton.jit
+def find_pivot(x_ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
+    """[BLOCK_C], the mean of a split's first tile, times unit: near the split's mean, so that little cancels in M2.
+
+    It is taken about the first row: of a constant channel all differences are 0.
+    """
+    if TILE.channels_last:
+        pointers = x_ptr + first_row * TILE.n_channels + offs_c
+    else:
+        pointers = x_ptr + (first_row // n_spatial * TILE.n_channels + offs_c) * n_spatial + first_row % n_spatial
+    first = tl.load(pointers, mask=mask_c, other=0.0).to(unit.dtype) * unit
+    first = tl.where(is_finite(first), first, 0.0)
+    zero = tl.zeros(tile.shape, unit.dtype)
+    total, _ = add_differences(tile, first, unit, tile_mask(n_own, mask_c, TILE), zero, zero)
+    n_rows = tl.minimum(n_own, TILE.block_m).to(unit.dtype)
+    mean = first + tl.sum(total, axis=0) * (1 / n_rows)
+    return tl.where(is_finite(mean), mean, first)
 
 
 @triton.jit
@@ -105,13 +106,14 @@ def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, T
     """[BLOCK_C] pivot, shift and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
     STEP: tl.constexpr = TILE.n_tiles * TILE.block_m
     whole_rows = n_own // STEP * STEP  # of steps that need no mask
-    pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
+    first_tile = load_tile(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE)
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
         pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
         tiles += (tl.load(pointers, mask=(whole_rows > 0) & mask_c[None, :], other=0.0),)
+    pivot = find_pivot(x_ptr, first_tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
     for start in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
         for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step

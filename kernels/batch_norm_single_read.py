@@ -21,7 +21,7 @@ from .batch_norm_backward import (
 from .batch_norm_forward import (
     UNIT,
     add_differences,
-    load_pivot,
+    find_pivot,
     overflows,
     pass_statistics,
     relu_and_bits,
@@ -86,7 +86,7 @@ def store_statistics(x_ptr, tiles, first_row, n_own, offs_c, mask_c, partial_ptr
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        pivot = load_pivot(x_ptr, first_row, n_own, offs_c, mask_c, 1, unit, TILE)
+        pivot = find_pivot(x_ptr, afresh(tiles[0], 0), first_row, n_own, offs_c, mask_c, 1, unit, TILE)
         total = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         squares = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         n_left = afresh(n_own, 0)

@@ -32,7 +32,7 @@ VECTORS = {
     "loads": {"statistics_kernel": 0, "normalize_kernel": 16, "reduce_kernel": 4, "input_gradients_kernel": 10},
     "stores": {"statistics_kernel": 3, "normalize_kernel": 8, "reduce_kernel": 3, "input_gradients_kernel": 4},
 }
-PIVOT_ROWS = 3
+PIVOT_ROWS = 1
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
 COMBINE_KERNELS = {"combine_statistics_kernel", "combine_gradients_kernel"}
 

@@ -20,8 +20,7 @@ from resnet_fast.ops import reference
 SHAPE = (2, 24, 9, 9)
 NAN, INF = float("nan"), float("inf")
 KINDS = ((NAN,), (INF,), (-INF,), (INF, -INF))
-# Image and pixel of one value or of two. The pivot of a split is the median of three of its rows: of the first split's,
-# (0, 0) and (0, 63) are two in either layout.
+# Image and pixel of one value or of two: in the first row and tile, of which the pivot is made, and elsewhere.
 PLACES = (((0, 0), (0, 1)), ((1, 0), (0, 60)), ((1, 80), (0, 60)), ((0, 63), (0, 0)))
 CLEAN = slice(2, None, 3)
 CPU = torch.device("cpu")

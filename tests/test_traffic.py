@@ -78,7 +78,7 @@ def test_no_element_of_an_image_is_requested_twice_by_one_kernel(case):
     n_rows = n_images * width**2
     shape = Shape(n_rows, n_channels, width**2, True, n_rows)
     splits = choose_tiles(shape, BF16, 1, tiles.STATISTICS_PROGRAMS)
-    pivots = np.bincount(pivot_rows(n_rows, splits.rows_per_part), minlength=n_rows)
+    pivots = np.bincount(pivot_rows(n_rows, splits.rows_per_part, splits.tile.block_m.value), minlength=n_rows)
     for launch in launches_of(*case):
         for name, account in launch.accounts.items():
             if account.what == "images" and launch.kernel == "statistics_kernel":

@@ -24,11 +24,11 @@ def count(launches: list[Launch]) -> dict[str, Counter]:
     return {kernel: +moved for kernel, moved in kernels.items()}
 
 
-def pivot_rows(n_rows: int, rows_per_split: int) -> np.ndarray:
-    """The first, middle and last row of each split, which the statistics read beside their own rows."""
+def pivot_rows(n_rows: int, rows_per_split: int, block_m: int = 0) -> np.ndarray:
+    """The first row of each split, and of its first tile all `block_m`, which the statistics read once more."""
     first = np.arange(0, n_rows, rows_per_split)
-    n_own = np.minimum(n_rows - first, rows_per_split)
-    return np.concatenate([first, first + (n_own - 1) // 2, first + n_own - 1])
+    tiles = first[:, None] + np.arange(min(block_m, rows_per_split))
+    return np.concatenate([first, tiles[tiles < n_rows]])
 
 
 def formula(
