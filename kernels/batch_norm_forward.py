@@ -53,10 +53,16 @@ def add_differences(x, pivot, unit, mask, total, squares):
 
 
 @triton.jit
-def find_pivot(x_ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
-    """[BLOCK_C], the mean of a split's first tile, times unit: near the split's mean, so that little cancels in M2.
+def add_and_range(sum_a, highest_a, lowest_a, sum_b, highest_b, lowest_b):
+    return sum_a + sum_b, tl.maximum(highest_a, highest_b), tl.minimum(lowest_a, lowest_b)
 
-    It is taken about the first row: of a constant channel all differences are 0.
+
+@triton.jit
+def find_pivot(x_ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
+    """[BLOCK_C], the mean of a split's first tile without its highest and lowest value, times unit.
+
+    So near to the split's mean little cancels in M2, and one outlier does no harm. It is taken about the first row: of
+    a constant channel all differences are 0.
     """
     if TILE.channels_last:
         pointers = x_ptr + first_row * TILE.n_channels + offs_c
@@ -66,8 +72,9 @@ def find_pivot(x_ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, T
     first = tl.where(is_finite(first), first, 0.0)
     zero = tl.zeros(tile.shape, unit.dtype)
     total, _ = add_differences(tile, first, unit, tile_mask(n_own, mask_c, TILE), zero, zero)
-    n_rows = tl.minimum(n_own, TILE.block_m).to(unit.dtype)
-    mean = first + tl.sum(total, axis=0) * (1 / n_rows)
+    total, highest, lowest = tl.reduce((total, total, total), 0, add_and_range)
+    n_rows = tl.maximum(tl.minimum(n_own, TILE.block_m) - 2, 1).to(unit.dtype)
+    mean = first + (total - highest - lowest) * (1 / n_rows)
     return tl.where(is_finite(mean), mean, first)
 
 
