@@ -58,17 +58,22 @@ def add_and_range(sum_a, highest_a, lowest_a, sum_b, highest_b, lowest_b):
 
 
 @triton.jit
-def find_pivot(x_ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
+def load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
+    if TILE.channels_last:
+        pointers = x_ptr + first_row * TILE.n_channels + offs_c
+    else:
+        pointers = x_ptr + (first_row // n_spatial * TILE.n_channels + offs_c) * n_spatial + first_row % n_spatial
+    return tl.load(pointers, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def find_pivot(tile, row, n_own, mask_c, unit, TILE: tl.constexpr):
     """[BLOCK_C], the mean of a split's first tile without its highest and lowest value, times unit.
 
     So near to the split's mean little cancels in M2, and one outlier does no harm. It is taken about the first row: of
     a constant channel all differences are 0.
     """
-    if TILE.channels_last:
-        pointers = x_ptr + first_row * TILE.n_channels + offs_c
-    else:
-        pointers = x_ptr + (first_row // n_spatial * TILE.n_channels + offs_c) * n_spatial + first_row % n_spatial
-    first = tl.load(pointers, mask=mask_c, other=0.0).to(unit.dtype) * unit
+    first = row.to(unit.dtype) * unit
     first = tl.where(is_finite(first), first, 0.0)
     zero = tl.zeros(tile.shape, unit.dtype)
     total, _ = add_differences(tile, first, unit, tile_mask(n_own, mask_c, TILE), zero, zero)
@@ -115,12 +120,14 @@ def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, T
     whole_rows = n_own // STEP * STEP  # of steps that need no mask
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
+    row = load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE)
     first_tile = load_tile(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE)
+    tl.debug_barrier()  # lest ptxas puts these loads behind the others, and the pivot waits for all
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
         pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
         tiles += (tl.load(pointers, mask=(whole_rows > 0) & mask_c[None, :], other=0.0),)
-    pivot = find_pivot(x_ptr, first_tile, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
+    pivot = find_pivot(first_tile, row, n_own, mask_c, unit, TILE)
     for start in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
         for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step

@@ -22,6 +22,7 @@ from .batch_norm_forward import (
     UNIT,
     add_differences,
     find_pivot,
+    load_row,
     overflows,
     pass_statistics,
     relu_and_bits,
@@ -86,7 +87,9 @@ def store_statistics(x_ptr, tiles, first_row, n_own, offs_c, mask_c, partial_ptr
     todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        pivot = find_pivot(x_ptr, afresh(tiles[0], 0), first_row, n_own, offs_c, mask_c, 1, unit, TILE)
+        pivot = find_pivot(
+            afresh(tiles[0], 0), load_row(x_ptr, first_row, offs_c, mask_c, 1, TILE), n_own, mask_c, unit, TILE
+        )
         total = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         squares = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         n_left = afresh(n_own, 0)
