@@ -71,7 +71,7 @@ def main(
             found = list(slower(path, jobs, network.KERNEL_KEY))
             n_kernels = len({job.key for job in jobs})
             typer.echo(
-                f"{name}, {precision}: {len(found)} of {n_kernels} kernels slower than their rows, or without one"
+                f"{name}, {precision}: {len(found)} of {n_kernels} kernels found slower than their rows, or without one"
             )
             slow += found
             continue
