@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import triton
+from typer.testing import CliRunner
 
-from benchmarks.predict import PREDICTED, slower
+from benchmarks.predict import PREDICTED, app, slower
 from benchmarks.results import ROOT
 from benchmarks.speed_model.gpus import GPUS
 from benchmarks.speed_model.path import find_loops, follow, follow_pointers
@@ -173,7 +174,24 @@ class PlantedJob(NamedTuple):
 def test_a_kernel_that_grows_by_more_than_3_percent_is_named(job, is_slower, tmp_path):
     (tmp_path / "gpu.csv").write_text("kernel,predicted_us,key\nreduce_kernel,10.0,old\n")
     lines = list(slower(tmp_path / "gpu.csv", [job], ("kernel",)))
-    assert lines == ["gpu.csv has 10.0 us for reduce_kernel: 10.4 us now"] * is_slower
+    assert lines == ["gpu.csv has 10.0 us for kernel reduce_kernel: 10.4 us now"] * is_slower
+
+
+def test_the_page_shows_the_steps():
+    page = (PREDICTED / "README.md").read_text(encoding="utf-8")
+    with open(PREDICTED / "steps.csv", newline="") as file:
+        steps = [row for row in csv.DictReader(file) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
+    assert len(steps) == 6
+    for step in steps:
+        provider = {"compile": "torch.compile"}.get(step["provider"], step["provider"])
+        launches_us = int(step["launches"]) * H200.launch_us
+        figures = f"{step['launches']} | {int(step['batch_norm_us']):,} | {launches_us:g} | {step['step_ms']}"
+        assert f"| {provider} | {figures} |" in page
+
+
+def test_bf16_on_a_gpu_without_is_refused():
+    result = CliRunner().invoke(app, ["--gpu", "t4", "--dtype", "bf16"])
+    assert result.exit_code == 2 and "t4: GPUs before compute capability 8.0 have no bf16" in result.output
 
 
 def test_no_kernel_is_slower_than_its_row():
