@@ -1,8 +1,8 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
 x, residual, y are [n_rows, n_channels] in channels_last or NCHW order; per-channel vectors are [n_channels], those of
-the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are [3, n_splits, n_channels]:
-pivots, shifts (a split's mean is their sum) and M2. Arithmetic is in fp32, or in fp64 when x is fp64.
+the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are [2, n_splits, n_channels]:
+mean and M2. Arithmetic is in fp32, or in fp64 when x is fp64.
 
 Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
 """
@@ -31,6 +31,8 @@ from .tile_access import (
 
 # Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
 UNIT = tl.constexpr(2.0**-100)
+
+PIVOT_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -67,18 +69,18 @@ def load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
 
 
 @triton.jit
-def find_pivot(tile, row, n_own, mask_c, unit, TILE: tl.constexpr):
-    """[BLOCK_C], the mean of a split's first tile without its highest and lowest value, times unit.
+def find_pivot(rows, row, n_own, mask_c, unit):
+    """[BLOCK_C], the mean of a split's first rows without the highest and lowest value, times unit.
 
     So near to the split's mean little cancels in M2, and one outlier does no harm. It is taken about the first row: of
     a constant channel all differences are 0.
     """
     first = row.to(unit.dtype) * unit
     first = tl.where(is_finite(first), first, 0.0)
-    zero = tl.zeros(tile.shape, unit.dtype)
-    total, _ = add_differences(tile, first, unit, tile_mask(n_own, mask_c, TILE), zero, zero)
+    mask = (tl.arange(0, PIVOT_ROWS) < n_own)[:, None] & mask_c[None, :]
+    total = tl.where(mask, rows.to(unit.dtype) * unit - first[None, :], 0.0)
     total, highest, lowest = tl.reduce((total, total, total), 0, add_and_range)
-    n_rows = tl.maximum(tl.minimum(n_own, TILE.block_m) - 2, 1).to(unit.dtype)
+    n_rows = tl.maximum(tl.minimum(n_own, PIVOT_ROWS) - 2, 1).to(unit.dtype)
     mean = first + (total - highest - lowest) * (1 / n_rows)
     return tl.where(is_finite(mean), mean, first)
 
@@ -99,14 +101,6 @@ def in_units(m2, unit):
 
 
 @triton.jit
-def store_partial(partial_ptrs, stride, pivot, shift, m2, unit, mask):
-    """Store what is about x·unit. A negative M2 stands for its magnitude in units of 1/UNIT²."""
-    tl.store(partial_ptrs, pivot * (1 / unit), mask=mask)
-    tl.store(partial_ptrs + stride, shift * (1 / unit), mask=mask)
-    tl.store(partial_ptrs + 2 * stride, tl.where(unit < 1, -m2, m2), mask=mask)
-
-
-@triton.jit
 def overflows(m2, mask_c, unit):
     """Channels whose M2 is not finite, and whether to compute that once more, of x·UNIT."""
     todo = mask_c & (is_finite(m2) == 0)
@@ -114,25 +108,42 @@ def overflows(m2, mask_c, unit):
 
 
 @triton.jit
+def store_partial(partial_ptrs, stride, mean, m2, unit, mask_c):
+    """Store the mean and M2 of x·unit; return whether to compute them once more, of x·UNIT.
+
+    Then only those channels are stored whose M2 was not finite. A negative M2 stands for its magnitude in units of
+    1/UNIT².
+    """
+    m2_ptrs = partial_ptrs + stride
+    stored = tl.load(m2_ptrs, mask=mask_c & (unit < 1), other=float("inf"))
+    mask = mask_c & (is_finite(stored) == 0)
+    tl.store(partial_ptrs, mean * (1 / unit), mask=mask)
+    tl.store(m2_ptrs, tl.where(unit < 1, -m2, m2), mask=mask)
+    return overflows(m2, mask_c, unit)[1]
+
+
+@triton.jit
 def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
-    """[BLOCK_C] pivot, shift and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
+    """[BLOCK_C] mean and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
     STEP: tl.constexpr = TILE.n_tiles * TILE.block_m
+    offs_m = tl.arange(0, TILE.block_m)
     whole_rows = n_own // STEP * STEP  # of steps that need no mask
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     row = load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE)
-    first_tile = load_tile(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE)
+    offs_p = tl.arange(0, PIVOT_ROWS)
+    rows = tl.load(tile_pointers(x_ptr, first_row, offs_p, offs_c, n_spatial, TILE), mask=(offs_p < n_own)[:, None] & mask_c[None, :], other=0.0)
     tl.debug_barrier()  # lest ptxas puts these loads behind the others, and the pivot waits for all
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
-        pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
+        pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_m, offs_c, n_spatial, TILE)
         tiles += (tl.load(pointers, mask=(whole_rows > 0) & mask_c[None, :], other=0.0),)
-    pivot = find_pivot(first_tile, row, n_own, mask_c, unit, TILE)
+    pivot = find_pivot(rows, row, n_own, mask_c, unit)
     for start in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
         for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step
             total, squares = add_differences(tiles[k], pivot, unit, None, total, squares)
-            pointers = tile_pointers(x_ptr, first_row + start + k * TILE.block_m, offs_c, n_spatial, TILE)
+            pointers = tile_pointers(x_ptr, first_row + start + k * TILE.block_m, offs_m, offs_c, n_spatial, TILE)
             ahead += (tl.load(pointers, mask=(start < whole_rows) & mask_c[None, :], other=0.0),)
         tiles = ahead
     if whole_rows < n_own:
@@ -142,7 +153,7 @@ def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, T
             mask = tile_mask(n_left - k * TILE.block_m, mask_c, TILE)
             total, squares = add_differences(tiles[k], pivot, unit, mask, total, squares)
     shift, m2 = shift_and_m2(total, squares, n_own)
-    return pivot, shift, m2
+    return pivot + shift, m2
 
 
 @triton.jit
@@ -157,7 +168,7 @@ def statistics_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Pivot, shift and centered M2 of one split of rows."""
+    """Mean and centered M2 of one split of rows."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     split, channel_tile = part_of_program(tl.program_id(0), TILE)
@@ -166,12 +177,10 @@ def statistics_kernel(
     partial_ptrs = partials_ptr + wide(split) * TILE.n_channels + offs_c
 
     unit = tl.full([], 1.0, acc_type)
-    todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
-        pivot, shift, m2 = split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
-        store_partial(partial_ptrs, wide(n_splits) * TILE.n_channels, pivot, shift, m2, unit, todo)
-        todo, again = overflows(m2, mask_c, unit)
+        mean, m2 = split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
+        again = store_partial(partial_ptrs, wide(n_splits) * TILE.n_channels, mean, m2, unit, mask_c)
         unit = tl.full([], UNIT, acc_type)
 
 
@@ -189,11 +198,12 @@ def merge_splits(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the pivot of its first split (S2).
+    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the mean of its first split (S2).
 
     `n_steps` are those of BLOCK_S splits; where it is a constant 1 there is no loop, and no load waits for another.
     """
-    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype)
+    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype) * unit
+    pivot = tl.where(is_finite(pivot), pivot, 0.0)
     full_rows = tl.full([], 0.0, unit.dtype) + rows_per_split
     last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
     total = tl.zeros([BLOCK_S, offs_c.shape[0]], unit.dtype)
@@ -202,15 +212,14 @@ def merge_splits(
         offs_s = step * BLOCK_S + tl.arange(0, BLOCK_S)  # 32-bit offsets: there are few partial results
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
         pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
-        split_pivot = tl.load(pointers, mask=mask, other=0.0)
-        shift = tl.load(pointers + stride, mask=mask, other=0.0)
-        m2 = in_units(tl.load(pointers + 2 * stride, mask=mask, other=0.0), unit)
+        mean = tl.load(pointers, mask=mask, other=0.0)
+        m2 = in_units(tl.load(pointers + stride, mask=mask, other=0.0), unit)
         rows = tl.where(offs_s < n_splits - 1, full_rows, tl.where(offs_s < n_splits, last_rows, 0.0))[:, None]
-        difference = (split_pivot * unit - (pivot * unit)[None, :]) + shift * unit
+        difference = mean * unit - pivot[None, :]
         total += rows * difference
         squares += tl.fma(rows * difference, difference, m2)
     shift, m2 = shift_and_m2(total, squares, n_rows)
-    return pivot * unit + shift, m2
+    return pivot + shift, m2
 
 
 @triton.jit

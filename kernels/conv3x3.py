@@ -105,10 +105,7 @@ def conv3x3_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y, and the mean and centered M2 of its rounded values over the rows of each program.
-
-    As partial statistics: a finite mean is the pivot, another one the shift, since no pivot may be Inf or NaN.
-    """
+    """y, and the mean and centered M2 of its rounded values over the rows of each program."""
     part, channel_tile = part_of_program(tl.program_id(0), TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_channel = channel_tile * TILE.block_c
@@ -125,9 +122,8 @@ def conv3x3_kernel(
 
     partial = wide(part) * TILE.n_channels + offs_c
     stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
-    tl.store(partials_ptr + partial, tl.where(is_finite(mean), mean, 0.0), mask=mask_c)
-    tl.store(partials_ptr + stride + partial, tl.where(is_finite(mean), 0.0, mean), mask=mask_c)
-    tl.store(partials_ptr + 2 * stride + partial, m2, mask=mask_c)
+    tl.store(partials_ptr + partial, mean, mask=mask_c)
+    tl.store(partials_ptr + stride + partial, m2, mask=mask_c)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def _driver_version() -> int:
 class Statistics(NamedTuple):
     """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
 
-    It reads them; or stores them there, from running statistics or, with few `partials`, [3, n_splits, C], merged from
+    It reads them; or stores them there, from running statistics or, with few `partials`, [2, n_splits, C], merged from
     these, and then updates the running ones.
     """
 
@@ -126,7 +126,7 @@ def choose_tiles(shape: Shape, x: Tensor, n_tensors: int, reduction_programs: in
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
     """The partial results of `statistics_kernel`."""
     tiling = choose_tiles(shape, x, 1, tiles.STATISTICS_PROGRAMS)
-    partials = torch.empty(3, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    partials = torch.empty(2, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
     launch_kernel(
         batch_norm_forward.statistics_kernel,
         (tiling.n_programs,),
