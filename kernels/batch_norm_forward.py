@@ -1,8 +1,9 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
 x, residual, y are [n_rows, n_channels] in channels_last or NCHW order; per-channel vectors are [n_channels], those of
-the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are [2, n_splits, n_channels]:
-mean and M2. Arithmetic is in fp32, or in fp64 when x is fp64.
+the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are
+[n_groups + n_splits, n_channels, 2]: the pivot of each group, then shift and M2 of each split. Arithmetic is in fp32,
+or in fp64 if x is fp64.
 
 Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
 """
@@ -15,7 +16,6 @@ from .tile_access import (
     channels_of,
     group_of_rows,
     load_channel,
-    load_tile,
     load_tiles,
     locate,
     normalize,
@@ -31,8 +31,6 @@ from .tile_access import (
 
 # Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
 UNIT = tl.constexpr(2.0**-100)
-
-PIVOT_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -60,29 +58,29 @@ def add_and_range(sum_a, highest_a, lowest_a, sum_b, highest_b, lowest_b):
 
 
 @triton.jit
-def load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
+def load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
+    """Rows from all parts of a group, for `find_pivot`; of few rows some are taken more than once."""
+    N_ROWS: tl.constexpr = 32 if TILE.block_m > 64 else TILE.block_m // 2
+    row = (start + tl.arange(0, N_ROWS) * wide(end - start) // N_ROWS)[:, None]
     if TILE.channels_last:
-        pointers = x_ptr + first_row * TILE.n_channels + offs_c
+        offsets = row * TILE.n_channels + offs_c[None, :]
     else:
-        pointers = x_ptr + (first_row // n_spatial * TILE.n_channels + offs_c) * n_spatial + first_row % n_spatial
-    return tl.load(pointers, mask=mask_c, other=0.0)
+        offsets = (row // n_spatial * TILE.n_channels + offs_c[None, :]) * n_spatial + row % n_spatial
+    return tl.load(x_ptr + offsets, mask=mask_c[None, :], other=0.0)
 
 
 @triton.jit
-def find_pivot(rows, row, n_own, mask_c, unit):
-    """[BLOCK_C], the mean of a split's first rows without the highest and lowest value, times unit.
+def find_pivot(rows, acc_type: tl.constexpr):
+    """[BLOCK_C], the mean of some rows without the highest and the lowest value.
 
-    So near to the split's mean little cancels in M2, and one outlier does no harm. It is taken about the first row: of
-    a constant channel all differences are 0.
+    So near to the mean of all rows little cancels in M2, and one outlier does no harm. Of a constant channel it is the
+    constant, and M2 is 0.
     """
-    first = row.to(unit.dtype) * unit
-    first = tl.where(is_finite(first), first, 0.0)
-    mask = (tl.arange(0, PIVOT_ROWS) < n_own)[:, None] & mask_c[None, :]
-    total = tl.where(mask, rows.to(unit.dtype) * unit - first[None, :], 0.0)
-    total, highest, lowest = tl.reduce((total, total, total), 0, add_and_range)
-    n_rows = tl.maximum(tl.minimum(n_own, PIVOT_ROWS) - 2, 1).to(unit.dtype)
-    mean = first + (total - highest - lowest) * (1 / n_rows)
-    return tl.where(is_finite(mean), mean, first)
+    N_ROWS: tl.constexpr = rows.shape[0]
+    x = rows.to(acc_type) * (1 / N_ROWS)  # of which no sum overflows
+    total, highest, lowest = tl.reduce((x, x, x), 0, add_and_range)
+    mean = tl.maximum(lowest, tl.minimum(highest, (total - highest - lowest) * (1 / (N_ROWS - 2))))
+    return tl.where(is_finite(total), mean * N_ROWS, 0.0)
 
 
 @triton.jit
@@ -97,7 +95,8 @@ def shift_and_m2(total, squares, n_rows):
 @triton.jit
 def in_units(m2, unit):
     """A stored partial M2 in units of 1/unit²."""
-    return tl.where(m2 < 0, -m2 * (unit / UNIT) * (unit / UNIT), m2 * unit * unit)
+    factor = tl.where(m2 < 0, unit / UNIT, unit)
+    return tl.abs(m2) * factor * factor
 
 
 @triton.jit
@@ -108,52 +107,55 @@ def overflows(m2, mask_c, unit):
 
 
 @triton.jit
-def store_partial(partial_ptrs, stride, mean, m2, unit, mask_c):
-    """Store the mean and M2 of x·unit; return whether to compute them once more, of x·UNIT.
+def split_statistics(x_ptr, start, end, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
+    """[BLOCK_C]: the pivot of the rows from `start` to `end`; shift and M2 of x·unit over `n_own` rows (S1).
 
-    Then only those channels are stored whose M2 was not finite. A negative M2 stands for its magnitude in units of
-    1/UNIT².
+    Each thread has N_TILES loads on their way.
     """
-    m2_ptrs = partial_ptrs + stride
-    stored = tl.load(m2_ptrs, mask=mask_c & (unit < 1), other=float("inf"))
-    mask = mask_c & (is_finite(stored) == 0)
-    tl.store(partial_ptrs, mean * (1 / unit), mask=mask)
-    tl.store(m2_ptrs, tl.where(unit < 1, -m2, m2), mask=mask)
-    return overflows(m2, mask_c, unit)[1]
-
-
-@triton.jit
-def split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
-    """[BLOCK_C] mean and M2 of x·unit over `n_own` rows; each thread has N_TILES loads on their way (S1)."""
     STEP: tl.constexpr = TILE.n_tiles * TILE.block_m
-    offs_m = tl.arange(0, TILE.block_m)
     whole_rows = n_own // STEP * STEP  # of steps that need no mask
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
-    row = load_row(x_ptr, first_row, offs_c, mask_c, n_spatial, TILE)
-    offs_p = tl.arange(0, PIVOT_ROWS)
-    rows = tl.load(tile_pointers(x_ptr, first_row, offs_p, offs_c, n_spatial, TILE), mask=(offs_p < n_own)[:, None] & mask_c[None, :], other=0.0)
-    tl.debug_barrier()  # lest ptxas puts these loads behind the others, and the pivot waits for all
+    pivot_rows = load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE)
+    tl.debug_barrier()  # lest ptxas puts this load behind the others, and the pivot waits for all
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
-        pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_m, offs_c, n_spatial, TILE)
+        pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
         tiles += (tl.load(pointers, mask=(whole_rows > 0) & mask_c[None, :], other=0.0),)
-    pivot = find_pivot(rows, row, n_own, mask_c, unit)
-    for start in range(STEP, whole_rows + STEP, STEP):
+    pivot = find_pivot(pivot_rows, unit.dtype)
+    for row in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
         for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step
-            total, squares = add_differences(tiles[k], pivot, unit, None, total, squares)
-            pointers = tile_pointers(x_ptr, first_row + start + k * TILE.block_m, offs_m, offs_c, n_spatial, TILE)
-            ahead += (tl.load(pointers, mask=(start < whole_rows) & mask_c[None, :], other=0.0),)
+            total, squares = add_differences(tiles[k], pivot * unit, unit, None, total, squares)
+            pointers = tile_pointers(x_ptr, first_row + row + k * TILE.block_m, offs_c, n_spatial, TILE)
+            ahead += (tl.load(pointers, mask=(row < whole_rows) & mask_c[None, :], other=0.0),)
         tiles = ahead
     if whole_rows < n_own:
         n_left = n_own - whole_rows
         tiles = load_tiles(x_ptr, first_row + whole_rows, n_left, offs_c, mask_c, n_spatial, TILE)
         for k in tl.static_range(TILE.n_tiles):
             mask = tile_mask(n_left - k * TILE.block_m, mask_c, TILE)
-            total, squares = add_differences(tiles[k], pivot, unit, mask, total, squares)
+            total, squares = add_differences(tiles[k], pivot * unit, unit, mask, total, squares)
     shift, m2 = shift_and_m2(total, squares, n_own)
-    return pivot + shift, m2
+    return pivot, shift, m2
+
+
+@triton.jit
+def store_pair(partial_ptrs, shift, m2, mask):
+    tl.store(partial_ptrs[:, None] + tl.arange(0, 2)[None, :], tl.join(shift, m2), mask=mask[:, None])
+
+
+@triton.jit
+def store_partial(partial_ptrs, shift, m2, unit, mask_c):
+    """Store what was found of x·unit; return whether to compute it once more, of x·UNIT.
+
+    Then only those channels are stored whose M2 was not finite. A negative M2 stands for its magnitude in units of
+    1/UNIT².
+    """
+    is_again = tl.where(unit < 1, 1, 0) > 0  # of integers: the interpreter takes a comparison of fp32 for fp32
+    stored = tl.load(partial_ptrs + 1, mask=mask_c & is_again, other=float("inf"))
+    store_pair(partial_ptrs, shift * (1 / unit), tl.where(unit < 1, -m2, m2), mask_c & (is_finite(stored) == 0))
+    return overflows(m2, mask_c, unit)[1]
 
 
 @triton.jit
@@ -164,30 +166,33 @@ def statistics_kernel(
     n_spatial,
     rows_per_group,
     rows_per_split,
-    n_splits,
+    n_groups,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Mean and centered M2 of one split of rows."""
+    """Shift and centered M2 of one split of rows about its group's pivot, which the first split of a group stores."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     split, channel_tile = part_of_program(tl.program_id(0), TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
-    _, first_row, n_own = locate(split, rows_per_split, n_rows, rows_per_group)
-    partial_ptrs = partials_ptr + wide(split) * TILE.n_channels + offs_c
+    group, first_row, n_own = locate(split, rows_per_split, n_rows, rows_per_group)
+    start, end = group_of_rows(group, n_rows, rows_per_group)
+    pivot_ptrs = partials_ptr + 2 * (wide(group) * TILE.n_channels + offs_c)
+    partial_ptrs = partials_ptr + 2 * (wide(n_groups + split) * TILE.n_channels + offs_c)
 
     unit = tl.full([], 1.0, acc_type)
     again = tl.full([], 1, tl.int1)
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
-        mean, m2 = split_statistics(x_ptr, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE)
-        again = store_partial(partial_ptrs, wide(n_splits) * TILE.n_channels, mean, m2, unit, mask_c)
+        its = (first_row, n_own, offs_c, mask_c, n_spatial, unit)
+        pivot, shift, m2 = split_statistics(x_ptr, start, end, *its, TILE)
+        again = store_partial(partial_ptrs, shift, m2, unit, mask_c)
+        store_pair(pivot_ptrs, pivot, m2, mask_c & (first_row == start))
         unit = tl.full([], UNIT, acc_type)
 
 
 @triton.jit
 def merge_splits(
     partials_ptr,
-    stride,
     offs_c,
     mask_c,
     n_rows,
@@ -198,12 +203,10 @@ def merge_splits(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """[BLOCK_C] mean and M2 of x·unit over a group's rows: sums about the mean of its first split (S2).
+    """[BLOCK_C] shift and M2 of x·unit over a group's rows (S2).
 
     `n_steps` are those of BLOCK_S splits; where it is a constant 1 there is no loop, and no load waits for another.
     """
-    pivot = load_channel(partials_ptr, offs_c, mask_c, 0.0, unit.dtype) * unit
-    pivot = tl.where(is_finite(pivot), pivot, 0.0)
     full_rows = tl.full([], 0.0, unit.dtype) + rows_per_split
     last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
     total = tl.zeros([BLOCK_S, offs_c.shape[0]], unit.dtype)
@@ -211,21 +214,21 @@ def merge_splits(
     for step in range(0, n_steps):
         offs_s = step * BLOCK_S + tl.arange(0, BLOCK_S)  # 32-bit offsets: there are few partial results
         mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
-        pointers = partials_ptr + (offs_s[:, None] * N_CHANNELS + offs_c[None, :])
-        mean = tl.load(pointers, mask=mask, other=0.0)
-        m2 = in_units(tl.load(pointers + stride, mask=mask, other=0.0), unit)
+        offsets = offs_s[:, None] * N_CHANNELS + offs_c[None, :]
+        pointers = partials_ptr + (2 * offsets[:, :, None] + tl.arange(0, 2)[None, None, :])
+        shift, m2 = tl.split(tl.load(pointers, mask=mask[:, :, None], other=0.0))
+        m2 = in_units(m2, unit)
         rows = tl.where(offs_s < n_splits - 1, full_rows, tl.where(offs_s < n_splits, last_rows, 0.0))[:, None]
-        difference = mean * unit - pivot[None, :]
-        total += rows * difference
-        squares += tl.fma(rows * difference, difference, m2)
-    shift, m2 = shift_and_m2(total, squares, n_rows)
-    return pivot + shift, m2
+        shift *= unit
+        total += rows * shift
+        squares += tl.fma(rows * shift, shift, m2)
+    return shift_and_m2(total, squares, n_rows)
 
 
 @triton.jit
 def group_statistics(
+    pivot_ptr,
     partials_ptr,
-    stride,
     offs_c,
     mask_c,
     n_rows,
@@ -237,16 +240,17 @@ def group_statistics(
 ):
     """[BLOCK_C] mean of a group, biased variance in units of 1/unit², and unit: 1 where that does not overflow."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
+    pivot = load_channel(pivot_ptr, 2 * offs_c, mask_c, 0.0, acc_type)
     mean = tl.zeros(offs_c.shape, acc_type)
     var = tl.zeros(offs_c.shape, acc_type)
     units = tl.full(offs_c.shape, 1.0, acc_type)
     unit = tl.full([], 1.0, acc_type)
     todo = mask_c
     again = tl.full([], 1, tl.int1)
-    which = (stride, offs_c, mask_c, n_rows, n_splits, rows_per_split)
+    which = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
     while again:
-        merged_mean, m2 = merge_splits(partials_ptr, *which, unit, N_CHANNELS, n_steps, BLOCK_S)
-        mean = tl.where(todo, merged_mean * (1 / unit), mean)
+        shift, m2 = merge_splits(partials_ptr, *which, unit, N_CHANNELS, n_steps, BLOCK_S)
+        mean = tl.where(todo, pivot + shift * (1 / unit), mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
         todo, again = overflows(m2, mask_c, unit)
@@ -304,17 +308,16 @@ def combine_statistics_kernel(
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     offs_c, mask_c = channels_of(tl.program_id(0), N_CHANNELS, BLOCK_C)
-    stride = wide(n_splits) * N_CHANNELS
     running_mean = load_channel(running_mean_ptr, offs_c, mask_c, 0.0, acc_type)
     running_var = load_channel(running_var_ptr, offs_c, mask_c, 0.0, acc_type)
     for group in range(0, n_groups):
         first_split = wide(group) * group_splits
         start, end = group_of_rows(group, n_rows, rows_per_group)
         own_splits = tl.minimum(n_splits - first_split, group_splits).to(tl.int32)
-        which = (stride, offs_c, mask_c, end - start, own_splits, rows_per_split)
-        mean, var, units = group_statistics(
-            partials_ptr + first_split * N_CHANNELS, *which, N_CHANNELS, N_STEPS, BLOCK_S
-        )
+        which = (offs_c, mask_c, end - start, own_splits, rows_per_split)
+        pivot_ptr = partials_ptr + 2 * wide(group) * N_CHANNELS
+        group_partials_ptr = partials_ptr + 2 * (n_groups + first_split) * N_CHANNELS
+        mean, var, units = group_statistics(pivot_ptr, group_partials_ptr, *which, N_CHANNELS, N_STEPS, BLOCK_S)
         group_offs_c = wide(group) * N_CHANNELS + offs_c
         tl.store(mean_ptr + group_offs_c, mean, mask=mask_c)
         tl.store(rstd_ptr + group_offs_c, inverse_std(var, eps, units), mask=mask_c)
@@ -357,8 +360,10 @@ def pass_statistics(
     group_offs_c = group * N_CHANNELS + offs_c
     first_mask = mask_c & is_first
     if partials_ptr is not None:
-        which = (wide(n_splits) * N_CHANNELS, offs_c, mask_c, n_rows, n_splits, rows_per_split)
-        mean, var, units = group_statistics(partials_ptr, *which, N_CHANNELS, n_steps, BLOCK_S)
+        which = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
+        mean, var, units = group_statistics(
+            partials_ptr, partials_ptr + 2 * N_CHANNELS, *which, N_CHANNELS, n_steps, BLOCK_S
+        )
         rstd = inverse_std(var, eps, units)
         if running_mean_ptr is not None:
             running_mean = load_channel(running_mean_ptr, offs_c, first_mask, 0.0, acc_type)

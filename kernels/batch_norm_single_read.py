@@ -22,11 +22,11 @@ from .batch_norm_forward import (
     UNIT,
     add_differences,
     find_pivot,
-    load_row,
-    overflows,
+    load_pivot_rows,
     pass_statistics,
     relu_and_bits,
     shift_and_m2,
+    store_pair,
     store_partial,
 )
 from .tile_access import (
@@ -80,25 +80,24 @@ def afresh(x, zero):
 
 
 @triton.jit
-def store_statistics(x_ptr, tiles, first_row, n_own, offs_c, mask_c, partial_ptrs, stride, TILE: tl.constexpr):
-    """Pivot, shift and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
-    acc_type: tl.constexpr = partial_ptrs.dtype.element_ty
+def store_statistics(x_ptr, tiles, split, n_own, n_rows, offs_c, mask_c, partials_ptr, TILE: tl.constexpr):
+    """Mean and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
+    acc_type: tl.constexpr = partials_ptr.dtype.element_ty
+    partial_ptrs = partials_ptr + 2 * ((1 + split) * TILE.n_channels + offs_c)
+    pivot_rows = load_pivot_rows(x_ptr, 0, n_rows, offs_c, mask_c, 1, TILE)
+    pivot = find_pivot(pivot_rows, acc_type)
+    store_pair(partials_ptr + 2 * offs_c, pivot, pivot, mask_c & (split == 0))
     unit = tl.full([], 1.0, acc_type)
-    todo = mask_c
     again = tl.full([], 1, tl.int1)
     while again:
-        pivot = find_pivot(
-            afresh(tiles[0], 0), load_row(x_ptr, first_row, offs_c, mask_c, 1, TILE), n_own, mask_c, unit, TILE
-        )
         total = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         squares = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
         n_left = afresh(n_own, 0)
         for k in tl.static_range(TILE.n_tiles):
             mask = tile_mask(n_left - k * TILE.block_m, mask_c, TILE)
-            total, squares = add_differences(afresh(tiles[k], 0), pivot, unit, mask, total, squares)
+            total, squares = add_differences(afresh(tiles[k], 0), pivot * unit, unit, mask, total, squares)
         shift, m2 = shift_and_m2(total, squares, n_own)
-        store_partial(partial_ptrs, stride, pivot, shift, m2, unit, todo)
-        todo, again = overflows(m2, mask_c, unit)
+        again = store_partial(partial_ptrs, shift, m2, unit, mask_c)
         unit = tl.full([], UNIT, acc_type)
 
 
@@ -142,16 +141,15 @@ def single_read_forward_kernel(
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
-    partial = split * TILE.n_channels + offs_c
-    stride = n_splits * TILE.n_channels
 
-    at = (first_row, n_own, offs_c, mask_c)
-    x_tiles = load_tiles(x_ptr, *at, 1, TILE)
+    at = (first_row, n_own, offs_c, mask_c, 1)
+    x_tiles = load_tiles(x_ptr, *at, TILE)
     if residual_mean_ptr is not None:
-        residual_tiles = load_tiles(residual_ptr, *at, 1, TILE)
-    store_statistics(x_ptr, x_tiles, *at, partials_ptr + partial, stride, TILE)
+        residual_tiles = load_tiles(residual_ptr, *at, TILE)
+    which = (split, n_own, n_rows, offs_c, mask_c)
+    store_statistics(x_ptr, x_tiles, *which, partials_ptr, TILE)
     if residual_mean_ptr is not None:
-        store_statistics(residual_ptr, residual_tiles, *at, residual_partials_ptr + partial, stride, TILE)
+        store_statistics(residual_ptr, residual_tiles, *which, residual_partials_ptr, TILE)
 
     zero = wait_for_splits(barrier_ptr + channel_tile, split, n_splits)
     n_steps = tl.cdiv(n_splits, TILE.block_m)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_backward import normalized, preactivation_gradient
-from .batch_norm_forward import UNIT, in_units, is_finite
+from .batch_norm_forward import UNIT, in_units, is_finite, store_pair
 from .tile_access import channels_of, load_bits, load_channel, load_tile, part_of_program, wide
 
 
@@ -105,7 +105,7 @@ def conv3x3_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y, and the mean and centered M2 of its rounded values over the rows of each program."""
+    """y, and the mean and centered M2 of its rounded values over the rows of each program; their pivot is 0."""
     part, channel_tile = part_of_program(tl.program_id(0), TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_channel = channel_tile * TILE.block_c
@@ -120,10 +120,9 @@ def conv3x3_kernel(
         y_desc.store([first_row, first_channel], y)
         mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, TILE.block_m)
 
-    partial = wide(part) * TILE.n_channels + offs_c
-    stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
-    tl.store(partials_ptr + partial, mean, mask=mask_c)
-    tl.store(partials_ptr + stride + partial, m2, mask=mask_c)
+    zero = tl.zeros([TILE.block_c], tl.float32)
+    store_pair(partials_ptr + 2 * offs_c, zero, zero, mask_c & (part == 0))
+    store_pair(partials_ptr + 2 * (wide(1 + part) * TILE.n_channels + offs_c), mean, m2, mask_c)
 
 
 @triton.jit

@@ -82,11 +82,12 @@ def part_of_program(index, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(ptr, first_row, offs_m, offs_c, n_spatial, TILE: tl.constexpr):
-    """Pointers [BLOCK_M, BLOCK_C] to the rows `offs_m` from `first_row` (int64) on and the channels `offs_c`.
+def tile_pointers(ptr, first_row, offs_c, n_spatial, TILE: tl.constexpr):
+    """Pointers [BLOCK_M, BLOCK_C] to the rows from `first_row` (int64) and the channels `offs_c`.
 
     Row m is pixel m mod H·W of image m div H·W, in both layouts.
     """
+    offs_m = tl.arange(0, TILE.block_m)
     if TILE.channels_last:
         # Counted in 32 bits from the tile's first element, by numbers that all tiles share.
         pointers = ptr + first_row * TILE.n_channels + (offs_m[:, None] * TILE.n_channels + offs_c[None, :])
@@ -112,7 +113,7 @@ def load_tile(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constex
         tile = 0
     else:
         EVICTION: tl.constexpr = "evict_first" if LAST_USE else ""
-        pointers = tile_pointers(ptr, first_row, tl.arange(0, TILE.block_m), offs_c, n_spatial, TILE)
+        pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, TILE)
         tile = tl.load(pointers, mask=tile_mask(n_own, mask_c, TILE), other=0.0, eviction_policy=EVICTION)
     return tile
 
@@ -129,7 +130,7 @@ def load_tiles(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.conste
 
 @triton.jit
 def store_tile(ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
-    pointers = tile_pointers(ptr, first_row, tl.arange(0, TILE.block_m), offs_c, n_spatial, TILE)
+    pointers = tile_pointers(ptr, first_row, offs_c, n_spatial, TILE)
     tl.store(pointers, tile, mask=tile_mask(n_own, mask_c, TILE))
 
 

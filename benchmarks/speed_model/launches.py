@@ -179,8 +179,10 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
         if isinstance(value, torch.Tensor) and name.endswith("partials_ptr") and "BLOCK_S" in recorded.arguments:
             tile = recorded.arguments.get("TILE")
             block_c = tile.block_c.value if tile else recorded.arguments["BLOCK_C"]
-            share = min(1.0, block_c / value.shape[-1])
-            reads[offsets[name]] = value.nbytes * share
+            n_channels = tile.n_channels.value if tile else recorded.arguments["N_CHANNELS"]
+            # Statistics are [1 + splits, channels, 2], from a pivot on; sums are [2 or 3, splits, channels].
+            splits = value[1:] if value.shape[-1] == 2 else value
+            reads[offsets[name]] = splits.nbytes * min(1.0, block_c / n_channels)
     image_bytes = float(sum(image.nbytes for image in images.values()))
     return Work(grid, frozenset(offsets[name] for name in images), image_bytes, reads)
 

@@ -50,7 +50,7 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
     n_rows, rows_per_program, n_parts = parts_of(x, tiling.block_m, tiling.per_program)
     shape = (n_images, n_channels, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    partials = torch.empty(2, n_parts, n_channels, dtype=torch.float32, device=x.device)
+    partials = torch.empty(1 + n_parts, n_channels, 2, dtype=torch.float32, device=x.device)
     launch.launch_kernel(
         conv3x3.conv3x3_kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),

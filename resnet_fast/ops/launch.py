@@ -105,8 +105,8 @@ def _driver_version() -> int:
 class Statistics(NamedTuple):
     """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
 
-    It reads them; or stores them there, from running statistics or, with few `partials`, [2, n_splits, C], merged from
-    these, and then updates the running ones.
+    It reads them; or stores them there, from running statistics or, with few `partials`, [1 + n_splits, C, 2], merged
+    from these, and then updates the running ones.
     """
 
     mean: Tensor
@@ -126,7 +126,9 @@ def choose_tiles(shape: Shape, x: Tensor, n_tensors: int, reduction_programs: in
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
     """The partial results of `statistics_kernel`."""
     tiling = choose_tiles(shape, x, 1, tiles.STATISTICS_PROGRAMS)
-    partials = torch.empty(2, tiling.n_parts, shape.n_channels, dtype=accumulation_type(x), device=x.device)
+    partials = torch.empty(
+        shape.n_groups + tiling.n_parts, shape.n_channels, 2, dtype=accumulation_type(x), device=x.device
+    )
     launch_kernel(
         batch_norm_forward.statistics_kernel,
         (tiling.n_programs,),
@@ -134,7 +136,7 @@ def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
         partials_ptr=partials,
         **shape.sizes,
         rows_per_split=tiling.rows_per_part,
-        n_splits=tiling.n_parts,
+        n_groups=shape.n_groups,
         TILE=tiling.tile,
         PDL=has_pdl(x.device),
     )
@@ -149,7 +151,7 @@ def combine_statistics(
     `var`: [n_groups, C] in fp64, receives the batch's biased variance.
     """
     partials, rows_per_split, group_splits = partial
-    n_splits = partials.shape[1]
+    n_splits = partials.shape[0] - shape.n_groups
     mean, rstd = empty_statistics(partials, shape)
     launch_kernel(
         batch_norm_forward.combine_statistics_kernel,
@@ -263,7 +265,7 @@ def _normalize(
     own, its = statistics, residual_statistics or NO_STATISTICS
     residual_norm = residual_norm or NO_NORM
     merged = own.partials if own.partials is not None else its.partials
-    n_splits = 1 if merged is None else merged.shape[1]
+    n_splits = 1 if merged is None else merged.shape[0] - 1
     tiling = choose_tiles(shape, x, 1 if residual is None else 2)
     y = torch.empty_like(x)
     relu_mask = None

@@ -146,7 +146,7 @@ def forward(
     tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
     n_norms = 2 if is_bn_join else 1
-    partials = x.new_empty(n_norms, 2, tiling.n_splits, shape.n_channels, dtype=torch.float32).unbind()
+    partials = x.new_empty(n_norms, 1 + tiling.n_splits, shape.n_channels, 2, dtype=torch.float32).unbind()
     vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
     y = torch.empty_like(x)
     relu_mask = None
