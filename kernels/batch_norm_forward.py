@@ -185,8 +185,8 @@ def statistics_kernel(
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
         its = (first_row, n_own, offs_c, mask_c, n_spatial, unit)
         pivot, shift, m2 = split_statistics(x_ptr, start, end, *its, TILE)
-        again = store_partial(partial_ptrs, shift, m2, unit, mask_c)
         store_pair(pivot_ptrs, pivot, m2, mask_c & (first_row == start))
+        again = store_partial(partial_ptrs, shift, m2, unit, mask_c)
         unit = tl.full([], UNIT, acc_type)
 
 
