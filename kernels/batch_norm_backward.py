@@ -118,10 +118,8 @@ def reduce_kernel(
     group_offs_c = group * TILE.n_channels + offs_c
     mean = load_channel(mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
     rstd = load_channel(rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
-    scale, bias = rstd, mean  # of no use where ReLU is not recomputed
-    if RELU and not BITS:
-        scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
+    scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
+    bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     sum_dz = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
     sum_dz_xhat = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
     sum_dz_rhat = None
@@ -230,8 +228,8 @@ def combine_gradients_kernel(
     for group in range(0, n_groups):
         first_split = wide(group) * group_splits
         own_splits = tl.minimum(n_splits - first_split, group_splits).to(tl.int32)
-        which = (wide(n_splits) * N_CHANNELS, offs_c, mask_c, own_splits)
-        sums = sum_splits(partials_ptr + first_split * N_CHANNELS, *which, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_S)
+        splits = (wide(n_splits) * N_CHANNELS, offs_c, mask_c, own_splits)
+        sums = sum_splits(partials_ptr + first_split * N_CHANNELS, *splits, N_SUMS, N_CHANNELS, N_STEPS, BLOCK_S)
         more = ()
         for k in tl.static_range(N_SUMS):
             tl.store(sums_ptr + (wide(k) * n_groups + group) * N_CHANNELS + offs_c, sums[k], mask=mask_c)
@@ -304,15 +302,14 @@ def input_gradients_kernel(
     mean = load_channel(mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
     rstd = load_channel(rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    if RELU:
-        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
+    bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_ptr is not None:
         residual_mean = load_channel(residual_mean_ptr, group_offs_c, mask_c, 0.0, acc_type)
         residual_rstd = load_channel(residual_rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
         residual_weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
     if partials_ptr is not None:
-        which = (wide(n_splits) * TILE.n_channels, offs_c, mask_c, n_splits)
-        sums = sum_splits(partials_ptr, *which, N_SUMS, TILE.n_channels, 1, BLOCK_S)
+        splits = (wide(n_splits) * TILE.n_channels, offs_c, mask_c, n_splits)
+        sums = sum_splits(partials_ptr, *splits, N_SUMS, TILE.n_channels, 1, BLOCK_S)
         first_mask = mask_c & (first_row == 0)
         store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     else:
@@ -335,5 +332,5 @@ def input_gradients_kernel(
             dz = tl.where(relu_mask, 0.0, dz)
         store_tile(dx_ptr, input_gradient(dz, x, mean, rstd, weight, means[0], means[1], TRAINING), *at, TILE)
         if residual_ptr is not None:
-            its = (residual_tiles[k].to(acc_type), residual_mean, residual_rstd, residual_weight, means[0], means[2])
-            store_tile(dresidual_ptr, input_gradient(dz, *its, RESIDUAL_TRAINING), *at, TILE)
+            values = (residual_tiles[k].to(acc_type), residual_mean, residual_rstd, residual_weight, means[0], means[2])
+            store_tile(dresidual_ptr, input_gradient(dz, *values, RESIDUAL_TRAINING), *at, TILE)

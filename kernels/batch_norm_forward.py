@@ -183,8 +183,8 @@ def statistics_kernel(
     unit = tl.full([], 1.0, acc_type)
     again = tl.full([], 1, tl.int1)
     while again:  # twice where a square has overflowed, or x holds Inf or NaN
-        its = (first_row, n_own, offs_c, mask_c, n_spatial, unit)
-        pivot, shift, m2 = split_statistics(x_ptr, start, end, *its, TILE)
+        rows = (first_row, n_own, offs_c, mask_c, n_spatial, unit)
+        pivot, shift, m2 = split_statistics(x_ptr, start, end, *rows, TILE)
         store_pair(pivot_ptrs, pivot, m2, mask_c & (first_row == start))
         again = store_partial(partial_ptrs, shift, m2, unit, mask_c)
         unit = tl.full([], UNIT, acc_type)
@@ -247,9 +247,9 @@ def group_statistics(
     unit = tl.full([], 1.0, acc_type)
     todo = mask_c
     again = tl.full([], 1, tl.int1)
-    which = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
+    splits = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
     while again:
-        shift, m2 = merge_splits(partials_ptr, *which, unit, N_CHANNELS, n_steps, BLOCK_S)
+        shift, m2 = merge_splits(partials_ptr, *splits, unit, N_CHANNELS, n_steps, BLOCK_S)
         mean = tl.where(todo, pivot + shift * (1 / unit), mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
@@ -314,10 +314,10 @@ def combine_statistics_kernel(
         first_split = wide(group) * group_splits
         start, end = group_of_rows(group, n_rows, rows_per_group)
         own_splits = tl.minimum(n_splits - first_split, group_splits).to(tl.int32)
-        which = (offs_c, mask_c, end - start, own_splits, rows_per_split)
+        splits = (offs_c, mask_c, end - start, own_splits, rows_per_split)
         pivot_ptr = partials_ptr + 2 * wide(group) * N_CHANNELS
         group_partials_ptr = partials_ptr + 2 * (n_groups + first_split) * N_CHANNELS
-        mean, var, units = group_statistics(pivot_ptr, group_partials_ptr, *which, N_CHANNELS, N_STEPS, BLOCK_S)
+        mean, var, units = group_statistics(pivot_ptr, group_partials_ptr, *splits, N_CHANNELS, N_STEPS, BLOCK_S)
         group_offs_c = wide(group) * N_CHANNELS + offs_c
         tl.store(mean_ptr + group_offs_c, mean, mask=mask_c)
         tl.store(rstd_ptr + group_offs_c, inverse_std(var, eps, units), mask=mask_c)
@@ -360,9 +360,9 @@ def pass_statistics(
     group_offs_c = group * N_CHANNELS + offs_c
     first_mask = mask_c & is_first
     if partials_ptr is not None:
-        which = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
+        splits = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
         mean, var, units = group_statistics(
-            partials_ptr, partials_ptr + 2 * N_CHANNELS, *which, N_CHANNELS, n_steps, BLOCK_S
+            partials_ptr, partials_ptr + 2 * N_CHANNELS, *splits, N_CHANNELS, n_steps, BLOCK_S
         )
         rstd = inverse_std(var, eps, units)
         if running_mean_ptr is not None:
@@ -447,9 +447,9 @@ def normalize_kernel(
     group_start, group_end = group_of_rows(group, n_rows, rows_per_group)
     group_rows = group_end - group_start
 
-    which = (group, offs_c, mask_c, first_row == group_start, group_rows, n_splits, rows_per_split)
-    its = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
-    mean, rstd = pass_statistics(*its, *which, momentum, eps, TILE.n_channels, 1, BLOCK_S)
+    common = (group, offs_c, mask_c, first_row == group_start, group_rows, n_splits, rows_per_split)
+    norm = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
+    mean, rstd = pass_statistics(*norm, *common, momentum, eps, TILE.n_channels, 1, BLOCK_S)
     scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
     bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     if residual_mean_ptr is not None:
@@ -459,7 +459,7 @@ def normalize_kernel(
             residual_running_var_ptr,
             residual_mean_ptr,
             residual_rstd_ptr,
-            *which,
+            *common,
             residual_momentum,
             residual_eps,
             TILE.n_channels,

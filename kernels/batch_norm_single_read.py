@@ -146,16 +146,16 @@ def single_read_forward_kernel(
     x_tiles = load_tiles(x_ptr, *at, TILE)
     if residual_mean_ptr is not None:
         residual_tiles = load_tiles(residual_ptr, *at, TILE)
-    which = (split, n_own, n_rows, offs_c, mask_c)
-    store_statistics(x_ptr, x_tiles, *which, partials_ptr, TILE)
+    rows = (split, n_own, n_rows, offs_c, mask_c)
+    store_statistics(x_ptr, x_tiles, *rows, partials_ptr, TILE)
     if residual_mean_ptr is not None:
-        store_statistics(residual_ptr, residual_tiles, *which, residual_partials_ptr, TILE)
+        store_statistics(residual_ptr, residual_tiles, *rows, residual_partials_ptr, TILE)
 
     zero = wait_for_splits(barrier_ptr + channel_tile, split, n_splits)
     n_steps = tl.cdiv(n_splits, TILE.block_m)
-    which = (0, offs_c, mask_c, split == 0, n_rows, n_splits, ROWS_PER_SPLIT)
-    its = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
-    mean, rstd = pass_statistics(*its, *which, momentum, eps, TILE.n_channels, n_steps, TILE.block_m)
+    common = (0, offs_c, mask_c, split == 0, n_rows, n_splits, ROWS_PER_SPLIT)
+    norm = (partials_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr)
+    mean, rstd = pass_statistics(*norm, *common, momentum, eps, TILE.n_channels, n_steps, TILE.block_m)
     if residual_mean_ptr is not None:
         residual_mean, residual_rstd = pass_statistics(
             residual_partials_ptr,
@@ -163,7 +163,7 @@ def single_read_forward_kernel(
             residual_running_var_ptr,
             residual_mean_ptr,
             residual_rstd_ptr,
-            *which,
+            *common,
             residual_momentum,
             residual_eps,
             TILE.n_channels,
@@ -235,10 +235,8 @@ def single_read_backward_kernel(
     x_tiles = load_tiles(x_ptr, *at, TILE)
     mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, acc_type)
     rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, acc_type)
-    scale, bias = rstd, mean  # of no use where ReLU is not recomputed
-    if RELU and not BITS:
-        scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
+    scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
+    bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, acc_type)
     sum_dz = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
     sum_dz_xhat = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
     sum_dz_rhat = None
@@ -267,8 +265,8 @@ def single_read_backward_kernel(
 
     zero = wait_for_splits(barrier_ptr + channel_tile, split, n_splits)
     weight = load_channel(weight_ptr, offs_c, mask_c, 1.0, acc_type)
-    which = (stride, offs_c, mask_c, n_splits)
-    sums = sum_splits(partials_ptr, *which, N_SUMS, TILE.n_channels, tl.cdiv(n_splits, TILE.block_m), TILE.block_m)
+    splits = (stride, offs_c, mask_c, n_splits)
+    sums = sum_splits(partials_ptr, *splits, N_SUMS, TILE.n_channels, tl.cdiv(n_splits, TILE.block_m), TILE.block_m)
     first_mask = mask_c & (split == 0)
     store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, first_mask)
     share = 1 / (tl.full([], 0.0, acc_type) + n_rows)
@@ -289,6 +287,6 @@ def single_read_backward_kernel(
         for k in tl.static_range(TILE.n_tiles):
             at = (first_row + k * TILE.block_m, n_own - k * TILE.block_m, offs_c, mask_c, 1)
             dz = afresh(dz_tiles[k], zero).to(acc_type)
-            its = (afresh(residual_tiles[k], zero).to(acc_type), residual_mean, residual_rstd, weight)
-            dresidual = input_gradient(dz, *its, sums[0] * share, sums[2] * share, True)
+            values = (afresh(residual_tiles[k], zero).to(acc_type), residual_mean, residual_rstd, weight)
+            dresidual = input_gradient(dz, *values, sums[0] * share, sums[2] * share, True)
             store_tile(dresidual_ptr, dresidual, *at, TILE)

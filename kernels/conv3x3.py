@@ -180,10 +180,8 @@ def conv3x3_data_gradient_kernel(
             # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
             mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
             rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-            scale, bias = rstd, mean  # of no use where ReLU is not recomputed
-            if RELU and not BITS:
-                scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
-                bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
+            scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
+            bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
             x = load_tile(x_ptr, *at, TILE)
             packed = load_bits(relu_mask_ptr, row, n_own, channel_tile, 0, n_rows, None, TILE)
             dz = preactivation_gradient(dx, dx_alias, x, packed, mean, scale, bias, FORK, RELU, BITS, TILE)

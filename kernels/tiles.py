@@ -167,17 +167,7 @@ def merge_blocks(n_splits: int) -> dict[str, int]:
     return {"N_STEPS": triton.cdiv(n_splits, block_s), "BLOCK_S": block_s}
 
 
-class SingleReadTiles(NamedTuple):
-    """How a single-read kernel cuts a tensor: its programs are `n_splits` of rows by `n_channel_tiles`."""
-
-    tile: Tile
-    n_splits: int
-    n_channel_tiles: int
-
-
-def choose_single_read_tiles(
-    n_rows: int, n_channels: int, n_multiprocessors: int, most_tiles: int
-) -> SingleReadTiles | None:
+def choose_single_read_tiles(n_rows: int, n_channels: int, n_multiprocessors: int, most_tiles: int) -> Tiles | None:
     """The tiles with which all programs of a channels_last tensor run at once, one on each multiprocessor, or None.
 
     `most_tiles`: as many of each tensor fit in the registers of one program.
@@ -191,8 +181,10 @@ def choose_single_read_tiles(
     if n_rows > most_splits * most_tiles * block_m:
         return None
     n_tiles = triton.cdiv(triton.cdiv(n_rows, block_m), most_splits)
+    rows_per_split = n_tiles * block_m
+    n_splits = triton.cdiv(n_rows, rows_per_split)
     tile = Tile.of(n_channels, True, block_m, block_c, n_tiles)
-    return SingleReadTiles(tile, triton.cdiv(n_rows, n_tiles * block_m), n_channel_tiles)
+    return Tiles(tile, rows_per_split, n_splits, n_splits, n_channel_tiles)
 
 
 def max_registers(tile: Tile | None, element_size: int, capability: int) -> int:

@@ -65,7 +65,7 @@ def _with(name: str, value):
 
 @pytest.mark.parametrize(
     "cut",
-    (tiles.SingleReadTiles(tiles.Tile.of(64, True, 32, 64), n_splits=10_000, n_channel_tiles=1), None),
+    (tiles.Tiles(tiles.Tile.of(64, True, 32, 64), 32, n_parts=10_000, group_parts=10_000, n_channel_tiles=1), None),
     ids=("too many", "none"),
 )
 def test_a_grid_that_would_not_run_at_once_is_refused(cut, device):
@@ -85,11 +85,11 @@ def test_no_grid_has_more_programs_than_multiprocessors(n_multiprocessors):
         for n_rows in (1, 31, 1000, 8192, 33_000, 131_072):
             cut = tiles.choose_single_read_tiles(n_rows, n_channels, n_multiprocessors, 32)
             if cut is not None:
-                assert cut.n_splits * cut.n_channel_tiles <= n_multiprocessors
+                assert cut.n_programs <= n_multiprocessors
                 _, _, block_m, block_c, n_tiles = cut.tile.values
                 assert n_tiles <= 32
-                rows_per_split = n_tiles * block_m
-                assert (cut.n_splits - 1) * rows_per_split < n_rows <= cut.n_splits * rows_per_split
+                assert cut.rows_per_part == n_tiles * block_m
+                assert (cut.n_parts - 1) * cut.rows_per_part < n_rows <= cut.n_parts * cut.rows_per_part
                 assert cut.n_channel_tiles * block_c >= n_channels
 
 

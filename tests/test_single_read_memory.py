@@ -74,7 +74,7 @@ def formula(case: Case, join: str) -> dict[str, Counter]:
         sizes = {
             "images": 2 * n_rows * n_channels,
             "bits": n_rows * n_channels // 8,
-            "partials": 4 * tiling.n_splits * n_channels,
+            "partials": 4 * tiling.n_parts * n_channels,
             "vectors": 4 * n_channels,
             "barrier": 4 * tiling.n_channel_tiles,
         }

@@ -93,7 +93,7 @@ def words_of(device: torch.device) -> BarrierWords:
     return _words[device]
 
 
-def choose_tiles(shape: Shape, operation: Operation, join: Join, device: torch.device) -> tiles.SingleReadTiles | None:
+def choose_tiles(shape: Shape, operation: Operation, join: Join, device: torch.device) -> tiles.Tiles | None:
     is_forward = operation == "batch norm"
     most_tiles = (tiles.SINGLE_READ_FORWARD_TILES if is_forward else tiles.SINGLE_READ_BACKWARD_TILES)[join]
     return tiles.choose_single_read_tiles(shape.n_rows, shape.n_channels, multiprocessors(device), most_tiles)
@@ -111,7 +111,7 @@ def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0)
     return tiling is not None and words_of(x.device).reserve(tiling.n_channel_tiles)
 
 
-def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.SingleReadTiles, Tensor]:
+def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.Tiles, Tensor]:
     """The tiles and the barrier's words of a launch.
 
     Raises:
@@ -120,7 +120,7 @@ def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.Sing
     shape = Shape.of(x)
     tiling = choose_tiles(shape, operation, join, x.device)
     n_programs = multiprocessors(x.device)
-    if tiling is None or tiling.n_splits * tiling.n_channel_tiles > n_programs:
+    if tiling is None or tiling.n_programs > n_programs:
         raise RuntimeError(
             "all programs of a single-read batch norm must run at once, one on each multiprocessor: "
             f"{n_programs} cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
@@ -146,7 +146,7 @@ def forward(
     tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
     n_norms = 2 if is_bn_join else 1
-    partials = x.new_empty(n_norms, 1 + tiling.n_splits, shape.n_channels, 2, dtype=torch.float32).unbind()
+    partials = x.new_empty(n_norms, 1 + tiling.n_parts, shape.n_channels, 2, dtype=torch.float32).unbind()
     vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
     y = torch.empty_like(x)
     relu_mask = None
@@ -154,7 +154,7 @@ def forward(
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
     launch.launch_kernel(
         batch_norm_single_read.single_read_forward_kernel,
-        (tiling.n_splits * tiling.n_channel_tiles,),
+        (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
         x_ptr=x,
         weight_ptr=norm.weight,
@@ -176,7 +176,7 @@ def forward(
         residual_mean_ptr=vectors[2] if is_bn_join else None,
         residual_rstd_ptr=vectors[3] if is_bn_join else None,
         n_rows=shape.n_rows,
-        n_splits=tiling.n_splits,
+        n_splits=tiling.n_parts,
         momentum=norm.momentum,
         eps=norm.eps,
         residual_momentum=residual_norm.momentum if residual_norm else 0.0,
@@ -200,7 +200,7 @@ def backward(
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm backward", join)
     is_bn_join = join == "bn"
-    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_splits, shape.n_channels, dtype=torch.float32)
+    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_parts, shape.n_channels, dtype=torch.float32)
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
     dz = torch.empty_like(x) if writes_dz else None
     dx = torch.empty_like(x)
@@ -208,7 +208,7 @@ def backward(
     gradients = launch.empty_gradients(saved)
     launch.launch_kernel(
         batch_norm_single_read.single_read_backward_kernel,
-        (tiling.n_splits * tiling.n_channel_tiles,),
+        (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
@@ -232,7 +232,7 @@ def backward(
         dresidual_weight_ptr=gradients[2],
         dresidual_bias_ptr=gradients[3],
         n_rows=shape.n_rows,
-        n_splits=tiling.n_splits,
+        n_splits=tiling.n_parts,
         RELU=relu,
         TILE=tiling.tile,
     )
