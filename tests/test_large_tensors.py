@@ -10,6 +10,7 @@ from budget import assert_within_budget
 from fused_op import LAYOUTS, Case, Operands, eager, magnitudes, make_operands, ours, results
 from interpreter import needs_interpreter, watched_memory
 from torch import Tensor
+from traffic import pivot_rows
 from triton.runtime import interpreter
 
 from resnet_fast.ops import BatchNormArgs, launch
@@ -47,10 +48,10 @@ def record_launches(shape: tuple, layout: str, join: str) -> list[tuple]:
     return recorded
 
 
-def first_middle_last(*bounds) -> list[int]:
-    """Three turns of a loop stand for all."""
+def some_turns(*bounds) -> list[int]:
+    """The first turn of a loop, the middle one and the last two, for one may load ahead, stand for all."""
     turns = range(*bounds)
-    return sorted({turns[0], turns[len(turns) // 2], turns[-1]}) if turns else []
+    return sorted({turns[0], turns[len(turns) // 2], *turns[-2:]}) if turns else []
 
 
 def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def accessed(kernel, grid: tuple, arguments: dict, program: int) -> dict[str, np
     function = kernel.rewrite()
     patched = interpreter._patch_lang(kernel.fn)
     try:
-        with watched_memory(watch, virtual=True), mock.patch.dict(kernel.fn.__globals__, range=first_middle_last):
+        with watched_memory(watch, virtual=True), mock.patch.dict(kernel.fn.__globals__, range=some_turns):
             function(**{name: converted(name, value) for name, value in arguments.items()})
     finally:
         patched.restore()
@@ -97,9 +98,9 @@ def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
     first, end = part * rows_of_part, min((part + 1) * rows_of_part, n_rows)
     if kernel.__name__ == "statistics_kernel":  # which loads a step ahead: whole ones, then what is left
         whole = first + (end - first) // step * step
-        steps = [at for at in (first, *first_middle_last(first + step, whole + step, step)) if at < whole] + [whole]
+        steps = [at for at in (first, *some_turns(first + step, whole + step, step)) if at < whole] + [whole]
     else:
-        steps = first_middle_last(first, end, step)
+        steps = some_turns(first, end, step)
     rows = np.concatenate([np.arange(at, min(at + step, end)) for at in steps])
 
     def offsets(rows: np.ndarray) -> np.ndarray:
@@ -108,6 +109,8 @@ def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
         return (rows // n_spatial * n_channels * n_spatial + rows % n_spatial)[:, None] + channels * n_spatial
 
     images = offsets(rows)
+    if kernel.__name__ == "statistics_kernel":
+        images = np.concatenate([images.flatten(), offsets(pivot_rows(n_rows, block_m)).flatten()])
     if channels_last:
         bits = rows[:, None] * -(-n_channels // 8) + channels // 8
     else:
@@ -118,6 +121,13 @@ def expected(kernel, arguments: dict, program: int) -> dict[str, np.ndarray]:
             return np.unique(bits)
         if tensor.dim() == 4:
             return np.unique(images)
+        if tensor.dim() == 3 and kernel.__name__ in ("statistics_kernel", "normalize_kernel"):
+            # Pairs, of the own split or of all, behind the pivots: the first half of a pair is read.
+            splits = np.array([part]) if is_reduction else np.arange(len(tensor) - 1)
+            pairs = 2 * ((1 + splits)[:, None] * n_channels + channels)
+            pivots = 2 * channels if not is_reduction or part == 0 else channels[:0]
+            written = (0, 1) if is_reduction else (0,)
+            return np.unique([*pairs.flat, *(pairs + 1).flat, *(at for half in written for at in pivots + half)])
         if tensor.dim() == 3:  # sums: of the own split, or all of them
             n_sums, n_parts, _ = tensor.shape
             parts = [part] if is_reduction else np.arange(n_parts)

@@ -73,12 +73,12 @@ def test_an_evaluation_is_one_launch(role):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_element_of_an_image_is_requested_twice_by_one_kernel(case):
-    """Except the rows for the pivots of the statistics, once more each."""
+    """Except the rows for the pivot of the statistics, once more by every split."""
     _, n_images, n_channels, width = case
     n_rows = n_images * width**2
     shape = Shape(n_rows, n_channels, width**2, True, n_rows)
     splits = choose_tiles(shape, BF16, 1, tiles.STATISTICS_PROGRAMS)
-    pivots = np.bincount(pivot_rows(n_rows, splits.rows_per_part, splits.tile.block_m.value), minlength=n_rows)
+    pivots = splits.n_parts * np.bincount(pivot_rows(n_rows, splits.tile.block_m.value), minlength=n_rows)
     for launch in launches_of(*case):
         for name, account in launch.accounts.items():
             if account.what == "images" and launch.kernel == "statistics_kernel":

@@ -24,11 +24,10 @@ def count(launches: list[Launch]) -> dict[str, Counter]:
     return {kernel: +moved for kernel, moved in kernels.items()}
 
 
-def pivot_rows(n_rows: int, rows_per_split: int, block_m: int = 0) -> np.ndarray:
-    """The first row of each split, and of its first tile all `block_m`, which the statistics read once more."""
-    first = np.arange(0, n_rows, rows_per_split)
-    tiles = first[:, None] + np.arange(min(block_m, rows_per_split))
-    return np.concatenate([first, tiles[tiles < n_rows]])
+def pivot_rows(n_rows: int, block_m: int) -> np.ndarray:
+    """The rows of a group from which every split finds the pivot; of few rows some more than once."""
+    n_pivot_rows = min(32, block_m // 2)
+    return np.arange(n_pivot_rows) * n_rows // n_pivot_rows
 
 
 def formula(
@@ -47,12 +46,13 @@ def formula(
     sizes = {
         "images": 2 * n_rows * n_channels,
         "bits": n_rows * n_channels // 8,
-        "partials": 4 * statistics.n_parts * n_channels,
+        "partials": 8 * statistics.n_parts * n_channels,  # shift and M2
         "sums": 4 * reduction.n_parts * n_channels,
         "vectors": 4 * n_channels,
         "of_groups": 4 * shape.n_groups * n_channels,
+        "pivots": 4 * shape.n_groups * n_channels,
     }
-    counted_as = {"sums": "partials", "of_groups": "vectors"}
+    counted_as = {"sums": "partials", "pivots": "partials", "of_groups": "vectors"}
 
     def moved(**operands: tuple[int, int]) -> Counter:
         """Bytes, from how many operands of each size are read and written."""
@@ -66,8 +66,8 @@ def formula(
     normalize = moved(images=(1 + add, 1), bits=(0, add), vectors=(2 * norms, 0))
     if not training:
         return {"normalize_kernel": normalize + moved(vectors=(2 * norms, 2 * norms))}
-    kernels = {"statistics_kernel": moved(images=(norms, 0), partials=(0, 3 * norms))}
-    merge = moved(partials=(3 * norms, 0), vectors=(2 * norms, 2 * norms), of_groups=(0, 2 * norms))
+    kernels = {"statistics_kernel": moved(images=(norms, 0), partials=(0, norms), pivots=(0, 2 * norms))}
+    merge = moved(partials=(norms, 0), pivots=(norms, 0), vectors=(2 * norms, 2 * norms), of_groups=(0, 2 * norms))
     if shape.n_groups == 1 and statistics.n_parts <= tiles.FEW_SPLITS:
         normalize += merge
     else:
@@ -79,10 +79,10 @@ def formula(
         images=(2 + role.fork + bn, writes_dz),
         bits=(add, 0),
         sums=(0, 2 + bn),
-        vectors=(0 if add else 2, 0),
+        vectors=(2, 0),  # to recompute ReLU's sign; a compiled kernel that reads bits does not load them
         of_groups=(2 * norms, 0),
     )
-    gradients = moved(images=(2 + bn, 1 + bn), vectors=((1 if writes_dz else 2) + bn, 0), of_groups=(2 * norms, 0))
+    gradients = moved(images=(2 + bn, 1 + bn), vectors=(2 + bn, 0), of_groups=(2 * norms, 0))
     merge = moved(sums=(2 + bn, 0), vectors=(0, 2 * norms))
     if shape.n_groups == 1 and reduction.n_parts <= tiles.FEW_SPLITS:
         gradients += merge
