@@ -19,7 +19,6 @@ from .tile_access import (
     locate,
     normalize,
     part_of_program,
-    program_index,
     store_tile,
     unpack_bits,
     wait_for_previous_kernel,
@@ -34,7 +33,7 @@ def recompute_relu_mask(x, y_type: tl.constexpr, mean, scale, bias):
 
 
 @triton.jit
-def normalized(x, mean, rstd):
+def x_hat(x, mean, rstd):
     """x̂ = (x - mean)·rstd."""
     return (x - mean[None, :]) * rstd[None, :]
 
@@ -112,7 +111,7 @@ def reduce_kernel(
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     FORK: tl.constexpr = dy_alias_ptr is not None
     BITS: tl.constexpr = relu_mask_ptr is not None
-    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    split, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     group, first_row, n_own = locate(split, rows_per_split, n_rows, rows_per_group)
     group_offs_c = group * TILE.n_channels + offs_c
@@ -128,11 +127,11 @@ def reduce_kernel(
         residual_rstd = load_channel(residual_rstd_ptr, group_offs_c, mask_c, 0.0, acc_type)
         sum_dz_rhat = tl.zeros([TILE.block_m, TILE.block_c], acc_type)
 
-    for start in range(0, n_own, TILE.n_tiles * TILE.block_m):
+    for offset in range(0, n_own, TILE.n_tiles * TILE.block_m):
         tiles = ()
         for k in tl.static_range(TILE.n_tiles):
-            row = first_row + start + k * TILE.block_m
-            n_left = n_own - start - k * TILE.block_m
+            row = first_row + offset + k * TILE.block_m
+            n_left = n_own - offset - k * TILE.block_m
             at = (row, n_left, offs_c, mask_c, n_spatial)
             dy = load_tile(dy_ptr, *at, TILE)
             dy_alias = load_tile(dy_alias_ptr, *at, TILE)
@@ -146,9 +145,9 @@ def reduce_kernel(
             if dz_ptr is not None:
                 store_tile(dz_ptr, dz, row, n_left, offs_c, mask_c, n_spatial, TILE)
             sum_dz += dz
-            sum_dz_xhat += dz * normalized(x.to(acc_type), mean, rstd)
+            sum_dz_xhat += dz * x_hat(x.to(acc_type), mean, rstd)
             if residual_ptr is not None:
-                sum_dz_rhat += dz * normalized(residual.to(acc_type), residual_mean, residual_rstd)
+                sum_dz_rhat += dz * x_hat(residual.to(acc_type), residual_mean, residual_rstd)
 
     partial_ptrs = partials_ptr + wide(split) * TILE.n_channels + offs_c
     store_sums(partial_ptrs, wide(n_splits) * TILE.n_channels, mask_c, sum_dz, sum_dz_xhat, sum_dz_rhat)
@@ -243,7 +242,7 @@ def input_gradient(dz, x, mean, rstd, weight, mean_dz, mean_dz_xhat, TRAINING: t
     """dx of one batch norm from dz (B4 with batch statistics, B5 with frozen ones)."""
     scale = (rstd * weight)[None, :]
     if TRAINING:
-        dx = scale * (dz - mean_dz[None, :] - normalized(x, mean, rstd) * mean_dz_xhat[None, :])
+        dx = scale * (dz - mean_dz[None, :] - x_hat(x, mean, rstd) * mean_dz_xhat[None, :])
     else:
         dx = scale * dz
     return dx
@@ -290,7 +289,7 @@ def input_gradients_kernel(
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     N_SUMS: tl.constexpr = 2 if residual_ptr is None else 3
-    part, channel_tile = part_of_program(program_index(REVERSED), TILE)
+    part, channel_tile = part_of_program(TILE, REVERSED)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     group, first_row, n_own = locate(part, TILE.n_tiles * TILE.block_m, n_rows, rows_per_group)
     group_offs_c = group * TILE.n_channels + offs_c

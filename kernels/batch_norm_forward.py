@@ -21,7 +21,6 @@ from .tile_access import (
     normalize,
     pack_bits,
     part_of_program,
-    program_index,
     store_tile,
     tile_mask,
     tile_pointers,
@@ -30,6 +29,7 @@ from .tile_access import (
 )
 
 # Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
+# In fp64 those of values up to 2^600 do.
 UNIT = tl.constexpr(2.0**-100)
 
 
@@ -45,7 +45,7 @@ def add_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def add_differences(x, pivot, unit, mask, total, squares):
-    """Add x·unit - pivot, and its square, to the sums (S1); without those outside of `mask`, if there is one."""
+    """Add x·unit - pivot, and its square, to the sums (S1); elements outside `mask` are left out."""
     difference = tl.fma(x.to(unit.dtype), tl.broadcast_to(unit, x.shape), tl.broadcast_to(-pivot[None, :], x.shape))
     if mask is not None:
         difference = tl.where(mask, difference, 0.0)
@@ -61,7 +61,9 @@ def add_and_range(sum_a, highest_a, lowest_a, sum_b, highest_b, lowest_b):
 def load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
     """Rows from all parts of a group, for `find_pivot`; of few rows some are taken more than once."""
     N_ROWS: tl.constexpr = 32 if TILE.block_m > 64 else TILE.block_m // 2
-    row = (start + tl.arange(0, N_ROWS) * wide(end - start) // N_ROWS)[:, None]
+    # Multiples of the golden ratio: equal steps, of whole images, would meet the same pixel of each.
+    share = tl.arange(0, N_ROWS) * 40503 % 65536
+    row = (start + (share * wide(end - start) >> 16))[:, None]
     if TILE.channels_last:
         offsets = row * TILE.n_channels + offs_c[None, :]
     else:
@@ -71,13 +73,13 @@ def load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE: tl.const
 
 @triton.jit
 def find_pivot(rows, acc_type: tl.constexpr):
-    """[BLOCK_C], the mean of some rows without the highest and the lowest value.
+    """Return [BLOCK_C], the mean of the rows without the highest and the lowest value; 0 if one is Inf or NaN.
 
-    So near to the mean of all rows little cancels in M2, and one outlier does no harm. Of a constant channel it is the
-    constant, and M2 is 0.
+    It is near the mean of all rows, so that little cancels in M2, and one outlier does no harm. In a constant channel
+    it is the constant, and M2 is 0.
     """
     N_ROWS: tl.constexpr = rows.shape[0]
-    x = rows.to(acc_type) * (1 / N_ROWS)  # of which no sum overflows
+    x = rows.to(acc_type) * (1 / N_ROWS)  # so that no sum overflows
     total, highest, lowest = tl.reduce((x, x, x), 0, add_and_range)
     mean = tl.maximum(lowest, tl.minimum(highest, (total - highest - lowest) * (1 / (N_ROWS - 2))))
     return tl.where(is_finite(total), mean * N_ROWS, 0.0)
@@ -100,10 +102,9 @@ def in_units(m2, unit):
 
 
 @triton.jit
-def overflows(m2, mask_c, unit):
-    """Channels whose M2 is not finite, and whether to compute that once more, of x·UNIT."""
-    todo = mask_c & (is_finite(m2) == 0)
-    return todo, (tl.max(todo.to(tl.int32), axis=0) > 0) & (unit == 1)
+def any_overflow(m2, mask_c, unit):
+    """Return whether a channel's M2 is not finite, and is to be computed once more, of x·UNIT."""
+    return (tl.max((mask_c & (is_finite(m2) == 0)).to(tl.int32), axis=0) > 0) & (unit == 1)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def split_statistics(x_ptr, start, end, first_row, n_own, offs_c, mask_c, n_spat
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     pivot_rows = load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE)
-    tl.debug_barrier()  # lest ptxas puts this load behind the others, and the pivot waits for all
+    tl.debug_barrier()  # keeps ptxas from moving this load behind the others, where the pivot would wait for them
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
         pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
@@ -125,7 +126,7 @@ def split_statistics(x_ptr, start, end, first_row, n_own, offs_c, mask_c, n_spat
     pivot = find_pivot(pivot_rows, unit.dtype)
     for row in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
-        for k in tl.static_range(TILE.n_tiles):  # each tile makes room for that of the next step
+        for k in tl.static_range(TILE.n_tiles):  # each tile is used, and the next one loaded into its registers
             total, squares = add_differences(tiles[k], pivot * unit, unit, None, total, squares)
             pointers = tile_pointers(x_ptr, first_row + row + k * TILE.block_m, offs_c, n_spatial, TILE)
             ahead += (tl.load(pointers, mask=(row < whole_rows) & mask_c[None, :], other=0.0),)
@@ -147,15 +148,14 @@ def store_pair(partial_ptrs, shift, m2, mask):
 
 @triton.jit
 def store_partial(partial_ptrs, shift, m2, unit, mask_c):
-    """Store what was found of x·unit; return whether to compute it once more, of x·UNIT.
+    """Store a split's shift and M2 of x·unit; return whether to compute them once more, of x·UNIT.
 
-    Then only those channels are stored whose M2 was not finite. A negative M2 stands for its magnitude in units of
-    1/UNIT².
+    The second time only channels are stored whose M2 was not finite. A negative M2 is in units of 1/UNIT².
     """
     is_again = tl.where(unit < 1, 1, 0) > 0  # of integers: the interpreter takes a comparison of fp32 for fp32
     stored = tl.load(partial_ptrs + 1, mask=mask_c & is_again, other=float("inf"))
     store_pair(partial_ptrs, shift * (1 / unit), tl.where(unit < 1, -m2, m2), mask_c & (is_finite(stored) == 0))
-    return overflows(m2, mask_c, unit)[1]
+    return any_overflow(m2, mask_c, unit)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def statistics_kernel(
     """Shift and centered M2 of one split of rows about its group's pivot, which the first split of a group stores."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
-    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    split, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     group, first_row, n_own = locate(split, rows_per_split, n_rows, rows_per_group)
     start, end = group_of_rows(group, n_rows, rows_per_group)
@@ -253,7 +253,8 @@ def group_statistics(
         mean = tl.where(todo, pivot + shift * (1 / unit), mean)
         var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
         units = tl.where(todo, unit, units)
-        todo, again = overflows(m2, mask_c, unit)
+        again = any_overflow(m2, mask_c, unit)
+        todo = todo & (is_finite(m2) == 0)
         unit = tl.full([], UNIT, acc_type)
     return mean, var, units
 
@@ -271,7 +272,7 @@ def inverse_std(var, eps, units):
 
 @triton.jit
 def updated_running(running_mean, running_var, mean, var, units, n_rows, momentum):
-    """Running statistics with those of one more batch (S4); `var` is biased and in units of 1/units²."""
+    """Running statistics with those of one more batch (S3); `var` is biased and in units of 1/units²."""
     share = tl.full([], momentum, mean.dtype)
     rest = tl.full([], 1.0 - momentum, mean.dtype)
     unbiased = var * (n_rows / (tl.full([], -1.0, var.dtype) + n_rows)) * (1 / units) * (1 / units)
@@ -302,7 +303,7 @@ def combine_statistics_kernel(
 ):
     """mean and rstd of the pass from the partial results; updates the running statistics.
 
-    These take one group after the other, in the accumulation type, as if each were a batch (S4). `group_splits` are
+    These take one group after the other, in the accumulation type, as if each were a batch (S3). `group_splits` are
     those of a whole group. `var_ptr` receives the biased variance; in fp64 that of huge values fits.
     """
     wait_for_previous_kernel(PDL)
@@ -351,7 +352,7 @@ def pass_statistics(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """[BLOCK_C] mean and rstd of the pass: of partial results, if given, or of running statistics, if given, or read.
+    """Return [BLOCK_C] mean and rstd: from partial results if given, else from running statistics if given, else read.
 
     The first program of a group and tile of channels stores what the others find, too, and updates the running
     statistics.
@@ -441,7 +442,7 @@ def normalize_kernel(
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
-    part, channel_tile = part_of_program(program_index(REVERSED), TILE)
+    part, channel_tile = part_of_program(TILE, REVERSED)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     group, first_row, n_own = locate(part, TILE.n_tiles * TILE.block_m, n_rows, rows_per_group)
     group_start, group_end = group_of_rows(group, n_rows, rows_per_group)

@@ -12,11 +12,11 @@ import triton.language as tl
 
 from .batch_norm_backward import (
     input_gradient,
-    normalized,
     preactivation_gradient,
     store_gradients,
     store_sums,
     sum_splits,
+    x_hat,
 )
 from .batch_norm_forward import (
     UNIT,
@@ -47,11 +47,10 @@ TOP_BIT = tl.constexpr(-(2**31))  # of an int32
 
 @triton.jit
 def wait_for_splits(barrier_ptr, split, n_splits):
-    """Returns once all splits of a channel tile have come here; then each sees what the others stored before.
+    """Wait until all splits of a channel tile have arrived; then each sees what the others have stored.
 
-    `barrier_ptr`: one int32 of the channel tile, all but its top bit 0. The arrivals add up to the top bit, which they
-    so flip, and leave the rest 0 for the next launch, of whatever number of splits. That rest is returned: a 0 of which
-    no compiler knows.
+    `barrier_ptr` points to one int32, whose bits except the top one are 0. The arrivals add up to the top bit: they
+    flip it and leave the other bits 0 for the next launch. Return those bits, a 0 that no compiler can predict.
     """
     tl.debug_barrier()  # the one thread that arrives does so behind the stores of all
     arrival = tl.where(split == 0, TOP_BIT - (n_splits - 1), 1)
@@ -66,11 +65,10 @@ def wait_for_splits(barrier_ptr, split, n_splits):
 
 @triton.jit
 def afresh(x, zero):
-    """x, in the registers where it lies, which the compilers take for another value than x.
+    """Return x unchanged, as a value that the compilers take for a new one.
 
-    Else they would keep what they once made of x, fp32 values, through a loop or across the barrier: twice the
-    registers. `zero`: the barrier's, which ptxas does not know either; or, where LLVM alone must not know, a literal,
-    with which ptxas drops the instruction.
+    Otherwise they would keep its fp32 conversion through a loop or across the barrier, in twice the registers. `zero`:
+    the barrier's, which ptxas cannot predict; or a literal, which hides x from LLVM alone: ptxas drops the instruction.
     """
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
     zero = tl.cast(zero, tl.int16 if BITS == 16 else tl.int32)
@@ -81,7 +79,7 @@ def afresh(x, zero):
 
 @triton.jit
 def store_statistics(x_ptr, tiles, split, n_own, n_rows, offs_c, mask_c, partials_ptr, TILE: tl.constexpr):
-    """Mean and M2 of the program's rows to the partial results, as `statistics_kernel` stores them (S1)."""
+    """Store shift and M2 of the program's rows as `statistics_kernel` does, and the first split the pivot (S1)."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     partial_ptrs = partials_ptr + 2 * ((1 + split) * TILE.n_channels + offs_c)
     pivot_rows = load_pivot_rows(x_ptr, 0, n_rows, offs_c, mask_c, 1, TILE)
@@ -131,13 +129,13 @@ def single_read_forward_kernel(
     RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """y = relu(bn(x) + residual) with batch statistics, and all that the forward returns (S1-S4, N1-N3).
+    """y = relu(bn(x) + residual) with batch statistics, and all that the forward returns (S1-S3, N1-N3).
 
     The residual of the add join is read behind the barrier; that of the bn join is held as x is.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     ROWS_PER_SPLIT: tl.constexpr = TILE.n_tiles * TILE.block_m
-    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    split, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
@@ -225,7 +223,7 @@ def single_read_backward_kernel(
     FORK: tl.constexpr = dy_alias_ptr is not None
     BITS: tl.constexpr = relu_mask_ptr is not None
     N_SUMS: tl.constexpr = 2 if residual_ptr is None else 3
-    split, channel_tile = part_of_program(tl.program_id(0), TILE)
+    split, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_row = wide(split) * ROWS_PER_SPLIT
     n_own = tl.minimum(n_rows - first_row, ROWS_PER_SPLIT).to(tl.int32)
@@ -257,9 +255,9 @@ def single_read_backward_kernel(
         )
         dz_tiles += (afresh(dz.to(dy_ptr.dtype.element_ty), 0),)
         sum_dz += dz
-        sum_dz_xhat += dz * normalized(x_tiles[k].to(acc_type), mean, rstd)
+        sum_dz_xhat += dz * x_hat(x_tiles[k].to(acc_type), mean, rstd)
         if residual_ptr is not None:
-            sum_dz_rhat += dz * normalized(residual_tiles[k].to(acc_type), residual_mean, residual_rstd)
+            sum_dz_rhat += dz * x_hat(residual_tiles[k].to(acc_type), residual_mean, residual_rstd)
     stride = n_splits * TILE.n_channels
     store_sums(partials_ptr + split * TILE.n_channels + offs_c, stride, mask_c, sum_dz, sum_dz_xhat, sum_dz_rhat)
 
@@ -283,10 +281,10 @@ def single_read_backward_kernel(
         store_tile(dx_ptr, dx, *at, TILE)
 
     if residual_ptr is not None:
-        weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
+        residual_weight = load_channel(residual_weight_ptr, offs_c, mask_c, 1.0, acc_type)
         for k in tl.static_range(TILE.n_tiles):
             at = (first_row + k * TILE.block_m, n_own - k * TILE.block_m, offs_c, mask_c, 1)
             dz = afresh(dz_tiles[k], zero).to(acc_type)
-            values = (afresh(residual_tiles[k], zero).to(acc_type), residual_mean, residual_rstd, weight)
+            values = (afresh(residual_tiles[k], zero).to(acc_type), residual_mean, residual_rstd, residual_weight)
             dresidual = input_gradient(dz, *values, sums[0] * share, sums[2] * share, True)
             store_tile(dresidual_ptr, dresidual, *at, TILE)

@@ -9,7 +9,7 @@ Products accumulate in fp32, and the sum is rounded once.
 import triton
 import triton.language as tl
 
-from .batch_norm_backward import normalized, preactivation_gradient
+from .batch_norm_backward import preactivation_gradient, x_hat
 from .batch_norm_forward import UNIT, in_units, is_finite, store_pair
 from .tile_access import channels_of, load_bits, load_channel, load_tile, part_of_program, wide
 
@@ -106,7 +106,7 @@ def conv3x3_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y, and the mean and centered M2 of its rounded values over the rows of each program; their pivot is 0."""
-    part, channel_tile = part_of_program(tl.program_id(0), TILE)
+    part, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_channel = channel_tile * TILE.block_c
     start = part * rows_per_program
@@ -159,7 +159,7 @@ def conv3x3_data_gradient_kernel(
     """
     FORK: tl.constexpr = dx_alias_ptr is not None
     BITS: tl.constexpr = relu_mask_ptr is not None
-    part, channel_tile = part_of_program(tl.program_id(0), TILE)
+    part, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_channel = channel_tile * TILE.block_c
     start = part * rows_per_program
@@ -186,12 +186,12 @@ def conv3x3_data_gradient_kernel(
             packed = load_bits(relu_mask_ptr, row, n_own, channel_tile, 0, n_rows, None, TILE)
             dz = preactivation_gradient(dx, dx_alias, x, packed, mean, scale, bias, FORK, RELU, BITS, TILE)
             sum_dz += tl.sum(dz, axis=0)
-            sum_dz_xhat += tl.sum(dz * normalized(x.to(tl.float32), mean, rstd), axis=0)
+            sum_dz_xhat += tl.sum(dz * x_hat(x.to(tl.float32), mean, rstd), axis=0)
             if residual_ptr is not None:
                 residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
                 residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
                 residual = load_tile(residual_ptr, *at, TILE).to(tl.float32)
-                sum_dz_rhat += tl.sum(dz * normalized(residual, residual_mean, residual_rstd), axis=0)
+                sum_dz_rhat += tl.sum(dz * x_hat(residual, residual_mean, residual_rstd), axis=0)
             dx = dz.to(dx_desc.dtype)
         elif FORK:
             # Rounded to the data type, as autograd rounds the sum of two gradients.

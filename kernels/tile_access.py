@@ -11,10 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Wait until the kernel before has ended and its results can be seen; then the next one may be started.
+    """Wait until the previous kernel has ended and its results are visible, then let the next one start.
 
-    With programmatic dependent launch a kernel starts while the one before still runs, and the next one while this one
-    does: nothing may be read or written before this.
+    With programmatic dependent launch kernels overlap: no memory may be accessed before this call.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -23,17 +22,8 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def wide(n):
-    """n in 64 bits, also where it is 1, of which Triton makes a constant."""
+    """Return n as int64, even if it is 1, which Triton turns into a constant."""
     return tl.full([], 0, tl.int64) + n
-
-
-@triton.jit
-def program_index(REVERSED: tl.constexpr):
-    """The program's number, or counted from the last: a second pass meets first what the first left in the L2 cache."""
-    index = tl.program_id(0)
-    if REVERSED:
-        index = tl.num_programs(0) - 1 - index
-    return index
 
 
 @triton.jit
@@ -75,8 +65,14 @@ def channels_of(channel_tile, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def part_of_program(index, TILE: tl.constexpr):
-    """The part of the rows and the tile of channels of a program; tiles of channels vary fastest."""
+def part_of_program(TILE: tl.constexpr, REVERSED: tl.constexpr = False):
+    """Return the part of the rows and the tile of channels of a program; tiles of channels vary fastest.
+
+    REVERSED counts from the last program, so that a second pass begins with what the first left in the L2 cache.
+    """
+    index = tl.program_id(0)
+    if REVERSED:
+        index = tl.num_programs(0) - 1 - index
     N_CHANNEL_TILES: tl.constexpr = (TILE.n_channels + TILE.block_c - 1) // TILE.block_c
     return index // N_CHANNEL_TILES, index % N_CHANNEL_TILES
 

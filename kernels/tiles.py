@@ -9,14 +9,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# A thread has 8 elements of a tile: one 16-byte load of a 16-bit tensor. A tile is for 4 warps or, of a reduction in
-# channels_last, for 8: as many threads in half as many programs leave half as many partial results.
+# A thread has 8 elements of a tile: one 16-byte load of a 16-bit tensor. A tile of an elementwise pass is for 4 warps,
+# one of a reduction in channels_last for 8, because half as many programs write half as many partial results.
 THREAD_ELEMENTS = 8
 NUM_WARPS, REDUCTION_WARPS = 4, 8
 
-# Registers a thread, of the 65,536 of an NVIDIA multiprocessor: for three programs of 4 warps, and two of 8. Without a
-# limit ptxas saves registers, and loads each tile just before its use. For sm_100 it takes up to 180, and with fewer
-# moves some to memory. The combine kernels have a few programs in all.
+# Registers per thread, so that three programs of 4 warps or two of 8 fit on an NVIDIA multiprocessor with its 65,536.
+# Without a limit ptxas saves registers and loads each tile just before its use. On sm_100 it needs up to 180, or moves
+# some to memory. The combine kernels have few programs, so all registers are theirs.
 MAX_REGISTERS, MAX_REGISTERS_REDUCTION, ALL_REGISTERS = 168, 128, 255
 
 # 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
@@ -27,12 +27,12 @@ WIDE_LAYER, WIDE_BLOCK_C = 256, 32
 # The ReLU mask packs eight channels (channels_last) or eight rows (NCHW) to a byte.
 BITS_PER_BYTE = 8
 
-# Bytes that a thread has on their way, in 16-byte loads of all tensors: of a reduction, and of an elementwise pass,
-# where more tiles share what a program does once, the loads of its vectors and the merging of partial results.
+# Bytes that each thread loads at once, over all tensors. An elementwise pass has more, since each of its programs loads
+# vectors and merges partial results.
 REDUCE_BYTES, PASS_BYTES = 128, 256
 
 # Reductions: about one and two programs for each of 132 multiprocessors, which are resident together on most GPUs. More
-# only write more partial results, and each has a cost of its own, of which the statistics have more.
+# programs only write more partial results. Those of the statistics do more once per program, so there are fewer.
 STATISTICS_PROGRAMS, REDUCE_PROGRAMS = 128, 256
 # Elementwise passes: programs take fewer tiles before there are fewer of them than this.
 PASS_PROGRAMS = 256
@@ -53,10 +53,6 @@ SINGLE_READ_OPTIONS = {
     "launch_cooperative_grid": True,  # or programs that wait for each other might not run at once
 }
 
-# 64 channels of a 16-bit type are a full line of 128 bytes per row; 8 elements a thread are one 16-byte load and four
-# registers for as long as the program lives.
-SINGLE_READ_BLOCK_C = 64
-SINGLE_READ_ELEMENTS = 2048
 
 # The most tiles of each tensor, by join: of the one to three tensors that are held, 108 to 128 registers a thread. The
 # rest is for sums, vectors and addresses. On sm_90 one or two tiles more make the compiler move registers to memory; on
@@ -142,7 +138,9 @@ def choose_tiles(
     """
     num_warps = REDUCTION_WARPS if reduction_programs and channels_last else NUM_WARPS
     block_m, block_c = choose_blocks(n_channels, n_spatial, channels_last, num_warps)
-    n_programs = reduction_programs * REDUCTION_WARPS // num_warps or PASS_PROGRAMS
+    n_programs = PASS_PROGRAMS
+    if reduction_programs:  # as many threads, whatever the warps of a program
+        n_programs = reduction_programs * REDUCTION_WARPS // num_warps
     n_channel_tiles = triton.cdiv(n_channels, block_c)
     full_groups = (n_rows - 1) // rows_per_group  # but the last, which may be smaller and have fewer parts
     last_rows = n_rows - full_groups * rows_per_group
@@ -174,8 +172,8 @@ def choose_single_read_tiles(n_rows: int, n_channels: int, n_multiprocessors: in
     """
     if n_channels % BITS_PER_BYTE != 0:  # whole bytes of ReLU bits, and 16-byte loads
         return None
-    block_c = min(SINGLE_READ_BLOCK_C, triton.next_power_of_2(n_channels))
-    block_m = SINGLE_READ_ELEMENTS // block_c
+    block_c = min(MAX_BLOCK_C, triton.next_power_of_2(n_channels))
+    block_m = SINGLE_READ_WARPS * 32 * THREAD_ELEMENTS // block_c
     n_channel_tiles = triton.cdiv(n_channels, block_c)
     most_splits = n_multiprocessors // n_channel_tiles
     if n_rows > most_splits * most_tiles * block_m:

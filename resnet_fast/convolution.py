@@ -70,7 +70,7 @@ def convolve(conv: Any, x: Handle, shortcut: Tensor | None = None) -> tuple[Any,
         return conv(tensor), shortcut
     norm_arguments = (x.token, x.norm, x.relu, x.fork) if is_activation else (None, None, False, False)  # type: ignore[union-attr]
     y, x_alias, partials, rows_per_part = _Conv3x3.apply(tensor, conv.weight, *norm_arguments, plan)
-    out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part, partials.shape[1]))
+    out = y if partials is None else Convolved(y, PartialStatistics(partials, rows_per_part))
     return out, shortcut if x_alias is None else x_alias
 
 

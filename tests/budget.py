@@ -6,7 +6,7 @@ from torch import Tensor
 from resnet_fast.ops.arguments import accumulation_type
 
 # What random values may take of the roundings of their terms. N1 and B2 to B4 round a term up to 30 times (S1 2 and its
-# sums, S2 5 and its sums, 1/sqrt 4, N1 4, B2 3 and its sums, B4 6). Independent errors add up as the square root of
+# sums, S2 3 and its sums, 1/sqrt 4, N1 4, B2 3 and its sums, B4 6). Independent errors add up as the square root of
 # their number, 5.5; the largest of the thousands that are looked at is half as large again.
 ROUNDINGS = 8
 

@@ -13,6 +13,7 @@ import torch
 from budget import assert_within_budget
 from fused_op import Case, Operands, eager, magnitudes, make_operands, ours, results
 from torch import Tensor
+from traffic import pivot_rows
 
 from resnet_fast.ops import reference
 
@@ -20,8 +21,9 @@ from resnet_fast.ops import reference
 SHAPE = (2, 24, 9, 9)
 NAN, INF = float("nan"), float("inf")
 KINDS = ((NAN,), (INF,), (-INF,), (INF, -INF))
-# Image and pixel of one value or of two: in the first row and tile, of which the pivot is made, and elsewhere.
-PLACES = (((0, 0), (0, 1)), ((1, 0), (0, 60)), ((1, 80), (0, 60)), ((0, 63), (0, 0)))
+# Image and pixel of one value or of two: in rows of which the pivot is made, and elsewhere.
+PIVOT_ROWS = [(row // 81, row % 81) for row in pivot_rows(2 * 81, 64).tolist()]
+PLACES = (((0, 0), PIVOT_ROWS[1]), (PIVOT_ROWS[2], (0, 60)), ((1, 80), (0, 60)), ((0, 63), (0, 0)))
 CLEAN = slice(2, None, 3)
 CPU = torch.device("cpu")
 

@@ -25,13 +25,13 @@ class BatchNormArgs(NamedTuple):
 
 
 class PartialStatistics(NamedTuple):
-    """Pivot, shift and centered M2 of splits of x, [3, n_splits, C], over all groups of rows, `group_splits` to a whole
-    one. The mean of a split is pivot + shift.
+    """Partial results of `statistics_kernel`, [n_groups + n_splits, C, 2].
+
+    First each group's pivot, then each split's shift (its mean is pivot + shift) and centered M2.
     """
 
     partials: Tensor
     rows_per_split: int
-    group_splits: int
 
 
 class Outputs(NamedTuple):

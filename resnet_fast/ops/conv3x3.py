@@ -67,7 +67,7 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
         TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
         BLOCK_K=tiling.block_k,
     )
-    return y, PartialStatistics(partials, rows_per_program, n_parts)
+    return y, PartialStatistics(partials, rows_per_program)
 
 
 def data_gradient(

@@ -140,7 +140,7 @@ def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
         TILE=tiling.tile,
         PDL=has_pdl(x.device),
     )
-    return PartialStatistics(partials, tiling.rows_per_part, tiling.group_parts)
+    return PartialStatistics(partials, tiling.rows_per_part)
 
 
 def combine_statistics(
@@ -150,8 +150,8 @@ def combine_statistics(
 
     `var`: [n_groups, C] in fp64, receives the batch's biased variance.
     """
-    partials, rows_per_split, group_splits = partial
-    n_splits = partials.shape[0] - shape.n_groups
+    partials, rows_per_split = partial
+    group_splits = triton.cdiv(shape.rows_per_group, rows_per_split)
     mean, rstd = empty_statistics(partials, shape)
     launch_kernel(
         batch_norm_forward.combine_statistics_kernel,
@@ -165,7 +165,7 @@ def combine_statistics(
         n_rows=shape.n_rows,
         rows_per_group=shape.sizes["rows_per_group"],
         rows_per_split=rows_per_split,
-        n_splits=n_splits,
+        n_splits=len(partials) - shape.n_groups,
         n_groups=shape.n_groups,
         group_splits=group_splits,
         momentum=norm.momentum,
@@ -194,7 +194,7 @@ def find_statistics(
     # A convolution's partial results have other splits than the residual's, and one launch merges one kind.
     is_combined = partial is not None or shape.n_groups > 1
     partial = partial or partial_statistics(x, shape)
-    if is_combined or partial.group_splits > tiles.FEW_SPLITS:
+    if is_combined or len(partial.partials) - 1 > tiles.FEW_SPLITS:
         return Statistics(*combine_statistics(partial, norm, shape))
     return Statistics(*empty_statistics(x, shape), *running, partial.partials, partial.rows_per_split)
 
@@ -265,7 +265,7 @@ def _normalize(
     own, its = statistics, residual_statistics or NO_STATISTICS
     residual_norm = residual_norm or NO_NORM
     merged = own.partials if own.partials is not None else its.partials
-    n_splits = 1 if merged is None else merged.shape[0] - 1
+    n_splits = 1 if merged is None else len(merged) - 1
     tiling = choose_tiles(shape, x, 1 if residual is None else 2)
     y = torch.empty_like(x)
     relu_mask = None
