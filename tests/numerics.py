@@ -100,6 +100,7 @@ CORNERS = (
     Case("outlier 1e4", _outlier(1e4, (1, 77))),
     Case("outlier 1e4 in row 0", _outlier(1e4, (0, 0))),
     Case("outliers 1e4 in rows 0 and -1", _outlier(1e4, (0, 0), (-1, -1))),
+    Case("30 in pixel 0 of every image", _outlier(30, *((image, 0) for image in range(32))), (32, 8, 8, 8)),
     Case("outlier 1e30", _outlier(1e30, (1, 77)), dtypes=WIDE),
     Case("outlier 1e30 in row 0", _outlier(1e30, (0, 0)), dtypes=WIDE),
     Case("constant 0", _constant(0.0)),
