@@ -15,9 +15,9 @@ THREAD_ELEMENTS = 8
 NUM_WARPS, REDUCTION_WARPS = 4, 8
 
 # Registers per thread, so that three programs of 4 warps or two of 8 fit on an NVIDIA multiprocessor with its 65,536.
-# Without a limit ptxas saves registers and loads each tile just before its use. On sm_100 it needs up to 180, or moves
-# some to memory. The combine kernels have few programs, so all registers are theirs.
-MAX_REGISTERS, MAX_REGISTERS_REDUCTION, ALL_REGISTERS = 168, 128, 255
+# Without a limit ptxas saves registers and loads each tile just before its use. It moves some to memory if it may use 128
+# in 16-bit types, or less than 180 from sm_100 on. The combine kernels have few programs: all registers are theirs.
+MAX_REGISTERS, MAX_REGISTERS_REDUCTION, MAX_REGISTERS_REDUCTION_16_BITS, ALL_REGISTERS = 168, 128, 124, 255
 
 # 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
 # a program then has more rows, so that there are fewer partial results to merge.
@@ -148,6 +148,8 @@ def choose_tiles(
     # In NCHW every element has a 64-bit address of its own, and there are no registers for more than one tile.
     bytes_ahead = REDUCE_BYTES if reduction_programs else PASS_BYTES
     n_tiles = 1 << max(0, (bytes_ahead // tile_bytes).bit_length() - 1) if channels_last else 1
+    if n_tiles > 1 and n_channels % block_c:  # masks of channels take registers, too
+        n_tiles //= 2
     while n_tiles > 1 and rows_per_group < wanted_parts * n_tiles * block_m:
         n_tiles //= 2
     rows_per_part = n_tiles * block_m
@@ -187,6 +189,8 @@ def choose_single_read_tiles(n_rows: int, n_channels: int, n_multiprocessors: in
 
 def max_registers(tile: Tile | None, element_size: int, capability: int) -> int:
     """The most registers that a thread may have on an NVIDIA GPU; without a tile, of a combine kernel."""
-    if tile is None or element_size == 8 or 100 <= capability < 120:
+    if tile is None or element_size == 8 or capability >= 100:
         return ALL_REGISTERS
-    return MAX_REGISTERS if tile.num_warps == NUM_WARPS else MAX_REGISTERS_REDUCTION
+    if tile.num_warps == NUM_WARPS:
+        return MAX_REGISTERS
+    return MAX_REGISTERS_REDUCTION_16_BITS if element_size == 2 else MAX_REGISTERS_REDUCTION

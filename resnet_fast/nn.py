@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from .common.checks import check_type
 from .convolution import Activation, Convolved, choose_data_gradient
 from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run_batch_norm
 from .ops.arguments import join_of
@@ -78,6 +79,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         ghost_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_type("relu", relu, bool)
         check_ghost_batch_size(ghost_batch_size)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.relu = relu

@@ -78,7 +78,7 @@ def test_registers(rows):
     """The limits of tiles.py; on CDNA they are as good, on RDNA 192 leave room for eight wavefronts of 1,536."""
     for row in rows:
         limit = tiles.MAX_REGISTERS
-        if row["kernel"] in COMBINE_KERNELS or row["dtype"] == "fp64" or row["target"] == "sm_100":
+        if row["kernel"] in COMBINE_KERNELS or row["dtype"] == "fp64" or row["target"] in ("sm_100", "sm_120"):
             limit = tiles.ALL_REGISTERS
         elif row["kernel"] in ("statistics_kernel", "reduce_kernel") and row["layout"] == "channels_last":
             limit = tiles.MAX_REGISTERS_REDUCTION

@@ -68,3 +68,8 @@ def test_residual_of_another_type(device):
     torch.testing.assert_close(found, expected.relu(), rtol=2**-6, atol=2**-6)  # two bf16 roundings
     found.sum().backward()
     assert residual.grad.dtype == torch.float32
+
+
+def test_relu_is_a_bool():
+    with pytest.raises(TypeError, match="relu must be of type bool, got str"):
+        FusedBatchNorm2d(8, relu="yes")
