@@ -15,8 +15,8 @@ THREAD_ELEMENTS = 8
 NUM_WARPS, REDUCTION_WARPS = 4, 8
 
 # Registers per thread, so that three programs of 4 warps or two of 8 fit on an NVIDIA multiprocessor with its 65,536.
-# Without a limit ptxas saves registers and loads each tile just before its use. It moves some to memory if it may use 128
-# in 16-bit types, or less than 180 from sm_100 on. The combine kernels have few programs: all registers are theirs.
+# Without a limit ptxas saves registers and loads each tile just before its use. It moves some to memory if it may use
+# 128 in 16-bit types, or less than 180 from sm_100 on. The combine kernels have few programs: all registers are theirs.
 MAX_REGISTERS, MAX_REGISTERS_REDUCTION, MAX_REGISTERS_REDUCTION_16_BITS, ALL_REGISTERS = 168, 128, 124, 255
 
 # 64 channels of a 16-bit type are a full 128-byte line per row. Of wide layers 32, two sectors: the maps are small, and
