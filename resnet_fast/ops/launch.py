@@ -151,7 +151,7 @@ def combine_statistics(
     `var`: [n_groups, C] in fp64, receives the batch's biased variance.
     """
     partials, rows_per_split = partial
-    group_splits = triton.cdiv(shape.rows_per_group, rows_per_split)
+    group_splits = -(-shape.rows_per_group // rows_per_split)
     mean, rstd = empty_statistics(partials, shape)
     launch_kernel(
         batch_norm_forward.combine_statistics_kernel,
