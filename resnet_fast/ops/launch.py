@@ -4,7 +4,7 @@ Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in 
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -117,10 +117,13 @@ class Statistics(NamedTuple):
     rows_per_split: int = 1
 
 
+_choose_tiles = lru_cache(1024)(tiles.choose_tiles)  # every launch asks for its tiles
+
+
 def choose_tiles(shape: Shape, x: Tensor, n_tensors: int, reduction_programs: int = 0) -> tiles.Tiles:
     """The tiles of a kernel that reads `n_tensors` like x: of a reduction by so many programs, or of a pass."""
     tile_bytes = tiles.THREAD_ELEMENTS * x.element_size() * n_tensors
-    return tiles.choose_tiles(*shape, tile_bytes, reduction_programs)
+    return _choose_tiles(*shape, tile_bytes, reduction_programs)
 
 
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
