@@ -154,7 +154,7 @@ class _Conv3x3(torch.autograd.Function):
             y = F.conv2d(x, weight_of_x, padding=1)
         else:
             with device_guard(x):
-                y, (partials, rows_per_part, _) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
+                y, (partials, rows_per_part) = conv3x3.forward(x, weight_of_x, plan.forward.tiles)
             ctx.mark_non_differentiable(partials)
         ctx.save_for_backward(x, weight, weight_of_x, *(norm or ()))
         ctx.relu, ctx.plan = relu, plan
