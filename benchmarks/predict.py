@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmarks.results import replace_rows
-from benchmarks.speed_model.gpus import GPUS
+from benchmarks.speed_model.gpus import GPUS, GpuName
 from benchmarks.work import STAGES
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ PREDICTED = Path(__file__).resolve().parent / "predicted"
 TOLERANCE = 1.03  # that a kernel may take of its row's time
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-GpuName = StrEnum("GpuName", list(GPUS))
 
 
 class Precision(StrEnum):
@@ -55,7 +52,7 @@ def main(
     Writes benchmarks/predicted/<gpu>.csv and steps.csv. A GPU, precision and batch size take about 15 seconds.
     """
     chosen = list(itertools.product([choice.value for choice in gpu], [choice.value for choice in dtype]))
-    settings = [(name, precision) for name, precision in chosen if precision != "bf16" or GPUS[name].capability >= 80]
+    settings = [(name, precision) for name, precision in chosen if precision != "bf16" or GPUS[name].has_bf16]
     if not settings:
         raise typer.BadParameter(
             f"{', '.join(name for name, _ in chosen)}: GPUs before compute capability 8.0 have no bf16"

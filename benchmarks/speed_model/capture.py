@@ -108,7 +108,7 @@ def pretend_gpu(gpu: Gpu) -> None:
     answers = {
         "is_available": True,
         "is_initialized": True,
-        "is_bf16_supported": gpu.capability >= 80,
+        "is_bf16_supported": gpu.has_bf16,
         "device_count": 1,
         "current_device": 0,
         "set_device": None,

@@ -4,14 +4,15 @@ The vendor's data sheets and architecture whitepapers have multiprocessors, boos
 (dense; GeForce: with fp32 accumulation). The rest:
 
 - clock_ghz: H200 and T4 below the boost clocks (1.98, 1.59), since power limits them; assumed.
-- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured by us. A100 of 80 GB: 1.7 of
-  2.04 TB/s, as in Triton's vector-addition tutorial. Others: assumed, 90 % of the data sheet (RTX 4090: 1,008; RTX
-  3090: 936), T4 81 % of 320.
+- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured on such a GPU before this
+  project, without a record here. A100 of 80 GB: 1.7 of 2.04 TB/s, as in Triton's vector-addition tutorial. Others:
+  assumed, 90 % of the data sheet (RTX 4090: 1,008; RTX 3090: 936), T4 81 % of 320.
 - l2_gb_s, memory_ns and l2_ns are assumed: rounded, in the range that microbenchmarks report (arXiv 2402.13499 for
   Hopper, Ada and Ampere, 2208.11174 for Ampere, 1903.07486 for T4), but taken from none of their tables.
 - launch_us, the shortest time between two small kernels in a stream or a graph, is assumed.
 """
 
+from enum import StrEnum
 from typing import NamedTuple
 
 
@@ -60,6 +61,10 @@ class Gpu(NamedTuple):
     launch_us: float
 
     @property
+    def has_bf16(self) -> bool:
+        return self.capability >= 80
+
+    @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.capability]
 
@@ -75,3 +80,5 @@ GPUS = {
     "rtx3090": Gpu("RTX 3090", 86, 82, 1.70, 840, 2000, 6, 450, 200, 71, 36, 2.5),
     "t4": Gpu("T4", 75, 40, 1.35, 260, 900, 4, 500, 200, 65, 8.1, 3.0),
 }
+
+GpuName = StrEnum("GpuName", list(GPUS))

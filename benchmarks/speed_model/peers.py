@@ -14,11 +14,12 @@ import typer
 from benchmarks.results import replace_rows
 
 from .eager import eager_rows
-from .gpus import GPUS
+from .gpus import GPUS, GpuName
 from .inductor import compile_rows, run_capture
 from .rows import Row, Totals, add_up
 
 PREDICTED = Path(__file__).resolve().parents[1] / "predicted"
+H200 = GpuName("h200")
 
 
 def peers_path(gpu: str) -> Path:
@@ -27,7 +28,7 @@ def peers_path(gpu: str) -> Path:
 
 def precision_of(gpu: str) -> str:
     """Return the 16-bit type in which one trains on the GPU: before sm_80 bf16 is emulated."""
-    return "bf16" if GPUS[gpu].capability >= 80 else "fp16"
+    return "bf16" if GPUS[gpu].has_bf16 else "fp16"
 
 
 def predict_peers(gpu: str, batch_size: int) -> list[Row]:
@@ -73,8 +74,8 @@ def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
 
 
 def main(
-    gpu: Annotated[list[str], typer.Option(help="May be given several times.")] = ["h200"],  # noqa: B006
-    batch_size: Annotated[list[int], typer.Option(help="May be given several times.")] = [128, 512],  # noqa: B006
+    gpu: Annotated[list[GpuName], typer.Option(help="May be given several times.")] = [H200],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(min=1, help="May be given several times.")] = [128, 512],  # noqa: B006
 ) -> None:
     """Predict the kernels of eager and torch.compile in a training step of ResNet-18."""
     for name, size in itertools.product(gpu, batch_size):
