@@ -106,13 +106,30 @@ def predict_candidate(launch: Launch, kernel: Kernel, candidate: Candidate, gpu:
     return predict(code, work, gpu, gpu.holds(largest)).us, work.image_bytes
 
 
+def predict_kernel(launch: Launch, kernel: Kernel, gpu: Gpu) -> tuple[float, float]:
+    """Return the same of the fastest candidate, among those whose machine code the model can follow.
+
+    Raises:
+        ValueError: it can follow none.
+    """
+    predictions, errors = [], []
+    for candidate in kernel.candidates:
+        try:
+            predictions.append(predict_candidate(launch, kernel, candidate, gpu))
+        except ValueError as error:
+            errors.append(error)
+    if not predictions:
+        raise errors[0]
+    return min(predictions)
+
+
 def compile_rows(captured: Captured, gpu: Gpu) -> list[Row]:
     """Return a row for each of the kernels, in the order of their first launch."""
     counts = Counter(launch.kernel for launch in captured.launches)
     rows = []
     for launch in {launch.kernel: launch for launch in captured.launches}.values():
         kernel = captured.kernels[launch.kernel]
-        us, n_bytes = min(predict_candidate(launch, kernel, c, gpu) for c in kernel.candidates)
+        us, n_bytes = predict_kernel(launch, kernel, gpu)
         name = launch.kernel.removeprefix("triton_")
         rows.append(Row("compile", group_of(launch), name, counts[launch.kernel], us, n_bytes))
     return rows
