@@ -27,7 +27,6 @@ def convolve(
     first_row,
     first_channel,
     BACKWARD: tl.constexpr,
-    CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -35,30 +34,24 @@ def convolve(
 ):
     """[BLOCK_M, BLOCK_C] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
 
-    CHANNELS_AS_ROWS: the matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes
-    so that its block, without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the
-    last block of a tap reaches into the next tap, x is zero.
+    The matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes so that its block,
+    without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the last block of a tap
+    reaches into the next tap, x is zero.
     """
     image, line = box_of(first_row, WIDTH)
     N_BLOCKS: tl.constexpr = (SUMMED_CHANNELS + BLOCK_K - 1) // BLOCK_K
-    if CHANNELS_AS_ROWS:
-        total = tl.zeros([TILE.block_c, TILE.block_m], tl.float32)
-    else:
-        total = tl.zeros([TILE.block_m, TILE.block_c], tl.float32)
+    total = tl.zeros([TILE.block_c, TILE.block_m], tl.float32)
     for step in range(0, 9 * N_BLOCKS):
         tap = step // N_BLOCKS
         channel = step % N_BLOCKS * BLOCK_K
         x = x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, channel])
         x = tl.reshape(x, [TILE.block_m, BLOCK_K])
         if BACKWARD:
-            weight = weight_desc.load([channel, (8 - tap) * TILE.n_channels + first_channel])
+            weight = tl.trans(weight_desc.load([channel, (8 - tap) * TILE.n_channels + first_channel]))
         else:
-            weight = tl.trans(weight_desc.load([first_channel, tap * SUMMED_CHANNELS + channel]))
-        if CHANNELS_AS_ROWS:
-            total = tl.dot(tl.trans(weight), tl.trans(x), total, input_precision="ieee")
-        else:
-            total = tl.dot(x, weight, total, input_precision="ieee")
-    return tl.trans(total) if CHANNELS_AS_ROWS else total
+            weight = weight_desc.load([first_channel, tap * SUMMED_CHANNELS + channel])
+        total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
+    return tl.trans(total)
 
 
 @triton.jit
@@ -99,7 +92,6 @@ def conv3x3_kernel(
     partials_ptr,
     n_rows,
     rows_per_program,
-    CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -115,7 +107,7 @@ def conv3x3_kernel(
     m2 = tl.zeros([TILE.block_c], tl.float32)
     for first_row in range(start, end, TILE.block_m):
         at = (first_row, first_channel)
-        y = convolve(x_desc, weight_desc, *at, False, CHANNELS_AS_ROWS, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
+        y = convolve(x_desc, weight_desc, *at, False, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
         y = y.to(y_desc.dtype)
         y_desc.store([first_row, first_channel], y)
         mean, m2 = merge_tile(y.to(tl.float32), first_row, start, end, mean, m2, TILE.block_m)
@@ -127,9 +119,9 @@ def conv3x3_kernel(
 
 @triton.jit
 def conv3x3_data_gradient_kernel(
-    dy_desc,
+    dout_desc,
     conv_weight_desc,
-    dx_alias_ptr,
+    dy_alias_ptr,
     relu_mask_ptr,
     x_ptr,
     mean_ptr,
@@ -139,25 +131,21 @@ def conv3x3_data_gradient_kernel(
     residual_ptr,
     residual_mean_ptr,
     residual_rstd_ptr,
-    dx_desc,
+    dz_desc,
     partials_ptr,
     n_rows,
     rows_per_program,
-    RELU: tl.constexpr,
-    CHANNELS_AS_ROWS: tl.constexpr,
     SUMMED_CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the convolution's input, plus that of the input's other consumer (`dx_alias_ptr`, the fork).
-
-    With `x_ptr`, where the input is relu(bn(x) + residual), it is taken through ReLU at once, and becomes that batch
-    norm's dz, whose sums over the rows of each program are `reduce_kernel`'s (B1, B2).
+    """The gradient of the convolution's input y = relu(bn(x) + residual), plus that of y's other consumer (the fork), taken
+    through ReLU: the batch norm's dz, and its sums over the rows of each program, which are `reduce_kernel`'s (B1, B2).
 
     The channels that are summed over are here the convolution's output channels.
     """
-    FORK: tl.constexpr = dx_alias_ptr is not None
+    FORK: tl.constexpr = dy_alias_ptr is not None
     BITS: tl.constexpr = relu_mask_ptr is not None
     part, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
@@ -170,88 +158,32 @@ def conv3x3_data_gradient_kernel(
 
     for first_row in range(start, end, TILE.block_m):
         at = (first_row, first_channel)
-        dx = convolve(dy_desc, conv_weight_desc, *at, True, CHANNELS_AS_ROWS, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
-        dx = dx.to(dx_desc.dtype)
+        dy = convolve(dout_desc, conv_weight_desc, *at, True, SUMMED_CHANNELS, WIDTH, TILE, BLOCK_K)
+        dy = dy.to(dz_desc.dtype)
         row = wide(first_row)
         n_own = end - first_row
         at = (row, n_own, offs_c, mask_c, WIDTH * WIDTH)
-        dx_alias = load_tile(dx_alias_ptr, *at, TILE)
-        if x_ptr is not None:
-            # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
-            mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
-            rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-            scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
-            bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
-            x = load_tile(x_ptr, *at, TILE)
-            packed = load_bits(relu_mask_ptr, row, n_own, channel_tile, 0, n_rows, None, TILE)
-            dz = preactivation_gradient(dx, dx_alias, x, packed, mean, scale, bias, FORK, RELU, BITS, TILE)
-            sum_dz += tl.sum(dz, axis=0)
-            sum_dz_xhat += tl.sum(dz * x_hat(x.to(tl.float32), mean, rstd), axis=0)
-            if residual_ptr is not None:
-                residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
-                residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
-                residual = load_tile(residual_ptr, *at, TILE).to(tl.float32)
-                sum_dz_rhat += tl.sum(dz * x_hat(residual, residual_mean, residual_rstd), axis=0)
-            dx = dz.to(dx_desc.dtype)
-        elif FORK:
-            # Rounded to the data type, as autograd rounds the sum of two gradients.
-            dx = (dx.to(tl.float32) + dx_alias.to(tl.float32)).to(dx_desc.dtype)
-        dx_desc.store([first_row, first_channel], dx)
-
-    if x_ptr is not None:
-        partial = wide(part) * TILE.n_channels + offs_c
-        stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
-        tl.store(partials_ptr + partial, sum_dz, mask=mask_c)
-        tl.store(partials_ptr + stride + partial, sum_dz_xhat, mask=mask_c)
+        dy_alias = load_tile(dy_alias_ptr, *at, TILE)
+        # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
+        mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
+        rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
+        scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)
+        bias = load_channel(bias_ptr, offs_c, mask_c, 0.0, tl.float32)
+        x = load_tile(x_ptr, *at, TILE)
+        packed = load_bits(relu_mask_ptr, row, n_own, channel_tile, 0, n_rows, None, TILE)
+        dz = preactivation_gradient(dy, dy_alias, x, packed, mean, scale, bias, FORK, True, BITS, TILE)
+        sum_dz += tl.sum(dz, axis=0)
+        sum_dz_xhat += tl.sum(dz * x_hat(x.to(tl.float32), mean, rstd), axis=0)
         if residual_ptr is not None:
-            tl.store(partials_ptr + 2 * stride + partial, sum_dz_rhat, mask=mask_c)
+            residual_mean = load_channel(residual_mean_ptr, offs_c, mask_c, 0.0, tl.float32)
+            residual_rstd = load_channel(residual_rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
+            residual = load_tile(residual_ptr, *at, TILE).to(tl.float32)
+            sum_dz_rhat += tl.sum(dz * x_hat(residual, residual_mean, residual_rstd), axis=0)
+        dz_desc.store([first_row, first_channel], dz.to(dz_desc.dtype))
 
-
-@triton.jit
-def conv3x3_weight_gradient_kernel(
-    dy_desc,
-    x_desc,
-    partial_ptr,
-    n_rows,
-    n_in_channels,
-    n_out_channels,
-    rows_per_part,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A part of the sum over pixels for one tap, BLOCK_M by BLOCK_N channels (C3), of [n_parts, C_out, 9, C_in]."""
-    n_in_channels = n_in_channels // 8 * 8  # which shows the compiler that it is a multiple of 8
-    n_in_tiles = tl.cdiv(n_in_channels, BLOCK_N)
-    n_out_tiles = tl.cdiv(n_out_channels, BLOCK_M)
-    tile = tl.program_id(0) // 9
-    tap = tl.program_id(0) % 9  # neighbors in the grid read the same pixels
-    part = tile // (n_in_tiles * n_out_tiles)
-    first_out = tile // n_in_tiles % n_out_tiles * BLOCK_M
-    first_in = tile % n_in_tiles * BLOCK_N
-    start = part * rows_per_part
-    end = tl.minimum(start + rows_per_part, n_rows)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first_row in range(start, end, BLOCK_K):
-        image, line = box_of(first_row, WIDTH)
-        dy = dy_desc.load([first_row, first_out])
-        x = tl.reshape(x_desc.load([image, line + tap // 3 - 1, tap % 3 - 1, first_in]), [BLOCK_K, BLOCK_N])
-        total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
-    offs_out = first_out + tl.arange(0, BLOCK_M)
-    offs_in = first_in + tl.arange(0, BLOCK_N)
-    rows = (wide(part) * n_out_channels + offs_out) * 9 + tap
-    mask = (offs_out < n_out_channels)[:, None] & (offs_in < n_in_channels)[None, :]
-    tl.store(partial_ptr + rows[:, None] * n_in_channels + offs_in[None, :], total, mask=mask)
-
-
-@triton.jit
-def combine_weight_gradient_kernel(partial_ptr, dweight_ptr, n_elements, n_parts, BLOCK: tl.constexpr):
-    """[n_parts, n_elements] -> [n_elements], always in the same order."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n_elements
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, n_parts):
-        part_offset = wide(part) * n_elements
-        total += tl.load(partial_ptr + part_offset + offsets, mask=mask, other=0.0)
-    tl.store(dweight_ptr + offsets, total, mask=mask)
+    partial = wide(part) * TILE.n_channels + offs_c
+    stride = tl.cdiv(n_rows, rows_per_program) * TILE.n_channels
+    tl.store(partials_ptr + partial, sum_dz, mask=mask_c)
+    tl.store(partials_ptr + stride + partial, sum_dz_xhat, mask=mask_c)
+    if residual_ptr is not None:
+        tl.store(partials_ptr + 2 * stride + partial, sum_dz_rhat, mask=mask_c)

@@ -2,7 +2,7 @@
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
-from .ops.arguments import Outputs, PartialStatistics, Saved, join_of, saved_of
-from .ops.batch_norm import backward_op, backward_with_sums, forward_op, forward_with_statistics, recompute_y
+from .ops.arguments import Join, Outputs, Saved, join_of, saved_of
+from .ops.batch_norm import backward_op, forward_op, recompute_y
 from .ops.layout import as_image, dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
@@ -19,6 +19,21 @@ __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # what torch takes for a float, NumPy's among them
 VECTORS = BatchNormArgs._fields[:4]  # running_mean, running_var, weight, bias
+
+
+class Settings(NamedTuple):
+    """What a pass is computed with besides tensors; the first five as the backward operator takes them.
+
+    `ghost_batch_size`: images per group of batch statistics; 0 for all.
+    """
+
+    join: Join
+    relu: bool
+    training: bool
+    residual_training: bool
+    ghost_batch_size: int
+    eps: float
+    residual_eps: float
 
 
 def batch_norm_add_relu(
@@ -90,7 +105,6 @@ def batch_norm_add_relu(
     check_type("relu", relu, bool)
     check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
-    check_arguments(x, norm, residual, residual_norm, ghost_batch_size=ghost_batch_size)
     return run_batch_norm(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
 
 
@@ -104,14 +118,9 @@ def run_batch_norm(
     backend: Backend | None = None,
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
-    partial_statistics: PartialStatistics | None = None,
-    to_convolution: bool = False,
 ) -> Any:
-    """`batch_norm_add_relu` behind `check_arguments`; with `group`, batch statistics are those of all its processes.
-
-    For convolutions around it (convolution.py): `partial_statistics` are those of x; with `to_convolution` returns y, a
-    token whose gradient are the backward's sums, and what computes them.
-    """
+    """`batch_norm_add_relu`; with `group`, batch statistics are those of all its processes."""
+    check_arguments(x, norm, residual, residual_norm, group, ghost_batch_size)
     residual = None if residual is None else residual.to(x.dtype)
     uses_batch_statistics = norm.training or (residual_norm is not None and residual_norm.training)
     group_images = (ghost_batch_size or 0) if uses_batch_statistics else 0
@@ -121,22 +130,17 @@ def run_batch_norm(
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_forward_mode(x, residual, *norm[:4], *(residual_norm or ())[:4])
     x = dense(x)
-    join = join_of(residual, residual_norm)
     if residual is not None:
         residual = as_image(dense(residual, like=x))
     norms = (norm, residual_norm or BatchNormArgs(None, None))
     dense_norms = _dense_vectors(*norms)
-    settings = (join, relu, fork, group, group_images, partial_statistics, to_convolution)
-    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], *settings)
+    training, eps = (norms[0].training, norms[1].training), (norms[0].eps, norms[1].eps)
+    settings = Settings(join_of(residual, residual_norm), relu, *training, group_images, *eps)
+    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], fork, settings, group)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
             _copy_back(given.running_var, used.running_var)
-    if to_convolution:
-        y, token, *saved_outputs = y
-        detached_residual = None if residual is None else residual.detach()
-        pass_inputs = (dense_norms[0], detached_residual, dense_norms[1] if join == "bn" else None)
-        return y, token, saved_of(x.detach(), *pass_inputs, Outputs(y, *saved_outputs))
     if x.dim() == 4:
         return y
     return tuple(handle.view(x.shape) for handle in y) if fork else y.view(x.shape)
@@ -280,87 +284,63 @@ def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton operators. Arguments are flat (x, residual, twice BatchNormArgs, settings): autograd sees each."""
+    """On the Triton operators. Arguments are flat (x, residual, twice BatchNormArgs, …): autograd sees each tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
         n = len(BatchNormArgs._fields)
         norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        join, relu, fork, ctx.group, ctx.ghost_batch_size, partial_statistics, ctx.to_convolution = arguments[2 * n :]
-        is_bn_join = join == "bn"
-        if partial_statistics is not None:
-            outputs = forward_with_statistics(
-                x, norm, residual, residual_norm if is_bn_join else None, relu, partial_statistics
-            )
-        elif ctx.group is None:
-            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ctx.ghost_batch_size))
+        fork, settings, ctx.group = arguments[2 * n :]
+        join, relu, _, _, ghost_batch_size, *_ = ctx.settings = settings
+        if ctx.group is None:
+            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ghost_batch_size))
             if not relu or join == "none":
                 outputs = outputs._replace(relu_mask=None)
         else:
-            outputs, ctx.total_rows = distributed.forward(
-                x, norm, residual, residual_norm if is_bn_join else None, relu, ctx.group
-            )
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = outputs
-        ctx.save_for_backward(
-            x,
-            relu_mask,
-            mean,
-            rstd,
-            norm.weight,
-            norm.bias,
-            residual if is_bn_join else None,
-            residual_mean if is_bn_join else None,
-            residual_rstd if is_bn_join else None,
-            residual_norm.weight,
-            residual_norm.bias,
-        )
-        ctx.settings = (join, relu, norm.training, residual_norm.training)
-        ctx.eps = (norm.eps, residual_norm.eps)
+            of_residual = residual_norm if join == "bn" else None
+            outputs, ctx.total_rows = distributed.forward(x, norm, residual, of_residual, relu, ctx.group)
+        ctx.save_for_backward(*saved_of(x, norm, residual, residual_norm if join == "bn" else None, outputs))
         ctx.set_materialize_grads(False)
-        if ctx.to_convolution:
-            saved_outputs = (relu_mask, mean, rstd, *((residual_mean, residual_rstd) if is_bn_join else (None, None)))
-            ctx.mark_non_differentiable(*(tensor for tensor in saved_outputs if tensor is not None))
-            return y, mean.new_empty(3 if is_bn_join else 2, *mean.shape), *saved_outputs
-        return (y, y.view_as(y)) if fork else y
+        return (outputs.y, outputs.y.view_as(outputs.y)) if fork else outputs.y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, second: Tensor | None = None, *_):  # type: ignore[override]
-        dy_alias, sums = (None, second) if ctx.to_convolution else (second, None)
+    def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
             if ctx.group is None:
                 return (None,) * len(ctx.needs_input_grad)
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
-        join, relu, *_ = ctx.settings
-        if sums is not None:  # dy is dz then
-            saved = Saved._make(ctx.saved_tensors)
-            gradients = backward_with_sums(dy, sums, saved, join, residual_training=ctx.settings[-1])
-        elif torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
-            gradients = _differentiable_backward(ctx, dy, dy_alias)
+        saved, settings = Saved._make(ctx.saved_tensors), ctx.settings
+        if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
+            total_rows = None if ctx.group is None else ctx.total_rows
+            gradients = differentiable_backward(dy, dy_alias, saved, settings, ctx.group, total_rows)
         elif ctx.group is None:
-            gradients = backward_op(dy, dy_alias, *ctx.saved_tensors, *ctx.settings, ctx.ghost_batch_size)
+            gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
         else:
-            saved = Saved._make(ctx.saved_tensors)
-            gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *ctx.settings)
+            gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *settings[:4])
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
-        if join == "add" and not relu and dy_alias is None and sums is None:
+        if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         norm_gradients = (None, None, dweight, dbias, None, None, None)
         residual_norm_gradients = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *norm_gradients, *residual_norm_gradients)
-        returned += (None,) * (len(ctx.needs_input_grad) - len(returned))
+        returned = (dx, dresidual, *norm_gradients, *residual_norm_gradients, None, None, None)
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiable_backward(
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    settings: Settings,
+    group: distributed.Group | None = None,
+    total_rows: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """The gradients as differentiable functions of dy and of the inputs, through the reference formula."""
-    saved = Saved._make(ctx.saved_tensors)
-    join, relu, training, residual_training = ctx.settings
-    eps, residual_eps = ctx.eps
+    join, relu, training, residual_training, ghost_batch_size, eps, residual_eps = settings
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
-        groups = x.split(ctx.ghost_batch_size or max(len(x), 1))
+        groups = x.split(ghost_batch_size or max(len(x), 1))
         group_statistics = zip(groups, mean.view(len(groups), -1), rstd.view(len(groups), -1), strict=True)
         parts = [bn_of_group(*one_group, weight, bias, training, eps) for one_group in group_statistics]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -369,10 +349,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
         # About the forward's mean, here a constant, so that large means leave the digits of x - mean alone.
         x, mean = x.to(mean.dtype) - mean[None, :, None, None], torch.zeros_like(mean)
         if training:
-            if ctx.group is None:
+            if group is None or total_rows is None:
                 mean, var = reference.statistics(x)
             else:
-                mean, var = distributed.differentiable_statistics(x, ctx.total_rows, ctx.group)
+                mean, var = distributed.differentiable_statistics(x, total_rows, group)
             rstd = (var + eps).rsqrt()
         return reference.normalize(x, mean, rstd, weight, bias)
 
@@ -389,7 +369,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dy_alias: Tensor | None) -> t
             inputs += [saved.residual, *affine]
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            dz = dz.masked_fill(_relu_closed(saved, ctx.ghost_batch_size), 0)
+            dz = dz.masked_fill(_relu_closed(saved, ghost_batch_size), 0)
         differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         gradients = iter(
             torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()

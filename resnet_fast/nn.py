@@ -10,9 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from .common.checks import check_type
-from .convolution import Activation, Convolved, choose_data_gradient
-from .functional import BatchNormArgs, check_arguments, check_ghost_batch_size, count_groups, run_batch_norm
-from .ops.arguments import join_of
+from .functional import BatchNormArgs, check_ghost_batch_size, count_groups, run_batch_norm
 from .ops.distributed import Group
 
 _pass = threading.local()  # batches: num_batches_tracked of a norm -> how many it has yet to count
@@ -97,29 +95,23 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def fused(
         self,
-        x: Tensor | Convolved,
+        x: Tensor,
         residual: Tensor | None = None,
         residual_norm: "FusedBatchNorm2d | None" = None,
         *,
         relu: bool,
         fork: bool = False,
-        consumer: nn.Module | None = None,
     ) -> Any:
         """`forward` with every join, for blocks that fuse over their submodules.
 
         Args:
-            x, residual: [N, C, H, W]; x may come with its statistics from `convolve`.
+            x, residual: [N, C, H, W].
             residual_norm: the batch norm of the residual, [C].
             relu, fork: as in `batch_norm_add_relu`; the module's own `relu` does not count here.
-            consumer: the convolution that alone (with `fork`, beside a shortcut) is to get y, through `convolve`.
 
         Returns:
-            y: [N, C, H, W], or (y, alias of y) with `fork`. Where the consumer's backward is to compute this batch
-            norm's sums, y is an `Activation`, and its alias None: the consumer makes one.
+            y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
-        partial_statistics = None
-        if isinstance(x, Convolved):
-            x, partial_statistics = x
         self._check_input_dim(x)
         norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
         processes = self.group()
@@ -130,23 +122,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             group = Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
         modules = (self,) if residual_norm is None else (self, residual_norm)
         ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
-        # A batch that is refused is not counted.
-        check_arguments(x, norm, residual, residual_args, group, ghost_batch_size)
-        for module in modules:
-            module._count(count_groups(x, ghost_batch_size))
-        if group is not None or ghost_batch_size is not None or not all(module.training for module in modules):
-            partial_statistics = consumer = None  # no statistics of all rows, and no sums of them
-        choice = choose_data_gradient(consumer, x, join_of(residual, residual_norm), fork)
-        if choice.tiles is None:
-            grouping = {"group": group, "ghost_batch_size": ghost_batch_size}
-            return run_batch_norm(
-                x, norm, residual, residual_args, relu, fork, partial_statistics=partial_statistics, **grouping
-            )
-        y, token, saved = run_batch_norm(
-            x, norm, residual, residual_args, relu, False, partial_statistics=partial_statistics, to_convolution=True
+        y = run_batch_norm(
+            x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size
         )
-        activation = Activation(y, token, saved, relu, fork, choice)
-        return (activation, None) if fork else activation
+        for module in modules:  # a batch that is refused is not counted
+            module.count(count_groups(x, ghost_batch_size))
+        return y
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
@@ -156,7 +137,8 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         """`num_batches_tracked`, where this pass counts as a batch."""
         return self.num_batches_tracked if self.training and self.track_running_stats else None
 
-    def _count(self, n_batches: int) -> None:
+    def count(self, n_batches: int) -> None:
+        """Add to `num_batches_tracked`, where this pass counts."""
         counter = self.counter()
         if counter is None:
             return

@@ -13,9 +13,8 @@ from resnet_fast.models.blocks import BasicBlock, blocks_to_fuse, run_fused
 from resnet_fast.ops import launch
 from resnet_fast.ops.implementations import CONV3X3, Choice, Problem
 
-CONVOLUTIONS = ("convolution", "data gradient", "weight gradient")
-TILES = ConvTiles(64, 16, 16, 2, False, 4, 3)
-WEIGHT_TILES = ConvTiles(16, 16, 64, 1, True, 4, 3)
+CONVOLUTIONS = ("convolution", "data gradient")
+TILES = ConvTiles(block_m=64, block_n=16, block_k=16, per_program=2, num_warps=4, num_stages=3, max_registers=0)
 
 
 class Fused(Mapping):
@@ -34,7 +33,7 @@ class Fused(Mapping):
         if problem.operation not in self.operations:
             raise KeyError(problem)
         self.asked.append(problem)
-        return Choice(CONV3X3, WEIGHT_TILES if problem.operation == "weight gradient" else TILES)
+        return Choice(CONV3X3, TILES)
 
 
 class ThreeBlocks(nn.Module):
@@ -56,8 +55,7 @@ class ThreeBlocks(nn.Module):
         blocks = blocks_to_fuse(self, (self.layer,), x)
         if not blocks:
             return self.layer(self.relu(self.bn1(x)))
-        x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
-        return run_fused(blocks, x, shortcut)
+        return run_fused(self.bn1, blocks, x)
 
 
 @contextmanager

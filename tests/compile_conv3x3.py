@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from benchmarks.speed_model.launches import Launch
-from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 from resnet_fast.ops import conv3x3, launch
 from resnet_fast.ops.arguments import BatchNormArgs, Saved
 
@@ -39,22 +39,17 @@ def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Call
         "BN+add+ReLU, forked": (Saved(x, bits, *of_x, *(None,) * 5), x),
         "BN+BN+add+ReLU, forked": (Saved(x, bits, *of_x, *of_join), x),
     }
-    # The number of tiles to a program is no part of the code.
-    for tiles in dict.fromkeys(of._replace(per_program=8) for of in conv_candidates(n_channels, n_channels, n_rows)):
+    for tiles in conv_candidates(n_channels, n_channels, n_rows, with_sums=False):
         yield "convolution", tiles, lambda tiles=tiles: conv3x3.forward(x, weight, tiles)
-        is_default = (tiles.block_m, tiles.block_n) == ANYWHERE and tiles.num_stages == 3
+    for tiles in conv_candidates(n_channels, n_channels, n_rows, with_sums=True):
+        is_default = (tiles.block_m, tiles.block_n) == ANYWHERE
         # Every batch norm with one cut, that with the most operands with every cut.
         for name, (saved, alias) in norms.items() if is_default else list(norms.items())[-1:]:
             yield (
                 f"data gradient, {name}",
                 tiles,
-                lambda tiles=tiles, saved=saved, alias=alias: conv3x3.data_gradient(
-                    x, weight, tiles, saved, True, alias
-                ),
+                lambda tiles=tiles, saved=saved, alias=alias: conv3x3.data_gradient(x, weight, tiles, saved, alias),
             )
-    of_weight = weight_gradient_candidates(n_channels, n_channels, n_rows)
-    for tiles in dict.fromkeys(of._replace(per_program=8) for of in of_weight):
-        yield "weight gradient", tiles, lambda tiles=tiles: conv3x3.weight_gradient(x, x, tiles, torch.float32)
 
 
 def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
@@ -64,7 +59,7 @@ def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
         options = options or launch.compiler_options(arguments, 90)
         recorded.append((Launch(kernel, arguments, grid), options))
 
-    with mock.patch.object(launch, "launch_kernel", run):
+    with mock.patch.multiple(launch, launch_kernel=run, nvidia_capability=lambda device: 90, has_pdl=lambda device: True):
         launching()
     return recorded
 
@@ -105,8 +100,7 @@ if __name__ == "__main__":
     for (n_channels, width), shape in SHAPES.items():
         for name, tiles, launching in launches(n_channels, width):
             targets = ["sm_90"]
-            is_anywhere = (tiles.block_m, tiles.block_n) == ANYWHERE and tiles.channels_as_rows
-            if is_anywhere and tiles.num_stages == 3 and name != "weight gradient":
+            if (tiles.block_m, tiles.block_n) == ANYWHERE:
                 targets += ["sm_80", "sm_100"]
             found += [
                 {"kernel": name, "shape": shape, "tiles": tiles._asdict()} | compile_first(launching, target)

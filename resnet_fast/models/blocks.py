@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from ..convolution import Handle, convolve
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
+from ..pairs import can_pair, pair
 
 
 def to_channels_last(x: Any) -> Any:
@@ -128,22 +128,20 @@ class FusedBlock(nn.Module):
         """The forward without fusion: torchvision's."""
         return super().forward(x)  # type: ignore[misc]
 
-    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
-        """`x` and `shortcut` are the block's input, once for each consumer; returns y.
-
-        With `consumer`, the first convolution of the block behind this one, the same two handles to y.
-        """
+    def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
+        """`x` and `shortcut` are the block's input, once for each consumer; returns y, with `fork` twice as well."""
         raise NotImplementedError
 
 
 class BasicBlock(FusedBlock, torchvision_resnet.BasicBlock):
     """conv3x3 - BN+ReLU - conv3x3 - BN+add+ReLU; the batch norm of a projection shortcut joins the last."""
 
-    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
-        out, shortcut = convolve(self.conv1, x, shortcut)
-        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
-        out, _ = convolve(self.conv2, out)
-        return join(self.bn2, out, self.downsample, shortcut, consumer)
+    def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
+        out = self.conv1(x)
+        out = self.bn1.fused(out, relu=True)
+        out = self.conv2(out)
+        residual = residual_of(self.downsample, shortcut)
+        return self.bn2.fused(out, *residual, relu=True, fork=fork)
 
 
 class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
@@ -152,13 +150,12 @@ class Bottleneck(FusedBlock, torchvision_resnet.Bottleneck):
     conv3: nn.Module
     bn3: FusedBatchNorm2d
 
-    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
-        out, shortcut = convolve(self.conv1, x, shortcut)
-        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
-        out, _ = convolve(self.conv2, out)
-        out = self.bn2.fused(out, relu=True)
+    def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
+        out = self.bn1.fused(self.conv1(x), relu=True)
+        out = self.bn2.fused(self.conv2(out), relu=True)
         out = self.conv3(out)
-        return join(self.bn3, out, self.downsample, shortcut, consumer)
+        residual = residual_of(self.downsample, shortcut)
+        return self.bn3.fused(out, *residual, relu=True, fork=fork)
 
 
 class PlainBlock(FusedBlock):
@@ -183,24 +180,21 @@ class PlainBlock(FusedBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 
-    def fused_forward(self, x: Handle, shortcut: Tensor | None, consumer: nn.Module | None = None) -> Any:
+    def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
         """The output has one consumer; what is returned for a shortcut no plain block takes."""
-        out, _ = convolve(self.conv1, x)
-        out = self.bn1.fused(out, relu=True, consumer=self.conv2)
-        out, _ = convolve(self.conv2, out)
-        out = self.bn2.fused(out, relu=True, consumer=consumer)
-        return out if consumer is None else (out, None)
+        out = self.bn1.fused(self.conv1(x), relu=True)
+        out = self.bn2.fused(self.conv2(out), relu=True)
+        return (out, None) if fork else out
 
 
-def join(norm: FusedBatchNorm2d, out: Any, downsample: Any, shortcut: Any, consumer: nn.Module | None) -> Any:
-    """relu(bn(out) + shortcut), the shortcut as it is, padded, or through its convolution and its own batch norm."""
-    residual_norm = None
+def residual_of(downsample: Any, shortcut: Any) -> tuple[Any, FusedBatchNorm2d | None]:
+    """The shortcut as it is, padded, or through its convolution; and then its own batch norm."""
+    if downsample is None:
+        return shortcut, None
     if type(downsample) is PaddedShortcut:
-        shortcut = downsample(shortcut)
-    elif downsample is not None:
-        conv, residual_norm = downsample
-        shortcut = conv(shortcut)
-    return norm.fused(out, shortcut, residual_norm, relu=True, fork=consumer is not None, consumer=consumer)
+        return downsample(shortcut), None
+    conv, norm = downsample
+    return conv(shortcut), norm
 
 
 def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
@@ -213,12 +207,37 @@ def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list
     return blocks if all(isinstance(block, FusedBlock) and block.can_fuse() for block in blocks) else []
 
 
-def run_fused(blocks: Sequence[Any], x: Handle, shortcut: Tensor | None) -> Tensor:
-    """Run blocks one after the other.
+def run_fused(norm: FusedBatchNorm2d, blocks: Sequence[Any], x: Tensor) -> Tensor:
+    """Run a stem's batch norm and ReLU, and the blocks one after the other.
 
     Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
-    that the backward of the operation that made it, or of that convolution, adds the two gradients in registers.
+    that the backward of the operation that made it adds the two gradients in registers.
     """
-    for block, following in itertools.pairwise(blocks):
-        x, shortcut = block.fused_forward(x, shortcut, following.conv1)
+    if all(type(block) is BasicBlock for block in blocks) and can_pair(x, all_norms(norm, blocks)):
+        return run_in_pairs(norm, blocks, x)
+    has_shortcut = type(blocks[0]) is not PlainBlock
+    x, shortcut = norm.fused(x, relu=True, fork=True) if has_shortcut else (norm.fused(x, relu=True), None)
+    return run_blocks(blocks, x, shortcut)
+
+
+def run_blocks(blocks: Sequence[Any], x: Tensor, shortcut: Tensor | None) -> Tensor:
+    for block in blocks[:-1]:
+        x, shortcut = block.fused_forward(x, shortcut, fork=True)
     return blocks[-1].fused_forward(x, shortcut)
+
+
+def all_norms(norm: FusedBatchNorm2d, blocks: Sequence[BasicBlock]) -> list[nn.Module]:
+    projections = [block.downsample[1] for block in blocks if type(block.downsample) is nn.Sequential]
+    return [norm, *(norm for block in blocks for norm in (block.bn1, block.bn2)), *projections]
+
+
+def run_in_pairs(norm: FusedBatchNorm2d, blocks: Sequence[BasicBlock], x: Tensor) -> Tensor:
+    """`run_fused` where the table of choices has pairs of a batch norm and the 3x3 convolution behind it."""
+    x, statistics, shortcut = pair(norm, x, blocks[0].conv1, fork=True)
+    for block, following in itertools.zip_longest(blocks, blocks[1:]):
+        x, statistics, _ = pair(block.bn1, x, block.conv2, statistics)
+        residual = residual_of(block.downsample, shortcut)
+        is_last = following is None
+        consumer = None if is_last else following.conv1
+        x, statistics, shortcut = pair(block.bn2, x, consumer, statistics, *residual, fork=not is_last)
+    return x

@@ -106,18 +106,10 @@ class CifarResNet(nn.Module):
             x = self.layer3(self.layer2(self.layer1(x)))
         else:
             with count_together():
-                x = self._fused_stages(x, blocks)
+                x = run_fused(self.bn1, blocks, x)
         x = self.avgpool(x)
         x = flatten(x, 1)
         return self.fc(x)
-
-    def _fused_stages(self, x: Tensor, blocks: list[Any]) -> Tensor:
-        """The stem's batch norm and all blocks."""
-        if self.shortcut is None:  # one consumer, one handle
-            x = self.bn1.fused(x, relu=True, consumer=blocks[0].conv1)
-            return run_fused(blocks, x, None)
-        x, handle = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
-        return run_fused(blocks, x, handle)
 
 
 def check_depth(depth: int) -> None:

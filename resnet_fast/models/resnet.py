@@ -21,7 +21,7 @@ from torchvision.models._utils import handle_legacy_interface
 
 from ..common.checks import check_integer
 from ..nn import FusedBatchNorm2d, count_together
-from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_fused, to_channels_last
+from .blocks import BasicBlock, Bottleneck, blocks_to_fuse, run_blocks, run_fused, to_channels_last
 from .pretrained import check_fit, verify
 
 Stem = Literal["imagenet", "cifar"]
@@ -98,10 +98,10 @@ class ResNet(torchvision_resnet.ResNet):
         x = self.conv1(x)
         with count_together():
             if type(self.maxpool) is nn.Identity:
-                x, shortcut = self.bn1.fused(x, relu=True, fork=True, consumer=blocks[0].conv1)
+                x = run_fused(self.bn1, blocks, x)
             else:
-                x = shortcut = self.maxpool(self.bn1.fused(x, relu=True))
-            x = run_fused(blocks, x, shortcut)
+                x = self.maxpool(self.bn1.fused(x, relu=True))
+                x = run_blocks(blocks, x, x)
         x = self.avgpool(x)
         x = flatten(x, 1)
         return self.fc(x)

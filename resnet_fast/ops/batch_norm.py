@@ -69,22 +69,34 @@ def _chosen(
     return chosen
 
 
-@torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
-def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    norm, residual, residual_norm, relu, ghost_batch_size = _unpack(arguments)
+def forward(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    ghost_batch_size: int = 0,
+    statistics: PartialStatistics | None = None,
+) -> Outputs:
+    """relu(bn(x) + residual) by the implementation that is chosen; `statistics`: of x, if they need no pass."""
     choose_backend(x, "triton")  # or raise, with the reason
     x = dense(x)
     residual = None if residual is None else dense(residual, like=x)
     batch_statistics = norm.training and (residual_norm is None or residual_norm.training)
     join = join_of(residual, residual_norm)
     with device_guard(x):
-        chosen = _chosen("batch norm", x, join, False, batch_statistics, ghost_batch_size)
+        chosen = TWO_PASSES
+        if statistics is None:
+            chosen = _chosen("batch norm", x, join, False, batch_statistics, ghost_batch_size)
         if chosen == SINGLE_READ:
-            outputs = single_read.forward(x, norm, residual, residual_norm, relu)
-        else:
-            reverse = chosen == REVERSED
-            outputs = launch.forward(x, norm, residual, residual_norm, relu, ghost_batch_size, reverse=reverse)
-        return _present(outputs, like=x)
+            return single_read.forward(x, norm, residual, residual_norm, relu)
+        arguments = (x, norm, residual, residual_norm, relu, ghost_batch_size)
+        return launch.forward(*arguments, reverse=chosen == REVERSED, partial=statistics)
+
+
+@torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
+def _forward(x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    return _present(forward(x, *_unpack(arguments)), like=x)
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
@@ -103,39 +115,37 @@ def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
     return _present(Outputs(torch.empty_like(x), relu_mask, mean, rstd, residual_mean, residual_rstd), like=x)
 
 
-@torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
-def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    *saved, join, relu, training, residual_training, ghost_batch_size = arguments
-    choose_backend(x, "triton")  # or raise, with the reason
-    x = dense(x)
-    saved = Saved(x, *saved)
-    if saved.residual is not None:
-        saved = saved._replace(residual=dense(saved.residual, like=x))
+def backward(
+    dy: Tensor,
+    dy_alias: Tensor | None,
+    saved: Saved,
+    join: Join,
+    relu: bool,
+    training: bool,
+    residual_training: bool,
+    ghost_batch_size: int = 0,
+) -> Gradients:
+    """Its gradients by the implementation that is chosen."""
+    choose_backend(saved.x, "triton")  # or raise, with the reason
+    x = dense(saved.x)
+    residual = None if saved.residual is None else dense(saved.residual, like=x)
+    saved = saved._replace(x=x, residual=residual)
     dy = dense(dy, like=x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=x)
     batch_statistics = training and (join != "bn" or residual_training)
-    fork = dy_alias is not None
     with device_guard(x):
+        fork = dy_alias is not None
         chosen = _chosen("batch norm backward", x, join, fork, batch_statistics, ghost_batch_size)
         if chosen == SINGLE_READ:
-            gradients = single_read.backward(dy, dy_alias, saved, join, relu)
-        else:
-            settings = (join, relu, training, residual_training, ghost_batch_size)
-            gradients = launch.backward(dy, dy_alias, saved, *settings, reverse=chosen == REVERSED)
-        return _present(gradients, like=x)
+            return single_read.backward(dy, dy_alias, saved, join, relu)
+        settings = (join, relu, training, residual_training, ghost_batch_size)
+        return launch.backward(dy, dy_alias, saved, *settings, reverse=chosen == REVERSED)
 
 
-def forward_with_statistics(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    relu: bool,
-    partial_statistics: PartialStatistics,
-) -> Outputs:
-    """The forward operator where what has computed x has computed its statistics, too."""
-    with device_guard(x):
-        return launch.forward(x, norm, residual, residual_norm, relu, partial=partial_statistics)
+@torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
+def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    n = len(Saved._fields) - 1
+    return _present(backward(dy, dy_alias, Saved(x, *arguments[:n]), *arguments[n:]), like=x)
 
 
 def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.kernels import conv3x3, tiles
-from resnet_fast.kernels.conv_tiles import COMBINE_BLOCK, ConvTiles
+from resnet_fast.kernels.conv_tiles import ConvTiles
 
 from . import launch
 from .arguments import PartialStatistics, Saved
@@ -43,6 +43,13 @@ def parts_of(x: Tensor, rows_per_block: int, blocks_per_part: int) -> tuple[int,
     return n_rows, rows_per_part, -(-n_rows // rows_per_part)
 
 
+def compiler_options(tiling: ConvTiles, device: torch.device) -> dict[str, int]:
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    if tiling.max_registers and launch.nvidia_capability(device) is not None:
+        options["maxnreg"] = tiling.max_registers
+    return options
+
+
 def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, PartialStatistics]:
     """The convolution of x: [N, C_in, H, W] with weight: [C_out, C_in, 3, 3], and its result's statistics, in parts."""
     n_images, n_summed_channels, height, width = x.shape
@@ -54,14 +61,13 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
     launch.launch_kernel(
         conv3x3.conv3x3_kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),
-        tiling.options,
+        compiler_options(tiling, x.device),
         x_desc=box(x, tiling.block_m, tiling.block_k),
         weight_desc=taps(weight, [tiling.block_n, tiling.block_k]),
         y_desc=rows(y, tiling.block_m, tiling.block_n),
         partials_ptr=partials,
         n_rows=n_rows,
         rows_per_program=rows_per_program,
-        CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
         WIDTH=width,
         TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
@@ -71,85 +77,35 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
 
 
 def data_gradient(
-    dy: Tensor,
-    weight: Tensor,
-    tiling: ConvTiles,
-    saved: Saved | None = None,
-    relu: bool = False,
-    dx_alias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the convolution's input, and `dx_alias`, that of the input's other consumer, added to it.
+    dout: Tensor, conv_weight: Tensor, tiling: ConvTiles, saved: Saved, dy_alias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dz, and its sums as `launch.gradient_sums` returns them, [2 or 3, 1, C_in], of the batch norm that saved `saved`.
 
-    With `saved`, of the batch norm whose output the input is (`relu`: it ends in ReLU), the first result is that batch
-    norm's dz, and the second its sums as `launch.gradient_sums` returns them, [2 or 3, 1, C_in]. Without, which only
-    tests and benchmarks do, there are none.
+    Its output y, relu(bn(x) + residual), is the convolution's input; `dy_alias` is the gradient of y's other consumer.
     """
-    n_images, n_summed_channels, height, width = dy.shape
-    n_channels = weight.shape[1]
-    n_rows, rows_per_program, n_parts = parts_of(dy, tiling.block_m, tiling.per_program)
+    n_images, n_summed_channels, height, width = dout.shape
+    n_channels = conv_weight.shape[1]
+    n_rows, rows_per_program, n_parts = parts_of(dout, tiling.block_m, tiling.per_program)
     shape = (n_images, n_channels, height, width)
-    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    dz = torch.empty(shape, dtype=dout.dtype, device=dout.device, memory_format=torch.channels_last)
     # All that is saved but for the last two, the residual's weight and bias.
-    norm_pointers = {f"{name}_ptr": saved and getattr(saved, name) for name in Saved._fields[:-2]}
-    partials = None
-    if saved is not None:
-        partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
+    norm_pointers = {f"{name}_ptr": getattr(saved, name) for name in Saved._fields[:-2]}
+    partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
     launch.launch_kernel(
         conv3x3.conv3x3_data_gradient_kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),
-        tiling.options,
-        dy_desc=box(dy, tiling.block_m, tiling.block_k),
-        conv_weight_desc=taps(weight, [tiling.block_k, tiling.block_n]),
-        dx_alias_ptr=dx_alias,
+        compiler_options(tiling, dout.device),
+        dout_desc=box(dout, tiling.block_m, tiling.block_k),
+        conv_weight_desc=taps(conv_weight, [tiling.block_k, tiling.block_n]),
+        dy_alias_ptr=dy_alias,
         **norm_pointers,
-        dx_desc=rows(dx, tiling.block_m, tiling.block_n),
+        dz_desc=rows(dz, tiling.block_m, tiling.block_n),
         partials_ptr=partials,
         n_rows=n_rows,
         rows_per_program=rows_per_program,
-        RELU=relu,
-        CHANNELS_AS_ROWS=tiling.channels_as_rows,
         SUMMED_CHANNELS=n_summed_channels,
         WIDTH=width,
         TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
         BLOCK_K=tiling.block_k,
     )
-    return dx, None if partials is None else launch.combine_gradients(partials, 1, n_parts)
-
-
-def weight_gradient(x: Tensor, dy: Tensor, tiling: ConvTiles, dtype: torch.dtype) -> Tensor:
-    """The gradient of the weight, [C_out, C_in, 3, 3] in `dtype` and channels_last: summed in fp32, rounded once."""
-    n_in_channels, width = x.shape[1], x.shape[3]
-    n_out_channels = dy.shape[1]
-    n_rows, rows_per_part, n_parts = parts_of(x, tiling.block_k, tiling.per_program)
-    shape = (n_out_channels, n_in_channels, 3, 3)
-    dweight = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    partials = dweight
-    if n_parts > 1:
-        partials = torch.empty(n_parts, *shape, dtype=torch.float32, device=x.device)
-    n_tiles = triton.cdiv(n_out_channels, tiling.block_m) * triton.cdiv(n_in_channels, tiling.block_n)
-    launch.launch_kernel(
-        conv3x3.conv3x3_weight_gradient_kernel,
-        (n_parts * n_tiles * 9,),
-        tiling.options,
-        dy_desc=rows(dy, tiling.block_k, tiling.block_m),
-        x_desc=box(x, tiling.block_k, tiling.block_n),
-        partial_ptr=partials,
-        n_rows=n_rows,
-        n_in_channels=n_in_channels,
-        n_out_channels=n_out_channels,
-        rows_per_part=rows_per_part,
-        WIDTH=width,
-        **tiling.blocks,
-    )
-    if n_parts > 1:
-        launch.launch_kernel(
-            conv3x3.combine_weight_gradient_kernel,
-            (triton.cdiv(dweight.numel(), COMBINE_BLOCK),),
-            {"num_warps": tiles.NUM_WARPS},
-            partial_ptr=partials,
-            dweight_ptr=dweight,
-            n_elements=dweight.numel(),
-            n_parts=n_parts,
-            BLOCK=COMBINE_BLOCK,
-        )
-    return dweight
+    return dz, launch.combine_gradients(partials, 1, n_parts)

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 
-Operation = Literal["convolution", "data gradient", "weight gradient", "batch norm", "batch norm backward"]
+Operation = Literal["convolution", "data gradient", "batch norm", "batch norm backward"]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # others have no choice
 
 
@@ -42,7 +42,6 @@ IMPLEMENTATIONS: dict[Operation, tuple[str, ...]] = {
     "batch norm backward": (TWO_PASSES, REVERSED, SINGLE_READ),
     "convolution": (CUDNN, CONV3X3),
     "data gradient": (CUDNN, CONV3X3),
-    "weight gradient": (CUDNN, CONV3X3),
 }
 DEFAULTS: dict[Operation, Choice] = {operation: Choice(names[0]) for operation, names in IMPLEMENTATIONS.items()}
 
@@ -50,8 +49,6 @@ DEFAULTS: dict[Operation, Choice] = {operation: Choice(names[0]) for operation, 
 def tiles_of(problem: Problem) -> list[ConvTiles]:
     """The block sizes of conv3x3 that there are for a problem."""
     n_in, n_out, n_rows = problem.in_channels, problem.out_channels, problem.n_images * problem.width**2
-    if problem.operation == "weight gradient":
-        return weight_gradient_candidates(n_in, n_out, n_rows)
     if problem.operation == "data gradient":
-        return conv_candidates(n_out, n_in, n_rows)
-    return conv_candidates(n_in, n_out, n_rows)
+        return conv_candidates(n_out, n_in, n_rows, with_sums=True)
+    return conv_candidates(n_in, n_out, n_rows, with_sums=False)

@@ -1,0 +1,231 @@
+"""A batch norm and the 3x3 convolution behind it as one function, for networks that a table of choices names it for.
+
+    z = conv(y),  y = relu(bn(x) + residual)
+
+The convolution's kernel also computes the statistics of z, for the batch norm behind it, and that of its data gradient
+the sums of this batch norm's backward: each spares a pass over memory (kernels/README.md, "3x3 convolution"). No GPU
+has shown yet where that is faster, so it runs only where `resnet-fast tune` has measured it (ops/choices.py).
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS, ConvTiles
+
+from .functional import Settings, check_arguments, differentiable_backward
+from .nn import FusedBatchNorm2d
+from .ops import BatchNormArgs, choose_backend
+from .ops.arguments import PartialStatistics, Saved, join_of, saved_of
+from .ops.backend import conv3x3, device_guard
+from .ops.batch_norm import backward, backward_with_sums, forward
+from .ops.choices import choose, is_empty
+from .ops.implementations import DTYPES, Operation, Problem
+from .ops.layout import dense
+
+
+class Call(NamedTuple):
+    """A pair's arguments besides tensors with gradients; without `convolution` z is y.
+
+    `statistics`: of x, from the convolution before; None: x has a pass for them. Tiles are None where cuDNN computes.
+    """
+
+    norm: BatchNormArgs
+    residual_norm: BatchNormArgs | None
+    statistics: PartialStatistics | None
+    convolution: ConvTiles | None
+    data_gradient: ConvTiles | None
+
+
+def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
+    """Whether there are choices for x's device, and a network with these norms trains on x as pairs take it."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or is_empty(x.device) or not torch.is_grad_enabled():
+        return False
+    return (
+        x.dtype in DTYPES
+        and _is_for_descriptors(x)
+        and choose_backend(x) == "triton"
+        and all(map(_takes_part, norms))
+    )
+
+
+def _takes_part(norm: Any) -> bool:
+    """One whose statistics are those of all rows of this process."""
+    vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return (
+        type(norm) is FusedBatchNorm2d
+        and norm.training
+        and norm.ghost_batch_size is None
+        and all(vector is None or vector.is_contiguous() for vector in vectors)
+    )
+
+
+def pair(
+    norm: FusedBatchNorm2d,
+    x: Tensor,
+    conv: Any,
+    statistics: PartialStatistics | None = None,
+    residual: Tensor | None = None,
+    residual_norm: FusedBatchNorm2d | None = None,
+    fork: bool = False,
+) -> tuple[Tensor, PartialStatistics | None, Tensor]:
+    """conv(relu(bn(x) + residual)) in training.
+
+    Args:
+        x, residual: [N, C, H, W]; x in channels_last, with its `statistics` in parts where there are such.
+        residual_norm: the batch norm of the residual.
+        conv: reads the batch norm's output; None: there is none.
+        fork: whether that output is read a second time, as the third result.
+
+    Returns:
+        The convolution's output, its statistics in parts or None, and a second handle to its input.
+    """
+    join = join_of(residual, residual_norm)
+    convolution = data_gradient = None
+    if conv is not None and _has_kernels_for(conv, x):
+        convolution = _choose("convolution", conv, x)
+        data_gradient = _choose("data gradient", conv, x, join, fork)
+    if statistics is None and convolution is None and data_gradient is None:
+        y = norm.fused(x, residual, residual_norm, relu=True, fork=fork)
+        y, second = y if fork else (y, y)
+        return y if conv is None else conv(y), None, second
+    arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
+    check_arguments(x, arguments, residual, residual_arguments)
+    for module in (norm,) if residual_norm is None else (norm, residual_norm):
+        module.count(1)
+    if residual is not None:
+        residual = dense(residual.to(x.dtype), like=x)
+    is_pair = convolution is not None or data_gradient is not None
+    call = Call(arguments, residual_arguments, statistics, convolution, data_gradient)
+    vectors = (*arguments[2:4], *(residual_arguments or (None,) * 4)[2:4])
+    z, y, partials, rows = _Pair.apply(x, residual, *vectors, conv.weight if is_pair else None, call)
+    if not is_pair and conv is not None:
+        z = conv(z)
+    return z, None if partials is None else PartialStatistics(partials, rows), y
+
+
+def _choose(operation: Operation, conv: Any, x: Tensor, join: str = "none", fork: bool = False) -> ConvTiles | None:
+    n_images, n_in_channels, _, width = x.shape
+    problem = Problem(operation, DTYPES[x.dtype], n_images, n_in_channels, conv.weight.shape[0], width, join, fork)
+    return choose(problem, x.device).tiles
+
+
+def _has_kernels_for(conv: Any, x: Tensor) -> bool:
+    """Whether conv computes, of a tensor like x, in its type, what the kernels do."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not conv.training:
+        return False
+    device_type = x.device.type
+    autocasts = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocasts else conv.weight.dtype
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return dtype == x.dtype and has_kernels(x, conv.weight, conv.bias, *geometry)
+
+
+def has_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether the kernels compute F.conv2d of these arguments, whatever type and layout x has."""
+    if x.dim() != 4 or weight.shape[2:] != (3, 3) or bias is not None or groups != 1:
+        return False
+    n_images, n_in_channels, height, width = x.shape
+    return (
+        all(pair in (1, (1, 1), [1, 1]) for pair in (stride, padding, dilation))
+        and n_in_channels == weight.shape[1]
+        and all(n % CHANNEL_MULTIPLE == 0 for n in weight.shape[:2])
+        and height == width
+        and width in WIDTHS
+        and 0 < n_images * height * width <= MAX_ROWS
+    )
+
+
+def _is_for_descriptors(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
+
+
+def _for_descriptors(x: Tensor) -> Tensor:
+    """x as a tensor descriptor takes it: a view of another tensor may lie at any address, and with gaps."""
+    return x if _is_for_descriptors(x) else x.clone(memory_format=torch.channels_last)
+
+
+class _Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual_weight: Tensor | None,
+        residual_bias: Tensor | None,
+        conv_weight: Tensor | None,
+        call: Call,
+    ):
+        norm, residual_norm, statistics, tiles, ctx.tiles = call
+        outputs = forward(x, norm, residual, residual_norm, True, statistics=statistics)
+        y, saved = outputs.y, saved_of(x, norm, residual, residual_norm, outputs)
+        training = (norm.training, residual_norm is not None and residual_norm.training)
+        eps = (norm.eps, norm.eps if residual_norm is None else residual_norm.eps)
+        ctx.settings = Settings(join_of(residual, residual_norm), True, *training, 0, *eps)
+        ctx.set_materialize_grads(False)
+        if conv_weight is None:
+            ctx.save_for_backward(*saved)
+            return y, y.view_as(y), None, 0
+        weight_of_x = _for_descriptors(conv_weight.to(x.dtype, memory_format=torch.channels_last))
+        ctx.save_for_backward(*saved, y, conv_weight, weight_of_x)
+        if tiles is None:
+            return F.conv2d(y, weight_of_x, padding=1), y, None, 0
+        with device_guard(x):
+            z, (partials, rows_per_split) = conv3x3.forward(y, weight_of_x, tiles)
+        ctx.mark_non_differentiable(partials)
+        return z, y, partials, rows_per_split
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None, dy_alias: Tensor | None, *_):  # type: ignore[override]
+        n = len(Saved._fields)
+        saved, convolution = Saved._make(ctx.saved_tensors[:n]), ctx.saved_tensors[n:]
+        settings: Settings = ctx.settings
+        dy, dconv_weight, sums = dz, None, None
+        if dz is not None and convolution:
+            y, conv_weight, weight_of_x = convolution
+            by_kernel = ctx.tiles is not None and not torch.is_grad_enabled()  # else double backward
+            weight_of_x = weight_of_x if by_kernel else conv_weight.to(dz.dtype)
+            dz = _for_descriptors(dense(dz, like=y))
+            dy, dconv_weight = library_gradients(dz, y, weight_of_x, not by_kernel, ctx.needs_input_grad[6])
+            if dconv_weight is not None:
+                dconv_weight = dconv_weight.to(conv_weight.dtype)
+            if by_kernel:
+                dy_alias = None if dy_alias is None else dense(dy_alias, like=y)
+                with device_guard(y):
+                    dy, sums = conv3x3.data_gradient(dz, weight_of_x, ctx.tiles, saved, dy_alias)
+        if dy is None:
+            dy, dy_alias = dy_alias, None
+        if dy is None:
+            return (None,) * 8
+        if sums is not None:  # dy is the batch norm's dz already
+            gradients = backward_with_sums(dy, sums, saved, settings.join, settings.residual_training)
+        elif torch.is_grad_enabled():
+            gradients = differentiable_backward(dy, dy_alias, saved, settings)
+        else:
+            gradients = backward(dy, dy_alias, saved, *settings[:5])
+        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
+        return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, dconv_weight, None
+
+
+def library_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, wants_dx: bool, wants_dweight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight by cuDNN, or what else ATen calls; differentiable."""
+    if not wants_dx and not wants_dweight:
+        return None, None
+    pair, mask = [1, 1], [wants_dx, wants_dweight, False]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, mask)
+    return dx, dweight
