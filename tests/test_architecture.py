@@ -21,7 +21,6 @@ LAYERS = (
     "inference profiling tuning doctor cli"
 ).split()
 DATA_MAY_IMPORT = {"common", "data", "ops"}
-MADE_UP_TABLE = "resnet_fast/ops/tuned/made-up.json"
 THE_ONE_CHOICE = PACKAGE / "ops/backend.py"
 
 
@@ -104,7 +103,6 @@ def wheel(tmp_path_factory) -> list[str]:
     target = link.readlink()
     link.unlink()
     link.write_text(str(target))
-    (copy / MADE_UP_TABLE).write_text("{}")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, copy]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -114,10 +112,6 @@ def wheel(tmp_path_factory) -> list[str]:
 def test_the_wheel_holds_every_module(wheel):
     expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in SOURCES.values()} | {"resnet_fast/py.typed"}
     assert expected <= set(wheel)
-
-
-def test_the_wheel_holds_the_tables_of_choices(wheel):
-    assert MADE_UP_TABLE in wheel
 
 
 def test_the_wheel_has_no_top_level_kernels(wheel):

@@ -16,7 +16,7 @@ from resnet_fast.cli import app
 from resnet_fast.common import machine
 from resnet_fast.doctor import Finding, exit_code, format_end
 from resnet_fast.doctor import diagnosis as doctor
-from resnet_fast.ops import choice_files
+from resnet_fast.ops.choices import add
 
 CPU = torch.device("cpu")
 
@@ -171,9 +171,7 @@ def test_what_runs_has_its_reason(probe, device: str, name: str, patch, value: s
 def own_table(tmp_path: Path, monkeypatch) -> Path:
     """Where the table of a GPU belongs that is not there."""
     monkeypatch.setattr(doctor, "why_not", lambda device: None)
-    path = make_up_gpu(tmp_path, monkeypatch)
-    choice_files.TUNED.mkdir()
-    return path
+    return make_up_gpu(tmp_path, monkeypatch)
 
 
 def test_a_gpu_that_is_not_tuned(own_table: Path, monkeypatch):
@@ -184,28 +182,17 @@ def test_a_gpu_that_is_not_tuned(own_table: Path, monkeypatch):
     assert [*doctor.find_tuning(GPU)] == [expected]
 
 
-def test_a_gpu_that_is_tuned_by_oneself_by_others_and_by_both(own_table: Path):
-    choice_files.add(own_table, ENVIRONMENT, entries())
-    ours = f"tuned: 3 of 5 entries differ from the default, from {own_table}"
-    assert [*doctor.find_tuning(GPU)] == [Finding("tuning", ours)]
-    choice_files.add(choice_files.TUNED / "nvidia-made-up-80gb.json", ENVIRONMENT, entries(7) | entries(8))
-    theirs = "6 of 10 entries differ from the default, from the built-in nvidia-made-up-80gb.json"
-    assert [*doctor.find_tuning(GPU)] == [Finding("tuning", f"{ours}; and {theirs}")]
-    own_table.unlink()
-    assert [*doctor.find_tuning(GPU)] == [Finding("tuning", f"tuned: {theirs}")]
+def test_a_gpu_that_is_tuned(own_table: Path):
+    add(own_table, ENVIRONMENT, entries())
+    value = f"tuned: 3 of 5 differ from the default, from {own_table}"
+    assert [*doctor.find_tuning(GPU)] == [Finding("tuning", value)]
 
 
-def test_tables_that_are_there_and_do_not_count_are_named(own_table: Path):
-    own_table.write_text('{"format": 1')
-    older = own_table.with_name("nvidia-made-up-80gb.0123456789ab.json")
-    older.write_text("")
-    built_in = choice_files.TUNED / "nvidia-made-up-80gb.json"
-    choice_files.add(built_in, ENVIRONMENT._replace(kernels="f" * 16), entries())
-    damaged, outdated, others = doctor.find_tuning(GPU)
-    assert damaged.value.startswith(f"{own_table} is not used: it is not JSON") and "tune` again" in damaged.advice
-    assert outdated.value.startswith(f"{built_in} is not used: it was measured with kernels")
-    assert "of your own" in outdated.advice and older.name in others.value and "delete" in others.advice
-    assert exit_code([damaged, outdated, others]) == 0
+def test_a_table_that_does_not_count_is_named_with_the_reason(own_table: Path):
+    add(own_table, ENVIRONMENT | {"kernels": "f" * 16}, entries())
+    (finding,) = doctor.find_tuning(GPU)
+    assert finding.value.startswith(f"{own_table} is not used: it must have been measured with kernels")
+    assert finding.advice == "delete it or run `resnet-fast tune` again" and exit_code([finding]) == 0
 
 
 @pytest.mark.parametrize(

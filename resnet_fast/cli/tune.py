@@ -1,5 +1,6 @@
 """`resnet-fast tune`."""
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from resnet_fast.training.config import IMAGE_SIZE, TrainConfig, choose_device
 from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS
 
 if TYPE_CHECKING:
-    from resnet_fast.ops.choice_format import Environment
+    from resnet_fast.ops.choices import Environment
     from resnet_fast.ops.implementations import Problem
     from resnet_fast.tuning import Outcome
 
@@ -38,10 +39,6 @@ def tune(
     ] = PRECISIONS[0],
     device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = TrainConfig.device,
     rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, of which the median counts.")] = ROUNDS,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A file to add to instead of the one that training reads.", show_default=False),
-    ] = None,
 ) -> None:
     """Measure on this GPU which implementation of each operation is the fastest, and keep it for training."""
     sizes = batch_size or BATCH_SIZES
@@ -57,32 +54,32 @@ def tune(
     except ValueError as error:
         stop(2, f"error: {error}")
 
-    from resnet_fast.ops.choice_files import SWITCH, check_can_add, environment_of, find_tables, is_off
-    from resnet_fast.ops.choices import using
+    from resnet_fast.ops.choices import SWITCH, environment_of, find_table, is_off, using
     from resnet_fast.tuning import measure, why_not
     from resnet_fast.tuning.candidates import candidates
     from resnet_fast.tuning.report import TITLE, format_end, format_outcome, heading
 
     outcomes: list[Outcome] = []
-    path, n_kept = out, 0
+    n_kept = 0
     try:
         if (reason := why_not(chosen)) is not None:
             raise ValueError(reason)
         problems = _problems(model, stem, sizes, image_size, precision)
         environment = environment_of(chosen)
-        tables = find_tables(environment)
-        path = out or tables.own
+        path, _, why_not_used = find_table(environment)
         if path is None:
-            raise ValueError("the system names no home for a cache: name a file by --out")
-        replaced = check_can_add(path, environment, is_own=out is None)
+            raise ValueError("the system names no home for a table: set XDG_CACHE_HOME to a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # or raise before anything is measured
+            pass
     except ValueError as error:
         stop(2, f"error: {error}")
     except OSError as error:
         stop(1, f"error: no table can be written: {error}")
-    _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {environment.gpu}")
+    _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {environment['gpu']}")
     _print(f"{len(problems)} problems, {rounds} timed runs of each candidate")
-    if replaced:
-        _print(f"The table that is there is replaced: {replaced}")
+    if why_not_used:
+        _print(f"The table that is there does not count: {why_not_used}")
     try:
         for i, problem in enumerate(problems):
             if i == 0 or heading(problem) != heading(problems[i - 1]):
@@ -101,8 +98,6 @@ def tune(
     print()
     print("\n".join(format_end(outcomes)))
     print(f"Written: {path}")
-    if tables.others:
-        _print(f"Tables of other versions for this GPU, which are not used here: {_names(tables.others)}")
     if is_off():
         _print(f"{SWITCH}=0 is set: training uses no table until it is unset.")
     n_wrong = sum(len(outcome.wrong) for outcome in outcomes)
@@ -124,16 +119,12 @@ def _problems(model: str, stem: str | None, sizes: Sequence[int], image_size: in
 
 def _keep(path: Path, environment: "Environment", outcomes: "list[Outcome]") -> int:
     """Write what was measured; return of how many problems."""
-    from resnet_fast.ops.choice_files import add
+    from resnet_fast.ops.choices import add
 
-    entries = {outcome.problem: outcome.measured for outcome in outcomes if outcome.measured is not None}
+    entries = {outcome.problem: outcome.measured.choice for outcome in outcomes if outcome.measured is not None}
     if entries:
         add(path, environment, entries)
     return len(entries)
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(path.name for path in paths)
 
 
 def _print(text: str) -> None:

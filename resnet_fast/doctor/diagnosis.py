@@ -21,10 +21,11 @@ import torch
 
 from ..common import torchvision_import
 from ..common.machine import nvidia_driver
-from ..ops import choice_files
+from ..ops import choices
 from ..ops.backend import INTERPRETER, choose_backend, is_interpreted, why_not_triton
 from ..training.config import choose_device, choose_precision
 from ..tuning import why_not
+from ..tuning.report import format_changed
 from . import parity
 
 # As in pyproject.toml; the library works without the optional ones.
@@ -196,30 +197,18 @@ def find_precision(device: torch.device) -> Iterator[Finding]:
 
 
 def find_tuning(device: torch.device) -> Iterator[Finding]:
-    """By which table implementations are chosen, and the tables that are there and do not count."""
+    """By which table implementations are chosen, or why the one that is there does not count."""
     if (reason := why_not(device)) is not None:
         return (yield Finding("tuning", reason))
-    if choice_files.is_off():
-        return (yield Finding("tuning", f"off: {DEFAULTS_RUN}", advice=f"{choice_files.SWITCH}=0 is set: unset it"))
-    tables, used, problems = choice_files.find_tables(choice_files.environment_of(device)), [], False
-    for path, is_own, entries, problem in (
-        (tables.own, True, tables.entries, tables.problem),
-        (tables.built_in, False, tables.built_in_entries, tables.built_in_problem),
-    ):
-        if problem:
-            problems, advice = True, choice_files.AGAIN if is_own else "`resnet-fast tune` makes one of your own"
-            yield Finding("tuning", f"{path} is not used: {problem}", advice=advice)
-        elif path and entries:
-            n_changed, source = choice_files.count_changed(entries), path if is_own else f"the built-in {path.name}"
-            used.append(f"{n_changed} of {len(entries)} entries differ from the default, from {source}")
-    if used:
-        yield Finding("tuning", f"tuned: {'; and '.join(used)}")
-    elif not problems:
+    if choices.is_off():
+        return (yield Finding("tuning", f"off: {DEFAULTS_RUN}", advice=f"{choices.SWITCH}=0 is set: unset it"))
+    path, entries, problem = choices.find_table(choices.environment_of(device))
+    if problem:
+        yield Finding("tuning", f"{path} is not used: {problem}", advice=choices.AGAIN)
+    elif entries:
+        yield Finding("tuning", f"tuned: {format_changed(entries)}, from {path}")
+    else:
         yield Finding("tuning", f"not tuned: {DEFAULTS_RUN}", advice="run `resnet-fast tune`")
-    if tables.others:
-        names = ", ".join(path.name for path in tables.others)
-        value = f"tables of other versions, not used: {names} in {tables.others[0].parent}"
-        yield Finding("tuning", value, advice="delete those whose versions are no longer installed")
 
 
 def check_parity(device: torch.device) -> Iterator[Finding]:

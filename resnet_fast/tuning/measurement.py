@@ -17,7 +17,6 @@ from torch.utils import deterministic
 
 from resnet_fast.ops.arguments import accumulation_type
 from resnet_fast.ops.backend import INTERPRETER, device_guard, is_interpreted, why_not_triton
-from resnet_fast.ops.choice_format import Measured
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.options import ROUNDS
 from resnet_fast.tuning.timing import alternate, percentiles
@@ -73,6 +72,13 @@ class Clock(Protocol):
         warm_up: int,
         hide_launches: bool = False,
     ) -> dict[Choice, list[float]]: ...
+
+
+class Measured(NamedTuple):
+    """What was chosen for a problem, and the time of every candidate that is right, the default among them."""
+
+    choice: Choice
+    milliseconds: Mapping[Choice, float]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """What `resnet-fast tune` prints: plain lines of at most 80 columns, one for each problem."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from resnet_fast.ops.choice_files import count_changed
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.measurement import MIN_GAIN, Outcome
 
@@ -38,12 +37,17 @@ def format_outcome(outcome: Outcome) -> list[str]:
 
 def format_end(outcomes: Sequence[Outcome]) -> list[str]:
     """What became of all problems."""
-    measured = {outcome.problem: outcome.measured for outcome in outcomes if outcome.measured is not None}
-    differ = f"{count_changed(measured)} of {len(measured)} differ from the default"
-    lines = [f"{differ}; a gain of {MIN_GAIN:.0%} or less changes nothing."]
-    if n_skipped := len(outcomes) - len(measured):
+    entries = {outcome.problem: outcome.measured.choice for outcome in outcomes if outcome.measured is not None}
+    lines = [f"{format_changed(entries)}; a gain of {MIN_GAIN:.0%} or less changes nothing."]
+    if n_skipped := len(outcomes) - len(entries):
         lines.append(f"{n_skipped} skipped; what is not measured runs as the default.")
     return lines
+
+
+def format_changed(entries: Mapping[Problem, Choice]) -> str:
+    """For how many problems something other than the default is chosen."""
+    n_changed = sum(choice != DEFAULTS[problem.operation] for problem, choice in entries.items())
+    return f"{n_changed} of {len(entries)} differ from the default"
 
 
 def format_choice(choice: Choice) -> str:
