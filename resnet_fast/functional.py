@@ -1,6 +1,8 @@
 """Fused batch norm + residual + ReLU as one differentiable function."""
 
+import functools
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -9,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .common.checks import check_type
-from .ops import Backend, BatchNormArgs, aten, choose_backend, distributed, reference
+from .ops import Backend, BatchNormArgs, aten, batch_norm, choices, choose_backend, distributed, reference
 from .ops.arguments import Join, Outputs, Saved, join_of, saved_of
+from .ops.backend import is_plain, plan
 from .ops.batch_norm import backward_op, forward_op, recompute_y
 from .ops.layout import as_image, dense
 
@@ -105,38 +108,135 @@ def batch_norm_add_relu(
     check_type("relu", relu, bool)
     check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
-    return run_batch_norm(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
+    call = find_call(x, norm, residual, residual_norm, relu, backend, ghost_batch_size=ghost_batch_size)
+    return call(x, norm, residual, residual_norm, fork)
 
 
-def run_batch_norm(
+def find_call(
     x: Tensor,
     norm: BatchNormArgs,
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
     relu: bool,
-    fork: bool,
     backend: Backend | None = None,
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
-) -> Any:
-    """`batch_norm_add_relu`; with `group`, batch statistics are those of all its processes."""
-    check_arguments(x, norm, residual, residual_norm, group, ghost_batch_size)
-    residual = None if residual is None else residual.to(x.dtype)
-    uses_batch_statistics = norm.training or (residual_norm is not None and residual_norm.training)
+) -> Callable[..., Any]:
+    """Check the arguments of `batch_norm_add_relu`; return what computes it of (x, norm, residual, residual_norm, fork).
+
+    `group`: whose batch statistics are joint. Arguments of a kind that has been seen are not checked again.
+    """
+    key = None
+    if group is None and backend is None and is_plain(x) and not choices.is_replaced():
+        key = _key_of(x, norm, residual, residual_norm, relu, ghost_batch_size)
+    call = _calls.get(key)
+    if call is None:
+        check_arguments(x, norm, residual, residual_norm, group, ghost_batch_size)
+        call = _choose_call(x, norm, residual, residual_norm, relu, backend, group, ghost_batch_size, key is not None)
+        if key is not None and _are_numbers(norm, residual_norm):
+            if len(_calls) >= MAX_CALLS:
+                _calls.clear()
+            _calls[key] = call
+    return call
+
+
+# What runs for arguments that have been checked, by their kind: shapes, layouts, types, devices and numbers.
+_calls: dict[tuple, Callable[..., Any]] = {}
+MAX_CALLS = 4096
+
+
+def _key_of(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_size: int | None) -> tuple | None:
+    """All that is checked and that kernels are compiled for, except addresses; None if it is not what it should be."""
+    try:
+        key = x.shape, x.stride(), x.dtype, x.device, relu, ghost_batch_size, type(ghost_batch_size), *_kind(norm)
+        if residual is not None:
+            key += type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
+        if residual_norm is not None:
+            key += _kind(residual_norm)
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return key
+
+
+def _kind(norm: BatchNormArgs) -> tuple:
+    return *norm[4:], *map(_kind_of_vector, norm[:4])
+
+
+def _kind_of_vector(vector: Tensor | None) -> tuple | None:
+    if vector is None:
+        return None
+    return type(vector), vector.dtype, vector.device, vector.shape, vector.is_contiguous(), vector.requires_grad
+
+
+def _are_numbers(*norms: BatchNormArgs | None) -> bool:
+    """Whether momentum and eps are Python's, which a key tells apart by their value."""
+    return all(type(number) in (float, int) for norm in norms if norm is not None for number in norm[5:])
+
+
+def _choose_call(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None,
+    residual_norm: BatchNormArgs | None,
+    relu: bool,
+    backend: Backend | None,
+    group: distributed.Group | None,
+    ghost_batch_size: int | None,
+    is_plain: bool,
+) -> Callable[..., Any]:
+    """What runs for checked arguments of this kind; it takes (x, norm, residual, residual_norm, fork)."""
+    residual_training, residual_eps = (False, 1e-5) if residual_norm is None else residual_norm[4::2]
+    uses_batch_statistics = norm.training or residual_training
     group_images = (ghost_batch_size or 0) if uses_batch_statistics else 0
+    join = join_of(residual, residual_norm)
+    settings = Settings(join, relu, norm.training, residual_training, group_images, norm.eps, residual_eps)
     if group is None and choose_backend(x, backend) == "aten":
-        y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, relu, group_images)
-        return (y, y) if fork else y
+        return functools.partial(_run_on_aten, settings)
+    vectors = [vector for one in (norm, residual_norm) if one is not None for vector in one[:4] if vector is not None]
+    is_ready = (
+        is_plain
+        and x.dim() == 4
+        and dense(x) is x
+        and (
+            residual is None
+            or (type(residual) is Tensor and residual.dtype == x.dtype and dense(residual, like=x) is residual)
+        )
+        and all(vector.is_contiguous() and type(vector) in (Tensor, torch.nn.Parameter) for vector in vectors)
+    )
+    return (
+        functools.partial(_run_planned, settings, plan.Plan())
+        if is_ready
+        else functools.partial(_run_on_triton, settings, group)
+    )
+
+
+def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: bool) -> Any:
+    residual = None if residual is None else residual.to(x.dtype)
+    y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
+    return (y, y) if fork else y
+
+
+def _run_planned(settings: Settings, own_plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
+    """Of tensors that are as the kernels take them."""
+    weight, bias = (None, None) if residual_norm is None else residual_norm[2:4]
+    call = (norm, residual_norm, settings, fork, None, own_plan)
+    return _BatchNormAddReLU.apply(x, residual, norm.weight, norm.bias, weight, bias, call)
+
+
+def _run_on_triton(
+    settings: Settings, group: distributed.Group | None, x, norm, residual, residual_norm, fork: bool
+) -> Any:
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_forward_mode(x, residual, *norm[:4], *(residual_norm or ())[:4])
-    x = dense(x)
+    image = as_image(dense(x))
     if residual is not None:
-        residual = as_image(dense(residual, like=x))
+        residual = as_image(dense(residual.to(x.dtype), like=x))
     norms = (norm, residual_norm or BatchNormArgs(None, None))
-    dense_norms = _dense_vectors(*norms)
-    training, eps = (norms[0].training, norms[1].training), (norms[0].eps, norms[1].eps)
-    settings = Settings(join_of(residual, residual_norm), relu, *training, group_images, *eps)
-    y = _BatchNormAddReLU.apply(as_image(x), residual, *dense_norms[0], *dense_norms[1], fork, settings, group)
+    dense_norm, dense_residual_norm = dense_norms = _dense_vectors(*norms)
+    call = (dense_norm, dense_residual_norm if settings.join == "bn" else None, settings, fork, group, None)
+    vectors = (*dense_norm[2:4], *dense_residual_norm[2:4])
+    y = _BatchNormAddReLU.apply(image, residual, *vectors, call)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -284,23 +384,41 @@ def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton operators. Arguments are flat (x, residual, twice BatchNormArgs, …): autograd sees each tensor."""
+    """On the Triton kernels: along a plan where there is one, else by the operators.
+
+    `call`: norm, residual_norm (for the bn join), settings, fork, group of processes, plan.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *arguments: Any):
-        n = len(BatchNormArgs._fields)
-        norm, residual_norm = BatchNormArgs._make(arguments[:n]), BatchNormArgs._make(arguments[n : 2 * n])
-        fork, settings, ctx.group = arguments[2 * n :]
-        join, relu, _, _, ghost_batch_size, *_ = ctx.settings = settings
-        if ctx.group is None:
-            outputs = Outputs(*forward_op(x, *norm, residual, *residual_norm, join, relu, ghost_batch_size))
-            if not relu or join == "none":
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight, bias, residual_weight, residual_bias, call: tuple
+    ):
+        norm, residual_norm, settings, fork, ctx.group, own_plan = call
+        ctx.settings, ctx.plan = settings, None
+        ctx.set_materialize_grads(False)
+        if own_plan is not None:
+            running = (None,) * 4 if residual_norm is None else residual_norm[:4]
+            inputs = (x, residual, *norm[:4], *running)
+            repeated = own_plan.repeat_forward(inputs)
+            if repeated is not None:
+                y, relu_mask, workspace = repeated
+                ctx.plan = own_plan
+                kept_residual = residual if residual_norm is not None else None
+                ctx.save_for_backward(
+                    x, relu_mask, workspace, weight, bias, kept_residual, residual_weight, residual_bias
+                )
+                return (y, y.view_as(y)) if fork else y
+            arguments = (x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
+            outputs = own_plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
+        elif ctx.group is None:
+            no_norm = BatchNormArgs(None, None)
+            arguments = (*norm, residual, *(residual_norm or no_norm), settings.join, settings.relu)
+            outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
+            if not settings.relu or settings.join == "none":
                 outputs = outputs._replace(relu_mask=None)
         else:
-            of_residual = residual_norm if join == "bn" else None
-            outputs, ctx.total_rows = distributed.forward(x, norm, residual, of_residual, relu, ctx.group)
-        ctx.save_for_backward(*saved_of(x, norm, residual, residual_norm if join == "bn" else None, outputs))
-        ctx.set_materialize_grads(False)
+            outputs, ctx.total_rows = distributed.forward(x, norm, residual, residual_norm, settings.relu, ctx.group)
+        ctx.save_for_backward(*saved_of(x, norm, residual, residual_norm, outputs))
         return (outputs.y, outputs.y.view_as(outputs.y)) if fork else outputs.y
 
     @staticmethod
@@ -309,22 +427,26 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if ctx.group is None:
-                return (None,) * len(ctx.needs_input_grad)
+                return (None,) * 7
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
-        saved, settings = Saved._make(ctx.saved_tensors), ctx.settings
-        if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
-            total_rows = None if ctx.group is None else ctx.total_rows
-            gradients = differentiable_backward(dy, dy_alias, saved, settings, ctx.group, total_rows)
-        elif ctx.group is None:
-            gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
+        settings, saved = ctx.settings, ctx.saved_tensors
+        if ctx.plan is not None and is_plain(dy) and not torch.is_grad_enabled():
+            gradients = ctx.plan.repeat_backward(
+                dy, dy_alias, saved, lambda saved: batch_norm.backward(dy, dy_alias, saved, *settings[:5])
+            )
         else:
-            gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *settings[:4])
-        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
+            saved = Saved._make(saved) if ctx.plan is None else ctx.plan.saved(saved)
+            if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
+                total_rows = None if ctx.group is None else ctx.total_rows
+                gradients = differentiable_backward(dy, dy_alias, saved, settings, ctx.group, total_rows)
+            elif ctx.group is None:
+                gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
+            else:
+                gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *settings[:4])
+        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias, *_ = gradients
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
-        norm_gradients = (None, None, dweight, dbias, None, None, None)
-        residual_norm_gradients = (None, None, dresidual_weight, dresidual_bias, None, None, None)
-        returned = (dx, dresidual, *norm_gradients, *residual_norm_gradients, None, None, None)
+        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None)
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 

@@ -45,10 +45,7 @@ def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_empty(x.device) or not torch.is_grad_enabled():
         return False
     return (
-        x.dtype in DTYPES
-        and _is_for_descriptors(x)
-        and choose_backend(x) == "triton"
-        and all(map(_takes_part, norms))
+        x.dtype in DTYPES and _is_for_descriptors(x) and choose_backend(x) == "triton" and all(map(_takes_part, norms))
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["triton", "aten"]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
@@ -15,15 +16,16 @@ INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads w
 augment_launch: Any
 conv3x3: Any
 launch: Any
+plan: Any
 single_read: Any
 try:
     import triton
 except ImportError as error:  # a machine without triton works, on ATen
-    augment_launch = conv3x3 = launch = single_read = None
+    augment_launch = conv3x3 = launch = plan = single_read = None
     _TRITON_MISSING: str | None = f"triton cannot be imported ({error})"
     _INTERPRETED = False
 else:
-    from . import augment_launch, conv3x3, launch, single_read  # noqa: F401
+    from . import augment_launch, conv3x3, launch, plan, single_read  # noqa: F401
 
     _TRITON_MISSING = None
     _INTERPRETED = bool(triton.knobs.runtime.interpret)  # type: ignore[attr-defined]
@@ -71,6 +73,18 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
     if requested == "triton" and reason is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
     return "triton" if reason is None else "aten"
+
+
+def is_plain(x: object) -> bool:
+    """Whether x is a tensor of which nothing traces, transforms or watches operators, as far as one can know."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler._is_exporting_flag
+        and forward_ad._current_level < 0
+    )
 
 
 def device_guard(x: Tensor):

@@ -51,6 +51,11 @@ def is_empty(device: torch.device) -> bool:
     return not table(device)
 
 
+def is_replaced() -> bool:
+    """Whether the entries are those of `using`."""
+    return bool(_replaced)
+
+
 def table(device: torch.device) -> Entries:
     """Return all entries that count for tensors on `device`."""
     return _replaced[-1] if _replaced else _load(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
+from .plan import note
 
 # Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_pointers).
 MAX_NCHW_PIXELS = 2**31 - tiles.NUM_WARPS * 32 * tiles.THREAD_ELEMENTS
@@ -65,7 +66,7 @@ def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /,
     if options is None:
         first = next(iter(arguments.values()))  # a tensor
         options = compiler_options(arguments, nvidia_capability(first.device))
-    kernel[grid](**arguments, **options)
+    note(kernel, grid, arguments, kernel[grid](**arguments, **options))
 
 
 def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[str, Any]:
