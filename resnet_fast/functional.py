@@ -108,8 +108,12 @@ def batch_norm_add_relu(
     check_type("relu", relu, bool)
     check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
-    call = find_call(x, norm, residual, residual_norm, relu, backend, ghost_batch_size=ghost_batch_size)
-    return call(x, norm, residual, residual_norm, fork)
+    return run_batch_norm(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
+
+
+def run_batch_norm(x: Tensor, norm, residual, residual_norm, relu: bool, fork: bool, *args: Any, **kwargs: Any) -> Any:
+    """`find_call`, and the call."""
+    return find_call(x, norm, residual, residual_norm, relu, *args, **kwargs)(x, norm, residual, residual_norm, fork)
 
 
 def find_call(
@@ -122,7 +126,7 @@ def find_call(
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Check the arguments of `batch_norm_add_relu`; return what computes it of (x, norm, residual, residual_norm, fork).
+    """Check arguments of `batch_norm_add_relu`; return what computes it of (x, norm, residual, residual_norm, fork).
 
     `group`: whose batch statistics are joint. Arguments of a kind that has been seen are not checked again.
     """

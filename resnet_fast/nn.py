@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from .common.checks import check_type
-from .functional import BatchNormArgs, check_ghost_batch_size, count_groups, run_batch_norm
+from .functional import BatchNormArgs, check_ghost_batch_size, count_groups, find_call
 from .ops.distributed import Group
 
 _pass = threading.local()  # batches: num_batches_tracked of a norm -> how many it has yet to count
@@ -122,10 +122,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             group = Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
         modules = (self,) if residual_norm is None else (self, residual_norm)
         ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
-        y = run_batch_norm(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
+        call = find_call(x, norm, residual, residual_args, relu, group=group, ghost_batch_size=ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
             module.count(count_groups(x, ghost_batch_size))
-        return y
+        return call(x, norm, residual, residual_args, fork)
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""

@@ -63,7 +63,7 @@ def is_watched() -> bool:
 
 
 class Repeated(NamedTuple):
-    """A launch without its addresses. `pick` takes its arguments, in the kernel's order, out of a recording's values."""
+    """A launch without its addresses; `pick` takes its arguments, in order, out of all values of a recording."""
 
     kernel: Any
     hash: str
