@@ -130,10 +130,9 @@ def find_call(
 
     `group`: whose batch statistics are joint. Arguments of a kind that has been seen are not checked again.
     """
-    key = None
+    key = call = None
     if group is None and backend is None and is_plain(x) and not choices.is_replaced():
-        key = _key_of(x, norm, residual, residual_norm, relu, ghost_batch_size)
-    call = _calls.get(key)
+        key, call = _look_up(x, norm, residual, residual_norm, relu, ghost_batch_size)
     if call is None:
         check_arguments(x, norm, residual, residual_norm, group, ghost_batch_size)
         call = _choose_call(x, norm, residual, residual_norm, relu, backend, group, ghost_batch_size, key is not None)
@@ -149,28 +148,30 @@ _calls: dict[tuple, Callable[..., Any]] = {}
 MAX_CALLS = 4096
 
 
-def _key_of(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_size: int | None) -> tuple | None:
-    """All that is checked and that kernels are compiled for, except addresses; None if it is not what it should be."""
+def _look_up(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_size) -> tuple[tuple | None, Any]:
+    """The key, of all that is checked and that kernels are compiled for except addresses, and what it stands for.
+
+    None and None, if something is not what it should be.
+    """
     try:
-        key = x.shape, x.stride(), x.dtype, x.device, relu, ghost_batch_size, type(ghost_batch_size), *_kind(norm)
+        key = (x.shape, x.stride(), x.dtype, x.device, relu, ghost_batch_size, type(ghost_batch_size), *_kind(*norm))
         if residual is not None:
             key += type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
         if residual_norm is not None:
-            key += _kind(residual_norm)
-        hash(key)
+            key += _kind(*residual_norm)
+        return key, _calls.get(key)
     except (AttributeError, TypeError):
-        return None
-    return key
+        return None, None
 
 
-def _kind(norm: BatchNormArgs) -> tuple:
-    return *norm[4:], *map(_kind_of_vector, norm[:4])
-
-
-def _kind_of_vector(vector: Tensor | None) -> tuple | None:
-    if vector is None:
-        return None
-    return type(vector), vector.dtype, vector.device, vector.shape, vector.is_contiguous(), vector.requires_grad
+def _kind(mean, var, weight, bias, training, momentum, eps) -> tuple:
+    return (
+        training, momentum, eps,
+        mean is None or (mean.dtype, mean.shape, mean.stride(), mean.device, mean.requires_grad),
+        var is None or (var.dtype, var.shape, var.stride(), var.device, var.requires_grad),
+        weight is None or (type(weight), weight.dtype, weight.shape, weight.stride(), weight.device),
+        bias is None or (type(bias), bias.dtype, bias.shape, bias.stride(), bias.device),
+    )  # fmt: skip
 
 
 def _are_numbers(*norms: BatchNormArgs | None) -> bool:
@@ -225,7 +226,8 @@ def _run_planned(settings: Settings, own_plan: Any, x, norm, residual, residual_
     """Of tensors that are as the kernels take them."""
     weight, bias = (None, None) if residual_norm is None else residual_norm[2:4]
     call = (norm, residual_norm, settings, fork, None, own_plan)
-    return _BatchNormAddReLU.apply(x, residual, norm.weight, norm.bias, weight, bias, call)
+    # torch's own `apply` only asks once more whether functorch transforms.
+    return _apply(x, residual, norm.weight, norm.bias, weight, bias, call)
 
 
 def _run_on_triton(
@@ -405,12 +407,10 @@ class _BatchNormAddReLU(torch.autograd.Function):
             inputs = (x, residual, *norm[:4], *running)
             repeated = own_plan.repeat_forward(inputs)
             if repeated is not None:
-                y, relu_mask, workspace = repeated
+                y, workspace = repeated
                 ctx.plan = own_plan
                 kept_residual = residual if residual_norm is not None else None
-                ctx.save_for_backward(
-                    x, relu_mask, workspace, weight, bias, kept_residual, residual_weight, residual_bias
-                )
+                ctx.save_for_backward(x, workspace, weight, bias, kept_residual, residual_weight, residual_bias)
                 return (y, y.view_as(y)) if fork else y
             arguments = (x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
             outputs = own_plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
@@ -436,7 +436,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         settings, saved = ctx.settings, ctx.saved_tensors
         if ctx.plan is not None and is_plain(dy) and not torch.is_grad_enabled():
             gradients = ctx.plan.repeat_backward(
-                dy, dy_alias, saved, lambda saved: batch_norm.backward(dy, dy_alias, saved, *settings[:5])
+                dy, dy_alias, saved, lambda *tensors: batch_norm.backward(*tensors, *settings[:5])
             )
         else:
             saved = Saved._make(saved) if ctx.plan is None else ctx.plan.saved(saved)
@@ -451,7 +451,13 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None)
+        if ctx.plan is not None:
+            return returned
+        # Operators return empty tensors for what there is not.
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
+
+
+_apply = super(torch.autograd.Function, _BatchNormAddReLU).apply
 
 
 def differentiable_backward(

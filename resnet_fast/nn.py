@@ -113,27 +113,36 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
         self._check_input_dim(x)
-        norm, residual_args = self.arguments(), None if residual_norm is None else residual_norm.arguments()
-        processes = self.group()
-        if residual_norm is not None and residual_norm.training and residual_norm.group() is not processes:
-            raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
-        group = None
-        if processes is not None:
-            group = Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
-        modules = (self,) if residual_norm is None else (self, residual_norm)
-        ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
-        call = find_call(x, norm, residual, residual_args, relu, group=group, ghost_batch_size=ghost_batch_size)
+        norm, residual_args, modules = self.arguments(), None, (self,)
+        if residual_norm is not None:
+            residual_args, modules = residual_norm.arguments(), (self, residual_norm)
+        group = ghost_batch_size = None
+        n_batches = 1
+        for module in modules:
+            if type(module) is not FusedBatchNorm2d or module.ghost_batch_size is not None:
+                group = self._group_with(residual_norm)
+                ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
+                n_batches = count_groups(x, ghost_batch_size)
+        call = find_call(x, norm, residual, residual_args, relu, None, group, ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
-            module.count(count_groups(x, ghost_batch_size))
+            module.count(n_batches)
         return call(x, norm, residual, residual_args, fork)
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes whose batches are normalized together with this one's; None for this one's alone."""
         return None
 
+    def _group_with(self, residual_norm: "FusedBatchNorm2d | None") -> Group | None:
+        processes = self.group()
+        if residual_norm is not None and residual_norm.training and residual_norm.group() is not processes:
+            raise ValueError("residual_norm must be synchronized over the same processes as the norm that it joins")
+        if processes is None:
+            return None
+        return Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
+
     def counter(self) -> Tensor | None:
         """`num_batches_tracked`, where this pass counts as a batch."""
-        return self.num_batches_tracked if self.training and self.track_running_stats else None
+        return self._buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
 
     def count(self, n_batches: int) -> None:
         """Add to `num_batches_tracked`, where this pass counts."""
@@ -148,20 +157,20 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def arguments(self) -> BatchNormArgs:
         """What one forward pass uses."""
-        momentum = 0.0 if self.momentum is None else self.momentum
-        counter = self.counter()
-        if self.momentum is None and counter is not None:  # cumulative average
-            momentum = 1.0 / (float(counter) + 1.0)
-        use_running = not self.training or self.track_running_stats
-        return BatchNormArgs(
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
-        )
+        parameters, buffers, training = self._parameters, self._buffers, self.training
+        try:  # nn.Module's own lookup costs more than the rest
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # parametrized, or pruned
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        momentum = self.momentum
+        if momentum is None:
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)  # cumulative average
+        uses_batch = training or (mean is None and var is None)
+        if training and not self.track_running_stats:
+            mean = var = None
+        return BatchNormArgs(mean, var, weight, bias, uses_batch, momentum, self.eps)
 
     def extra_repr(self) -> str:
         ghosts = "" if self.ghost_batch_size is None else f", ghost_batch_size={self.ghost_batch_size}"

@@ -10,6 +10,7 @@ step.
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +48,38 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
     return any(has_own_hook(m) for m in module.modules() if m is not module)
 
 
+class Structure:
+    """What a module was made of when it was looked at: its modules, their classes, and where their hooks would be."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
+        self.modules, self.classes = modules, list(map(type, modules))
+        self.hooks = [hooks for m in modules if m is not module for hooks in _hooks_of(m)]
+        self.attributes = [m.__dict__ for m in modules if m is not module]
+        self.relus = [m.__dict__ for m in modules if isinstance(m, FusedBatchNorm2d)]
+
+    def is_current(self) -> bool:
+        """Whether the module is still made of these, no norm ends in ReLU, and nobody looks at them."""
+        return (
+            not any(self.hooks)
+            and list(map(type, self.modules)) == self.classes
+            and all(list(now.values()) == then for now, then in self.children)
+            and not any("forward" in own for own in self.attributes)
+            and not any(own["relu"] for own in self.relus)
+        )
+
+
+_structures: WeakKeyDictionary[nn.Module, tuple[Structure, list[Any]]] = WeakKeyDictionary()
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def has_own_hook(module: nn.Module) -> bool:
     """Whether there are hooks at this module, or a patched forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return any(_hooks_of(module)) or "forward" in module.__dict__
 
 
 def is_fused(norm: nn.Module) -> bool:
@@ -198,7 +222,25 @@ def residual_of(downsample: Any, shortcut: Any) -> tuple[Any, FusedBatchNorm2d |
 
 
 def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
-    """Return all blocks of the stages in order, or none where the network, with `bn1` and `relu`, is not as built."""
+    """Return all blocks of the stages in order, or none where the network, with `bn1` and `relu`, is not as built.
+
+    The answer is kept as long as the network is made of the same modules, since looking at all of them costs the host
+    more than several fused operations.
+    """
+    if torch.compiler.is_compiling():
+        return _blocks_to_fuse(network, stages, x)
+    known = _structures.get(network)
+    if known is not None and type(x) is Tensor and not nn.modules.module._has_any_global_hook():
+        structure, blocks = known
+        if structure.is_current():
+            return blocks
+    blocks = _blocks_to_fuse(network, stages, x)
+    if blocks:
+        _structures[network] = Structure(network), blocks
+    return blocks
+
+
+def _blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
     if not is_fused(network.bn1) or type(network.relu) is not nn.ReLU or is_observed(network, x):
         return []
     if any(type(stage) is not nn.Sequential for stage in stages):

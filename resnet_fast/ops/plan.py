@@ -22,6 +22,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from .arguments import Gradients, Outputs, Saved
+from .layout import layout
 
 ALIGNMENT = 16  # for which kernels are compiled
 PADDING = 128  # between buffers in one allocation: a line
@@ -56,10 +57,14 @@ def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled
 
 
 def is_watched() -> bool:
-    """Whether somebody wants to hear of launches, or of what Triton checks at each."""
+    """Whether somebody wants to hear of launches, or has Triton check more at each."""
     runtime = knobs.runtime
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return bool(runtime.debug) or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    entered, left = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        runtime.debug
+        or (entered is not None and getattr(entered, "calls", True))
+        or (left is not None and getattr(left, "calls", True))
+    )
 
 
 class Repeated(NamedTuple):
@@ -69,17 +74,10 @@ class Repeated(NamedTuple):
     hash: str
     globals: list[tuple[str, Any, dict[str, Any]]]
     run: Callable
-    grid: tuple[int, ...]
+    n_programs: int
     function: Any
     metadata: Any
     pick: itemgetter
-
-    def is_current(self) -> bool:
-        """Whether the kernel is what was recorded. Where a global has changed, Triton raises."""
-        kernel = self.kernel
-        if kernel.hash is not self.hash or kernel.pre_run_hooks:
-            return False
-        return all(values.get(name) == value for name, value, values in self.globals)
 
 
 class Recording:
@@ -95,8 +93,9 @@ class Recording:
         self, launches: list[Launched], inputs: Sequence[Tensor | None], results: Sequence[Tensor | None]
     ) -> None:
         first = next(tensor for tensor in inputs if tensor is not None)
-        self.device, self.index = first.device, first.device.index or 0
-        self.results = [None if result is None else _Like.of(result, inputs) for result in results]
+        self.device, self.index, self.driver = first.device, first.device.index or 0, driver.active
+        # Each is made like an input.
+        self.results = [None if result is None else like(result, inputs) for result in results]
         order: dict[int, int] = {}  # the place of a tensor's address among the values
         for place, tensor in enumerate((*inputs, *results)):
             if tensor is not None:
@@ -124,8 +123,11 @@ class Recording:
                 else:
                     places.append(n_places + len(self.constants))
                     self.constants.append(value)
-            of_globals = [(name, value, values) for (name, _), (value, values) in kernel.used_global_vals.items()]
-            called = (compiled.run, (*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
+            of_globals = [
+                (name, values.get(name), values) for (name, _), (_, values) in kernel.used_global_vals.items()
+            ]
+            (n_programs,) = grid
+            called = (compiled.run, n_programs, compiled.function, compiled.packed_metadata)
             self.launches.append(Repeated(kernel, kernel.hash, of_globals, *called, itemgetter(*places)))
 
     def repeat(self, inputs: Sequence[Tensor | None], addresses: list[int]) -> list[Tensor | None] | None:
@@ -138,17 +140,27 @@ class Recording:
         Returns:
             The results, and behind them the workspace.
         """
-        active = driver.active
-        if active.get_current_device() != self.index or is_watched():
+        if self.driver.get_current_device() != self.index or is_watched():
             return None
-        values: list[Any] = addresses
+        for kernel, recorded_hash, used_globals, *_ in self.launches:
+            if kernel.hash is not recorded_hash or kernel.pre_run_hooks:
+                return None
+            for name, value, values in used_globals:
+                if values.get(name) is not value:  # Triton raises
+                    return None
         made: list[Tensor | None] = []
+        values: list[Any] = addresses
         for like in self.results:
-            tensor = None if like is None else like.make(inputs)
-            made.append(tensor)
-            values.append(0 if tensor is None else tensor.data_ptr())
+            if like is None:
+                made.append(None)
+                values.append(0)
+            else:
+                tensor = torch.empty_like(inputs[like])  # type: ignore[arg-type]
+                made.append(tensor)
+                values.append(tensor.data_ptr())
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
         start = workspace.data_ptr()
+        made.append(workspace)
         values += [start + offset for offset in self.offsets]
         bits = 0
         for address in values:
@@ -156,39 +168,19 @@ class Recording:
         if bits % ALIGNMENT:
             return None
         values += self.constants
-        launches = self.launches
-        for launch in launches:
-            if not launch.is_current():
-                return None
-        stream = active.get_current_stream(self.index)
-        for _, _, _, run, (x, y, z), function, metadata, pick in launches:
-            run(x, y, z, stream, function, metadata, None, None, None, *pick(values))
-        made.append(workspace)
+        stream = self.driver.get_current_stream(self.index)
+        for _, _, _, run, n_programs, function, metadata, pick in self.launches:
+            run(n_programs, 1, 1, stream, function, metadata, None, None, None, *pick(values))
         return made
 
 
-class _Like(NamedTuple):
-    """How a result is made: like an input, or by its shape."""
-
-    place: int | None
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, result: Tensor, inputs: Sequence[Tensor | None]) -> "_Like":
-        def is_like(tensor: Tensor | None) -> bool:
-            kinds = [(t.shape, t.stride(), t.dtype) for t in (tensor, result) if t is not None]
-            return len(kinds) == 2 and kinds[0] == kinds[1]
-
-        place = next((place for place, tensor in enumerate(inputs) if is_like(tensor)), None)
-        assert place is not None or result.is_contiguous()
-        return cls(place, result.shape, result.dtype, result.device)
-
-    def make(self, inputs: Sequence[Tensor | None]) -> Tensor:
-        if self.place is None:
-            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return torch.empty_like(inputs[self.place])  # type: ignore[arg-type]
+def like(result: Tensor, inputs: Sequence[Tensor | None]) -> int | None:
+    """The place of an input of the same shape, strides and type."""
+    for place, tensor in enumerate(inputs):
+        if tensor is not None and tensor.dtype == result.dtype and tensor.shape == result.shape:
+            if tensor.stride() == result.stride():
+                return place
+    return None
 
 
 def record(
@@ -203,6 +195,7 @@ def record(
         or any(launched.compiled is None for launched in launches)
         or any("barrier_ptr" in launched.arguments for launched in launches)  # which is no buffer
         or any(address % ALIGNMENT for address in addresses)
+        or any(result is not None and like(result, inputs) is None for result in results)
         or is_watched()
     ):
         return None
@@ -224,8 +217,8 @@ class Kept(NamedTuple):
 class Plan:
     """relu(bn(x) + residual) and its gradients for one kind of arguments, which the caller tells apart.
 
-    A pass is recorded when it first runs. What the forward saves is x, the ReLU mask, the workspace, weight, bias, and
-    in the bn join the residual, its weight and its bias.
+    A pass is recorded when it first runs. What the forward saves is x, its workspace, weight, bias, and in the bn join
+    the residual, its weight and its bias.
     """
 
     def __init__(self) -> None:
@@ -233,20 +226,21 @@ class Plan:
         self.backward: dict[bool, Recording | None] = {}  # by whether there is a gradient of an alias
         self.kept: list[Kept | None] = []
         self.strides: tuple[int, ...] = ()
+        self.layout = torch.contiguous_format
 
     def record_forward(self, run: Callable[[], Outputs], inputs: Sequence[Tensor | None]) -> Outputs:
         """Run, and record. `inputs` in the order of `repeat_forward`."""
         with recorded() as launches:
             outputs = run()
-        recording = record(launches, inputs, outputs[:2])
+        recording = record(launches, inputs, outputs[:1])
         if recording is not None:
-            self.kept = [None if t is None else Kept(recording.buffers[id(t)], t.shape, t.dtype) for t in outputs[2:]]
-            self.strides = outputs.y.stride()
+            self.kept = [None if t is None else Kept(recording.buffers[id(t)], t.shape, t.dtype) for t in outputs[1:]]
+            self.strides, self.layout = outputs.y.stride(), layout(outputs.y)
             self.forward = recording
         return outputs
 
     def repeat_forward(self, inputs: Sequence[Tensor | None]) -> list[Any] | None:
-        """y, the ReLU mask and the workspace, or None if the launches go by Triton.
+        """y and the workspace, or None if Triton has to launch.
 
         `inputs`: x, residual, and of each of the two norms running_mean, running_var, weight, bias.
         """
@@ -254,9 +248,9 @@ class Plan:
 
     def saved(self, tensors: Sequence[Tensor | None]) -> Saved:
         """What the forward saved, as all others take it."""
-        x, relu_mask, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
+        x, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
         assert x is not None and workspace is not None
-        mean, rstd, residual_mean, residual_rstd = (kept and kept.view(workspace) for kept in self.kept)
+        relu_mask, mean, rstd, residual_mean, residual_rstd = (kept and kept.view(workspace) for kept in self.kept)
         of_residual = (residual, residual_mean, residual_rstd, residual_weight, residual_bias)
         return Saved(x, relu_mask, mean, rstd, weight, bias, *of_residual)  # type: ignore[arg-type]
 
@@ -265,37 +259,38 @@ class Plan:
         dy: Tensor,
         dy_alias: Tensor | None,
         tensors: Sequence[Tensor | None],
-        run: Callable[[Saved], Gradients],
+        run: Callable[[Tensor, Tensor | None, Saved], Gradients],
     ) -> Sequence[Tensor | None]:
         """The gradients, in the order of `Gradients`, and perhaps more; `run` computes them where Triton has to launch.
 
         `tensors`: what the forward saved.
         """
-        x, relu_mask, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
+        x, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
         assert x is not None and workspace is not None
-        likes = (dy, dy_alias, x, residual)
-        if any(tensor is not None and tensor.stride() != self.strides for tensor in likes):
-            return run(self.saved(tensors))
+        strides = self.strides
+        if dy.stride() != strides:
+            dy = dy.contiguous(memory_format=self.layout)
+        if dy_alias is not None and dy_alias.stride() != strides:
+            dy_alias = dy_alias.contiguous(memory_format=self.layout)
+        # Hooks for saved tensors may have changed these.
+        if x.stride() != strides or (residual is not None and residual.stride() != strides):
+            return run(dy, dy_alias, self.saved(tensors))
         fork = dy_alias is not None
         if fork not in self.backward:
             saved = self.saved(tensors)
             with recorded() as launches:
-                gradients = run(saved)
+                gradients = run(dy, dy_alias, saved)
             self.backward[fork] = record(launches, (dy, dy_alias, *saved), gradients)
             return gradients
         recording = self.backward[fork]
         found = None
         if recording is not None:
             start = workspace.data_ptr()
-            mean, rstd, residual_mean, residual_rstd = (
-                0 if kept is None else start + kept.offset for kept in self.kept
-            )
+            kept = [0 if one is None else start + one.offset for one in self.kept]
             inputs = (
-                dy, dy_alias, x, relu_mask, None, None, weight, bias, residual, None, None, residual_weight,
-                residual_bias,
+                dy, dy_alias, x, None, None, None, weight, bias, residual, None, None, residual_weight, residual_bias,
             )  # fmt: skip
-            addresses: list[int] = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-            addresses[4:6] = mean, rstd
-            addresses[9:11] = residual_mean, residual_rstd
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+            addresses[3:6], addresses[9:11] = kept[:3], kept[3:]
             found = recording.repeat(inputs, addresses)
-        return run(self.saved(tensors)) if found is None else found
+        return run(dy, dy_alias, self.saved(tensors)) if found is None else found
