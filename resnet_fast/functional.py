@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, batch_norm, choices, choose_backend, distributed, reference
 from .ops.arguments import Join, Outputs, Saved, join_of, saved_of
-from .ops.backend import is_plain, plan
+from .ops.backend import is_plain
+from .ops.backend import plan as plans
 from .ops.batch_norm import backward_op, forward_op, recompute_y
 from .ops.layout import as_image, dense
 
@@ -210,7 +211,7 @@ def _choose_call(
         and all(vector.is_contiguous() and type(vector) in (Tensor, torch.nn.Parameter) for vector in vectors)
     )
     return (
-        functools.partial(_run_planned, settings, plan.Plan())
+        functools.partial(_run_planned, settings, plans.Plan())
         if is_ready
         else functools.partial(_run_on_triton, settings, group)
     )
@@ -222,12 +223,23 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
     return (y, y) if fork else y
 
 
-def _run_planned(settings: Settings, own_plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
+def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Of tensors that are as the kernels take them."""
     weight, bias = (None, None) if residual_norm is None else residual_norm[2:4]
-    call = (norm, residual_norm, settings, fork, None, own_plan)
+    call = (norm, residual_norm, settings, fork, None, plan)
+    if plan.forward is not None and not torch.is_grad_enabled():
+        repeated = plan.forward(*_inputs_of(x, norm, residual, residual_norm))
+        if repeated is not None:
+            return (repeated[0], repeated[0]) if fork else repeated[0]
     # torch's own `apply` only asks once more whether functorch transforms.
     return _apply(x, residual, norm.weight, norm.bias, weight, bias, call)
+
+
+def _inputs_of(x, norm, residual, residual_norm) -> tuple[Tensor | None, ...]:
+    """As a plan's forward takes them."""
+    if residual_norm is None:
+        return x, residual, *norm[:4], None, None, None, None
+    return x, residual, *norm[:4], *residual_norm[:4]
 
 
 def _run_on_triton(
@@ -399,59 +411,59 @@ class _BatchNormAddReLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight, bias, residual_weight, residual_bias, call: tuple
     ):
-        norm, residual_norm, settings, fork, ctx.group, own_plan = call
-        ctx.settings, ctx.plan = settings, None
+        norm, residual_norm, settings, fork, group, plan = call
+        ctx.call, ctx.is_planned = call, False
         ctx.set_materialize_grads(False)
-        if own_plan is not None:
-            running = (None,) * 4 if residual_norm is None else residual_norm[:4]
-            inputs = (x, residual, *norm[:4], *running)
-            repeated = own_plan.repeat_forward(inputs)
+        if plan is not None:
+            inputs = _inputs_of(x, norm, residual, residual_norm)
+            repeated = None if plan.forward is None else plan.forward(*inputs)
             if repeated is not None:
                 y, workspace = repeated
-                ctx.plan = own_plan
-                kept_residual = residual if residual_norm is not None else None
-                ctx.save_for_backward(x, workspace, weight, bias, kept_residual, residual_weight, residual_bias)
+                ctx.is_planned = True
+                if residual_norm is None:
+                    residual = None
+                ctx.save_for_backward(x, workspace, weight, bias, residual, residual_weight, residual_bias)
                 return (y, y.view_as(y)) if fork else y
             arguments = (x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
-            outputs = own_plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
-        elif ctx.group is None:
-            no_norm = BatchNormArgs(None, None)
-            arguments = (*norm, residual, *(residual_norm or no_norm), settings.join, settings.relu)
+            outputs = plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
+        elif group is None:
+            arguments = (*norm, residual, *(residual_norm or BatchNormArgs(None, None)), settings.join, settings.relu)
             outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
             if not settings.relu or settings.join == "none":
                 outputs = outputs._replace(relu_mask=None)
         else:
-            outputs, ctx.total_rows = distributed.forward(x, norm, residual, residual_norm, settings.relu, ctx.group)
+            outputs, ctx.total_rows = distributed.forward(x, norm, residual, residual_norm, settings.relu, group)
         ctx.save_for_backward(*saved_of(x, norm, residual, residual_norm, outputs))
         return (outputs.y, outputs.y.view_as(outputs.y)) if fork else outputs.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
+        _, _, settings, _, group, plan = ctx.call
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
-            if ctx.group is None:
+            if group is None:
                 return (None,) * 7
             dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
-        settings, saved = ctx.settings, ctx.saved_tensors
-        if ctx.plan is not None and is_plain(dy) and not torch.is_grad_enabled():
-            gradients = ctx.plan.repeat_backward(
+        saved = ctx.saved_tensors
+        if ctx.is_planned and not torch.is_grad_enabled() and is_plain(dy):
+            gradients = plan.backward(
                 dy, dy_alias, saved, lambda *tensors: batch_norm.backward(*tensors, *settings[:5])
             )
         else:
-            saved = Saved._make(saved) if ctx.plan is None else ctx.plan.saved(saved)
+            saved = plan.saved(saved) if ctx.is_planned else Saved._make(saved)
             if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
-                total_rows = None if ctx.group is None else ctx.total_rows
-                gradients = differentiable_backward(dy, dy_alias, saved, settings, ctx.group, total_rows)
-            elif ctx.group is None:
+                total_rows = None if group is None else ctx.total_rows
+                gradients = differentiable_backward(dy, dy_alias, saved, settings, group, total_rows)
+            elif group is None:
                 gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
             else:
-                gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, ctx.group, *settings[:4])
+                gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, group, *settings[:4])
         dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias, *_ = gradients
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None)
-        if ctx.plan is not None:
+        if ctx.is_planned:
             return returned
         # Operators return empty tensors for what there is not.
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
