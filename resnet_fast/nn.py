@@ -117,13 +117,11 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         if residual_norm is not None:
             residual_args, modules = residual_norm.arguments(), (self, residual_norm)
         group = ghost_batch_size = None
-        n_batches = 1
-        for module in modules:
-            if type(module) is not FusedBatchNorm2d or module.ghost_batch_size is not None:
-                group = self._group_with(residual_norm)
-                ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
-                n_batches = count_groups(x, ghost_batch_size)
+        if any(type(module) is not FusedBatchNorm2d or module.ghost_batch_size is not None for module in modules):
+            group = self._group_with(residual_norm)
+            ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
         call = find_call(x, norm, residual, residual_args, relu, None, group, ghost_batch_size)
+        n_batches = count_groups(x, ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
             module.count(n_batches)
         return call(x, norm, residual, residual_args, fork)

@@ -35,6 +35,7 @@ def device() -> torch.device:
 def on_aten(monkeypatch) -> None:
     """Modules, which name no backend, run ATen's operators: interpreted kernels take a whole network minutes."""
     monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
+    monkeypatch.setattr(functional, "_calls", {})
 
 
 @pytest.fixture(params=("triton", "aten"))
