@@ -122,9 +122,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             group = Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
         modules = (self,) if residual_norm is None else (self, residual_norm)
         ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
-        y = run_batch_norm(
-            x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size
-        )
+        y = run_batch_norm(x, norm, residual, residual_args, relu, fork, group=group, ghost_batch_size=ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
             module.count(count_groups(x, ghost_batch_size))
         return y

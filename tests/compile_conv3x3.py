@@ -59,7 +59,9 @@ def record(launching: Callable[[], object]) -> list[tuple[Launch, dict]]:
         options = options or launch.compiler_options(arguments, 90)
         recorded.append((Launch(kernel, arguments, grid), options))
 
-    with mock.patch.multiple(launch, launch_kernel=run, nvidia_capability=lambda device: 90, has_pdl=lambda device: True):
+    with mock.patch.multiple(
+        launch, launch_kernel=run, nvidia_capability=lambda device: 90, has_pdl=lambda device: True
+    ):
         launching()
     return recorded
 
