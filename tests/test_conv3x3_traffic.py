@@ -92,7 +92,11 @@ def test_no_pass_reads_what_the_convolution_has_summed(launches):
             if account.what == "partials":  # written whole by one launch, read whole by whoever merges them
                 is_written = account.times["written"].any()
                 assert (account.times["written"] == is_written).all(), (launch.kernel, name)
-                assert ((account.times["read"] > 0) != is_written).all(), (launch.kernel, name)
+                is_read = account.times["read"].reshape(account.shape) > 0
+                if account.shape[-1] == 2 and not is_written:  # beside a pivot stands nothing
+                    assert not is_read[0, :, 1].any()
+                    is_read[0, :, 1] = True
+                assert (is_read != is_written).all(), (launch.kernel, name)
 
 
 def test_the_bytes_of_a_training_step():
