@@ -70,7 +70,8 @@ def pair(
     """conv(relu(bn(x) + residual)) in training.
 
     Args:
-        x, residual: [N, C, H, W]; x in channels_last, with its `statistics` in parts where there are such.
+        x, residual: [N, C, H, W].
+        statistics: of x, in parts, where the convolution before has computed them.
         residual_norm: the batch norm of the residual.
         conv: reads the batch norm's output; None: there is none.
         fork: whether that output is read a second time, as the third result.
@@ -192,13 +193,14 @@ class _Pair(torch.autograd.Function):
         saved, convolution = Saved._make(tensors[:n]), tensors[n:]
         settings: Settings = ctx.settings
         *wants, wants_dconv_weight, _ = ctx.needs_input_grad
+        wants_dy = any(wants)
         dy, dconv_weight, sums = dz, None, None
         if dz is not None and convolution:
             y, conv_weight, weight_of_x = convolution
             weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else weight_of_x
-            by_kernel = ctx.tiles is not None and any(wants) and not torch.is_grad_enabled()  # else double backward
+            by_kernel = ctx.tiles is not None and wants_dy and not torch.is_grad_enabled()  # else double backward
             dz = _for_descriptors(dense(dz, like=y))
-            dy, dconv_weight = library_gradients(dz, y, weight, any(wants) and not by_kernel, wants_dconv_weight)
+            dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and not by_kernel, wants_dconv_weight)
             if dconv_weight is not None:
                 dconv_weight = dconv_weight.to(conv_weight.dtype)
             if by_kernel:
@@ -207,7 +209,7 @@ class _Pair(torch.autograd.Function):
                     dy, sums = conv3x3.data_gradient(dz, weight, ctx.tiles, saved, dy_alias)
         if dy is None:
             dy, dy_alias = dy_alias, None
-        if dy is None or not any(wants):
+        if dy is None or not wants_dy:
             return *(None,) * 6, dconv_weight, None
         if sums is not None:  # dy is the batch norm's dz already
             gradients = backward_with_sums(dy, sums, saved, settings.join, settings.residual_training)
