@@ -355,7 +355,7 @@ def test_strides_and_few_channels_are_for_cudnn():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the command itself runs them")
 @pytest.mark.parametrize(
     ("operation", "join", "fork"),
-    [("data gradient", "add", True), ("batch norm backward", "add", True)],
+    [("convolution", "none", False), ("data gradient", "add", True), ("batch norm backward", "add", True)],
 )
 def test_candidates_are_right(operation, join: str, fork: bool, monkeypatch):
     monkeypatch.setattr(inputs, "rotation", lambda size, device: 2)
