@@ -1,8 +1,8 @@
-"""ResNet-18's 3x3 convolutions of stride 1, and their gradients: cuDNN, and ours in every way of cutting.
+"""ResNet-18's 3x3 convolutions of stride 1, and their data gradients: cuDNN, and ours in every way of cutting.
 
 Directions "with statistics" and "with sums" are what a training step needs around a batch norm: there cuDNN's
 convolution is followed by the pass that ours saves. Ours has no forward without statistics, so in "forward" it computes
-more than cuDNN. Weights are in the setting's precision already, as the weight's gradient stays.
+more than cuDNN, and no data gradient without sums. Weights are in the setting's precision already.
 
 Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_input
 from torch.utils import deterministic
 
 from benchmarks.correctness import Tolerance
@@ -26,8 +26,9 @@ from benchmarks.harness import Level, Problem, Provider, Run, Setting
 from benchmarks.networks import cudnn_benchmark
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work
-from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates, weight_gradient_candidates
+from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 from resnet_fast.ops.arguments import BatchNormArgs, Join, PartialStatistics, Saved
+from resnet_fast.pairs import library_gradients
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
 
@@ -48,10 +49,9 @@ class Norm(NamedTuple):
 
 
 FORWARD, WITH_STATISTICS = "forward", "forward with statistics"
-DATA, WEIGHT = "data gradient", "weight gradient"
 # The block's second convolution, whose input is BN+ReLU; and its first, whose input is another block's output.
 WITH_SUMS = {"data gradient with sums": Norm("none", False), "data gradient with sums, forked": Norm("add", True)}
-DIRECTIONS = (FORWARD, WITH_STATISTICS, DATA, *WITH_SUMS, WEIGHT)
+DIRECTIONS = (FORWARD, WITH_STATISTICS, *WITH_SUMS)
 
 
 class Inputs(NamedTuple):
@@ -103,12 +103,8 @@ class CudnnRun(ConvRun):
         if direction in (FORWARD, WITH_STATISTICS):
             y = F.conv2d(x, weight, padding=1)
             return (y,) if direction == FORWARD else (y, *_statistics(y))
-        pair, is_weight = [1, 1], direction == WEIGHT
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, [not is_weight, is_weight, False]
-        )
-        if saved is None:
-            return (dweight if is_weight else dx,)
+        dx, _ = library_gradients(dy, x, weight, True, False)
+        assert saved is not None and dx is not None
         join = WITH_SUMS[direction].join
         dz, _, (dweight, dbias, *_) = _launch().gradient_sums(dx, dx_alias, saved, join, True)
         return dx if dz is None else dz, dweight, dbias
@@ -129,12 +125,9 @@ class FusedRun(ConvRun):
         if direction in (FORWARD, WITH_STATISTICS):
             y, parts = conv3x3.forward(x, weight, self.tiles)
             return (y,) if direction == FORWARD else (y, *_statistics(y, parts))
-        if direction == WEIGHT:
-            return (conv3x3.weight_gradient(x, dy, self.tiles, weight.dtype),)
-        dx, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, True, dx_alias)
-        if sums is None:
-            return (dx,)
-        return dx, sums[1, 0].clone(), sums[0, 0].clone()  # as ops.batch_norm.backward_of_sums makes parameters' own
+        assert saved is not None
+        dz, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, dx_alias)
+        return dz, sums[1, 0], sums[0, 0]
 
 
 def _statistics(y: Tensor, partial: PartialStatistics | None = None) -> tuple[Tensor, Tensor]:
@@ -166,24 +159,21 @@ def unwritten_is_nan() -> Iterator[None]:
 
 def result_names(direction: str) -> tuple[str, ...]:
     """What a run computes."""
-    names = {FORWARD: ("y",), WITH_STATISTICS: ("y", "mean", "rstd"), DATA: ("dx",), WEIGHT: ("dweight",)}
+    names = {FORWARD: ("y",), WITH_STATISTICS: ("y", "mean", "rstd")}
     return names.get(direction) or ("dz", "norm's dweight", "norm's dbias")
 
 
 def candidates(setting: Setting) -> dict[str, ConvTiles]:
     """The ways of cutting that there are for the setting's shape, by the provider's name."""
     n_channels, width = setting.shape
-    n_rows = setting.batch_size * width**2
-    if setting.direction == WEIGHT:
-        tiles = weight_gradient_candidates(n_channels, n_channels, n_rows)
-        return {provider_name(t, f"split-K {-(-n_rows // (t.block_k * t.per_program))}"): t for t in tiles}
-    tiles = conv_candidates(n_channels, n_channels, n_rows)
-    return {provider_name(t, f"{t.per_program} in turn"): t for t in tiles}
+    with_sums = setting.direction in WITH_SUMS
+    tiles = conv_candidates(n_channels, n_channels, setting.batch_size * width**2, with_sums)
+    return {provider_name(of): of for of in tiles}
 
 
-def provider_name(tiles: ConvTiles, rest: str) -> str:
+def provider_name(tiles: ConvTiles) -> str:
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-    return f"conv3x3 {shape}, {tiles.num_warps} warps, {tiles.num_stages} stages, {rest}"
+    return f"conv3x3 {shape}, {tiles.num_warps} warps, {tiles.num_stages} stages, {tiles.per_program} in turn"
 
 
 def build_conv3x3(name: str, setting: Setting, data: Data) -> ConvRun:
@@ -285,13 +275,10 @@ def exact(data: Data) -> dict[str, Tensor]:
         y = F.conv2d(wide_x, weight, padding=1)
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         results = (y, mean[None], (var + EPS).rsqrt()[None])
-    elif data.direction == WEIGHT:
-        results = (conv2d_weight(wide_x, weight.shape, wide_dy, padding=1),)
     else:
-        results = (conv2d_input(wide_x.shape, weight, wide_dy, padding=1),)
-    if saved is not None:
-        assert data.is_open is not None
-        dz = (results[0] + (0 if dx_alias is None else dx_alias.double())) * data.is_open
+        assert saved is not None and data.is_open is not None
+        dx = conv2d_input(wide_x.shape, weight, wide_dy, padding=1)
+        dz = (dx + (0 if dx_alias is None else dx_alias.double())) * data.is_open
         x_hat = (saved.x.double() - saved.mean.double().view(1, -1, 1, 1)) * saved.rstd.double().view(1, -1, 1, 1)
         results = (dz, (dz * x_hat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
     return dict(zip(result_names(data.direction), results, strict=False))

@@ -13,7 +13,7 @@ from benchmarks.tables import TITLES, operation_and_shape, providers_of
 
 BAR = 0.21  # inches, enough for a line of text
 HEADING = 0.85  # inches of a panel's title and axis
-LEFT_OUT = "convolution"  # of which ten ways of cutting would each have a bar; report.md has the table
+LEFT_OUT = "convolution"  # of which the ways of cutting would each have a bar; report.md has the table
 
 
 class Bar(NamedTuple):

@@ -34,9 +34,9 @@ def convolve(
 ):
     """[BLOCK_M, BLOCK_C] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
 
-    The matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes so that its block,
-    without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the last block of a tap
-    reaches into the next tap, x is zero.
+    The matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes so that its
+    block, without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the last block
+    of a tap reaches into the next tap, x is zero.
     """
     image, line = box_of(first_row, WIDTH)
     N_BLOCKS: tl.constexpr = (SUMMED_CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -140,8 +140,8 @@ def conv3x3_data_gradient_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the convolution's input y = relu(bn(x) + residual), plus that of y's other consumer (the fork), taken
-    through ReLU: the batch norm's dz, and its sums over the rows of each program, which are `reduce_kernel`'s (B1, B2).
+    """The gradient of the convolution's input y = relu(bn(x) + residual), plus that of y's other consumer (the fork),
+    taken through ReLU: the batch norm's dz, and its sums over the rows of each program (B1, B2, as `reduce_kernel`'s).
 
     The channels that are summed over are here the convolution's output channels.
     """

@@ -41,12 +41,10 @@ class Call(NamedTuple):
 
 
 def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
-    """Whether there are choices for x's device, and a network with these norms trains on x as pairs take it."""
+    """Whether there are choices for x's device, and a network with these norms trains, on plain tensors like x."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_empty(x.device) or not torch.is_grad_enabled():
         return False
-    return (
-        x.dtype in DTYPES and _is_for_descriptors(x) and choose_backend(x) == "triton" and all(map(_takes_part, norms))
-    )
+    return choose_backend(x) == "triton" and all(map(_takes_part, norms))
 
 
 def _takes_part(norm: Any) -> bool:
@@ -72,7 +70,8 @@ def pair(
     """conv(relu(bn(x) + residual)) in training.
 
     Args:
-        x, residual: [N, C, H, W]; x in channels_last, with its `statistics` in parts where there are such.
+        x, residual: [N, C, H, W].
+        statistics: of x, in parts, where the convolution before has computed them.
         residual_norm: the batch norm of the residual.
         conv: reads the batch norm's output; None: there is none.
         fork: whether that output is read a second time, as the third result.
@@ -85,7 +84,8 @@ def pair(
     if conv is not None and _has_kernels_for(conv, x):
         convolution = _choose("convolution", conv, x)
         data_gradient = _choose("data gradient", conv, x, join, fork)
-    if statistics is None and convolution is None and data_gradient is None:
+    is_pair = convolution is not None or data_gradient is not None
+    if statistics is None and not is_pair:
         y = norm.fused(x, residual, residual_norm, relu=True, fork=fork)
         y, second = y if fork else (y, y)
         return y if conv is None else conv(y), None, second
@@ -95,11 +95,11 @@ def pair(
         module.count(1)
     if residual is not None:
         residual = dense(residual.to(x.dtype), like=x)
-    is_pair = convolution is not None or data_gradient is not None
+    conv_weight = None if conv is None or not is_pair else conv.weight
     call = Call(arguments, residual_arguments, statistics, convolution, data_gradient)
     vectors = (*arguments[2:4], *(residual_arguments or (None,) * 4)[2:4])
-    z, y, partials, rows = _Pair.apply(x, residual, *vectors, conv.weight if is_pair else None, call)
-    if not is_pair and conv is not None:
+    z, y, partials, rows = _Pair.apply(x, residual, *vectors, conv_weight, call)
+    if conv is not None and not is_pair:
         z = conv(z)
     return z, None if partials is None else PartialStatistics(partials, rows), y
 
@@ -113,6 +113,8 @@ def _choose(operation: Operation, conv: Any, x: Tensor, join: str = "none", fork
 def _has_kernels_for(conv: Any, x: Tensor) -> bool:
     """Whether conv computes, of a tensor like x, in its type, what the kernels do."""
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not conv.training:
+        return False
+    if x.dtype not in DTYPES or not _is_for_descriptors(x):
         return False
     device_type = x.device.type
     autocasts = torch.is_autocast_enabled(device_type)
@@ -187,26 +189,28 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dy_alias: Tensor | None, *_):  # type: ignore[override]
-        n = len(Saved._fields)
-        saved, convolution = Saved._make(ctx.saved_tensors[:n]), ctx.saved_tensors[n:]
+        tensors, n = ctx.saved_tensors, len(Saved._fields)  # once: a checkpoint unpacks them
+        saved, convolution = Saved._make(tensors[:n]), tensors[n:]
         settings: Settings = ctx.settings
+        *wants, wants_dconv_weight, _ = ctx.needs_input_grad
+        wants_dy = any(wants)
         dy, dconv_weight, sums = dz, None, None
         if dz is not None and convolution:
             y, conv_weight, weight_of_x = convolution
-            by_kernel = ctx.tiles is not None and not torch.is_grad_enabled()  # else double backward
-            weight_of_x = weight_of_x if by_kernel else conv_weight.to(dz.dtype)
+            weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else weight_of_x
+            by_kernel = ctx.tiles is not None and wants_dy and not torch.is_grad_enabled()  # else double backward
             dz = _for_descriptors(dense(dz, like=y))
-            dy, dconv_weight = library_gradients(dz, y, weight_of_x, not by_kernel, ctx.needs_input_grad[6])
+            dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and not by_kernel, wants_dconv_weight)
             if dconv_weight is not None:
                 dconv_weight = dconv_weight.to(conv_weight.dtype)
             if by_kernel:
                 dy_alias = None if dy_alias is None else dense(dy_alias, like=y)
                 with device_guard(y):
-                    dy, sums = conv3x3.data_gradient(dz, weight_of_x, ctx.tiles, saved, dy_alias)
+                    dy, sums = conv3x3.data_gradient(dz, weight, ctx.tiles, saved, dy_alias)
         if dy is None:
             dy, dy_alias = dy_alias, None
-        if dy is None:
-            return (None,) * 8
+        if dy is None or not wants_dy:
+            return *(None,) * 6, dconv_weight, None
         if sums is not None:  # dy is the batch norm's dz already
             gradients = backward_with_sums(dy, sums, saved, settings.join, settings.residual_training)
         elif torch.is_grad_enabled():

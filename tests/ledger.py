@@ -28,7 +28,7 @@ class Account:
     @property
     def what(self) -> str:
         """What the README counts it as; images that a convolution moves, by descriptors, and weights are its own."""
-        if self.name.endswith("_desc") or (self.name == "dweight_ptr" and len(self.shape) == 4):
+        if self.name.endswith("_desc"):
             return "operands"
         if self.itemsize == 1:
             return "bits"

@@ -30,7 +30,6 @@ def entries(n_images: int = 128) -> dict[Problem, Choice]:
     convolutions = (
         Problem("convolution", "bf16", n_images, 64, 128, 32),
         Problem("data gradient", "fp16", n_images, 64, 64, 16, "bn", True),
-        Problem("weight gradient", "bf16", n_images, 64, 64, 8),
     )
     return {
         **{problem: conv3x3(problem) for problem in convolutions},

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "resnet_fast"
 # From the bottom up; a module may import from its own layer and from those below. `data` stands beside the network, on
 # the kernel that augments.
 LAYERS = (
-    "common kernels ops convolution functional nn checkpoints models conversion data evaluation training study "
+    "common kernels ops functional nn pairs checkpoints models conversion data evaluation training study "
     "inference profiling tuning doctor cli"
 ).split()
 DATA_MAY_IMPORT = {"common", "data", "ops"}
@@ -67,7 +67,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_the_tests_above_see_imports():
     assert set(LAYERS) == layers(SOURCES)
     assert layers(imports(PACKAGE / "functional.py")) == {"common", "ops"}
-    assert layers(imports(PACKAGE / "models/blocks.py")) == {"convolution", "nn"}
+    assert layers(imports(PACKAGE / "models/blocks.py")) == {"nn", "pairs"}
     assert layers(imports(PACKAGE / "training/evaluation.py")) == {"common", "data", "evaluation", "training"}
     assert "resnet_fast.models.registry" in imports(PACKAGE / "training/config.py")
     assert "resnet_fast.ops.launch" in imports(PACKAGE / "ops/conv3x3.py")  # from . import launch

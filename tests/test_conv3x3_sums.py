@@ -4,12 +4,11 @@ import pytest
 import torch
 from budget import assert_within_budget
 from guard import guarded_memory
-from test_conv3x3 import CASES, TYPED, Case, channels_last, cuts, operands
+from test_conv3x3 import CASES, TYPED, Case, channels_last, cuts, operands, saved_by
 from torch import Tensor
 
-from resnet_fast.kernels.conv_tiles import weight_gradient_candidates
 from resnet_fast.ops import BatchNormArgs, conv3x3, launch, reference
-from resnet_fast.ops.arguments import PartialStatistics, Saved, saved_of
+from resnet_fast.ops.arguments import PartialStatistics, Saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -31,7 +30,7 @@ def statistics(y: Tensor, known: PartialStatistics | None) -> dict[str, Tensor]:
 def test_statistics(case, dtype, device):
     """Those of the rounded output, as its own pass computes them, which has the benefit of a pivot."""
     x, weight, _ = operands(case, dtype, device)
-    for tiles in cuts(case.in_channels, case.out_channels):
+    for tiles in cuts(case.in_channels, case.out_channels, with_sums=False):
         y, known = conv3x3.forward(x, weight, tiles)
         found, own = statistics(y, known), statistics(y, None)
         exact_mean, exact_var = reference.statistics(y.double())
@@ -51,7 +50,7 @@ def test_statistics_of_tiny_and_huge_values(scale, device):
     x, weight, _ = operands(Case("huge", 3, 16, 16, 8), torch.bfloat16, device)
     x[1:] *= scale
     weight[8:] = 0  # channels that are not touched by it
-    for tiles in cuts(16, 16):
+    for tiles in cuts(16, 16, with_sums=False):
         y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
         found, own = statistics(y, known), statistics(y, None)
         for name in ("mean", "rstd", "var"):  # within some roundings of fp32, relative: nothing cancels
@@ -78,7 +77,7 @@ def test_a_channel_that_overflows_is_as_pytorchs(device):
 
 
 def assert_as_pytorch(x: Tensor, weight: Tensor) -> Tensor:
-    for tiles in cuts(16, 16):
+    for tiles in cuts(16, 16, with_sums=False):
         y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
         found = statistics(y, known)
         mean, var = reference.statistics(y.float())
@@ -87,47 +86,30 @@ def assert_as_pytorch(x: Tensor, weight: Tensor) -> Tensor:
     return found["mean"]
 
 
-def saved_by(case: Case, join: str, relu: bool, dtype: torch.dtype, device: torch.device) -> Saved:
-    """What a batch norm whose output the convolution reads has saved, [N, C_in, H, W], with ReLU bits where it has."""
-    generator = torch.Generator().manual_seed(7)
-
-    def image() -> Tensor:
-        shape = (case.n_images, case.in_channels, case.width, case.width)
-        return channels_last(torch.randn(shape, generator=generator).to(device, dtype))
-
-    def norm() -> BatchNormArgs:
-        weight, bias = (torch.rand(2, case.in_channels, generator=generator) + torch.tensor([[0.5], [-0.5]])).to(device)
-        return BatchNormArgs(None, None, weight, bias, training=True)
-
-    arguments = (image(), norm(), None if join == "none" else image(), norm() if join == "bn" else None)
-    return saved_of(*arguments, launch.forward(*arguments, relu))
+def always_open(saved: Saved) -> Saved:
+    """Of a batch norm whose ReLU is open everywhere, so that dz is the convolution's gradient itself."""
+    bias = torch.full_like(saved.mean[0], 1e9)
+    return saved._replace(relu_mask=None, bias=bias, residual=None, residual_mean=None, residual_rstd=None)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("fork", (False, True), ids=("one consumer", "two consumers"))
-@pytest.mark.parametrize(("join", "relu"), (("none", True), ("none", False), ("add", True), ("bn", True)))
-def test_sums(join, relu, fork, dtype, device):
+@pytest.mark.parametrize("join", ("none", "add", "bn"))
+def test_sums(join, fork, dtype, device):
     """dz to the bit as the batch norm's own pass has it from the same gradient, and its sums within the budget."""
     for case in (CASES[3],):
-        _, weight, dy = operands(case, dtype, device)
-        saved = saved_by(case, join, relu, dtype, device)
-        dx_alias = channels_last(torch.randn_like(saved.x)) if fork else None
-        for tiles in cuts(case.out_channels, case.in_channels):
-            dx, _ = conv3x3.data_gradient(dy, weight, tiles)
-            dz, sums = conv3x3.data_gradient(dy, weight, tiles, saved, relu, dx_alias)
-            expected, own, _ = launch.gradient_sums(dx, dx_alias, saved, join, relu)
+        x, weight, dy = operands(case, dtype, device)
+        y, saved = saved_by(x, join)
+        dx_alias = channels_last(torch.randn_like(x)) if fork else None
+        for tiles in cuts(case.out_channels, case.in_channels, with_sums=True):
+            dx, _ = conv3x3.data_gradient(dy, weight, tiles, always_open(saved), None)
+            assert dx.count_nonzero() > 0.99 * dx.numel()
+            dz, sums = conv3x3.data_gradient(dy, weight, tiles, saved, dx_alias)
+            expected, own, _ = launch.gradient_sums(dx, dx_alias, saved, join, True)
             if expected is None:  # where that pass writes none: without bits and without a fork
-                y = launch.normalize(
-                    saved.x,
-                    BatchNormArgs(None, None, saved.weight, saved.bias),
-                    saved.mean,
-                    saved.rstd,
-                    *[None] * 4,
-                    relu,
-                ).y
-                expected = dx.masked_fill(y <= 0, 0) if relu else dx
+                expected = dx.masked_fill(y <= 0, 0)
             assert torch.equal(dz, expected)
-            assert sums is not None and sums.shape == own.shape
+            assert sums.shape == own.shape
             terms = [torch.ones_like(dz.double()), xhat(saved.x, saved.mean, saved.rstd)]
             if join == "bn":
                 terms.append(xhat(saved.residual, saved.residual_mean, saved.residual_rstd))
@@ -145,20 +127,16 @@ def xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
 def test_nothing_is_written_outside_of_the_results_and_nothing_inside_is_left_out(case, device):
     x, weight, dy = operands(case, torch.bfloat16, device)
-    saved, dx_alias = saved_by(case, "bn", True, torch.bfloat16, device), channels_last(torch.randn_like(x))
-    tiles, of_gradient = cuts(case.in_channels, case.out_channels)[1], cuts(case.out_channels, case.in_channels)[1]
-    of_weight = weight_gradient_candidates(case.in_channels, case.out_channels, case.n_images * case.width**2)[0]
+    (_, saved), dx_alias = saved_by(x, "bn"), channels_last(torch.randn_like(x))
+    tiles = cuts(case.in_channels, case.out_channels, with_sums=False)[1]
+    of_gradient = cuts(case.out_channels, case.in_channels, with_sums=True)[1]
 
     def run() -> list[Tensor]:
-        y, (partials, *_) = conv3x3.forward(x, weight, tiles)
-        dz, sums = conv3x3.data_gradient(dy, weight, of_gradient, saved, True, dx_alias)
-        return [y, partials, dz, sums, conv3x3.weight_gradient(x, dy, of_weight, torch.float32)]
+        y, (partials, _) = conv3x3.forward(x, weight, tiles)
+        return [y, partials, *conv3x3.data_gradient(dy, weight, of_gradient, saved, dx_alias)]
 
     with guarded_memory() as kernels:
         found = run()
-    assert {name for name in kernels if name.startswith("conv3x3")} == {
-        "conv3x3_kernel",
-        "conv3x3_data_gradient_kernel",
-        "conv3x3_weight_gradient_kernel",
-    }
+    expected = {"conv3x3_kernel", "conv3x3_data_gradient_kernel"}
+    assert {name for name in kernels if name.startswith("conv3x3")} == expected
     assert all(map(torch.equal, found, run()))

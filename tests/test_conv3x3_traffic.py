@@ -62,7 +62,7 @@ def test_a_step_moves_the_sum_of_its_operations(launches):
 
 
 def test_every_element_of_a_result_is_written_once(launches):
-    written = {"conv3x3_kernel": "y_desc", "conv3x3_data_gradient_kernel": "dx_desc"}
+    written = {"conv3x3_kernel": "y_desc", "conv3x3_data_gradient_kernel": "dz_desc"}
     found = [launch for launch in launches if launch.kernel in written]
     assert len(found) == 5 + 5
     for launch in found:
@@ -79,8 +79,8 @@ def test_what_a_batch_norm_needs_is_read_once(launches):
             for name, account in launch.accounts.items():
                 if account.what in ("images", "bits"):
                     assert (account.times["read"] == 1).all(), name
-            n_channel_tiles = launch.accounts["dx_desc"].shape[1] // TILES.block_n
-            assert launch.accounts["dy_desc"].times["read"].max() == 9 * n_channel_tiles
+            n_channel_tiles = launch.accounts["dz_desc"].shape[1] // TILES.block_n
+            assert launch.accounts["dout_desc"].times["read"].max() == 9 * n_channel_tiles
 
 
 def test_no_pass_reads_what_the_convolution_has_summed(launches):
@@ -92,7 +92,11 @@ def test_no_pass_reads_what_the_convolution_has_summed(launches):
             if account.what == "partials":  # written whole by one launch, read whole by whoever merges them
                 is_written = account.times["written"].any()
                 assert (account.times["written"] == is_written).all(), (launch.kernel, name)
-                assert ((account.times["read"] > 0) != is_written).all(), (launch.kernel, name)
+                is_read = account.times["read"].reshape(account.shape) > 0
+                if account.shape[-1] == 2 and not is_written:  # beside a pivot stands nothing
+                    assert not is_read[0, :, 1].any()
+                    is_read[0, :, 1] = True
+                assert (is_read != is_written).all(), (launch.kernel, name)
 
 
 def test_the_bytes_of_a_training_step():

@@ -184,7 +184,7 @@ def test_a_gpu_that_is_not_tuned(own_table: Path, monkeypatch):
 
 def test_a_gpu_that_is_tuned(own_table: Path):
     add(own_table, ENVIRONMENT, entries())
-    value = f"tuned: 3 of 5 differ from the default, from {own_table}"
+    value = f"tuned: 2 of 4 differ from the default, from {own_table}"
     assert [*doctor.find_tuning(GPU)] == [Finding("tuning", value)]
 
 

@@ -224,8 +224,8 @@ def test_convolutions_are_compared_in_one_table_wins_and_losses(made: Path):
     texts = [path.read_text() for path in before]
     assert "TFLOP/s |" not in texts[0] and "onvolution\n" not in texts[0]
     of_level = rows("forward", ("cudnn", 1.0, 1), (CUT, 2.0, 0.5), (OTHER_CUT, 3.0, 0.33))
-    of_level += rows("weight gradient", ("cudnn", 1.5, 1), (CUT, 1.2, 1.25))
-    of_level += rows("data gradient", ("cudnn", 1.5, 1))
+    of_level += rows("data gradient with sums", ("cudnn", 1.5, 1), (CUT, 1.2, 1.25))
+    of_level += rows("data gradient with sums, forked", ("cudnn", 1.5, 1))
     write_rows(made / "results" / DEVICE / "convolution.csv", of_level)
     run(made)
     text = before[0].read_text()
@@ -235,7 +235,7 @@ def test_convolutions_are_compared_in_one_table_wins_and_losses(made: Path):
     )
     assert lines[start + 2 : start + 5] == [
         f"| forward, bf16 | {CONVOLUTION} | 512 | 600 | 300 | 0.50× (0.47 – 0.53) | {CUT} |",
-        f"| weight gradient, bf16 | {CONVOLUTION} | 512 | 400 | 500 | 1.25× (1.19 – 1.32) | {CUT} |",
+        f"| data gradient with sums, bf16 | {CONVOLUTION} | 512 | 400 | 500 | 1.25× (1.19 – 1.32) | {CUT} |",
         "",
     ]
     assert f"|  |  | {OTHER_CUT} | 3.00 (2.70 – 3.30) | 0.33× (0.31 – 0.35) |" in text and "| TFLOP/s |" in text

@@ -162,10 +162,13 @@ def test_hooks_on_the_norms_of_a_network(hook, on_aten, device):
 @pytest.mark.parametrize("hook", ("forward", "full backward", "patched forward"))
 def test_what_is_around_a_whole_network_leaves_it_fused(hook, on_aten, device, monkeypatch):
     """It sees input and output alone. Accelerate puts a forward on the network, for autocast."""
-    n_fused, fused_forward = [], BasicBlock.fused_forward
-    monkeypatch.setattr(
-        BasicBlock, "fused_forward", lambda *args: n_fused.append(len(args) == 4) or fused_forward(*args)
-    )
+    forks, fused_forward = [], BasicBlock.fused_forward
+
+    def noted(block, x, shortcut, fork=False):
+        forks.append(fork)
+        return fused_forward(block, x, shortcut, fork)
+
+    monkeypatch.setattr(BasicBlock, "fused_forward", noted)
     seen, models = [], pair(device, torch.float64)
     for model in models:
         kept = []
@@ -180,7 +183,7 @@ def test_what_is_around_a_whole_network_leaves_it_fused(hook, on_aten, device, m
             HOOKS[hook](model, keep)
         model(images(device, torch.float64).requires_grad_()).square().sum().backward()
         seen.append(kept)
-    assert n_fused == [True, True, False]  # every output but the last has two consumers
+    assert forks == [True, True, False]  # every output but the last has two consumers
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-10, atol=1e-10)
     gradients_agree(*models)
 

@@ -1,6 +1,6 @@
-"""Launches of the 3x3 convolution and its gradients (kernels/conv3x3.py). Imports triton.
+"""Launches of the 3x3 convolution and its data gradient (kernels/conv3x3.py). Imports triton.
 
-Tensors arrive checked (convolution.py): [N, C, H, W] in channels_last, on one device, in one type.
+Tensors arrive checked (pairs.py): [N, C, H, W] in channels_last, on one device, in one type.
 """
 
 import torch

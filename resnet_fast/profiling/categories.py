@@ -25,8 +25,8 @@ _NODE = r"Backward\d*$"
 _SAYS = {
     LAYOUT: rf"^aten::(to|_to_copy|copy_|contiguous|clone)$|ToCopy{_NODE}|nchwToNhwc|nhwcToNchw",
     NORM: r"^resnet_fast::|^aten::\w*batch_norm\w*$|^aten::(add_?|relu_?|clamp_min_?|threshold(_backward)?)$"
-    rf"|(BatchNorm|BatchNormAddReLU|Relu){_NODE}|_BatchNormAddReLU$",
-    CONVOLUTION: rf"^aten::\w*conv(2d|olution)\w*$|^aten::(linear|addmm|mm)$|(Convolution|Addmm){_NODE}|[cC]onv3x3",
+    rf"|(BatchNorm|BatchNormAddReLU|Pair|Relu){_NODE}|_(BatchNormAddReLU|Pair)$",
+    CONVOLUTION: rf"^aten::\w*conv(2d|olution)\w*$|^aten::(linear|addmm|mm)$|(Convolution|Addmm){_NODE}|^conv3x3",
     LOSS: rf"^aten::(cross_entropy_loss|\w*log_softmax\w*|nll_loss\w*|ones_like)$|(LogSoftmax|NllLoss\w*?){_NODE}",
     OTHER: rf"^aten::(\w*pool2d\w*|mean)$|(Mean|\w*Pool\w*?){_NODE}",
 }

@@ -1,12 +1,10 @@
 """Random inputs of a problem, in as many sets as no cache holds, and the exact results of the first."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from resnet_fast.ops import BatchNormArgs, reference
 from resnet_fast.ops.arguments import Saved
@@ -86,13 +84,6 @@ def exact_convolution(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, floa
 
 def exact_data_gradient(inputs: Inputs) -> Tensor:
     return F.conv_transpose2d(_exact(inputs.dy), _exact(inputs.weight), padding=1)
-
-
-def exact_weight_gradient(inputs: Inputs) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
-    x, dy = _exact(inputs.x), _exact(inputs.dy)
-    shape = tuple(inputs.weight.shape)
-    terms = conv2d_weight(x.abs(), shape, dy.abs(), padding=1).max().item()
-    return {"dweight": conv2d_weight(x, shape, dy, padding=1)}, {"dweight": terms}
 
 
 def _make(problem: Problem, device: torch.device, generator: torch.Generator) -> Inputs:

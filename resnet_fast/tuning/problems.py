@@ -1,20 +1,21 @@
 """Which operations of a network's training step there is a choice for: one pass over it on the meta device tells.
 
-Convolutions of 3x3, stride 1, padding 1, one group, without bias, of square maps and multiples of 16 channels that a
-fused batch norm follows, with their two gradients; and every fused batch norm of square maps, forward and backward.
+Every fused batch norm of square maps, forward and backward; and in networks that run in pairs (pairs.py) every 3x3
+convolution between two fused batch norms that the kernels have, forward and data gradient.
 """
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resnet_fast.convolution import has_kernels
+from resnet_fast.models.blocks import BasicBlock, FusedBlock
 from resnet_fast.models.registry import MODELS, check_name, get_model
 from resnet_fast.nn import FusedBatchNorm2d
 from resnet_fast.ops.implementations import IMPLEMENTATIONS, Operation, Problem
+from resnet_fast.pairs import has_kernels
 
 
 class _Norm(NamedTuple):
@@ -78,12 +79,9 @@ def _step_problems(model: str, stem: str, n_images: int, image_size: int, dtype:
         problems.append(Problem(operation, dtype, n_images, x.shape[1], y.shape[1], x.shape[3], join, fork))
 
     for x, y in convolutions:
-        if id(y) not in normalized:
-            continue
-        note("convolution", x, y)
-        note("weight gradient", x, y)
-        if (before := made_by.get(id(x))) is not None:  # whose sums are computed beside the data gradient
-            note("data gradient", x, y, before.join, before.fork)
+        if id(y) in normalized and (before := made_by.get(id(x))) is not None:
+            note("convolution", x, y)
+            note("data gradient", x, y, before.join, before.fork)  # beside which that batch norm's sums are computed
     for x, y, join, fork in norms:
         if x.dim() == 4 and x.shape[2] == x.shape[3]:
             note("batch norm", x, y, join)  # with a fork it computes the same
@@ -92,7 +90,7 @@ def _step_problems(model: str, stem: str, n_images: int, image_size: int, dtype:
 
 
 def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_Convolution], list[_Norm]]:
-    """What runs in a network's forward pass in training, without computing it."""
+    """What runs in a network's forward pass in training, without computing it; convolutions where it runs in pairs."""
     with torch.device("meta"):
         network = get_model(model, stem=stem)
         images = torch.empty(n_images, 3, image_size, image_size)
@@ -102,7 +100,13 @@ def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_C
             _watch(module, norms)
     with _Convolutions() as convolutions:
         network.train()(images)
-    return convolutions.seen, norms
+    return convolutions.seen if _runs_in_pairs(network) else [], norms
+
+
+def _runs_in_pairs(network: nn.Module) -> bool:
+    """Whether `run_fused` of models/blocks.py may: there are no other blocks, and the stem does not pool."""
+    blocks = {type(module) for module in network.modules() if isinstance(module, FusedBlock)}
+    return blocks == {BasicBlock} and not any(isinstance(module, nn.MaxPool2d) for module in network.modules())
 
 
 def _watch(norm: FusedBatchNorm2d, seen: list[_Norm]) -> None:

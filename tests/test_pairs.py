@@ -1,4 +1,4 @@
-"""A network whose table of choices has fused convolutions computes the same, and launches what it says."""
+"""A network with pairs of batch norm and convolution computes the same, and launches what its table says."""
 
 import copy
 import functools
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fast import FusedBatchNorm2d
+from resnet_fast import FusedBatchNorm2d, convert_sync_batchnorm
+from resnet_fast.models.registry import get_model
 from resnet_fast.ops import choices, conv3x3
 from resnet_fast.ops.implementations import Problem
+from resnet_fast.tuning import find_problems
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,6 @@ def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, run_fuse
     _, names, _ = run_fused(operations)
     assert ("conv3x3_kernel" in names) == ("convolution" in operations)
     assert ("conv3x3_data_gradient_kernel" in names) == ("data gradient" in operations)
-    assert ("conv3x3_weight_gradient_kernel" in names) == ("weight gradient" in operations)
     # Of the stem, two convolutions of each block, and the shortcut's, all with a pass of their own by default: stride 2
     # and the shortcut are cuDNN's, and behind the last convolution nothing reads its batch norm's output.
     counts, by_default = (
@@ -119,12 +120,11 @@ def test_every_choice_launches_its_kernel_and_spares_a_pass(operations, run_fuse
 @pytest.mark.slow
 def test_what_is_chosen_for(run_fused):
     _, _, asked = run_fused(CONVOLUTIONS)
-    forward = Problem("convolution", "bf16", 3, 16, 16, 8)
-    assert asked[:3] == [
+    assert asked[:2] == [
+        Problem("convolution", "bf16", 3, 16, 16, 8),
         Problem("data gradient", "bf16", 3, 16, 16, 8, "none", fork=True),  # the stem's, beside a shortcut
-        forward,
-        forward._replace(operation="weight gradient"),
     ]
+    assert [p.operation for p in asked] == 5 * ["convolution", "data gradient"]
     of_gradients = {(p.in_channels, p.join, p.fork) for p in asked if p.operation == "data gradient"}
     assert of_gradients == {(16, "none", True), (16, "none", False), (32, "none", False), (32, "bn", True)}
 
@@ -176,12 +176,13 @@ def test_fake_tensors_keep_the_library(network, device):
 @pytest.mark.slow
 def test_frozen_parameters_and_images_without_gradient(network, device, expected):
     frozen = copy.deepcopy(network)
-    frozen.layer[0].conv1.weight.requires_grad_(False)
+    frozen.layer[0].conv2.weight.requires_grad_(False)
     frozen.bn1.requires_grad_(False)
     with launched() as names:
         found = step(frozen, images(device).requires_grad_(False), Fused())
-    assert not {"dx", "d layer.0.conv1.weight", "d bn1.weight"} & found.keys()
-    assert names.count("conv3x3_weight_gradient_kernel") == 4 and names.count("conv3x3_data_gradient_kernel") == 4
+    assert not {"dx", "d layer.0.conv2.weight", "d bn1.weight"} & found.keys()
+    # Of the convolution that reads the stem's batch norm only the weight has a gradient.
+    assert names.count("conv3x3_kernel") == 5 and names.count("conv3x3_data_gradient_kernel") == 4
     whole = step(network, images(device), Fused())
     for name in found:
         assert torch.equal(found[name], whole[name]), name
@@ -238,25 +239,84 @@ def in_ghost_batches(network: nn.Module) -> None:
             module.ghost_batch_size = 2
 
 
+def over_processes(network: nn.Module) -> None:
+    convert_sync_batchnorm(network)
+
+
+def evaluating(network: nn.Module) -> None:
+    network.eval()
+
+
+def with_a_frozen_norm(network: nn.Module) -> None:
+    network.layer[1].bn2.eval()
+
+
+def of_another_layer(network: nn.Module) -> None:
+    """Whose outputs the kernels do not take."""
+
+    class InFp32(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    for block in network.layer:
+        for conv in (block.conv1, block.conv2):
+            conv.__class__ = InFp32
+
+
 def compiled(network: nn.Module) -> None:
     torch._dynamo.reset()
     network.compile(backend="aot_eager", fullgraph=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", (biased, compiled, in_ghost_batches))
+@pytest.mark.parametrize(
+    "change",
+    (biased, compiled, in_ghost_batches, over_processes, evaluating, with_a_frozen_norm, of_another_layer),
+)
 def test_what_keeps_the_library(change, network, device):
-    own, x = copy.deepcopy(network).to(device), images(device)
+    own, x, table = copy.deepcopy(network).to(device), images(device), Fused()
     change(own)
-    with launched() as names, choices.using(Fused()):
+    with launched() as names, choices.using(table):
         with torch.autocast(device.type, torch.bfloat16):
             y = own(x)
             with torch.no_grad():
                 own(x)
         y.float().sum().backward()
-    # Ghost batches have statistics of their own; the convolution and its weight's gradient are what they are.
-    allowed = {"conv3x3_kernel", "conv3x3_weight_gradient_kernel"} if change is in_ghost_batches else set()
-    assert {name for name in names if name.startswith("conv3x3")} <= allowed
+    assert not table.asked and not {name for name in names if name.startswith("conv3x3")}
+
+
+@pytest.mark.slow
+def test_a_layer_that_changes_the_layout(network, device):
+    """What a convolution in NCHW returns is no input of a pair; the pairs behind it are."""
+
+    class InNchw(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).contiguous()
+
+    own, x, table = copy.deepcopy(network), images(device), Fused()
+    own.layer[0].conv1.__class__ = InNchw
+    found, expected = step(own, x, table), step(own, x)
+    assert len(table.asked) == 2 * 3
+    assert_same(found, expected, step(own.double(), x.double(), precision="own"))
+
+
+class Asked(Fused):
+    """Has nothing for any problem."""
+
+    def __getitem__(self, problem: Problem):
+        self.asked.append(problem)
+        raise KeyError(problem)
+
+
+@pytest.mark.parametrize("model", ("resnet20", "plain20"))
+def test_training_asks_for_the_convolutions_that_tune_measures(model, device):
+    """Those of basic blocks; plain20 has none."""
+    table, network = Asked(), get_model(model, stem="cifar").to(device)
+    with choices.using(table), torch.autocast(device.type, torch.bfloat16):
+        network(torch.randn(2, 3, 16, 16, device=device))
+    tuned = find_problems(model, "cifar", [2], 16, "bf16")
+    of_training, of_tune = ({p for p in found if "batch norm" not in p.operation} for found in (table.asked, tuned))
+    assert of_training == of_tune and bool(of_tune) == (model == "resnet20")
 
 
 def test_parameters_of_another_type_are_the_librarys_error(network, device):
