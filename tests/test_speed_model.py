@@ -141,6 +141,11 @@ def test_a_retry_around_a_loop_runs_once():
     assert trips(retry, loads=5) == [5] and len(find_loops(retry.instructions)) == 2
 
 
+def test_a_load_into_the_registers_of_its_own_address_is_an_access():
+    predicated = code(POINTER, "@!P0 LDG.E.SYS R2, [R2]")
+    assert follow_pointers(predicated.instructions, [IMAGE]) == {1: IMAGE}
+
+
 def test_an_access_that_the_path_misses_is_an_error():
     with pytest.raises(ValueError, match="the kernel's path moves 0 bytes of images, it has to move"):
         predict(code("NOP"), work(132, loads=1), H200, in_l2=False)
@@ -187,6 +192,24 @@ def test_the_page_shows_the_steps():
         launches_us = int(step["launches"]) * H200.launch_us
         figures = f"{step['launches']} | {int(step['batch_norm_us']):,} | {launches_us:g} | {step['step_ms']}"
         assert f"| {provider} | {figures} |" in page
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision"), (("h200", "bf16"), ("a100", "bf16"), ("rtx4090", "bf16"), ("t4", "fp16"))
+)
+def test_the_page_compares_the_gpus(gpu, precision):
+    page = (PREDICTED / "README.md").read_text(encoding="utf-8")
+    with open(PREDICTED / "steps.csv", newline="") as file:
+        times = {
+            (row["batch_size"], row["provider"]): int(row["batch_norm_us"])
+            for row in csv.DictReader(file)
+            if (row["gpu"], row["precision"]) == (gpu, precision)
+        }
+    cells = []
+    for size in ("128", "512"):
+        eager, compiled, fused = (times[size, provider] for provider in ("eager", "compile", "fused"))
+        cells += [f"{eager:,} / {compiled:,} / {fused:,}", f"{compiled / fused:.2f}"]
+    assert f"| {GPUS[gpu].name}, {precision} | {' | '.join(cells)} |" in page
 
 
 def test_bf16_on_a_gpu_without_is_refused():

@@ -9,11 +9,14 @@ alternatives, the one with more accesses of memory is taken.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from .sass import Code, Decoded, Instruction, decode
+
+ADDRESS = re.compile(r"\[(R\d+)")
 
 
 class Loop(NamedTuple):
@@ -48,7 +51,9 @@ def follow_pointers(instructions: tuple[Instruction, ...], pointers: Iterable[in
     for position, (text, _) in enumerate(instructions):
         decoded = decode(text)
         origins = decoded.constants & known
-        for register in decoded.reads - decoded.writes if "@" in text else decoded.reads:
+        # A predicate may leave the result what it was, but an address is read in any case.
+        reads = decoded.reads - decoded.writes | set(ADDRESS.findall(text)) if "@" in text else decoded.reads
+        for register in reads:
             origins |= derived.get(register, frozenset())
         if decoded.bytes and decoded.name in ("LDG", "STG", "LDGSTS") and origins:
             accesses[position] = min(origins)
