@@ -8,12 +8,14 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import recorded_graph
 import torch
 import torch.nn.functional as F
+from pages import DOCS, run_example
 from recorded_graph import REFUSED, RecordedGraph
 from thin_resnet import thin_resnet
 from tiny_run import equal
@@ -620,6 +622,14 @@ def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
         for _ in range(3):
             step(argument)
     assert total.tolist() == [3, 3]
+
+
+def test_the_page():
+    with pytest.warns(RuntimeWarning, match="on cpu") if not torch.cuda.is_available() else nullcontext():
+        names = run_example(DOCS / "graphed.md")
+    assert names["model"].bn1.num_batches_tracked == 3
+    for remedy in ("fused=True", "GradScaler", "AveragedModel", "scheduler.step()", "torch.where"):
+        assert remedy in (DOCS / "graphed.md").read_text(encoding="utf-8")
 
 
 def test_an_error_of_the_step_is_its_own():

@@ -10,7 +10,7 @@ keeps which objects stand in them, and the values of the tensors.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -49,6 +49,7 @@ class StepState:
                 rule = "a step changes modules, optimizers, gradient scalers and tensors"
                 raise TypeError(f"{rule}, got {type(part).__name__}")
         self.modules = list(modules)
+        self.buffers = [module._buffers for module in self.modules if module._buffers]
         owned = (module._parameters.values() for module in self.modules)
         optimized = (group["params"] for group in self.groups())
         self.parameters = list(dict.fromkeys(p for p in itertools.chain(*owned, *optimized) if p is not None))
@@ -76,17 +77,16 @@ class StepState:
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the state but for gradients and learning rates."""
         found = [*self.parameters, *self.single]
-        for module in self.modules:
-            if module._buffers:
-                add_tensors(module._buffers, found)
+        for buffers in self.buffers:
+            add_tensors(buffers.values(), found)
         for optimizer in self.optimizers:
-            add_tensors(optimizer.state, found)
+            add_tensors(optimizer.state.values(), found)
         for scaler in self.scalers:
-            add_tensors(scaler.__dict__, found)
+            add_tensors((scaler._scale, scaler._growth_tracker), found)
         return found
 
     def addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.tensors()]
+        return [*map(Tensor.data_ptr, self.tensors())]
 
     def has_gradients(self) -> tuple[bool, ...]:
         return tuple([parameter.grad is not None for parameter in self.parameters])
@@ -198,15 +198,15 @@ class Snapshot:
                     raise Unrecordable(f"it puts another {what} of {owner} in the place of the one before")
 
 
-def add_tensors(value: Any, found: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, dict):
-        for part in value.values():
-            add_tensors(part, found)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            add_tensors(part, found)
+def add_tensors(values: Iterable[Any], found: list[Tensor]) -> None:
+    """Append the tensors among the values, and those in dicts, lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            add_tensors(value.values(), found)
+        elif isinstance(value, list | tuple):
+            add_tensors(value, found)
 
 
 def _is_same(value: Any, before: Any) -> bool:
