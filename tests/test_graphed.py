@@ -83,6 +83,7 @@ def train(
     clip: float = 0.0,
     autocast: bool = False,
     schedule: Any = None,
+    sizes: list[int] = SIZES,
 ) -> Iterator[Any]:
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         optimizer.zero_grad()
@@ -97,7 +98,7 @@ def train(
 
     step = wrap(step, model, optimizer)
     scheduler = schedule and schedule(optimizer)
-    for batch in batches():
+    for batch in batches(sizes):
         yield step(*batch), state_of(model, optimizer)
         if scheduler:
             scheduler.step()
@@ -298,13 +299,13 @@ def with_an_average_behind(wrap: Wrap) -> Iterator[Any]:
 def with_modes(wrap: Wrap) -> Iterator[Any]:
     """Statistics and a layer are frozen for a while, and there are evaluations."""
     model = Small(dropout=0.5)
-    for i, result in enumerate(train(wrap, model, sgd(model))):
+    for i, result in enumerate(train(wrap, model, sgd(model), sizes=[8] * 16)):
         yield result
         with torch.no_grad():
             yield model.eval()(next(batches())[0])
         model.train()
-        model.bn.train(not 2 <= i < 5)
-        model.conv.weight.requires_grad_(i >= 5)
+        model.bn.train(i % 4 < 2)
+        model.conv.weight.requires_grad_(i >= 8)
 
 
 def with_moved_state(wrap: Wrap) -> Iterator[Any]:
@@ -687,6 +688,19 @@ def test_a_cuda_graph_computes_what_the_loop_does():
                 found.append([tree_map(bits, [step(images.cuda(), labels.cuda()), model.state_dict()])])
     half = len(found) // 2
     assert equal(found[:half], found[half:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_adam_becomes_capturable():
+    """Also with state from before, whose steps were counted on the host."""
+    model = Small().cuda()
+    optimizer = torch.optim.Adam(model.parameters())
+    simple_step(model, optimizer)(*[tensor.cuda() for tensor in next(batches())])
+    step = graphed(simple_step(model, optimizer), model, optimizer, fallback=False)
+    for images, labels in batches([8] * 4):
+        step(images.cuda(), labels.cuda())
+    assert step.recorded and float(optimizer.state[model.fc.bias]["step"]) == 5
 
 
 @pytest.mark.gpu

@@ -137,7 +137,6 @@ class Snapshot:
     def __init__(self, state: StepState) -> None:
         self.state = state
         self.contents = [(owner, container, dict(container)) for owner, container in state.containers()]
-        self.scalers = [dict(scaler.__dict__) for scaler in state.scalers]
         self.scaled = [{key: dict(one) for key, one in s._per_optimizer_states.items()} for s in state.scalers]
         self.gradients = [parameter.grad for parameter in state.parameters]
         tensors = [*state.tensors(), *(gradient for gradient in self.gradients if gradient is not None)]
@@ -158,8 +157,7 @@ class Snapshot:
         for _, container, content in self.contents:
             container.clear()
             container.update(content)
-        for scaler, content, scaled in zip(self.state.scalers, self.scalers, self.scaled, strict=True):
-            scaler.__dict__.update(content)
+        for scaler, scaled in zip(self.state.scalers, self.scaled, strict=True):
             scaler._per_optimizer_states.clear()
             scaler._per_optimizer_states.update(scaled)
         for tensor, value in self.values:
@@ -179,10 +177,7 @@ class Snapshot:
         return [rate.tensor for rate in self.rates]
 
     def has_new_state(self) -> bool:
-        if any(content.keys() < container.keys() for _, container, content in self.contents):
-            return True
-        scales = zip(self.state.scalers, self.scalers, strict=True)
-        return any(content["_scale"] is None and scaler._scale is not None for scaler, content in scales)
+        return any(content.keys() < container.keys() for _, container, content in self.contents)
 
     def check_nothing_is_replaced(self) -> None:
         """Raise Unrecordable if Python changed something, which a replay does not repeat, other than in place."""
