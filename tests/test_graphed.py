@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -515,6 +516,55 @@ def test_an_error_names_the_line_the_reason_and_a_remedy(fault: Callable, monkey
     message = str(caught.value)
     assert re.search(expected.strip(), message), message
     assert "step is not recorded as a CUDA graph: " in message and "\n" not in message
+
+
+class Ending(RecordedGraph):
+    """Ends an invalid recording as torch does, by another error."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        try:
+            super().__init__(run)
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_the_first_error_of_a_recording_is_the_reason():
+    total = torch.zeros(())
+    step = graphed(lambda: total.add_(total.item()), total, fallback=False, make_graph=Ending)
+    step()
+    with pytest.raises(
+        RuntimeError, match=r"`step = graphed\(lambda: total.add_\(total.item\(\)\).*waits for a result"
+    ):
+        step()
+
+
+@pytest.mark.filterwarnings("ignore:.*It runs as it is")
+def test_a_failed_recording_leaves_a_scaler_as_it_was():
+    """It refuses to unscale twice, and unscales itself where nobody did."""
+    found = []
+    for wrap in (lambda step, *changes: step, partial(graphed, make_graph=RecordedGraph)):
+        torch.manual_seed(0)
+        model = Small()
+        optimizer = sgd(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+        def add(images: Tensor, labels: Tensor, *parts: Any) -> None:
+            model, optimizer, scaler = parts
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(images), labels)).backward()
+            scaler.unscale_(optimizer)
+
+        def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+            scaler.step(optimizer)
+            scaler.update()
+
+        first, second = wrap(add, model, optimizer, scaler), wrap(update, model, optimizer, scaler)
+        for batch in batches([4] * 4):
+            first(*batch, model, optimizer, scaler)
+            second(optimizer, scaler)
+        found.append(state_of(model, optimizer, scaler))
+    assert equal(*found)
+    assert "unscale_() has already been called" in first.why_not and "must be in one function" in second.why_not
 
 
 def test_on_a_cpu_it_runs_as_it_is_and_says_so_once():
