@@ -1,13 +1,14 @@
 """A training loop of one's own, in plain PyTorch, on the fused network and the loader: python examples/plain_pytorch.py
 
-The images lie on the device as bytes; `augmented` crops and normalizes a batch there, in one kernel on a GPU.
+The images lie on the device as bytes; `augmented` crops and normalizes a batch there, in one kernel on a GPU. There
+`graphed` records the whole step as a CUDA graph.
 """
 
 import torch
 import torch.nn.functional as F
 
-from resnet_fast import resnet18  # instead of: from torchvision.models import resnet18
-from resnet_fast.data import Augmentation, Loader, load_dataset, normalize
+from resnet_fast import graphed, resnet18  # instead of: from torchvision.models import resnet18
+from resnet_fast.data import Augmentation, Batch, Loader, load_dataset, normalize
 from resnet_fast.training import RECIPES
 
 recipe = RECIPES["digits"]  # for its numbers alone: 3 epochs, batch 24, lr 0.0125 …
@@ -18,20 +19,29 @@ loader = Loader(data.train, augmentation, recipe.batch_size)
 
 model = resnet18(num_classes=len(data.classes), stem="cifar").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 optimizer = torch.optim.SGD(
-    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True, fused=True
 )
 n_steps = recipe.epochs * len(loader)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=n_steps)
+# A graph holds the momentum as a constant.
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, cycle_momentum=False)
+
+
+def train_on(batch: Batch) -> torch.Tensor:
+    images, labels = batch.augmented(augmentation)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        loss = F.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+step = graphed(train_on, model, optimizer)
 
 for epoch in range(1, recipe.epochs + 1):
     model.train()
     for batch in loader.epoch(epoch):
-        images, labels = batch.augmented(augmentation)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = step(batch)
         scheduler.step()
     print(f"epoch {epoch}: loss of the last batch {loss:.3f}")
 

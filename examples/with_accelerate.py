@@ -1,14 +1,15 @@
 """The fused network and the loader with Accelerate: python examples/with_accelerate.py
 
-On several GPUs, `accelerate launch examples/with_accelerate.py`: each process takes its share of every batch.
+On one GPU the step is a CUDA graph. On several, `accelerate launch examples/with_accelerate.py`: each process takes its
+share of every batch.
 """
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from resnet_fast import resnet18
-from resnet_fast.data import Augmentation, Loader, load_dataset
+from resnet_fast import graphed, resnet18
+from resnet_fast.data import Augmentation, Batch, Loader, load_dataset
 from resnet_fast.training import RECIPES, evaluate
 
 recipe = RECIPES["digits"]
@@ -21,19 +22,28 @@ loader = Loader(data.train, augmentation, recipe.batch_size, rank=rank, world_si
 
 model = resnet18(num_classes=len(data.classes), stem="cifar").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 optimizer = torch.optim.SGD(
-    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True, fused=True
 )
 n_steps = recipe.epochs * len(loader)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=n_steps)
+# A graph holds the momentum as a constant.
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, cycle_momentum=False)
 model, optimizer = accelerator.prepare(model, optimizer)
+
+
+def train_on(batch: Batch) -> torch.Tensor:
+    images, labels = batch.augmented(augmentation)
+    loss = F.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    optimizer.step()
+    return loss
+
+
+step = graphed(train_on, model, optimizer)
 
 for epoch in range(1, recipe.epochs + 1):
     for batch in loader.epoch(epoch):
-        images, labels = batch.augmented(augmentation)
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
+        loss = step(batch)
         scheduler.step()
     accelerator.print(f"epoch {epoch}: loss of the last batch {loss:.3f}")
 

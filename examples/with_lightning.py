@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 
-from resnet_fast import resnet18
+from resnet_fast import graphed, resnet18
 from resnet_fast.data import Augmentation, Batch, ImageDataset, Loader, load_dataset
 from resnet_fast.training import RECIPES, Recipe, evaluate
 
@@ -12,6 +12,7 @@ from resnet_fast.training import RECIPES, Recipe, evaluate
 class Classifier(LightningModule):
     def __init__(self, data: ImageDataset, recipe: Recipe) -> None:
         super().__init__()
+        self.automatic_optimization = False  # so that the whole step can be a CUDA graph
         self.data, self.recipe = data, recipe
         self.augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
         self.loader = Loader(data.train, self.augmentation, recipe.batch_size)
@@ -21,21 +22,29 @@ class Classifier(LightningModule):
         """Return the next epoch's batches; the trainer asks every epoch (reload_dataloaders_every_n_epochs)."""
         return self.loader.epoch(self.current_epoch + 1)
 
-    def training_step(self, batch: Batch) -> torch.Tensor:
+    def configure_optimizers(self):
+        lr, momentum, n_steps = self.recipe.lr, self.recipe.momentum, self.recipe.epochs * len(self.loader)
+        decay = self.recipe.weight_decay
+        self.sgd = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=True, fused=True)
+        # A graph holds the momentum as a constant.
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.sgd, lr, total_steps=n_steps, cycle_momentum=False)
+        self.step = graphed(self.train_on, self.model, self.sgd)
+        return self.sgd
+
+    def train_on(self, batch: Batch) -> torch.Tensor:
         images, labels = batch.augmented(self.augmentation)
         loss = F.cross_entropy(self.model(images), labels)
-        self.last_loss = loss.detach()
+        self.sgd.zero_grad()
+        self.manual_backward(loss)
+        self.sgd.step()
         return loss
+
+    def training_step(self, batch: Batch) -> None:
+        self.last_loss = self.step(batch)
+        self.scheduler.step()
 
     def on_train_epoch_end(self) -> None:
         self.print(f"epoch {self.current_epoch + 1}: loss of the last batch {self.last_loss:.3f}")
-
-    def configure_optimizers(self):
-        lr, momentum, weight_decay = self.recipe.lr, self.recipe.momentum, self.recipe.weight_decay
-        optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=True)
-        n_steps = self.recipe.epochs * len(self.loader)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=n_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 has_gpu = torch.cuda.is_available()

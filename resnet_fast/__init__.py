@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "fold_batch_norm",
+    "graphed",
     "load_checkpoint",
     "plain110",
     "plain20",
@@ -63,5 +64,6 @@ if TYPE_CHECKING:
         resnet152,
     )
     from .nn import FusedBatchNorm2d, FusedSyncBatchNorm2d, convert_sync_batchnorm
+    from .training.graphed import graphed
 else:
     lazy_imports(__name__, __all__)

@@ -17,16 +17,23 @@ class CudaGraph(Generic[T]):
     """
 
     def __init__(self, run: Callable[[], T], n_warm_up: int = 3) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        sync_mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream):
-            for _ in range(n_warm_up):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
+            for i in range(n_warm_up):
+                # A line that waits for the GPU is refused here: in a recording, it leaves torch's generator unusable.
+                torch.cuda.set_sync_debug_mode("error" if i == n_warm_up - 1 else sync_mode)
+                try:
+                    run()
+                finally:
+                    torch.cuda.set_sync_debug_mode(sync_mode)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.result = run()
+        with torch.cuda.stream(current):  # a recording that fails leaves its own stream as the current one
+            # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = run()
 
     def __call__(self) -> T:
         self.graph.replay()

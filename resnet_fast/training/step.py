@@ -2,8 +2,9 @@
 
     step = augment -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
-`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the first batch of each size and replayed then;
-`training_step` is its middle, from images that are augmented to the optimizer, which profile and benchmarks compare.
+`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch of each size and replayed then
+(graphed.py); `training_step` is its middle, from images that are augmented to the optimizer, which profile and
+benchmarks compare.
 
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
 the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` casts the weights together, to the bits of
@@ -26,8 +27,8 @@ from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.graphed import MakeGraph, graphed
 from resnet_fast.training.options import settings_of
-from resnet_fast.training.random_state import random_states, restore_random_states
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
 from resnet_fast.training.structure import copy_into, first_difference
@@ -76,16 +77,6 @@ class StepOutput(NamedTuple):
     n_correct: Tensor
 
 
-MakeGraph = Callable[[Callable[[], StepOutput]], Callable[[], StepOutput]]
-
-
-class _Recorded(NamedTuple):
-    """A graph, and the tensors that it reads."""
-
-    graph: Callable[[], StepOutput]
-    batch: Batch
-
-
 class TrainingStep:
     """Everything that a step changes: a call runs the next one.
 
@@ -111,8 +102,7 @@ class TrainingStep:
             rule, or a graph with several processes, or of a model on a CPU.
         TypeError: an argument has another type.
 
-    A recorded step has the bits of one that is not, and recording leaves weights, running statistics, momentum, average
-    and random state as they were. Between steps weights may be changed in place, not replaced.
+    A recorded step has the bits of one that is not. Between steps weights may be changed in place, not replaced.
     """
 
     def __init__(
@@ -152,13 +142,15 @@ class TrainingStep:
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
-        self.make_graph = make_graph if graph else None
-        self.recorded: dict[tuple[int, int], _Recorded] = {}
         if graph and world_size > 1:
             raise ValueError(f"graph needs a single process, got {world_size}")
         device = next(model.parameters()).device
         if graph and make_graph is CudaGraph and device.type != "cuda":
             raise ValueError(f"graph needs a model on a CUDA device, got {device}")
+        self.run: Callable[[Batch, int], StepOutput] = self._run
+        if graph:
+            averages = [] if self.average is None else self.average.tensors()
+            self.run = graphed(self._run, model, self.optimizer, *averages, fallback=False, make_graph=make_graph)
 
     @property
     def lr(self) -> float:
@@ -178,10 +170,7 @@ class TrainingStep:
         if not bare(self.model).training:  # an evaluation has left it so
             self.model.train()
         with device_guard(batch.plan):
-            if self.make_graph is None:
-                output = self._run(batch, n_images)
-            else:
-                output = self._replay(batch, self.make_graph)
+            output = self.run(batch, n_images)
         self.n_done += 1
         return output
 
@@ -211,39 +200,6 @@ class TrainingStep:
     def _without_exchange(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
-    def _replay(self, batch: Batch, make_graph: MakeGraph) -> StepOutput:
-        key = (len(batch.plan), batch.images.data_ptr() if batch.is_resident else 0)
-        recorded = self.recorded.get(key)
-        if recorded is None:
-            recorded = self.recorded[key] = self._record(batch, make_graph)
-        static = recorded.batch
-        static.plan.copy_(batch.plan)
-        if not batch.is_resident:
-            static.images.copy_(batch.images)
-            static.labels.copy_(batch.labels)
-        return recorded.graph()
-
-    def _record(self, batch: Batch, make_graph: MakeGraph) -> _Recorded:
-        """Record the step for batches of this size, and undo what its warm-up did."""
-        static = batch._replace(plan=batch.plan.clone())
-        if not batch.is_resident:
-            static = static._replace(images=batch.images.clone(), labels=batch.labels.clone())
-        tensors = self._tensors()
-        before = [tensor.clone() for tensor in tensors]
-        random = random_states(batch.images.device)
-        graph = make_graph(lambda: self._run(static, len(static.plan)))
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        restore_random_states(random, batch.images.device)
-        return _Recorded(graph, static)
-
-    def _tensors(self) -> list[Tensor]:
-        """Everything that a step changes."""
-        state = [value for parameter_state in self.optimizer.state.values() for value in parameter_state.values()]
-        averages = [] if self.average is None else self.average.tensors()
-        return [*self.model.state_dict().values(), *(v for v in state if isinstance(v, Tensor)), *averages]
-
     def averaged(self) -> dict[str, Tensor]:
         """Return the weights to be tested and saved: the averages where there are any, else the model's."""
         model = bare(self.model)
@@ -267,7 +223,6 @@ class TrainingStep:
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.recorded.clear()
 
 
 def _total(parts: list[Tensor]) -> Tensor:
