@@ -1,9 +1,7 @@
 """Fused batch norm + residual + ReLU as one differentiable function."""
 
 import functools
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +14,12 @@ from .ops.arguments import Join, Outputs, Saved, join_of, saved_of
 from .ops.backend import is_plain
 from .ops.backend import plan as plans
 from .ops.batch_norm import backward_op, forward_op, recompute_y
+from .ops.checks import check_arguments
 from .ops.layout import as_image, dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # what torch takes for a float, NumPy's among them
-VECTORS = BatchNormArgs._fields[:4]  # running_mean, running_var, weight, bias
+NO_NORM = BatchNormArgs(None, None)
 
 
 class Settings(NamedTuple):
@@ -168,8 +165,8 @@ def _look_up(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_s
 def _kind(mean, var, weight, bias, training, momentum, eps) -> tuple:
     return (
         training, momentum, eps,
-        mean is None or (mean.dtype, mean.shape, mean.stride(), mean.device, mean.requires_grad),
-        var is None or (var.dtype, var.shape, var.stride(), var.device, var.requires_grad),
+        mean is None or (type(mean), mean.dtype, mean.shape, mean.stride(), mean.device, mean.requires_grad),
+        var is None or (type(var), var.dtype, var.shape, var.stride(), var.device, var.requires_grad),
         weight is None or (type(weight), weight.dtype, weight.shape, weight.stride(), weight.device),
         bias is None or (type(bias), bias.dtype, bias.shape, bias.stride(), bias.device),
     )  # fmt: skip
@@ -192,29 +189,23 @@ def _choose_call(
     is_plain: bool,
 ) -> Callable[..., Any]:
     """What runs for checked arguments of this kind; it takes (x, norm, residual, residual_norm, fork)."""
-    residual_training, residual_eps = (False, 1e-5) if residual_norm is None else residual_norm[4::2]
-    uses_batch_statistics = norm.training or residual_training
-    group_images = (ghost_batch_size or 0) if uses_batch_statistics else 0
+    other = residual_norm or NO_NORM
+    group_images = (ghost_batch_size or 0) if norm.training or other.training else 0
     join = join_of(residual, residual_norm)
-    settings = Settings(join, relu, norm.training, residual_training, group_images, norm.eps, residual_eps)
+    settings = Settings(join, relu, norm.training, other.training, group_images, norm.eps, other.eps)
     if group is None and choose_backend(x, backend) == "aten":
         return functools.partial(_run_on_aten, settings)
-    vectors = [vector for one in (norm, residual_norm) if one is not None for vector in one[:4] if vector is not None]
-    is_ready = (
+    vectors = [vector for vector in (*norm[:4], *other[:4]) if vector is not None]
+    if (
         is_plain
         and x.dim() == 4
         and dense(x) is x
-        and (
-            residual is None
-            or (type(residual) is Tensor and residual.dtype == x.dtype and dense(residual, like=x) is residual)
-        )
+        and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
+        and (residual is None or dense(residual, like=x) is residual)
         and all(vector.is_contiguous() and type(vector) in (Tensor, torch.nn.Parameter) for vector in vectors)
-    )
-    return (
-        functools.partial(_run_planned, settings, plans.Plan())
-        if is_ready
-        else functools.partial(_run_on_triton, settings, group)
-    )
+    ):
+        return functools.partial(_run_planned, settings, plans.Plan())
+    return functools.partial(_run_on_triton, settings, group)
 
 
 def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: bool) -> Any:
@@ -225,7 +216,7 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Of tensors that are as the kernels take them."""
-    weight, bias = (None, None) if residual_norm is None else residual_norm[2:4]
+    _, _, weight, bias, *_ = residual_norm or NO_NORM
     call = (norm, residual_norm, settings, fork, None, plan)
     if plan.forward is not None and not torch.is_grad_enabled():
         repeated = plan.forward(*_inputs_of(x, norm, residual, residual_norm))
@@ -237,9 +228,7 @@ def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm
 
 def _inputs_of(x, norm, residual, residual_norm) -> tuple[Tensor | None, ...]:
     """As a plan's forward takes them."""
-    if residual_norm is None:
-        return x, residual, *norm[:4], None, None, None, None
-    return x, residual, *norm[:4], *residual_norm[:4]
+    return x, residual, *norm[:4], *(residual_norm or NO_NORM)[:4]
 
 
 def _run_on_triton(
@@ -250,7 +239,7 @@ def _run_on_triton(
     image = as_image(dense(x))
     if residual is not None:
         residual = as_image(dense(residual.to(x.dtype), like=x))
-    norms = (norm, residual_norm or BatchNormArgs(None, None))
+    norms = (norm, residual_norm or NO_NORM)
     dense_norm, dense_residual_norm = dense_norms = _dense_vectors(*norms)
     call = (dense_norm, dense_residual_norm if settings.join == "bn" else None, settings, fork, group, None)
     vectors = (*dense_norm[2:4], *dense_residual_norm[2:4])
@@ -285,122 +274,6 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
         )
 
 
-def check_arguments(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    group: distributed.Group | None = None,
-    ghost_batch_size: int | None = None,
-) -> None:
-    """Raise what `batch_norm_add_relu` documents, in the order of F.batch_norm."""
-    check_ghost_batch_size(ghost_batch_size)
-    if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
-        raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
-    if norm.training or (residual_norm is not None and residual_norm.training):
-        _check_batch_size(x, group, ghost_batch_size)
-    _check_settings("", norm)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.dim() < 2 and x.numel() > 0:
-        raise RuntimeError(f"x must be [N, C, ...], got {x.dim()}-D {tuple(x.shape)}")
-    _check_vectors("", x, norm)
-    if residual is None and residual_norm is not None:
-        raise ValueError("residual_norm needs a residual, got residual=None")
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise TypeError(f"residual must be a Tensor, got {type(residual).__name__}")
-        if residual.dtype not in FLOATING:
-            raise TypeError(f"residual must be fp16, bf16, fp32 or fp64, got {residual.dtype}")
-        if residual.shape != x.shape:
-            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-        if residual.device != x.device:
-            raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
-        if residual_norm is not None:
-            _check_settings("residual_norm.", residual_norm)
-            _check_vectors("residual_norm.", x, residual_norm)
-
-
-def _check_batch_size(x: Tensor, group: distributed.Group | None, ghost_batch_size: int | None) -> None:
-    """Raise unless there is something to take batch statistics of; an x without dimensions is refused later."""
-    if group is not None:
-        if ghost_batch_size is not None:
-            raise ValueError(
-                "ghost_batch_size must be None where statistics are those of several processes, which it would take "
-                f"apart, got {ghost_batch_size}"
-            )
-        return
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        return
-    for group_size in _group_sizes(x, ghost_batch_size):
-        if math.prod((group_size, *x.shape[2:])) == 1:
-            # torch's own rule and wording (torch.nn.functional._verify_batch_size)
-            size = torch.Size((group_size, *x.shape[1:]))
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-
-def check_ghost_batch_size(value: int | None) -> None:
-    """Raise unless it is a number of images, or None."""
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"ghost_batch_size must be an int or None, got {value!r}")
-    if value < 1:
-        raise ValueError(f"ghost_batch_size must be at least 1, got {value}")
-
-
-def count_groups(x: Tensor, ghost_batch_size: int | None) -> int:
-    """How many groups of images have batch statistics of their own; as for torch, no images are a batch, too."""
-    return 1 if ghost_batch_size is None else max(1, -(-x.shape[0] // ghost_batch_size))
-
-
-def _group_sizes(x: Tensor, ghost_batch_size: int | None) -> tuple[int, int]:
-    """The number of images in the first and in the last group, the largest and the smallest."""
-    first = x.shape[0] if ghost_batch_size is None else min(ghost_batch_size, x.shape[0])
-    return first, x.shape[0] - (count_groups(x, ghost_batch_size) - 1) * first
-
-
-def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
-    """Check the numbers, and that vectors are tensors; `prefix` names their norm."""
-    if not isinstance(norm.eps, NUMBERS):
-        raise TypeError(f"{prefix}eps must be a number, got {norm.eps!r}")
-    if norm.training and norm.eps <= 0:
-        raise ValueError(f"{prefix}eps must be positive when training, got {norm.eps}")
-    if norm.eps < 0:
-        raise ValueError(f"{prefix}eps must be non-negative, got {norm.eps}")
-    if not isinstance(norm.momentum, NUMBERS):
-        raise TypeError(f"{prefix}momentum must be a number, got {norm.momentum!r}")
-    for name, vector in zip(VECTORS, norm[:4], strict=True):
-        if vector is not None and not isinstance(vector, Tensor):
-            raise TypeError(f"{prefix}{name} must be a Tensor, got {type(vector).__name__}")
-
-
-def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
-    """Check the vectors against x; `prefix` names their norm."""
-    n_channels = x.shape[1] if x.dim() > 1 else 0
-    given = {name: vector for name, vector in zip(VECTORS, norm[:4], strict=True) if vector is not None}
-    for name, vector in given.items():
-        if vector.shape != (n_channels,):
-            raise RuntimeError(f"{prefix}{name} must have shape ({n_channels},), got {tuple(vector.shape)}")
-        if vector.device != x.device:
-            raise RuntimeError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
-        if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{prefix}{name} must not require a gradient, there is none for it")
-    if norm.training and (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
-    if not norm.training and x.numel() > 0 and (norm.running_mean is None or norm.running_var is None):
-        raise RuntimeError(f"{prefix}running_mean and {prefix}running_var must be given when training is False")
-    if x.dtype not in FLOATING:
-        raise NotImplementedError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-    dtypes = {vector.dtype for vector in given.values()}
-    allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
-    if len(dtypes) > 1 or not dtypes.issubset(allowed):
-        got = ", ".join(f"{name} {vector.dtype}" for name, vector in given.items())
-        raise RuntimeError(
-            f"{prefix}vectors must all be {' or all '.join(map(str, allowed))} for x of {x.dtype}, got {got}"
-        )
-
-
 class _BatchNormAddReLU(torch.autograd.Function):
     """On the Triton kernels: along a plan where there is one, else by the operators.
 
@@ -427,7 +300,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             arguments = (x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
             outputs = plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
         elif group is None:
-            arguments = (*norm, residual, *(residual_norm or BatchNormArgs(None, None)), settings.join, settings.relu)
+            arguments = (*norm, residual, *(residual_norm or NO_NORM), settings.join, settings.relu)
             outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
             if not settings.relu or settings.join == "none":
                 outputs = outputs._replace(relu_mask=None)
@@ -469,7 +342,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
-_apply = super(torch.autograd.Function, _BatchNormAddReLU).apply
+_apply: Any = super(torch.autograd.Function, _BatchNormAddReLU).apply  # type: ignore[misc]
 
 
 def differentiable_backward(

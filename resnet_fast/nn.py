@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from .common.checks import check_type
-from .functional import BatchNormArgs, check_ghost_batch_size, count_groups, find_call
+from .functional import BatchNormArgs, find_call
+from .ops.checks import check_ghost_batch_size, count_groups
 from .ops.distributed import Group
 
 _pass = threading.local()  # batches: num_batches_tracked of a norm -> how many it has yet to count

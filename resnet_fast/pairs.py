@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS, ConvTiles
 
-from .functional import Settings, check_arguments, differentiable_backward
+from .functional import Settings, differentiable_backward
 from .nn import FusedBatchNorm2d
 from .ops import BatchNormArgs, choose_backend
 from .ops.arguments import PartialStatistics, Saved, join_of, saved_of
 from .ops.backend import conv3x3, device_guard
 from .ops.batch_norm import backward, backward_with_sums, forward
+from .ops.checks import check_arguments
 from .ops.choices import choose, is_empty
 from .ops.implementations import DTYPES, Operation, Problem
 from .ops.layout import dense

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fast import FusedBatchNorm2d
-from resnet_fast.functional import FLOATING, BatchNormArgs, batch_norm_add_relu
+from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.models.resnet import BasicBlock
+from resnet_fast.ops.checks import FLOATING
 
 SHAPES = {
     "no images": (0, 4, 3, 3),

@@ -8,7 +8,7 @@ step.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -255,7 +255,7 @@ def run_fused(norm: FusedBatchNorm2d, blocks: Sequence[Any], x: Tensor) -> Tenso
     Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
     that the backward of the operation that made it adds the two gradients in registers.
     """
-    if all(type(block) is BasicBlock for block in blocks) and can_pair(x, all_norms(norm, blocks)):
+    if can_pair(x, all_norms(norm, blocks)) and all(type(block) is BasicBlock for block in blocks):
         return run_in_pairs(norm, blocks, x)
     has_shortcut = type(blocks[0]) is not PlainBlock
     x, shortcut = norm.fused(x, relu=True, fork=True) if has_shortcut else (norm.fused(x, relu=True), None)
@@ -268,9 +268,12 @@ def run_blocks(blocks: Sequence[Any], x: Tensor, shortcut: Tensor | None) -> Ten
     return blocks[-1].fused_forward(x, shortcut)
 
 
-def all_norms(norm: FusedBatchNorm2d, blocks: Sequence[BasicBlock]) -> list[nn.Module]:
-    projections = [block.downsample[1] for block in blocks if type(block.downsample) is nn.Sequential]
-    return [norm, *(norm for block in blocks for norm in (block.bn1, block.bn2)), *projections]
+def all_norms(norm: FusedBatchNorm2d, blocks: Sequence[Any]) -> Iterator[nn.Module]:
+    yield norm
+    for block in blocks:
+        yield from (block.bn1, block.bn2)
+        if type(block.downsample) is nn.Sequential:
+            yield block.downsample[1]
 
 
 def run_in_pairs(norm: FusedBatchNorm2d, blocks: Sequence[BasicBlock], x: Tensor) -> Tensor:

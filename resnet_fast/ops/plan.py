@@ -1,8 +1,8 @@
 """Launch plans: the launches of a batch norm's passes, recorded once for a kind of arguments and then repeated.
 
 A launch by Triton's `kernel[grid](...)` binds and looks up some twenty arguments, and choosing tiles and allocating
-buffers takes as long. All of it depends on the kind of the arguments alone. So the first pass of a kind is recorded: its
-kernels, compiled, and their grids and arguments. From these a Python function is written. It takes new tensors, makes
+buffers takes as long. All of it depends on the kind of the arguments alone. So the first pass of a kind is recorded:
+the compiled kernels, their grids and arguments. From these a Python function is written. It takes new tensors, makes
 results and one workspace, and launches the same kernels with the new addresses.
 
 Triton compiles for pointers that are multiples of 16, for numbers that are 1 or multiples of 16, and for types. Numbers
@@ -134,7 +134,8 @@ class Writer:
         device = next(tensor for tensor in self.inputs.values() if tensor is not None).device
         self.values |= {"empty": torch.empty, "empty_like": torch.empty_like, "uint8": torch.uint8}
         self.values |= {"device": device, "index": device.index or 0, "is_watched": is_watched}
-        self.values |= {"get_device": driver.active.get_current_device, "get_stream": driver.active.get_current_stream}
+        active: Any = driver.active
+        self.values |= {"get_device": active.get_current_device, "get_stream": active.get_current_stream}
         exec("\n    ".join(lines), self.values)
         return self.values["repeat"]
 
