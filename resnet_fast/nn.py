@@ -113,18 +113,19 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         Returns:
             y: [N, C, H, W], or (y, alias of y) with `fork`.
         """
-        self._check_input_dim(x)
+        if x.dim() != 4:
+            self._check_input_dim(x)
         norm, residual_args, modules = self.arguments(), None, (self,)
         if residual_norm is not None:
             residual_args, modules = residual_norm.arguments(), (self, residual_norm)
-        group = ghost_batch_size = None
-        if any(type(module) is not FusedBatchNorm2d or module.ghost_batch_size is not None for module in modules):
+        group, ghost_batch_size = None, self.ghost_batch_size
+        if residual_norm is not None or ghost_batch_size is not None or type(self) is not FusedBatchNorm2d:
             group = self._group_with(residual_norm)
             ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
         call = find_call(x, norm, residual, residual_args, relu, None, group, ghost_batch_size)
-        n_batches = count_groups(x, ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
-            module.count(n_batches)
+            if module.training:
+                module.count(count_groups(x, ghost_batch_size))
         return call(x, norm, residual, residual_args, fork)
 
     def group(self) -> dist.ProcessGroup | None:

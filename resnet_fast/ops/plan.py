@@ -26,8 +26,9 @@ from .layout import layout
 
 ALIGNMENT = 16  # of pointers, for which kernels are compiled
 PADDING = 128  # of the buffers in a workspace: a line
-# The versions of Triton whose compiled kernels are known to be called as a written function calls them.
+# Compiled kernels of these versions are known to be launched as a written function launches them.
 KNOWN_TRITON = ((3, 6), (3, 7))
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 _local = threading.local()  # launches: those of this thread while they are recorded
 
@@ -71,7 +72,7 @@ def can_repeat(launches: Sequence[Launched]) -> bool:
     """Whether these launches depend on nothing but the addresses of their tensors."""
     tensors = [value for launched in launches for value in launched.arguments.values() if isinstance(value, Tensor)]
     return (
-        tuple(int(part) for part in triton.__version__.split(".")[:2]) in KNOWN_TRITON
+        VERSION in KNOWN_TRITON
         and all(launched.compiled is not None and len(launched.grid) == 1 for launched in launches)
         and not any("barrier_ptr" in launched.arguments for launched in launches)  # which is no buffer
         and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
@@ -157,9 +158,7 @@ class Writer:
 
     def _call(self, number: int, launched: Launched) -> str:
         kernel, (n_programs,), arguments, compiled = launched
-        self.values |= {f"run{number}": compiled.run, f"function{number}": compiled.function}
-        self.values[f"metadata{number}"] = compiled.packed_metadata
-        texts = [f"{n_programs}, 1, 1, stream, function{number}, metadata{number}, None, None, None"]
+        texts = []
         for name in kernel.arg_names:
             value = arguments[name]
             if isinstance(value, Tensor):
@@ -169,7 +168,20 @@ class Writer:
             else:
                 texts.append(f"{name}{number}")
                 self.values[f"{name}{number}"] = value
-        return f"run{number}({', '.join(texts)})"
+        run = compiled.run
+        self.values |= {f"run{number}": run, f"function{number}": compiled.function}
+        self.values[f"metadata{number}"] = compiled.packed_metadata
+        grid = f"{n_programs}, 1, 1, stream, function{number}"
+        if type(run).__name__ != "CudaLauncher" or run.global_scratch_size or run.profile_scratch_size:
+            return f"run{number}({grid}, metadata{number}, None, None, None, {', '.join(texts)})"
+        # What CudaLauncher.__call__ does, in Python, for a kernel without scratch memory.
+        self.values[f"run{number}"] = run.launch
+        grid += f", {run.launch_cooperative_grid}, {run.launch_pdl}"
+        if VERSION == (3, 6):
+            return f"run{number}({grid}, None, None, metadata{number}, None, None, None, {', '.join(texts)})"
+        self.values |= {f"annotations{number}": run.arg_annotations, f"signature{number}": run.kernel_signature}
+        rest = f"None, None, None, None, None, annotations{number}, signature{number}"
+        return f"run{number}({grid}, metadata{number}, {rest}, ({', '.join(texts)}))"
 
     def _address(self, tensor: Tensor) -> str:
         if id(tensor) not in self.addresses:
