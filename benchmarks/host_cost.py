@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -134,10 +135,14 @@ def measure(sides: Sides, rounds: int, calls: int) -> tuple[float, float, float]
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which eager and fused take turns.")] = 300,
+    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure what eager and fused operations cost the host that launches them, without a GPU."""
     torch.set_num_threads(1)
-    stub_driver.put_in_place()
+    try:
+        stub_driver.put_in_place()
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
     rows = []
     print(f"{'host time':44}  eager, us  fused, us  fused / eager")
     for cases, calls in ((operations, 10), (networks, 1)):
@@ -146,9 +151,9 @@ def main(
             print(f"{case:44}  {eager:9.1f}  {fused:9.1f}  {ratio:13.2f}", flush=True)
             numbers = {"eager_us": f"{eager:.1f}", "fused_us": f"{fused:.1f}", "ratio": f"{ratio:.3f}"}
             rows.append({"case": case, "rounds": str(rounds), **numbers, **machine_columns(CPU)})
-    path = RESULTS / device_slug(CPU) / "host_cost.csv"
+    path = results / device_slug(CPU) / "host_cost.csv"
     replace_rows(path, rows, ("case",))
-    print(f"written to {path.relative_to(RESULTS.parents[1])}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

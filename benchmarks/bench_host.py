@@ -1,0 +1,16 @@
+"""What eager and fused operations cost the host: `python -m benchmarks.host_cost`, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.results import ROOT
+
+
+def test_host_cost(pytestconfig: pytest.Config, capfd: pytest.CaptureFixture[str]) -> None:
+    rounds = pytestconfig.option.rounds or (30 if pytestconfig.option.quick else 300)
+    command = (sys.executable, "-m", "benchmarks.host_cost", "--rounds", str(rounds))
+    with capfd.disabled():
+        print()
+        subprocess.run((*command, "--results", pytestconfig.option.results), cwd=ROOT, check=True)
