@@ -106,8 +106,8 @@ class CudnnRun(ConvRun):
         dx, _ = library_gradients(dy, x, weight, True, False)
         assert saved is not None and dx is not None
         join = WITH_SUMS[direction].join
-        dz, _, (dweight, dbias, *_) = _launch().gradient_sums(dx, dx_alias, saved, join, True)
-        return dx if dz is None else dz, dweight, dbias
+        dz, _, gradients = _launch().gradient_sums(dx, dx_alias, saved, join, True)
+        return dx if dz is None else dz, gradients.dweight, gradients.dbias
 
 
 class FusedRun(ConvRun):

@@ -28,14 +28,14 @@ def found() -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("case", LIMITS)
 def test_python_calls_of_an_operation(case, dtype, found):
     calls = found[f"{case}, {dtype}"]
-    assert sum(calls.values()) <= LIMITS[case], calls
+    assert sum(calls.values()) - calls["launch"] <= LIMITS[case], calls
 
 
 def test_a_plan_launches_everything(found):
-    """By Triton's launcher, without its binder: two kernels forward and two backward, where these merge their sums."""
+    """Without Triton's binder: two kernels forward and two backward, where these merge their sums."""
     for case, calls in found.items():
         assert "jit.py:run" not in calls, case
-    launches = {case: calls["driver.py:__call__"] for case, calls in found.items()}
+    launches = {case: calls["launch"] for case, calls in found.items()}
     assert launches["forward, torch.float32"] == 2 and launches["forward and backward, torch.float32"] == 4
 
 

@@ -34,6 +34,21 @@ class PartialStatistics(NamedTuple):
     rows_per_split: int
 
 
+class Statistics(NamedTuple):
+    """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
+
+    It reads them; or stores them there, from running statistics or, with few `partials`, [1 + n_splits, C, 2], merged
+    from these, and then updates the running ones.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    partials: Tensor | None = None
+    rows_per_split: int = 1
+
+
 class Outputs(NamedTuple):
     """What the forward returns. `mean` and `rstd` of the pass, [n_groups, C] ([C] of several processes), are in the
     accumulation type.

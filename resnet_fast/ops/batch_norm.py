@@ -151,7 +151,8 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, x: Tensor, *arguments) -> tup
 def backward_with_sums(dz: Tensor, sums: Tensor, saved: Saved, join: Join, residual_training: bool) -> Gradients:
     """The backward operator where what has computed dz has computed the sums, [2 or 3, 1, C], too."""
     with device_guard(dz):
-        dx, dresidual = launch.input_gradients(dz, dz, sums, saved, join, False, True, residual_training)
+        settings = (join, False, True, residual_training)
+        dx, dresidual = launch.input_gradients(dz, dz, sums, saved, *settings, launch.Shape.of(dz))
     dbias, dweight, dresidual_weight = sums[0, 0], sums[1, 0], sums[-1, 0]
 
     def like(parameter: Tensor | None, gradient: Tensor, copy: bool = False) -> Tensor | None:
@@ -171,8 +172,8 @@ def recompute_y(saved: Saved, ghost_batch_size: int) -> Tensor:
     """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
     norm = BatchNormArgs(None, None, saved.weight, saved.bias)
     with device_guard(saved.x):
-        none = (None,) * 4
-        return launch.normalize(saved.x, norm, saved.mean, saved.rstd, *none, False, ghost_batch_size).y
+        statistics, shape = launch.Statistics(saved.mean, saved.rstd), launch.Shape.of(saved.x, ghost_batch_size)
+        return launch.normalize(saved.x, norm, statistics, None, None, None, False, shape).y
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")

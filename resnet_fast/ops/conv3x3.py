@@ -88,17 +88,16 @@ def data_gradient(
     n_rows, rows_per_program, n_parts = parts_of(dout, tiling.block_m, tiling.per_program)
     shape = (n_images, n_channels, height, width)
     dz = torch.empty(shape, dtype=dout.dtype, device=dout.device, memory_format=torch.channels_last)
-    # All that is saved but for the last two, the residual's weight and bias.
-    norm_pointers = {f"{name}_ptr": getattr(saved, name) for name in Saved._fields[:-2]}
     partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
+    kernel = conv3x3.conv3x3_data_gradient_kernel
     launch.launch_kernel(
-        conv3x3.conv3x3_data_gradient_kernel,
+        kernel,
         (n_parts * triton.cdiv(n_channels, tiling.block_n),),
         compiler_options(tiling, dout.device),
         dout_desc=box(dout, tiling.block_m, tiling.block_k),
         conv_weight_desc=taps(conv_weight, [tiling.block_k, tiling.block_n]),
         dy_alias_ptr=dy_alias,
-        **norm_pointers,
+        **launch.pointers(kernel, saved),
         dz_desc=rows(dz, tiling.block_m, tiling.block_n),
         partials_ptr=partials,
         n_rows=n_rows,

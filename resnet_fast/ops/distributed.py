@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, accumulation_type
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, accumulation_type
 from .backend import choose_backend, device_guard, launch
 from .layout import dense
 
@@ -62,12 +62,11 @@ def forward(
         if residual is not None and residual_norm is not None:
             own.append(_moments(residual, on_triton))
         moments, total_rows = _gather(x, own, group)
-        mean, rstd = _statistics(x, norm, moments[0], total_rows)
-        residual_mean = residual_rstd = None
+        own_statistics, residual_statistics = _statistics(x, norm, moments[0], total_rows), None
         if residual_norm is not None:
-            residual_mean, residual_rstd = _statistics(x, residual_norm, moments[1], total_rows)
-        normalize = launch.normalize if on_triton else _normalize
-        outputs = normalize(x, norm, mean, rstd, residual, residual_norm, residual_mean, residual_rstd, relu)
+            residual_statistics = _statistics(x, residual_norm, moments[1], total_rows)
+        arguments = (x, norm, own_statistics, residual, residual_norm, residual_statistics, relu)
+        outputs = launch.normalize(*arguments, launch.Shape.of(x)) if on_triton else _normalize(*arguments)
         return outputs, total_rows
 
 
@@ -88,13 +87,12 @@ def backward(
     with device_guard(saved.x):
         if choose_backend(saved.x) == "aten":
             return _backward(dy, dy_alias, saved, total_rows, group, join, training, residual_training)
-        dz, sums, (dweight, dbias, dresidual_weight, dresidual_bias) = launch.gradient_sums(
-            dy, dy_alias, saved, join, relu
-        )
+        dz, sums, gradients = launch.gradient_sums(dy, dy_alias, saved, join, relu)
         group.add_up(sums)
         sums *= _n_rows(saved.x) / total_rows  # the kernel divides by the own rows
-        dx, dresidual = launch.input_gradients(dy, dz, sums, saved, join, relu, training, residual_training)
-        return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
+        settings = (join, relu, training, residual_training)
+        dx, dresidual = launch.input_gradients(dy, dz, sums, saved, *settings, launch.Shape.of(saved.x))
+        return gradients._replace(dx=dx, dresidual=dresidual)
 
 
 def _n_rows(x: Tensor) -> int:
@@ -124,7 +122,7 @@ def _gather(x: Tensor, own: list[Tensor], group: Group) -> tuple[Tensor, Tensor]
     return torch.stack([mean, var], 1), total_rows
 
 
-def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Tensor) -> Statistics:
     """mean and rstd of the pass; the running statistics are updated, or used in place of `moments`."""
     mean, var = moments
     running_mean, running_var = norm.running_mean, norm.running_var
@@ -137,30 +135,30 @@ def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Ten
         else:
             mean, var = running_mean.double(), running_var.double()
     acc_type = accumulation_type(x)
-    return mean.to(acc_type), (var + norm.eps).rsqrt().to(acc_type)
+    return Statistics(mean.to(acc_type), (var + norm.eps).rsqrt().to(acc_type))
 
 
 def _normalize(
     x: Tensor,
     norm: BatchNormArgs,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Statistics,
     residual: Tensor | None,
     residual_norm: BatchNormArgs | None,
-    residual_mean: Tensor | None,
-    residual_rstd: Tensor | None,
+    residual_statistics: Statistics | None,
     relu: bool,
 ) -> Outputs:
     """`launch.normalize` in plain PyTorch."""
+    mean, rstd, *_ = statistics
     z = reference.normalize(x.to(mean.dtype), mean, rstd, norm.weight, norm.bias)
+    of_residual = (None, None)
     if residual is not None:
         residual = residual.to(z.dtype)
-        if residual_norm is not None and residual_mean is not None and residual_rstd is not None:
-            affine = (residual_norm.weight, residual_norm.bias)
-            residual = reference.normalize(residual, residual_mean, residual_rstd, *affine)
+        if residual_norm is not None and residual_statistics is not None:
+            of_residual = residual_statistics[:2]
+            residual = reference.normalize(residual, *of_residual, residual_norm.weight, residual_norm.bias)
         z = z + residual
     y = z.to(x.dtype)
-    return Outputs(y.relu() if relu else y, y <= 0 if relu else None, mean, rstd, residual_mean, residual_rstd)
+    return Outputs(y.relu() if relu else y, y <= 0 if relu else None, mean, rstd, *of_residual)
 
 
 def _backward(

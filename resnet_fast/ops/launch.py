@@ -3,7 +3,6 @@
 Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in the layout of x.
 """
 
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +12,16 @@ from torch import Tensor
 
 from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, PartialStatistics, Saved, accumulation_type
+from .arguments import (
+    BatchNormArgs,
+    Gradients,
+    Join,
+    Outputs,
+    PartialStatistics,
+    Saved,
+    Statistics,
+    accumulation_type,
+)
 from .plan import note
 
 # Pixels are counted in 32 bits from the start of a tile's first image (kernels/tile_access.py: tile_pointers).
@@ -69,6 +77,12 @@ def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /,
     note(kernel, grid, arguments, kernel[grid](**arguments, **options))
 
 
+def pointers(kernel, tensors: Any, prefix: str = "") -> dict[str, Tensor | None]:
+    """The tensors of a NamedTuple that the kernel takes, by its names: `weight` as weight_ptr."""
+    named = {f"{prefix}{name}_ptr": tensor for name, tensor in tensors._asdict().items()}
+    return {name: tensor for name, tensor in named.items() if name in kernel.arg_names}
+
+
 def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[str, Any]:
     """How a kernel with these arguments is compiled and launched; `capability`: as of `nvidia_capability`."""
     tile = arguments.get("TILE")
@@ -101,21 +115,6 @@ def has_pdl(device: torch.device) -> bool:
 @cache
 def _driver_version() -> int:
     return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-
-
-class Statistics(NamedTuple):
-    """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
-
-    It reads them; or stores them there, from running statistics or, with few `partials`, [1 + n_splits, C, 2], merged
-    from these, and then updates the running ones.
-    """
-
-    mean: Tensor
-    rstd: Tensor
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    partials: Tensor | None = None
-    rows_per_split: int = 1
 
 
 _choose_tiles = lru_cache(1024)(tiles.choose_tiles)  # every launch asks for its tiles
@@ -228,34 +227,14 @@ def forward(
     residual_statistics = None
     if residual is not None and residual_norm is not None:
         residual_statistics = find_statistics(residual, residual_norm, shape)
-    return _normalize(x, norm, statistics, residual, residual_norm, residual_statistics, relu, shape, reverse)
-
-
-def normalize(
-    x: Tensor,
-    norm: BatchNormArgs,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    residual_mean: Tensor | None,
-    residual_rstd: Tensor | None,
-    relu: bool,
-    ghost_batch_size: int = 0,
-) -> Outputs:
-    """`forward` with these statistics."""
-    residual_statistics = None
-    if residual_mean is not None and residual_rstd is not None:
-        residual_statistics = Statistics(residual_mean, residual_rstd)
-    shape = Shape.of(x, ghost_batch_size)
-    return _normalize(x, norm, Statistics(mean, rstd), residual, residual_norm, residual_statistics, relu, shape, False)
+    return normalize(x, norm, statistics, residual, residual_norm, residual_statistics, relu, shape, reverse)
 
 
 NO_NORM = BatchNormArgs(None, None)
 NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]
 
 
-def _normalize(
+def normalize(
     x: Tensor,
     norm: BatchNormArgs,
     statistics: Statistics,
@@ -264,8 +243,9 @@ def _normalize(
     residual_statistics: Statistics | None,
     relu: bool,
     shape: Shape,
-    reverse: bool,
+    reverse: bool = False,
 ) -> Outputs:
+    """`forward` with these statistics."""
     own, its = statistics, residual_statistics or NO_STATISTICS
     residual_norm = residual_norm or NO_NORM
     merged = own.partials if own.partials is not None else its.partials
@@ -275,25 +255,14 @@ def _normalize(
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    kernel = batch_norm_forward.normalize_kernel
     launch_kernel(
-        batch_norm_forward.normalize_kernel,
+        kernel,
         (tiling.n_programs,),
         x_ptr=x,
-        partials_ptr=own.partials,
-        running_mean_ptr=own.running_mean,
-        running_var_ptr=own.running_var,
-        mean_ptr=own.mean,
-        rstd_ptr=own.rstd,
-        weight_ptr=norm.weight,
-        bias_ptr=norm.bias,
+        **pointers(kernel, norm) | pointers(kernel, own),  # running statistics only where this launch updates them
         residual_ptr=residual,
-        residual_partials_ptr=its.partials,
-        residual_running_mean_ptr=its.running_mean,
-        residual_running_var_ptr=its.running_var,
-        residual_mean_ptr=its.mean,
-        residual_rstd_ptr=its.rstd,
-        residual_weight_ptr=residual_norm.weight,
-        residual_bias_ptr=residual_norm.bias,
+        **pointers(kernel, residual_norm, "residual_") | pointers(kernel, its, "residual_"),
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         **shape.sizes,
@@ -330,10 +299,9 @@ def backward(
     sums = None
     if shape.n_groups > 1 or group_splits > tiles.FEW_SPLITS:
         sums, partials = combine_gradients(partials, shape.n_groups, group_splits, gradients), None
-    settings = (saved, join, relu, training, residual_training)
-    dx, dresidual = _input_gradients(dy, dz, partials, sums, gradients, *settings, shape, reverse)
-    dweight, dbias, dresidual_weight, dresidual_bias = gradients
-    return Gradients(dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias)
+    settings = (join, relu, training, residual_training)
+    dx, dresidual = input_gradients(dy, dz, sums, saved, *settings, shape, partials, gradients, reverse)
+    return gradients._replace(dx=dx, dresidual=dresidual)
 
 
 def partial_sums(
@@ -349,20 +317,13 @@ def partial_sums(
     tiling = choose_tiles(shape, saved.x, n_tensors, tiles.REDUCE_PROGRAMS)
     dz = torch.empty_like(saved.x) if writes_dz else None
     partials = saved.mean.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels)
+    kernel = batch_norm_backward.reduce_kernel
     launch_kernel(
-        batch_norm_backward.reduce_kernel,
+        kernel,
         (tiling.n_programs,),
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
-        relu_mask_ptr=saved.relu_mask,
-        x_ptr=saved.x,
-        mean_ptr=saved.mean,
-        rstd_ptr=saved.rstd,
-        weight_ptr=saved.weight,
-        bias_ptr=saved.bias,
-        residual_ptr=saved.residual,
-        residual_mean_ptr=saved.residual_mean,
-        residual_rstd_ptr=saved.residual_rstd,
+        **pointers(kernel, saved),
         dz_ptr=dz,
         partials_ptr=partials,
         **shape.sizes,
@@ -377,42 +338,39 @@ def partial_sums(
 
 def gradient_sums(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool
-) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-    """dz where the second pass reads it, the sums of all rows, [2 or 3, 1, C], and the gradients of weight, bias,
-    residual weight and residual bias.
-    """
+) -> tuple[Tensor | None, Tensor, Gradients]:
+    """dz where the second pass reads it, the sums of all rows, [2 or 3, 1, C], and the gradients of the vectors."""
     dz, partials, n_splits = partial_sums(dy, dy_alias, saved, join, relu, Shape.of(saved.x))
     gradients = empty_gradients(saved)
     return dz, combine_gradients(partials, 1, n_splits, gradients), gradients
 
 
-def empty_gradients(saved: Saved) -> list[Tensor | None]:
-    """For those of weight, bias, residual weight and residual bias, [C], where there are such."""
-    parameters = (saved.weight, saved.bias, saved.residual_weight, saved.residual_bias)
-    return [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]
+NO_GRADIENTS = Gradients(*(None,) * 6)  # type: ignore[arg-type]
+VECTORS = ("weight", "bias", "residual_weight", "residual_bias")
 
 
-NO_GRADIENTS = (None,) * 4
+def empty_gradients(saved: Saved) -> Gradients:
+    """Those of the vectors that there are, [C]."""
+    vectors = {f"d{name}": getattr(saved, name) for name in VECTORS}
+    return NO_GRADIENTS._replace(**{name: None if v is None else torch.empty_like(v) for name, v in vectors.items()})
 
 
 def combine_gradients(
-    partials: Tensor, n_groups: int, group_splits: int, gradients: Sequence[Tensor | None] = NO_GRADIENTS
+    partials: Tensor, n_groups: int, group_splits: int, gradients: Gradients = NO_GRADIENTS
 ) -> Tensor:
     """The sums of every group, [2 or 3, n_groups, C], from the partial ones, [2 or 3, n_splits, C].
 
-    `gradients`: of weight, bias, residual weight and residual bias, [C], where they are wanted.
+    `gradients`: of the vectors, [C], which are stored, too.
     """
     n_sums, n_splits, n_channels = partials.shape
     sums = partials.new_empty(n_sums, n_groups, n_channels)
+    kernel = batch_norm_backward.combine_gradients_kernel
     launch_kernel(
-        batch_norm_backward.combine_gradients_kernel,
+        kernel,
         (triton.cdiv(n_channels, tiles.COMBINE_BLOCK_C),),
         partials_ptr=partials,
         sums_ptr=sums,
-        dweight_ptr=gradients[0],
-        dbias_ptr=gradients[1],
-        dresidual_weight_ptr=gradients[2],
-        dresidual_bias_ptr=gradients[3],
+        **pointers(kernel, gradients),
         n_splits=n_splits,
         n_groups=n_groups,
         group_splits=group_splits,
@@ -428,60 +386,33 @@ def combine_gradients(
 def input_gradients(
     dy: Tensor,
     dz: Tensor | None,
-    sums: Tensor,
-    saved: Saved,
-    join: Join,
-    relu: bool,
-    training: bool,
-    residual_training: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dx and dresidual from the `sums` of all rows."""
-    settings = (saved, join, relu, training, residual_training, Shape.of(saved.x), False)
-    return _input_gradients(dy, dz, None, sums, NO_GRADIENTS, *settings)
-
-
-def _input_gradients(
-    dy: Tensor,
-    dz: Tensor | None,
-    partials: Tensor | None,
     sums: Tensor | None,
-    gradients: Sequence[Tensor | None],
     saved: Saved,
     join: Join,
     relu: bool,
     training: bool,
     residual_training: bool,
     shape: Shape,
-    reverse: bool,
+    partials: Tensor | None = None,
+    gradients: Gradients = NO_GRADIENTS,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and dresidual from the `sums` of every group, or from few `partials`; `gradients` are then stored, too."""
+    """dx and dresidual from the `sums` of every group; or from few `partials`, and then `gradients` are stored, too."""
     n_splits = 1 if partials is None else partials.shape[1]
-    dweight, dbias, dresidual_weight, dresidual_bias = NO_GRADIENTS if partials is None else gradients
     # In the bn join more tiles than those of five tensors would have do not fit into the registers.
     tiling = choose_tiles(shape, saved.x, 5 if join == "bn" else 2)
     dx = torch.empty_like(saved.x)
     dresidual = torch.empty_like(saved.x) if join == "bn" else None
+    stored = NO_GRADIENTS if partials is None else gradients
+    kernel = batch_norm_backward.input_gradients_kernel
     launch_kernel(
-        batch_norm_backward.input_gradients_kernel,
+        kernel,
         (tiling.n_programs,),
         dz_ptr=dy if dz is None else dz,
-        x_ptr=saved.x,
-        mean_ptr=saved.mean,
-        rstd_ptr=saved.rstd,
-        weight_ptr=saved.weight,
-        bias_ptr=saved.bias,
-        residual_ptr=saved.residual,
-        residual_mean_ptr=saved.residual_mean,
-        residual_rstd_ptr=saved.residual_rstd,
-        residual_weight_ptr=saved.residual_weight,
+        **pointers(kernel, saved),
         partials_ptr=partials,
         sums_ptr=sums,
-        dx_ptr=dx,
-        dresidual_ptr=dresidual,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
-        dresidual_weight_ptr=dresidual_weight,
-        dresidual_bias_ptr=dresidual_bias,
+        **pointers(kernel, stored._replace(dx=dx, dresidual=dresidual)),
         **shape.sizes,
         n_splits=n_splits,
         n_groups=shape.n_groups,

@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_single_read, tiles
 
 from . import launch
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, join_of
+from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, join_of
 from .implementations import DTYPES, Operation
 from .launch import Shape
 
@@ -145,47 +145,41 @@ def forward(
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
     is_bn_join = residual_norm is not None
-    n_norms = 2 if is_bn_join else 1
-    partials = x.new_empty(n_norms, 1 + tiling.n_parts, shape.n_channels, 2, dtype=torch.float32).unbind()
-    vectors = [x.new_empty(1, shape.n_channels, dtype=torch.float32) for _ in range(2 * n_norms)]
+
+    def statistics(is_there: bool) -> Statistics:
+        if not is_there:
+            return launch.NO_STATISTICS
+        partials = x.new_empty(1 + tiling.n_parts, shape.n_channels, 2, dtype=torch.float32)
+        return Statistics(*launch.empty_statistics(x, shape), partials=partials)
+
+    own, its = statistics(True), statistics(is_bn_join)
+    residual_norm = residual_norm or launch.NO_NORM
     y = torch.empty_like(x)
     relu_mask = None
     if relu and residual is not None:
         relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    kernel = batch_norm_single_read.single_read_forward_kernel
     launch.launch_kernel(
-        batch_norm_single_read.single_read_forward_kernel,
+        kernel,
         (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
         x_ptr=x,
-        weight_ptr=norm.weight,
-        bias_ptr=norm.bias,
-        running_mean_ptr=norm.running_mean,
-        running_var_ptr=norm.running_var,
+        **launch.pointers(kernel, own) | launch.pointers(kernel, norm),
         residual_ptr=residual,
-        residual_weight_ptr=residual_norm.weight if residual_norm else None,
-        residual_bias_ptr=residual_norm.bias if residual_norm else None,
-        residual_running_mean_ptr=residual_norm.running_mean if residual_norm else None,
-        residual_running_var_ptr=residual_norm.running_var if residual_norm else None,
+        **launch.pointers(kernel, its, "residual_") | launch.pointers(kernel, residual_norm, "residual_"),
         barrier_ptr=words,
-        partials_ptr=partials[0],
-        residual_partials_ptr=partials[1] if is_bn_join else None,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
-        mean_ptr=vectors[0],
-        rstd_ptr=vectors[1],
-        residual_mean_ptr=vectors[2] if is_bn_join else None,
-        residual_rstd_ptr=vectors[3] if is_bn_join else None,
         n_rows=shape.n_rows,
         n_splits=tiling.n_parts,
         momentum=norm.momentum,
         eps=norm.eps,
-        residual_momentum=residual_norm.momentum if residual_norm else 0.0,
-        residual_eps=residual_norm.eps if residual_norm else 0.0,
+        residual_momentum=residual_norm.momentum,
+        residual_eps=residual_norm.eps,
         RELU=relu,
         TILE=tiling.tile,
     )
-    residual_mean, residual_rstd = vectors[2:] if is_bn_join else (None, None)
-    return Outputs(y, relu_mask, vectors[0], vectors[1], residual_mean, residual_rstd)
+    return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
 
 
 def backward(
@@ -203,38 +197,24 @@ def backward(
     partials = x.new_empty(3 if is_bn_join else 2, tiling.n_parts, shape.n_channels, dtype=torch.float32)
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
     dz = torch.empty_like(x) if writes_dz else None
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if is_bn_join else None
-    gradients = launch.empty_gradients(saved)
+    gradients = launch.empty_gradients(saved)._replace(dx=torch.empty_like(x))
+    if is_bn_join:
+        gradients = gradients._replace(dresidual=torch.empty_like(x))
+    kernel = batch_norm_single_read.single_read_backward_kernel
     launch.launch_kernel(
-        batch_norm_single_read.single_read_backward_kernel,
+        kernel,
         (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
         dy_ptr=dy,
         dy_alias_ptr=dy_alias,
-        relu_mask_ptr=saved.relu_mask,
-        x_ptr=x,
-        mean_ptr=saved.mean,
-        rstd_ptr=saved.rstd,
-        weight_ptr=saved.weight,
-        bias_ptr=saved.bias,
-        residual_ptr=saved.residual,
-        residual_mean_ptr=saved.residual_mean,
-        residual_rstd_ptr=saved.residual_rstd,
-        residual_weight_ptr=saved.residual_weight,
+        **launch.pointers(kernel, saved),
         barrier_ptr=words,
         partials_ptr=partials,
         dz_ptr=dz,
-        dx_ptr=dx,
-        dresidual_ptr=dresidual,
-        dweight_ptr=gradients[0],
-        dbias_ptr=gradients[1],
-        dresidual_weight_ptr=gradients[2],
-        dresidual_bias_ptr=gradients[3],
+        **launch.pointers(kernel, gradients),
         n_rows=shape.n_rows,
         n_splits=tiling.n_parts,
         RELU=relu,
         TILE=tiling.tile,
     )
-    dweight, dbias, dresidual_weight, dresidual_bias = gradients
-    return Gradients(dx, dweight, dbias, dz if join == "add" else dresidual, dresidual_weight, dresidual_bias)
+    return gradients._replace(dresidual=dz) if join == "add" else gradients
