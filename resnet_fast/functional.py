@@ -209,7 +209,6 @@ def _choose_call(
 
 
 def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: bool) -> Any:
-    residual = None if residual is None else residual.to(x.dtype)
     y = aten.batch_norm_add_relu(x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
     return (y, y) if fork else y
 

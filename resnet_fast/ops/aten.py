@@ -1,7 +1,6 @@
 """The same operation as eager PyTorch runs it: what CPU tensors get, and what a caller gets by naming "aten"."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import BatchNormArgs
@@ -24,7 +23,14 @@ def batch_norm_add_relu(
         residuals = [None] * len(groups) if residual is None else residual.split(ghost_batch_size)
         pairs = zip(groups, residuals, strict=True)
         return torch.cat([batch_norm_add_relu(part, norm, added, residual_norm, relu) for part, added in pairs])
-    y = F.batch_norm(x, *norm)
+    y = _batch_norm(x, *norm)
     if residual is not None:
-        y += residual if residual_norm is None else F.batch_norm(residual, *residual_norm)
-    return F.relu(y, inplace=True) if relu else y
+        if residual.dtype != x.dtype:
+            residual = residual.to(x.dtype)
+        y += residual if residual_norm is None else _batch_norm(residual, *residual_norm)
+    return torch.relu_(y) if relu else y
+
+
+def _batch_norm(x: Tensor, mean, var, weight, bias, training: bool, momentum: float, eps: float) -> Tensor:
+    """F.batch_norm without its check of the size, which has been made."""
+    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
