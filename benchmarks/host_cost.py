@@ -147,7 +147,7 @@ def main(
     print(f"{'host time':44}  eager, us  fused, us  fused / eager")
     for cases, calls in ((operations, 10), (networks, 1)):
         for case, sides in cases():
-            eager, fused, ratio = measure(sides, rounds if calls > 1 else max(1, rounds // 3), calls)
+            eager, fused, ratio = measure(sides, rounds, calls)
             print(f"{case:44}  {eager:9.1f}  {fused:9.1f}  {ratio:13.2f}", flush=True)
             numbers = {"eager_us": f"{eager:.1f}", "fused_us": f"{fused:.1f}", "ratio": f"{ratio:.3f}"}
             rows.append({"case": case, "rounds": str(rounds), **numbers, **machine_columns(CPU)})

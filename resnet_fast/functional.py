@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, batch_norm, choices, choose_backend, distributed, reference
-from .ops.arguments import Join, Outputs, Saved, join_of, saved_of
-from .ops.backend import is_plain
-from .ops.backend import plan as plans
+from .ops.arguments import Gradients, Join, Outputs, Saved, join_of, saved_of
+from .ops.backend import is_plain, unwrap_if_dead
+from .ops.backend import plan as launch_plan
 from .ops.batch_norm import backward_op, forward_op, recompute_y
 from .ops.checks import check_arguments
 from .ops.layout import as_image, dense
@@ -106,12 +106,8 @@ def batch_norm_add_relu(
     check_type("relu", relu, bool)
     check_type("fork", fork, bool)
     norm = BatchNormArgs(running_mean, running_var, weight, bias, training, momentum, eps)
-    return run_batch_norm(x, norm, residual, residual_norm, relu, fork, backend, ghost_batch_size=ghost_batch_size)
-
-
-def run_batch_norm(x: Tensor, norm, residual, residual_norm, relu: bool, fork: bool, *args: Any, **kwargs: Any) -> Any:
-    """`find_call`, and the call."""
-    return find_call(x, norm, residual, residual_norm, relu, *args, **kwargs)(x, norm, residual, residual_norm, fork)
+    call = find_call(x, norm, residual, residual_norm, relu, backend, None, ghost_batch_size)
+    return call(x, norm, residual, residual_norm, fork)
 
 
 def find_call(
@@ -124,39 +120,44 @@ def find_call(
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Check arguments of `batch_norm_add_relu`; return what computes it of (x, norm, residual, residual_norm, fork).
-
-    `group`: whose batch statistics are joint. Arguments of a kind that has been seen are not checked again.
+    """Check the arguments and return the function that computes the operation from (x, norm, residual, residual_norm,
+    fork). Arguments of a kind that has been seen are not checked again. `group`: whose batch statistics are joint.
     """
     key = call = None
-    if group is None and backend is None and is_plain(x) and not choices.is_replaced():
+    if (
+        group is None
+        and backend is None
+        and is_plain(x)
+        and (type(residual) is not Tensor or unwrap_if_dead(residual) is residual)
+        and not choices.is_replaced()
+    ):
         key, call = _look_up(x, norm, residual, residual_norm, relu, ghost_batch_size)
     if call is None:
         check_arguments(x, norm, residual, residual_norm, group, ghost_batch_size)
         call = _choose_call(x, norm, residual, residual_norm, relu, backend, group, ghost_batch_size, key is not None)
-        if key is not None and _are_numbers(norm, residual_norm):
+        if key is not None and not _has_running_with_gradient(norm, residual_norm):
             if len(_calls) >= MAX_CALLS:
-                _calls.clear()
+                del _calls[next(iter(_calls))]
             _calls[key] = call
     return call
 
 
-# What runs for arguments that have been checked, by their kind: shapes, layouts, types, devices and numbers.
+# What runs for arguments that have been checked, by their kind: shapes, layouts, types and devices.
 _calls: dict[tuple, Callable[..., Any]] = {}
 MAX_CALLS = 4096
 
 
 def _look_up(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_size) -> tuple[tuple | None, Any]:
-    """The key, of all that is checked and that kernels are compiled for except addresses, and what it stands for.
+    """Return the key of these arguments and the function stored under it; None and None if one has a wrong type.
 
-    None and None, if something is not what it should be.
+    The key holds everything that is checked or compiled for, except addresses.
     """
     try:
         key = (x.shape, x.stride(), x.dtype, x.device, relu, ghost_batch_size, type(ghost_batch_size), *_kind(*norm))
         if residual is not None:
             key += type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
         if residual_norm is not None:
-            key += _kind(*residual_norm)
+            key += type(residual_norm), *_kind(*residual_norm)
         return key, _calls.get(key)
     except (AttributeError, TypeError):
         return None, None
@@ -164,7 +165,7 @@ def _look_up(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_s
 
 def _kind(mean, var, weight, bias, training, momentum, eps) -> tuple:
     return (
-        training, momentum, eps,
+        training, type(momentum), type(eps), eps,
         mean is None or (type(mean), mean.dtype, mean.shape, mean.stride(), mean.device, mean.requires_grad),
         var is None or (type(var), var.dtype, var.shape, var.stride(), var.device, var.requires_grad),
         weight is None or (type(weight), weight.dtype, weight.shape, weight.stride(), weight.device),
@@ -172,9 +173,10 @@ def _kind(mean, var, weight, bias, training, momentum, eps) -> tuple:
     )  # fmt: skip
 
 
-def _are_numbers(*norms: BatchNormArgs | None) -> bool:
-    """Whether momentum and eps are Python's, which a key tells apart by their value."""
-    return all(type(number) in (float, int) for norm in norms if norm is not None for number in norm[5:])
+def _has_running_with_gradient(*norms: BatchNormArgs | None) -> bool:
+    """Whether a running statistic requires a gradient, which is refused if the grad mode is on."""
+    running = [vector for norm in norms if norm is not None for vector in norm[:2]]
+    return any(vector is not None and vector.requires_grad for vector in running)
 
 
 def _choose_call(
@@ -186,9 +188,9 @@ def _choose_call(
     backend: Backend | None,
     group: distributed.Group | None,
     ghost_batch_size: int | None,
-    is_plain: bool,
+    can_plan: bool,
 ) -> Callable[..., Any]:
-    """What runs for checked arguments of this kind; it takes (x, norm, residual, residual_norm, fork)."""
+    """Return the function that runs checked arguments of this kind."""
     other = residual_norm or NO_NORM
     group_images = (ghost_batch_size or 0) if norm.training or other.training else 0
     join = join_of(residual, residual_norm)
@@ -197,14 +199,16 @@ def _choose_call(
         return functools.partial(_run_on_aten, settings)
     vectors = [vector for vector in (*norm[:4], *other[:4]) if vector is not None]
     if (
-        is_plain
+        can_plan
         and x.dim() == 4
         and dense(x) is x
         and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
         and (residual is None or dense(residual, like=x) is residual)
         and all(vector.is_contiguous() and type(vector) in (Tensor, torch.nn.Parameter) for vector in vectors)
+        and all(type(number) in (float, int) for number in (*norm[5:], *other[5:]))
     ):
-        return functools.partial(_run_planned, settings, plans.Plan())
+        forward, backward = functools.partial(_forward, settings), functools.partial(_backward, settings)
+        return functools.partial(_run_planned, settings, launch_plan.Plan(forward, backward))
     return functools.partial(_run_on_triton, settings, group)
 
 
@@ -214,20 +218,31 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 
 
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
-    """Of tensors that are as the kernels take them."""
-    _, _, weight, bias, *_ = residual_norm or NO_NORM
-    call = (norm, residual_norm, settings, fork, None, plan)
-    if plan.forward is not None and not torch.is_grad_enabled():
-        repeated = plan.forward(*_inputs_of(x, norm, residual, residual_norm))
-        if repeated is not None:
-            return (repeated[0], repeated[0]) if fork else repeated[0]
-    # torch's own `apply` only asks once more whether functorch transforms.
-    return _apply(x, residual, norm.weight, norm.bias, weight, bias, call)
+    """Run along the plan; tensors have the kernels' layout."""
+    mean, var, weight, bias, _, momentum, _ = norm
+    others: tuple[Any, ...] = (None,) * 5
+    if residual_norm is not None:
+        others = *residual_norm[:4], residual_norm[5]
+    if torch.is_grad_enabled():
+        rest = (mean, var, momentum, *others)
+        return _apply(x, residual, weight, bias, others[2], others[3], settings, fork, None, plan, rest)
+    y, _ = plan.forward(x, residual, mean, var, weight, bias, momentum, *others)
+    return (y, y) if fork else y
 
 
-def _inputs_of(x, norm, residual, residual_norm) -> tuple[Tensor | None, ...]:
-    """As a plan's forward takes them."""
-    return x, residual, *norm[:4], *(residual_norm or NO_NORM)[:4]
+def _forward(settings: Settings, x, residual, mean, var, weight, bias, momentum, *others: Any) -> Outputs:
+    """The operation, of a plan's inputs."""
+    norm, residual_norm = BatchNormArgs(mean, var, weight, bias, settings.training, momentum, settings.eps), None
+    if settings.join == "bn":
+        mean, var, weight, bias, momentum = others
+        residual_norm = BatchNormArgs(
+            mean, var, weight, bias, settings.residual_training, momentum, settings.residual_eps
+        )
+    return batch_norm.forward(x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
+
+
+def _backward(settings: Settings, dy: Tensor, dy_alias: Tensor | None, saved: Saved) -> Gradients:
+    return batch_norm.backward(dy, dy_alias, saved, *settings[:5])
 
 
 def _run_on_triton(
@@ -240,9 +255,10 @@ def _run_on_triton(
         residual = as_image(dense(residual.to(x.dtype), like=x))
     norms = (norm, residual_norm or NO_NORM)
     dense_norm, dense_residual_norm = dense_norms = _dense_vectors(*norms)
-    call = (dense_norm, dense_residual_norm if settings.join == "bn" else None, settings, fork, group, None)
     vectors = (*dense_norm[2:4], *dense_residual_norm[2:4])
-    y = _BatchNormAddReLU.apply(image, residual, *vectors, call)
+    y = _BatchNormAddReLU.apply(
+        image, residual, *vectors, settings, fork, group, None, *dense_norm, *dense_residual_norm
+    )
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -274,32 +290,28 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton kernels: along a plan where there is one, else by the operators.
-
-    `call`: norm, residual_norm (for the bn join), settings, fork, group of processes, plan.
+    """On the Triton kernels: by a plan, whose `rest` is a tuple of the other inputs; or by the operators, or with
+    `group` for several processes, whose `rest` are the fields of both norms, flat, so that tracers see each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight, bias, residual_weight, residual_bias, call: tuple
+        ctx: Any, x, residual, weight, bias, residual_weight, residual_bias, settings, fork, group, plan, *rest
     ):
-        norm, residual_norm, settings, fork, group, plan = call
-        ctx.call, ctx.is_planned = call, False
+        ctx.settings, ctx.group, ctx.plan = settings, group, plan
         ctx.set_materialize_grads(False)
         if plan is not None:
-            inputs = _inputs_of(x, norm, residual, residual_norm)
-            repeated = None if plan.forward is None else plan.forward(*inputs)
-            if repeated is not None:
-                y, workspace = repeated
-                ctx.is_planned = True
-                if residual_norm is None:
-                    residual = None
-                ctx.save_for_backward(x, workspace, weight, bias, residual, residual_weight, residual_bias)
-                return (y, y.view_as(y)) if fork else y
-            arguments = (x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
-            outputs = plan.record_forward(lambda: batch_norm.forward(*arguments), inputs)
-        elif group is None:
-            arguments = (*norm, residual, *(residual_norm or NO_NORM), settings.join, settings.relu)
+            ((mean, var, momentum, *others),) = rest
+            y, kept = plan.forward(x, residual, mean, var, weight, bias, momentum, *others)
+            if settings.join != "bn":
+                residual = None
+            ctx.save_for_backward(x, weight, bias, residual, residual_weight, residual_bias, *kept)
+            return (y, y.view_as(y)) if fork else y
+        n = len(BatchNormArgs._fields)
+        norm = BatchNormArgs._make(rest[:n])
+        residual_norm = BatchNormArgs._make(rest[n:]) if settings.join == "bn" else None
+        if group is None:
+            arguments = (*norm, residual, *rest[n:], settings.join, settings.relu)
             outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
             if not settings.relu or settings.join == "none":
                 outputs = outputs._replace(relu_mask=None)
@@ -310,37 +322,38 @@ class _BatchNormAddReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
-        _, _, settings, _, group, plan = ctx.call
+        settings, group, plan, tensors = ctx.settings, ctx.group, ctx.plan, ctx.saved_tensors
         if dy is None:
             dy, dy_alias = dy_alias, None
         if dy is None:
             if group is None:
-                return (None,) * 7
-            dy = torch.zeros_like(ctx.saved_tensors[0])  # the other processes wait for this one's part
-        saved = ctx.saved_tensors
-        if ctx.is_planned and not torch.is_grad_enabled() and is_plain(dy):
-            gradients = plan.backward(
-                dy, dy_alias, saved, lambda *tensors: batch_norm.backward(*tensors, *settings[:5])
-            )
+                return (None,) * len(ctx.needs_input_grad)
+            dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
+        is_first = not torch.is_grad_enabled()
+        is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
+        if plan is not None and is_planned:
+            gradients = plan.backward(dy, dy_alias, tensors)
         else:
-            saved = plan.saved(saved) if ctx.is_planned else Saved._make(saved)
-            if torch.is_grad_enabled():  # double backward: the same gradients, by differentiable steps
+            saved = Saved._make(tensors) if plan is None else plan.saved(tensors)
+            if not is_first:  # double backward: the same gradients, by differentiable steps
                 total_rows = None if group is None else ctx.total_rows
                 gradients = differentiable_backward(dy, dy_alias, saved, settings, group, total_rows)
             elif group is None:
                 gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
             else:
                 gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, group, *settings[:4])
-        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias, *_ = gradients
+        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
-        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None)
-        if ctx.is_planned:
-            return returned
+        if is_planned:
+            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None, None, None, None, None
+        rest = (None,) * (len(ctx.needs_input_grad) - 6)
+        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *rest)
         # Operators return empty tensors for what there is not.
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 
 
+# torch's own `apply` asks again whether functorch transforms, and unwraps tensors that have left it (`is_plain`).
 _apply: Any = super(torch.autograd.Function, _BatchNormAddReLU).apply  # type: ignore[misc]
 
 

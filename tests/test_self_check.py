@@ -10,7 +10,7 @@ import resnet_fast.nn
 from resnet_fast import functional
 from resnet_fast.doctor import diagnosis, exit_code, parity
 from resnet_fast.doctor.diagnosis import check_parity
-from resnet_fast.functional import run_batch_norm
+from resnet_fast.doctor.parity import run_batch_norm
 
 CPU = torch.device("cpu")
 JOINS = {"none", "add", "bn"}

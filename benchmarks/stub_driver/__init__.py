@@ -4,8 +4,10 @@ What it is for: what a launch costs the host (host_cost.py), and whether a launc
 place before the kernels are imported, in a process of its own.
 """
 
+import atexit
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -22,14 +24,15 @@ def build(folder: Path) -> None:
     Raises:
         RuntimeError: Triton with its NVIDIA backend, or a C compiler, is missing.
     """
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    compiler, *options = shlex.split(os.environ.get("CC", "gcc"))
     backend = find_spec("triton") and find_spec("triton.backends.nvidia")
-    if compiler is None or not backend or backend.origin is None:
+    if shutil.which(compiler) is None or not backend or backend.origin is None:
         raise RuntimeError("the stub driver needs a C compiler (gcc, or CC) and Triton with its NVIDIA backend")
     headers, source = Path(backend.origin).parent / "include", Path(__file__).with_name("fake_cuda.c")
     subprocess.run(
         [
             compiler,
+            *options,
             "-shared",
             "-fPIC",
             "-Wl,-soname,libcuda.so.1",
@@ -46,6 +49,7 @@ def build(folder: Path) -> None:
 def put_in_place(capability: int = 90) -> None:
     """Have Triton launch on the stub driver, and resnet_fast take CPU tensors for a GPU's of this capability."""
     folder = Path(mkdtemp(prefix="stub-driver-"))
+    atexit.register(shutil.rmtree, folder)
     build(folder)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["TRITON_INTERPRET"] = "0"

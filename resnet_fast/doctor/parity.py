@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import run_batch_norm
+from ..functional import find_call
 from ..ops import aten, reference
 from ..ops.arguments import BatchNormArgs, accumulation_type
 
@@ -87,9 +87,14 @@ def judge(case: object, name: str, error: float, allowed: float) -> Check:
     return Check(str(case), f"{name} is off by {error:.2g}, allowed {allowed:.2g}", share)
 
 
+def run_batch_norm(x: Tensor, norm, residual, residual_norm, relu: bool) -> Tensor:
+    """Run the fused operation."""
+    return find_call(x, norm, residual, residual_norm, relu)(x, norm, residual, residual_norm, False)
+
+
 def check_case(case: Case, device: torch.device) -> Iterator[Check]:
     """Check y, every gradient and every running statistic of the fused operation."""
-    ours = compute(case, device, partial(run_batch_norm, relu=True, fork=False))
+    ours = compute(case, device, partial(run_batch_norm, relu=True))
     eager = compute(case, device, partial(aten.batch_norm_add_relu, relu=True))
     exact, exact_of_eager = (
         compute(case, device, partial(formula, results["y"] <= 0), torch.float64) for results in (ours, eager)

@@ -8,6 +8,7 @@ step.
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +20,8 @@ from torchvision.models import resnet as torchvision_resnet
 
 from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from ..pairs import can_pair, pair
+
+HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def to_channels_last(x: Any) -> Any:
@@ -49,37 +52,40 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
 
 
 class Structure:
-    """What a module was made of when it was looked at: its modules, their classes, and where their hooks would be."""
+    """Remember what a network is made of: its modules, their classes, and how its norms are set.
 
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self.children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
-        self.modules, self.classes = modules, list(map(type, modules))
-        self.hooks = [hooks for m in modules if m is not module for hooks in _hooks_of(m)]
-        self.attributes = [m.__dict__ for m in modules if m is not module]
-        self.relus = [m.__dict__ for m in modules if isinstance(m, FusedBatchNorm2d)]
+    It holds no reference to the network itself, whose entry in `_structures` goes with it.
+    """
 
-    def is_current(self) -> bool:
-        """Whether the module is still made of these, no norm ends in ReLU, and nobody looks at them."""
-        return (
-            not any(self.hooks)
-            and list(map(type, self.modules)) == self.classes
-            and all(list(now.values()) == then for now, then in self.children)
-            and not any("forward" in own for own in self.attributes)
-            and not any(own["relu"] for own in self.relus)
-        )
+    def __init__(self, network: nn.Module) -> None:
+        self.modules = [module for module in network.modules() if module is not network]
+        self.norms = [module for module in self.modules if isinstance(module, FusedBatchNorm2d)]
+        self.made_of = self._made_of(network)
+
+    def _made_of(self, network: nn.Module) -> list[Any]:
+        """Return the children of every module, their classes, and what `is_fused` and `is_projection` ask of norms."""
+        children = [*network._modules.values()]
+        for module in self.modules:
+            if module._modules:
+                children += module._modules.values()
+        settings = [(norm.relu, norm.ghost_batch_size) for norm in self.norms]
+        groups = [norm.group() for norm in self.norms if type(norm) is not FusedBatchNorm2d]
+        return [*map(id, children), *map(type, children), *settings, *groups]
+
+    def is_current(self, network: nn.Module) -> bool:
+        """Return whether it is made of the same modules, set as before, and nobody looks at them."""
+        own = [*map(vars, self.modules)]
+        hooks = itertools.chain.from_iterable(map(HOOKS, own))
+        is_looked_at = any(hooks) or any(map(operator.contains, own, itertools.repeat("forward")))
+        return not is_looked_at and self._made_of(network) == self.made_of
 
 
 _structures: WeakKeyDictionary[nn.Module, tuple[Structure, list[Any]]] = WeakKeyDictionary()
 
 
-def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
 def has_own_hook(module: nn.Module) -> bool:
     """Whether there are hooks at this module, or a patched forward."""
-    return any(_hooks_of(module)) or "forward" in module.__dict__
+    return any(HOOKS(vars(module))) or "forward" in vars(module)
 
 
 def is_fused(norm: nn.Module) -> bool:
@@ -232,7 +238,7 @@ def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list
     known = _structures.get(network)
     if known is not None and type(x) is Tensor and not nn.modules.module._has_any_global_hook():
         structure, blocks = known
-        if structure.is_current():
+        if structure.is_current(network):
             return blocks
     blocks = _blocks_to_fuse(network, stages, x)
     if blocks:

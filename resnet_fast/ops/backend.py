@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Backend = Literal["triton", "aten"]
+# A tensor without the wrapper that a transform of torch.func which has ended may have left around it.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # type: ignore[attr-defined]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
 augment_launch: Any
@@ -83,7 +85,9 @@ def is_plain(x: object) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.compiler._is_exporting_flag
+        and not torch._C._is_tracing()
         and forward_ad._current_level < 0
+        and unwrap_if_dead(x) is x
     )
 
 

@@ -5,9 +5,10 @@ buffers takes as long. All of it depends on the kind of the arguments alone. So 
 the compiled kernels, their grids and arguments. From these a Python function is written. It takes new tensors, makes
 results and one workspace, and launches the same kernels with the new addresses.
 
-Triton compiles for pointers that are multiples of 16, for numbers that are 1 or multiples of 16, and for types. Numbers
-and types are in the caller's key; the function checks addresses. If somebody watches launches (a profiler's hooks,
-TRITON_DEBUG), or a kernel or one of its globals has changed, it launches nothing and returns None: Triton has to.
+Triton compiles for pointers that are multiples of 16, for integers that are 1 or multiples of 16, and for types.
+Integers and types are in the caller's key; the function checks addresses. If somebody watches launches (a profiler's
+hooks, TRITON_DEBUG), or a kernel or one of its globals has changed, it launches nothing and returns None: Triton has
+to.
 """
 
 import threading
@@ -30,6 +31,17 @@ PADDING = 128  # of the buffers in a workspace: a line
 KNOWN_TRITON = ((3, 6), (3, 7))
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
+# The tensors of a launch that its own pass makes and nobody else reads, or that the forward keeps for the backward.
+BUFFERS = {
+    "partials_ptr", "sums_ptr", "dz_ptr", "mean_ptr", "rstd_ptr", "relu_mask_ptr",
+    "residual_partials_ptr", "residual_mean_ptr", "residual_rstd_ptr",
+}  # fmt: skip
+FORWARD_INPUTS = (
+    "x", "residual", "running_mean", "running_var", "weight", "bias", "momentum",
+    "residual_running_mean", "residual_running_var", "residual_weight", "residual_bias", "residual_momentum",
+)  # fmt: skip
+BACKWARD_INPUTS = ("dy", "dy_alias", "x", "weight", "bias", "residual", "residual_weight", "residual_bias", "workspace")
+
 _local = threading.local()  # launches: those of this thread while they are recorded
 
 
@@ -51,14 +63,14 @@ def recorded() -> Iterator[list[Launched]]:
 
 
 def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
-    """Called at every launch."""
+    """Note a launch, if this thread records."""
     launches = getattr(_local, "launches", None)
     if launches is not None:
         launches.append(Launched(kernel, grid, arguments, compiled))
 
 
 def is_watched() -> bool:
-    """Whether somebody wants to hear of launches, or has Triton check more at each."""
+    """Return whether a profiler or a debugger observes launches."""
     runtime = knobs.runtime
     entered, left = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -68,14 +80,29 @@ def is_watched() -> bool:
     )
 
 
-def can_repeat(launches: Sequence[Launched]) -> bool:
-    """Whether these launches depend on nothing but the addresses of their tensors."""
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Return the values, no object twice: by its identity an argument of a launch is known again."""
+    found, seen = [], set()
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.detach() if id(value) in seen else value
+        elif value is not None:
+            value = float.fromhex(float(value).hex())
+        seen.add(id(value))
+        found.append(value)
+    return found
+
+
+def can_repeat(launches: Sequence[Launched], device: torch.device) -> bool:
+    """Return whether these launches depend on nothing but their inputs, and can be made again from here."""
     tensors = [value for launched in launches for value in launched.arguments.values() if isinstance(value, Tensor)]
+    active: Any = driver.active if launches and launches[0].compiled is not None else None
     return (
-        VERSION in KNOWN_TRITON
+        active is not None
+        and VERSION in KNOWN_TRITON
         and all(launched.compiled is not None and len(launched.grid) == 1 for launched in launches)
-        and not any("barrier_ptr" in launched.arguments for launched in launches)  # which is no buffer
         and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+        and active.get_current_device() == (device.index or 0)
         and not is_watched()
     )
 
@@ -85,84 +112,88 @@ class Writer:
 
     Args:
         launches: as `recorded` noted them.
-        inputs: the function's arguments, by name; None where there is no tensor.
+        inputs: the function's arguments, by name: tensors, numbers, or None where there is nothing.
         kept: buffers of the forward's workspace, their offsets by id.
 
     Every other tensor of a launch is a result, made like an input, or a buffer of the workspace.
     """
 
     def __init__(
-        self, launches: Sequence[Launched], inputs: dict[str, Tensor | None], kept: dict[int, int] | None = None
+        self, launches: Sequence[Launched], inputs: dict[str, Any], kept: dict[int, int] | None = None
     ) -> None:
         self.launches, self.inputs = launches, inputs
+        self.tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         self.offsets: dict[int, int] = {}  # of the workspace's buffers, by id
         self.workspace_bytes = 0
         self.values: dict[str, Any] = {}  # the function's globals
-        self.addresses: dict[int, str] = {
-            id(tensor): f"{name}_ptr" for name, tensor in inputs.items() if tensor is not None
-        }
-        for tensor, offset in (kept or {}).items():
-            self.addresses[tensor] = f"workspace_ptr + {offset}"
+        self.texts = {id(value): name for name, value in inputs.items() if isinstance(value, float)}
+        self.texts |= {id(tensor): f"{name}_ptr" for name, tensor in self.tensors.items()}
+        self.texts |= {buffer: f"workspace_ptr + {offset}" for buffer, offset in (kept or {}).items()}
 
-    def write(self, results: Sequence[Tensor | None]) -> Callable[..., tuple] | None:
-        """Return the function; it returns the results and its workspace. None if a result is like no input."""
-        pointers = [f"{name}_ptr" for name, tensor in self.inputs.items() if tensor is not None]
-        body = [f"{name}_ptr = {name}.data_ptr()" for name, tensor in self.inputs.items() if tensor is not None]
-        returned = []
+    def write(self, results: Sequence[Tensor | None], returned: str) -> Callable[..., tuple] | None:
+        """Write the function; `returned` is an expression of result0, result1, … and the workspace, `buffers`.
+
+        None if no input has a result's shape, strides and type, or a launch gets a tensor that is no known buffer.
+        """
+        body = [f"{name}_ptr = {name}.data_ptr()" for name in self.tensors]
+        pointers = [f"{name}_ptr" for name in self.tensors]
         for place, result in enumerate(results):
-            returned.append("None" if result is None else f"result{place}")
             if result is None:
                 continue
             like = self._like(result)
             if like is None:
                 return None
             body += [f"result{place} = empty_like({like})", f"result{place}_ptr = result{place}.data_ptr()"]
-            self.addresses[id(result)] = f"result{place}_ptr"
+            self.texts[id(result)] = f"result{place}_ptr"
             pointers.append(f"result{place}_ptr")
         guards, calls = [], []
         for number, launched in enumerate(self.launches):
-            guards += self._guards(number, launched)
-            calls.append(self._call(number, launched))
-        body += [
-            f"buffers = empty({self.workspace_bytes}, dtype=uint8, device=device)",
-            "buffers_ptr = buffers.data_ptr()",
-        ]
-        pointers.append("buffers_ptr")
-        body += [f"if ({' | '.join(pointers)}) % {ALIGNMENT}: return None", "stream = get_stream(index)", *calls]
-        body.append(f"return {', '.join((*returned, 'buffers'))}")
+            call = self._call(number, launched)
+            if call is None:
+                return None
+            guards += self._guards(number, launched.kernel)
+            calls.append(call)
+        body += [f"buffers = empty({self.workspace_bytes}, dtype=uint8, device=device)"]
+        body += ["buffers_ptr = buffers.data_ptr()"]
+        body += [f"if ({' | '.join((*pointers, 'buffers_ptr'))}) % {ALIGNMENT}: return None"]
+        body += ["stream = get_stream(index)", *calls, f"return {returned}"]
         guard = " or ".join(["get_device() != index", "is_watched()", *guards])
         lines = [f"def repeat({', '.join(self.inputs)}):", f"if {guard}: return None", *body]
-        device = next(tensor for tensor in self.inputs.values() if tensor is not None).device
+        active: Any = driver.active
+        device = next(iter(self.tensors.values())).device
         self.values |= {"empty": torch.empty, "empty_like": torch.empty_like, "uint8": torch.uint8}
         self.values |= {"device": device, "index": device.index or 0, "is_watched": is_watched}
-        active: Any = driver.active
         self.values |= {"get_device": active.get_current_device, "get_stream": active.get_current_stream}
         exec("\n    ".join(lines), self.values)
         return self.values["repeat"]
 
     def _like(self, result: Tensor) -> str | None:
-        """An input of the same shape, strides and type."""
-        for name, tensor in self.inputs.items():
-            if tensor is not None and tensor.dtype == result.dtype and tensor.shape == result.shape:
-                if tensor.stride() == result.stride():
-                    return name
-        return None
+        """Return the name of an input with the result's shape, strides and type."""
+        kind = result.dtype, result.shape, result.stride()
+        kinds = {name: (tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in self.tensors.items()}
+        return next((name for name in kinds if kinds[name] == kind), None)
 
-    def _guards(self, number: int, launched: Launched) -> Iterator[str]:
-        kernel = launched.kernel
+    def _guards(self, number: int, kernel: Any) -> Iterator[str]:
         self.values |= {f"kernel{number}": kernel, f"hash{number}": kernel.hash}
         yield f"kernel{number}.hash is not hash{number} or kernel{number}.pre_run_hooks"
-        for name, (_, module) in ((name, used) for (name, _), used in kernel.used_global_vals.items()):
-            self.values |= {f"module{number}": module, f"{name}{number}": module.get(name)}
-            yield f"module{number}.get({name!r}) is not {name}{number}"
+        for place, ((name, _), (_, module)) in enumerate(kernel.used_global_vals.items()):
+            own = f"{number}_{place}"
+            self.values |= {f"module{own}": module, f"global{own}": module.get(name)}
+            yield f"module{own}.get({name!r}) is not global{own}"
 
-    def _call(self, number: int, launched: Launched) -> str:
+    def _call(self, number: int, launched: Launched) -> str | None:
         kernel, (n_programs,), arguments, compiled = launched
         texts = []
         for name in kernel.arg_names:
             value = arguments[name]
-            if isinstance(value, Tensor):
-                texts.append(self._address(value))
+            if isinstance(value, Tensor) and id(value) not in self.texts:
+                if name not in BUFFERS:
+                    return None
+                self.offsets[id(value)] = self.workspace_bytes
+                self.texts[id(value)] = f"buffers_ptr + {self.workspace_bytes}"
+                self.workspace_bytes += -(-value.nbytes // PADDING) * PADDING
+            if id(value) in self.texts:
+                texts.append(self.texts[id(value)])
             elif value is None or type(value) in (int, bool):
                 texts.append(repr(value))
             else:
@@ -183,13 +214,6 @@ class Writer:
         rest = f"None, None, None, None, None, annotations{number}, signature{number}"
         return f"run{number}({grid}, metadata{number}, {rest}, ({', '.join(texts)}))"
 
-    def _address(self, tensor: Tensor) -> str:
-        if id(tensor) not in self.addresses:
-            self.offsets[id(tensor)] = self.workspace_bytes
-            self.addresses[id(tensor)] = f"buffers_ptr + {self.workspace_bytes}"
-            self.workspace_bytes += -(-tensor.nbytes // PADDING) * PADDING
-        return self.addresses[id(tensor)]
-
 
 class Kept(NamedTuple):
     """A buffer of the forward's workspace that the backward reads."""
@@ -203,79 +227,96 @@ class Kept(NamedTuple):
         return workspace[self.offset : self.offset + n_bytes].view(self.dtype).view(self.shape)
 
 
-FORWARD_INPUTS = (
-    "x", "residual", "running_mean", "running_var", "weight", "bias",
-    "residual_running_mean", "residual_running_var", "residual_weight", "residual_bias",
-)  # fmt: skip
-
-
 class Plan:
     """relu(bn(x) + residual) and its gradients for one kind of arguments, which the caller tells apart.
 
-    `forward`, once it has been recorded, takes FORWARD_INPUTS and returns y and a workspace; or None.
+    Args:
+        forward: computes it from FORWARD_INPUTS.
+        backward: computes the gradients from dy, that of an alias of y, and what the forward has saved.
     """
 
-    def __init__(self) -> None:
-        self.forward: Callable[..., tuple[Tensor, Tensor] | None] | None = None
-        self._backward: dict[bool, Callable | None] = {}  # by whether there is a gradient of an alias
-        self._kept: list[Kept | None] = []
+    def __init__(
+        self, forward: Callable[..., Outputs], backward: Callable[[Tensor, Tensor | None, Saved], Gradients]
+    ) -> None:
+        self._forward, self._backward = forward, backward
+        self._repeat_forward: Callable[..., tuple[Tensor, tuple[Tensor]] | None] | None = None
+        self._repeat_backward: dict[bool, Callable | None] = {}  # by whether there is a gradient of an alias
+        self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd
+        self._workspace_bytes = 0
         self._strides: tuple[int, ...] = ()
         self._layout = torch.contiguous_format
 
-    def record_forward(self, run: Callable[[], Outputs], inputs: Sequence[Tensor | None]) -> Outputs:
-        """Return what `run` returns, and record it if that can be."""
+    def forward(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return y, and what the backward needs besides inputs: a workspace, or five tensors if nothing is recorded."""
+        if self._repeat_forward is not None:
+            repeated = self._repeat_forward(*inputs)
+            if repeated is not None:
+                return repeated
+        inputs = tuple(distinct(inputs))
         with recorded() as launches:
-            outputs = run()
-        if can_repeat(launches):
+            outputs = self._forward(*inputs)
+        if self._repeat_forward is None and can_repeat(launches, outputs.y.device):
             writer = Writer(launches, dict(zip(FORWARD_INPUTS, inputs, strict=True)))
-            forward = writer.write([outputs.y])
-            self._kept = [None if t is None else Kept(writer.offsets[id(t)], t.shape, t.dtype) for t in outputs[1:]]
-            self._strides, self._layout = outputs.y.stride(), layout(outputs.y)
-            self.forward = forward
-        return outputs
+            self._repeat_forward = writer.write([outputs.y], "result0, (buffers,)")
+            if self._repeat_forward is not None:
+                self._workspace_bytes = writer.workspace_bytes
+                self._kept = [t if t is None else Kept(writer.offsets[id(t)], t.shape, t.dtype) for t in outputs[1:]]
+                self._strides, self._layout = outputs.y.stride(), layout(outputs.y)
+        if self._repeat_forward is None:
+            return outputs.y, outputs[1:]
+        # As a repetition leaves it: activation checkpointing wants the same of every forward.
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=outputs.y.device)
+        for kept, tensor in zip(self._kept, outputs[1:], strict=True):
+            if kept is not None and tensor is not None:
+                kept.view(workspace).copy_(tensor)
+        return outputs.y, (workspace,)
 
     def saved(self, tensors: Sequence[Tensor | None]) -> Saved:
-        """The tensors that a repeated forward has saved: x, its workspace, weight, bias; and in the bn join residual,
-        residual_weight and residual_bias.
+        """Return what a forward has saved: x, weight, bias, in the bn join residual, residual_weight and residual_bias,
+        and then what `forward` returned besides y.
         """
-        x, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
-        assert x is not None and workspace is not None
-        relu_mask, mean, rstd, residual_mean, residual_rstd = (kept and kept.view(workspace) for kept in self._kept)
+        x, weight, bias, residual, residual_weight, residual_bias, *kept = tensors
+        if len(kept) == 1:
+            (workspace,) = kept
+            kept = [one and one.view(workspace) for one in self._kept]  # type: ignore[arg-type]
+        relu_mask, mean, rstd, residual_mean, residual_rstd = kept
         of_residual = (residual, residual_mean, residual_rstd, residual_weight, residual_bias)
         return Saved(x, relu_mask, mean, rstd, weight, bias, *of_residual)  # type: ignore[arg-type]
 
     def backward(
-        self,
-        dy: Tensor,
-        dy_alias: Tensor | None,
-        tensors: Sequence[Tensor | None],
-        run: Callable[[Tensor, Tensor | None, Saved], Gradients],
+        self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        """The gradients, in the order of `Gradients`, and perhaps more; `run` computes them where Triton has to launch.
+        """Return the gradients in the order of `Gradients`.
 
         `tensors`: as `saved` takes them.
         """
-        x, workspace, weight, bias, residual, residual_weight, residual_bias = tensors
-        assert x is not None and workspace is not None
+        if len(tensors) > 7:
+            return self._backward(dy, dy_alias, self.saved(tensors))
+        x, weight, bias, residual, residual_weight, residual_bias, _ = tensors
         if dy.stride() != self._strides:
             dy = dy.contiguous(memory_format=self._layout)
         if dy_alias is not None and dy_alias.stride() != self._strides:
             dy_alias = dy_alias.contiguous(memory_format=self._layout)
-        fork, gradients = dy_alias is not None, None
-        # Hooks for saved tensors may have changed x and the residual.
-        is_as_saved = x.stride() == self._strides and (residual is None or residual.stride() == self._strides)
-        repeat = self._backward.get(fork) if is_as_saved else None
+        # Hooks for saved tensors may have changed them.
+        fork, dtype = dy_alias is not None, dy.dtype
+        is_as_saved = (
+            x.stride() == self._strides  # type: ignore[union-attr]
+            and x.dtype == dtype  # type: ignore[union-attr]
+            and (residual is None or (residual.stride() == self._strides and residual.dtype == dtype))
+        )
+        repeat = self._repeat_backward.get(fork) if is_as_saved else None
         if repeat is not None:
-            gradients = repeat(dy, dy_alias, x, workspace, weight, bias, residual, residual_weight, residual_bias)
-        if gradients is not None:
-            return gradients
+            gradients = repeat(dy, dy_alias, *tensors)
+            if gradients is not None:
+                return gradients
+        dy, dy_alias, *tensors = distinct((dy, dy_alias, *tensors))
         saved = self.saved(tensors)
         with recorded() as launches:
-            gradients = run(dy, dy_alias, saved)
-        if is_as_saved and fork not in self._backward and can_repeat(launches):
+            gradients = self._backward(dy, dy_alias, saved)
+        if is_as_saved and fork not in self._repeat_backward and can_repeat(launches, dy.device):
             statistics = (saved.relu_mask, saved.mean, saved.rstd, saved.residual_mean, saved.residual_rstd)
-            kept = {id(t): k.offset for t, k in zip(statistics, self._kept, strict=True) if k is not None}
-            names = ("x", "workspace", "weight", "bias", "residual", "residual_weight", "residual_bias")
-            inputs = {"dy": dy, "dy_alias": dy_alias, **dict(zip(names, tensors, strict=True))}
-            self._backward[fork] = Writer(launches, inputs, kept).write(gradients)
+            kept = {id(t): one.offset for t, one in zip(statistics, self._kept, strict=True) if one is not None}
+            inputs: dict[str, Any] = dict(zip(BACKWARD_INPUTS, (dy, dy_alias, *tensors), strict=True))
+            results = ", ".join("None" if one is None else f"result{place}" for place, one in enumerate(gradients))
+            self._repeat_backward[fork] = Writer(launches, inputs, kept).write(gradients, results)
         return gradients

@@ -24,9 +24,11 @@ writes.
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,8 @@ from resnet_fast.training.step_state import Snapshot, StepState, add_tensors
 from resnet_fast.training.unrecordable import Unrecordable, why_unrecordable
 
 MakeGraph = Callable[[Callable[[], Any]], Callable[[], Any]]
+MOST_RECORDINGS = 64
+PLAIN = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)  # values that do not change
 N_FIRST = 16  # calls in a row of which each is the first of its kind: then something is said
 KIND = "its arguments", "a hyperparameter, a module's mode or which weights are trained", "autocast or the grad mode"
 
@@ -101,7 +105,7 @@ class Graphed:
         self.device: torch.device | None = None  # until the first call
         self.why_not: str | None = None
         self.recorded: dict[Any, _Recorded] = {}
-        self.seen: set[int] = set()
+        self.seen: set[tuple] = set()
         self.last_kind, self.n_first, self.n_grown = ((), (), ()), 0, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,9 +138,14 @@ class Graphed:
         """Return what a recording depends on, and append the arguments' tensors."""
         assert self.device is not None
         device = self.device.type
-        around = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_grad_enabled()
+        around = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        around += torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         try:
-            return _kind_of((args, kwargs), tensors), self.state.settings(), around
+            kind = _kind_of((args, kwargs), tensors)
+            for tensor in tensors:
+                if tensor.device != self.device:
+                    raise TypeError(f"an argument is on {tensor.device}, and must be on {self.device}; move it there")
+            return kind, self.state.settings(), around
         except TypeError as error:
             self._give_up(str(error))
             return None
@@ -150,11 +159,11 @@ class Graphed:
 
     def _is_first(self, kind: tuple) -> bool:
         """Whether there was no such call yet; warn if there never seem to be two of a kind."""
-        if hash(kind) in self.seen:
+        if kind in self.seen:
             return False
         if len(self.seen) == 1000:
             self.seen.clear()
-        self.seen.add(hash(kind))
+        self.seen.add(kind)
         self.n_first += 1
         if self.n_first == N_FIRST:
             changed = [name for name, new, old in zip(KIND, kind, self.last_kind, strict=True) if new != old]
@@ -165,9 +174,11 @@ class Graphed:
 
     def _record(self, kind: tuple, tensors: list[Tensor], args: tuple, kwargs: dict) -> _Recorded | None:
         """Record a call, and undo what its warm-up did; return None if the call has to run as it is."""
+        outside = sys.exc_info()[1]  # which is no reason of ours
         self.state.make_capturable()
         if self._is_first(kind):
             return None
+        self.state.find_parameters()
         static = [tensor.detach().clone() for tensor in tensors]
         rest = iter(static)
         static_args, static_kwargs = _map((args, kwargs), lambda _: next(rest))
@@ -194,7 +205,7 @@ class Graphed:
                 if has_grown and self.n_grown == 3:
                     raise Unrecordable("it makes new state in every call")
         except Exception as error:
-            self._give_up(why_unrecordable(error), error)
+            self._give_up(why_unrecordable(error, outside), error)
             return None
         finally:
             torch.clear_autocast_cache()
@@ -209,6 +220,8 @@ class Graphed:
         else:
             gradients = []
         recorded = _Recorded(graph, static, rates, gradients, left, state.addresses(), (static_args, static_kwargs))
+        if len(self.recorded) == MOST_RECORDINGS:  # each has memory of its own
+            del self.recorded[next(iter(self.recorded))]
         self.recorded[kind] = recorded
         return recorded
 
@@ -253,17 +266,18 @@ def _kind_of(value: Any, tensors: list[Tensor]) -> Any:
     """Return what is recorded of a value, hashable, and append the tensors in it that are copied."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise TypeError("an argument requires a gradient, which a replay would not give it")
+            raise TypeError("an argument requires a gradient, which a replay would not give it; detach it before")
         tensors.append(value)
         return value.shape, value.dtype, value.stride(), value.device
     if isinstance(value, Batch) and value.is_resident:
         return value.images.data_ptr(), value.labels.data_ptr(), len(value.images), _kind_of(value.plan, tensors)
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list) or hasattr(value, "_fields"):
         return type(value), *[_kind_of(part, tensors) for part in value]
     if type(value) is dict:
         return dict, *[(name, _kind_of(part, tensors)) for name, part in value.items()]
-    if type(value).__hash__ is None:
-        raise TypeError(f"an argument is neither a tensor nor hashable: {shown(value)}")
+    if not isinstance(value, PLAIN):
+        rule = "arguments must be tensors, numbers, texts, or tuples, lists and dicts of them"
+        raise TypeError(f"{rule}, got {shown(value)}; the function may close over other objects")
     return type(value), value
 
 
@@ -273,7 +287,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if isinstance(value, Batch) and value.is_resident:
         return value._replace(plan=function(value.plan))
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list) or hasattr(value, "_fields"):
         parts = [_map(part, function) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # type: ignore[call-arg]
     if type(value) is dict:

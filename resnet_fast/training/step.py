@@ -11,6 +11,7 @@ the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` ca
 autocast's own casts (cast_weights.py).
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -147,10 +148,12 @@ class TrainingStep:
         device = next(model.parameters()).device
         if graph and make_graph is CudaGraph and device.type != "cuda":
             raise ValueError(f"graph needs a model on a CUDA device, got {device}")
-        self.run: Callable[[Batch, int], StepOutput] = self._run
+        self.graphed: Callable[[Batch, int], StepOutput] | None = None
         if graph:
             averages = [] if self.average is None else self.average.tensors()
-            self.run = graphed(self._run, model, self.optimizer, *averages, fallback=False, make_graph=make_graph)
+            run: Any = weakref.WeakMethod(self._run)  # a step that nobody has is gone, and its memory with it
+            changes = (model, self.optimizer, *averages)
+            self.graphed = graphed(lambda *batch: run()(*batch), *changes, fallback=False, make_graph=make_graph)
 
     @property
     def lr(self) -> float:
@@ -170,7 +173,7 @@ class TrainingStep:
         if not bare(self.model).training:  # an evaluation has left it so
             self.model.train()
         with device_guard(batch.plan):
-            output = self.run(batch, n_images)
+            output = (self.graphed or self._run)(batch, n_images)
         self.n_done += 1
         return output
 

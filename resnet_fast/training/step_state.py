@@ -46,15 +46,19 @@ class StepState:
             elif isinstance(part, Tensor):
                 self.single.append(part)
             else:
-                rule = "a step changes modules, optimizers, gradient scalers and tensors"
+                rule = "what a step changes must be modules, optimizers, gradient scalers and tensors, one by one"
                 raise TypeError(f"{rule}, got {type(part).__name__}")
         self.modules = list(modules)
         self.buffers = [module._buffers for module in self.modules if module._buffers]
+        self.find_parameters()
+        if not self.tensors():
+            raise ValueError("what a step changes must hold a tensor: pass the model and the optimizer")
+
+    def find_parameters(self) -> None:
+        """Find those of the modules, and of the optimizers, which may have got new ones."""
         owned = (module._parameters.values() for module in self.modules)
         optimized = (group["params"] for group in self.groups())
         self.parameters = list(dict.fromkeys(p for p in itertools.chain(*owned, *optimized) if p is not None))
-        if not self.tensors():
-            raise ValueError("what a step changes must hold a tensor")
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +79,7 @@ class StepState:
         return [group for group in self.groups() if "lr" in group]
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors of the state but for gradients and learning rates."""
+        """Return the tensors of the state except gradients and learning rates."""
         found = [*self.parameters, *self.single]
         for buffers in self.buffers:
             add_tensors(buffers.values(), found)
@@ -97,11 +101,14 @@ class StepState:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for name in optimizer.defaults:
+                    if name == "capturable":  # which is set here
+                        continue
                     value = group.get(name)
                     if name == "lr":  # a number may change, and the values in a tensor
                         value = id(value) if isinstance(value, Tensor) else None
                     hyperparameters.append(tuple(value) if isinstance(value, list) else value)
-        modes = [module.training for module in self.modules]
+        own = [module.__dict__ for module in self.modules]
+        modes = [(one["training"], one.get("momentum"), one.get("eps")) for one in own]  # the last two of batch norms
         return tuple(hyperparameters), tuple(modes), tuple([weight.requires_grad for weight in self.parameters])
 
     def make_capturable(self) -> None:
@@ -139,6 +146,7 @@ class Snapshot:
         self.contents = [(owner, container, dict(container)) for owner, container in state.containers()]
         self.scaled = [{key: dict(one) for key, one in s._per_optimizer_states.items()} for s in state.scalers]
         self.gradients = [parameter.grad for parameter in state.parameters]
+        self.addresses = [*map(Tensor.data_ptr, state.parameters)]
         tensors = [*state.tensors(), *(gradient for gradient in self.gradients if gradient is not None)]
         add_tensors([group["lr"] for group in state.rated_groups()], tensors)
         unique = {id(tensor): tensor for tensor in tensors}
@@ -167,7 +175,7 @@ class Snapshot:
         restore_random_states(self.random, self.state.device)
 
     def make_rates_tensors(self) -> list[Tensor]:
-        """Put a tensor on the device in the place of each learning rate that is none, and return them."""
+        """Replace each learning rate that is a number by a tensor on the device, and return them."""
         for group in self.state.rated_groups():
             rate = group["lr"]
             if not isinstance(rate, Tensor) or rate.device != self.state.device:
@@ -186,6 +194,8 @@ class Snapshot:
                 raise Unrecordable("it changes the learning rate; call scheduler.step() after it")
         if any(self.scaled) or any(scaler._per_optimizer_states for scaler in self.state.scalers):
             raise Unrecordable("the gradient scaler's unscale_(), step() and update() must be in one function")
+        if self.addresses != [*map(Tensor.data_ptr, self.state.parameters)]:
+            raise Unrecordable("it gives a weight other memory, as param.data = ... does; write param.data.copy_(...)")
         for owner, container, content in self.contents:
             for name, value in content.items():
                 if name != "lr" and not _is_same(container.get(name), value):

@@ -47,15 +47,18 @@ class Unrecordable(Exception):
     """Something that no operator refuses, and a replay would not repeat; the message is the reason."""
 
 
-def why_unrecordable(error: Exception) -> str:
+def why_unrecordable(error: Exception, outside: BaseException | None) -> str:
     """Return in one line what could not be recorded, where, and what to do.
 
     Args:
         error: raised while the function was recorded.
+        outside: handled when that began.
     """
     if isinstance(error, Unrecordable):
         return str(error)
-    while isinstance(error.__context__, Exception):  # ending a recording that is invalid raises another error
+    while (
+        isinstance(error.__context__, Exception) and error.__context__ is not outside
+    ):  # ending a recording that is invalid raises another error
         error = error.__context__
     frames = traceback.extract_tb(error.__traceback__)
     message = f"{type(error).__name__}: {one_line(error)}"
