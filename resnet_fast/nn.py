@@ -125,7 +125,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         call = find_call(x, norm, residual, residual_args, relu, None, group, ghost_batch_size)
         for module in modules:  # a batch that is refused is not counted
             if module.training:
-                module.count(count_groups(x, ghost_batch_size))
+                module.count(1 if ghost_batch_size is None else count_groups(x, ghost_batch_size))
         return call(x, norm, residual, residual_args, fork)
 
     def group(self) -> dist.ProcessGroup | None:
