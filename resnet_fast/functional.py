@@ -20,6 +20,7 @@ from .ops.layout import as_image, dense
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
 NO_NORM = BatchNormArgs(None, None)
+NO_GRADIENTS = (None,) * 10  # of what autograd does not look at
 
 
 class Settings(NamedTuple):
@@ -219,26 +220,37 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Run along the plan; tensors have the kernels' layout."""
-    mean, var, weight, bias, _, momentum, _ = norm
-    others: tuple[Any, ...] = (None,) * 5
-    if residual_norm is not None:
-        others = *residual_norm[:4], residual_norm[5]
+    tensors, rest = _inputs(x, norm, residual, residual_norm or NO_NORM)
     if torch.is_grad_enabled():
-        rest = (mean, var, momentum, *others)
-        return _apply(x, residual, weight, bias, others[2], others[3], settings, fork, None, plan, rest)
-    y, _ = plan.forward(x, residual, mean, var, weight, bias, momentum, *others)
+        return _apply(*tensors, settings, fork, None, plan, *rest)
+    y, _ = plan.forward(*tensors, *rest)
     return (y, y) if fork else y
 
 
-def _forward(settings: Settings, x, residual, mean, var, weight, bias, momentum, *others: Any) -> Outputs:
+def _inputs(x, norm, residual, residual_norm) -> tuple[tuple, tuple]:
+    """Return what autograd looks at, and what it does not; together they are a plan's inputs."""
+    mean, var, weight, bias, _, momentum, _ = norm
+    other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm
+    tensors = (x, residual, weight, bias, other_weight, other_bias)
+    return tensors, (mean, var, momentum, other_mean, other_var, other_momentum)
+
+
+def _norms(settings: Settings, vectors: tuple, rest: tuple) -> tuple[BatchNormArgs, BatchNormArgs]:
+    """Return the two norms from the inputs."""
+    weight, bias, other_weight, other_bias = vectors
+    mean, var, momentum, other_mean, other_var, other_momentum = rest
+    training, other_training, _, eps, other_eps = settings[2:]
+    norm = BatchNormArgs(mean, var, weight, bias, training, momentum, eps)
+    return norm, BatchNormArgs(
+        other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps
+    )
+
+
+def _forward(settings: Settings, x: Tensor, residual: Tensor | None, *inputs: Any) -> Outputs:
     """The operation, of a plan's inputs."""
-    norm, residual_norm = BatchNormArgs(mean, var, weight, bias, settings.training, momentum, settings.eps), None
-    if settings.join == "bn":
-        mean, var, weight, bias, momentum = others
-        residual_norm = BatchNormArgs(
-            mean, var, weight, bias, settings.residual_training, momentum, settings.residual_eps
-        )
-    return batch_norm.forward(x, norm, residual, residual_norm, settings.relu, settings.ghost_batch_size)
+    norm, residual_norm = _norms(settings, inputs[:4], inputs[4:])
+    of_residual = residual_norm if settings.join == "bn" else None
+    return batch_norm.forward(x, norm, residual, of_residual, settings.relu, settings.ghost_batch_size)
 
 
 def _backward(settings: Settings, dy: Tensor, dy_alias: Tensor | None, saved: Saved) -> Gradients:
@@ -254,11 +266,9 @@ def _run_on_triton(
     if residual is not None:
         residual = as_image(dense(residual.to(x.dtype), like=x))
     norms = (norm, residual_norm or NO_NORM)
-    dense_norm, dense_residual_norm = dense_norms = _dense_vectors(*norms)
-    vectors = (*dense_norm[2:4], *dense_residual_norm[2:4])
-    y = _BatchNormAddReLU.apply(
-        image, residual, *vectors, settings, fork, group, None, *dense_norm, *dense_residual_norm
-    )
+    dense_norms = _dense_vectors(*norms)
+    tensors, rest = _inputs(image, dense_norms[0], residual, dense_norms[1])
+    y = _BatchNormAddReLU.apply(*tensors, settings, fork, group, None, *rest)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -290,8 +300,9 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton kernels: by a plan, whose `rest` is a tuple of the other inputs; or by the operators, or with
-    `group` for several processes, whose `rest` are the fields of both norms, flat, so that tracers see each.
+    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes.
+
+    Arguments are flat, so that autograd and tracers see each tensor, and see it once.
     """
 
     @staticmethod
@@ -301,23 +312,21 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.settings, ctx.group, ctx.plan = settings, group, plan
         ctx.set_materialize_grads(False)
         if plan is not None:
-            ((mean, var, momentum, *others),) = rest
-            y, kept = plan.forward(x, residual, mean, var, weight, bias, momentum, *others)
+            y, kept = plan.forward(x, residual, weight, bias, residual_weight, residual_bias, *rest)
             if settings.join != "bn":
                 residual = None
             ctx.save_for_backward(x, weight, bias, residual, residual_weight, residual_bias, *kept)
             return (y, y.view_as(y)) if fork else y
-        n = len(BatchNormArgs._fields)
-        norm = BatchNormArgs._make(rest[:n])
-        residual_norm = BatchNormArgs._make(rest[n:]) if settings.join == "bn" else None
+        norm, residual_norm = _norms(settings, (weight, bias, residual_weight, residual_bias), rest)
+        of_residual = residual_norm if settings.join == "bn" else None
         if group is None:
-            arguments = (*norm, residual, *rest[n:], settings.join, settings.relu)
+            arguments = (*norm, residual, *residual_norm, settings.join, settings.relu)
             outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
             if not settings.relu or settings.join == "none":
                 outputs = outputs._replace(relu_mask=None)
         else:
-            outputs, ctx.total_rows = distributed.forward(x, norm, residual, residual_norm, settings.relu, group)
-        ctx.save_for_backward(*saved_of(x, norm, residual, residual_norm, outputs))
+            outputs, ctx.total_rows = distributed.forward(x, norm, residual, of_residual, settings.relu, group)
+        ctx.save_for_backward(*saved_of(x, norm, residual, of_residual, outputs))
         return (outputs.y, outputs.y.view_as(outputs.y)) if fork else outputs.y
 
     @staticmethod
@@ -327,7 +336,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if group is None:
-                return (None,) * len(ctx.needs_input_grad)
+                return None, None, None, None, None, None, *NO_GRADIENTS
             dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
@@ -346,9 +355,8 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         if is_planned:
-            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None, None, None, None, None
-        rest = (None,) * (len(ctx.needs_input_grad) - 6)
-        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *rest)
+            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *NO_GRADIENTS
+        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *NO_GRADIENTS)
         # Operators return empty tensors for what there is not.
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 

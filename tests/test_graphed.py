@@ -663,7 +663,8 @@ def test_the_images_of_a_resident_batch_are_read_where_they_are():
     ("argument", "reason"),
     [
         (torch.ones(2, requires_grad=True), "an argument requires a gradient"),
-        ({1}, r"neither a tensor nor hashable: \{1\}"),
+        ({1}, r"arguments must be tensors, numbers, .* got \{1\}"),
+        (torch.ones(2, device="meta"), "an argument is on meta, and must be on cpu"),
     ],
 )
 def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
@@ -769,3 +770,56 @@ def test_a_line_that_waits_for_the_gpu_is_named(fault: Callable):
         for images, labels in batches([4] * 4):
             step(images.cuda(), labels.cuda())
     assert len(caught) == 1
+
+
+def test_modules_and_optimizers_may_be_arguments():
+    found = []
+    for wrap in (lambda step, *changes: step, recorded):
+        torch.manual_seed(0)
+        model = Small()
+        optimizer = sgd(model)
+
+        def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+        step = wrap(train, model, optimizer)
+        for batch in batches([4] * 4):
+            step(model, optimizer, *batch)
+        found.append(state_of(model, optimizer))
+    assert equal(*found)
+
+
+def test_new_memory_of_a_weight_is_named():
+    model = Small()
+
+    def train(images: Tensor) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 0.5
+
+    step = graphed(train, model, make_graph=RecordedGraph)
+    with pytest.warns(RuntimeWarning, match=r"gives a weight other memory.*param\.data\.copy_"):
+        for _ in range(3):
+            step(torch.zeros(1))
+
+
+def test_a_momentum_of_a_batch_norm_is_part_of_a_kind():
+    found = []
+    for wrap in (lambda step, *changes: step, recorded):
+        norm = nn.BatchNorm2d(2)
+        step = wrap(norm, norm)
+        for momentum in (0.1, 0.1, 0.1, 0.5, 0.5, 0.5):
+            norm.momentum = momentum
+            step(torch.arange(16.0).view(2, 2, 2, 2))
+        found.append(norm.running_mean.clone())
+    assert torch.equal(*found)
+
+
+def test_recordings_are_bounded(monkeypatch):
+    monkeypatch.setattr("resnet_fast.training.graphed.MOST_RECORDINGS", 2)
+    total = torch.zeros(())
+    step = recorded(lambda x: total.add_(x.sum()), total)
+    for n in (1, 1, 2, 2, 3, 3, 1, 2):
+        step(torch.ones(n))
+    assert len(step.recorded) == 2 and total == 15

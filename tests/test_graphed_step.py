@@ -4,6 +4,7 @@ Here a stand-in for the CUDA graph shows it (recorded_graph.py); test_the_stand_
 """
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -126,7 +127,7 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(recipe: Recipe, setting
     expected = trained(plain, make_split(kind))
     torch.manual_seed(1)
     assert equal(trained(graphed, make_split(kind)), expected)
-    assert len(graphed.run.recorded) == 2  # one graph for each size of a batch
+    assert len(graphed.graphed.recorded) == 2  # one graph for each size of a batch
     assert not equal(expected[0][2]["model"], expected[-1][2]["model"])
 
 
@@ -275,3 +276,12 @@ def test_the_output_is_that_of_the_last_step():
     batch = next(iter(Loader(make_split(), AUGMENTATION, BATCH).epoch(1)))
     _, second, third = (step(batch) for _ in range(3))
     assert isinstance(second, StepOutput) and second.loss is third.loss
+
+
+@pytest.mark.parametrize("graph", (False, True))
+def test_a_step_goes_with_its_last_reference(graph):
+    """Without waiting for the garbage collector: it holds the model's memory, and a GPU's."""
+    step = make_step(PLAIN, graph)
+    alive = weakref.ref(step)
+    del step
+    assert alive() is None

@@ -85,7 +85,13 @@ _structures: WeakKeyDictionary[nn.Module, tuple[Structure, list[Any]]] = WeakKey
 
 def has_own_hook(module: nn.Module) -> bool:
     """Whether there are hooks at this module, or a patched forward."""
-    return any(HOOKS(vars(module))) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def is_fused(norm: nn.Module) -> bool:

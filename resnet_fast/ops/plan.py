@@ -37,8 +37,8 @@ BUFFERS = {
     "residual_partials_ptr", "residual_mean_ptr", "residual_rstd_ptr",
 }  # fmt: skip
 FORWARD_INPUTS = (
-    "x", "residual", "running_mean", "running_var", "weight", "bias", "momentum",
-    "residual_running_mean", "residual_running_var", "residual_weight", "residual_bias", "residual_momentum",
+    "x", "residual", "weight", "bias", "residual_weight", "residual_bias",
+    "running_mean", "running_var", "momentum", "residual_running_mean", "residual_running_var", "residual_momentum",
 )  # fmt: skip
 BACKWARD_INPUTS = ("dy", "dy_alias", "x", "weight", "bias", "residual", "residual_weight", "residual_bias", "workspace")
 

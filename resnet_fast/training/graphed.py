@@ -44,7 +44,9 @@ from resnet_fast.training.unrecordable import Unrecordable, why_unrecordable
 
 MakeGraph = Callable[[Callable[[], Any]], Callable[[], Any]]
 MOST_RECORDINGS = 64
-PLAIN = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)  # values that do not change
+# Values that do not change, and objects whose state `changes` hold.
+PLAIN = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
+STATEFUL = (torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler)
 N_FIRST = 16  # calls in a row of which each is the first of its kind: then something is said
 KIND = "its arguments", "a hyperparameter, a module's mode or which weights are trained", "autocast or the grad mode"
 
@@ -275,8 +277,8 @@ def _kind_of(value: Any, tensors: list[Tensor]) -> Any:
         return type(value), *[_kind_of(part, tensors) for part in value]
     if type(value) is dict:
         return dict, *[(name, _kind_of(part, tensors)) for name, part in value.items()]
-    if not isinstance(value, PLAIN):
-        rule = "arguments must be tensors, numbers, texts, or tuples, lists and dicts of them"
+    if not isinstance(value, PLAIN + STATEFUL):
+        rule = "arguments must be tensors, numbers, texts, modules, optimizers, or tuples, lists and dicts of them"
         raise TypeError(f"{rule}, got {shown(value)}; the function may close over other objects")
     return type(value), value
 
