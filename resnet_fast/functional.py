@@ -20,7 +20,6 @@ from .ops.layout import as_image, dense
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
 
 NO_NORM = BatchNormArgs(None, None)
-NO_GRADIENTS = (None,) * 10  # of what autograd does not look at
 
 
 class Settings(NamedTuple):
@@ -220,19 +219,13 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Run along the plan; tensors have the kernels' layout."""
-    tensors, rest = _inputs(x, norm, residual, residual_norm or NO_NORM)
-    if torch.is_grad_enabled():
-        return _apply(*tensors, settings, fork, None, plan, *rest)
-    y, _ = plan.forward(*tensors, *rest)
-    return (y, y) if fork else y
-
-
-def _inputs(x, norm, residual, residual_norm) -> tuple[tuple, tuple]:
-    """Return what autograd looks at, and what it does not; together they are a plan's inputs."""
     mean, var, weight, bias, _, momentum, _ = norm
-    other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm
-    tensors = (x, residual, weight, bias, other_weight, other_bias)
-    return tensors, (mean, var, momentum, other_mean, other_var, other_momentum)
+    other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm or NO_NORM
+    rest = (mean, var, momentum, other_mean, other_var, other_momentum)
+    if torch.is_grad_enabled():
+        return _apply(x, residual, weight, bias, other_weight, other_bias, settings, fork, None, plan, rest)
+    y, _ = plan.forward(x, residual, weight, bias, other_weight, other_bias, *rest)
+    return (y, y) if fork else y
 
 
 def _norms(settings: Settings, vectors: tuple, rest: tuple) -> tuple[BatchNormArgs, BatchNormArgs]:
@@ -267,8 +260,9 @@ def _run_on_triton(
         residual = as_image(dense(residual.to(x.dtype), like=x))
     norms = (norm, residual_norm or NO_NORM)
     dense_norms = _dense_vectors(*norms)
-    tensors, rest = _inputs(image, dense_norms[0], residual, dense_norms[1])
-    y = _BatchNormAddReLU.apply(*tensors, settings, fork, group, None, *rest)
+    vectors = [vector for one in dense_norms for vector in one[2:4]]
+    rest = [value for one in dense_norms for value in (one.running_mean, one.running_var, one.momentum)]
+    y = _BatchNormAddReLU.apply(image, residual, *vectors, settings, fork, group, None, *rest)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -302,7 +296,8 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 class _BatchNormAddReLU(torch.autograd.Function):
     """On the Triton kernels: by a plan, by the operators, or with `group` for several processes.
 
-    Arguments are flat, so that autograd and tracers see each tensor, and see it once.
+    `rest` are running statistics and momenta: a tuple for a plan, and flat for tracers, which have to see each tensor
+    once.
     """
 
     @staticmethod
@@ -312,7 +307,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         ctx.settings, ctx.group, ctx.plan = settings, group, plan
         ctx.set_materialize_grads(False)
         if plan is not None:
-            y, kept = plan.forward(x, residual, weight, bias, residual_weight, residual_bias, *rest)
+            y, kept = plan.forward(x, residual, weight, bias, residual_weight, residual_bias, *rest[0])
             if settings.join != "bn":
                 residual = None
             ctx.save_for_backward(x, weight, bias, residual, residual_weight, residual_bias, *kept)
@@ -336,7 +331,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if group is None:
-                return None, None, None, None, None, None, *NO_GRADIENTS
+                return (None,) * len(ctx.needs_input_grad)
             dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
@@ -355,8 +350,9 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         if is_planned:
-            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *NO_GRADIENTS
-        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *NO_GRADIENTS)
+            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None, None, None, None, None
+        rest = (None,) * (len(ctx.needs_input_grad) - 6)
+        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *rest)
         # Operators return empty tensors for what there is not.
         return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
 

@@ -59,24 +59,24 @@ class Structure:
 
     def __init__(self, network: nn.Module) -> None:
         self.modules = [module for module in network.modules() if module is not network]
+        self.own = [*map(vars, self.modules)]
+        self.parents = [module for module in self.modules if module._modules]
         self.norms = [module for module in self.modules if isinstance(module, FusedBatchNorm2d)]
         self.made_of = self._made_of(network)
 
     def _made_of(self, network: nn.Module) -> list[Any]:
         """Return the children of every module, their classes, and what `is_fused` and `is_projection` ask of norms."""
         children = [*network._modules.values()]
-        for module in self.modules:
-            if module._modules:
-                children += module._modules.values()
+        for module in self.parents:
+            children += module._modules.values()
         settings = [(norm.relu, norm.ghost_batch_size) for norm in self.norms]
         groups = [norm.group() for norm in self.norms if type(norm) is not FusedBatchNorm2d]
-        return [*map(id, children), *map(type, children), *settings, *groups]
+        return [*children, *map(type, children), *settings, *groups]
 
     def is_current(self, network: nn.Module) -> bool:
         """Return whether it is made of the same modules, set as before, and nobody looks at them."""
-        own = [*map(vars, self.modules)]
-        hooks = itertools.chain.from_iterable(map(HOOKS, own))
-        is_looked_at = any(hooks) or any(map(operator.contains, own, itertools.repeat("forward")))
+        hooks = itertools.chain.from_iterable(map(HOOKS, self.own))
+        is_looked_at = any(hooks) or any(map(operator.contains, self.own, itertools.repeat("forward")))
         return not is_looked_at and self._made_of(network) == self.made_of
 
 

@@ -7,8 +7,7 @@ results and one workspace, and launches the same kernels with the new addresses.
 
 Triton compiles for pointers that are multiples of 16, for integers that are 1 or multiples of 16, and for types.
 Integers and types are in the caller's key; the function checks addresses. If somebody watches launches (a profiler's
-hooks, TRITON_DEBUG), or a kernel or one of its globals has changed, it launches nothing and returns None: Triton has
-to.
+hooks, TRITON_DEBUG), or a kernel or one of its globals has changed, the function leaves the launches to Triton.
 """
 
 import threading
@@ -130,8 +129,13 @@ class Writer:
         self.texts |= {id(tensor): f"{name}_ptr" for name, tensor in self.tensors.items()}
         self.texts |= {buffer: f"workspace_ptr + {offset}" for buffer, offset in (kept or {}).items()}
 
-    def write(self, results: Sequence[Tensor | None], returned: str) -> Callable[..., tuple] | None:
-        """Write the function; `returned` is an expression of result0, result1, … and the workspace, `buffers`.
+    def write(
+        self, results: Sequence[Tensor | None], returned: str, otherwise: Callable[..., tuple]
+    ) -> Callable[..., tuple] | None:
+        """Write the function.
+
+        `returned` is an expression of result0, result1, … and the workspace, `buffers`. `otherwise` is called with the
+        same arguments if the launches cannot be repeated.
 
         None if no input has a result's shape, strides and type, or a launch gets a tensor that is no known buffer.
         """
@@ -155,13 +159,19 @@ class Writer:
             calls.append(call)
         body += [f"buffers = empty({self.workspace_bytes}, dtype=uint8, device=device)"]
         body += ["buffers_ptr = buffers.data_ptr()"]
-        body += [f"if ({' | '.join((*pointers, 'buffers_ptr'))}) % {ALIGNMENT}: return None"]
+        by_triton = f"return otherwise({', '.join(self.inputs)})"
+        body += [f"if ({' | '.join((*pointers, 'buffers_ptr'))}) % {ALIGNMENT}: {by_triton}"]
         body += ["stream = get_stream(index)", *calls, f"return {returned}"]
         guard = " or ".join(["get_device() != index", "is_watched()", *guards])
-        lines = [f"def repeat({', '.join(self.inputs)}):", f"if {guard}: return None", *body]
+        lines = [f"def repeat({', '.join(self.inputs)}):", f"if {guard}: {by_triton}", *body]
         active: Any = driver.active
         device = next(iter(self.tensors.values())).device
-        self.values |= {"empty": torch.empty, "empty_like": torch.empty_like, "uint8": torch.uint8}
+        self.values |= {
+            "otherwise": otherwise,
+            "empty": torch.empty,
+            "empty_like": torch.empty_like,
+            "uint8": torch.uint8,
+        }
         self.values |= {"device": device, "index": device.index or 0, "is_watched": is_watched}
         self.values |= {"get_device": active.get_current_device, "get_stream": active.get_current_stream}
         exec("\n    ".join(lines), self.values)
@@ -233,36 +243,36 @@ class Plan:
     Args:
         forward: computes it from FORWARD_INPUTS.
         backward: computes the gradients from dy, that of an alias of y, and what the forward has saved.
+
+    `forward` takes FORWARD_INPUTS, too. It returns y, and in a tuple what the backward needs besides the inputs: one
+    workspace, or five tensors as long as nothing is recorded.
     """
 
     def __init__(
         self, forward: Callable[..., Outputs], backward: Callable[[Tensor, Tensor | None, Saved], Gradients]
     ) -> None:
         self._forward, self._backward = forward, backward
-        self._repeat_forward: Callable[..., tuple[Tensor, tuple[Tensor]] | None] | None = None
+        self.forward: Callable[..., tuple[Tensor, tuple]] = self._run_forward
         self._repeat_backward: dict[bool, Callable | None] = {}  # by whether there is a gradient of an alias
-        self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd
+        self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd; none: not recorded
         self._workspace_bytes = 0
         self._strides: tuple[int, ...] = ()
         self._layout = torch.contiguous_format
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return y, and what the backward needs besides inputs: a workspace, or five tensors if nothing is recorded."""
-        if self._repeat_forward is not None:
-            repeated = self._repeat_forward(*inputs)
-            if repeated is not None:
-                return repeated
+    def _run_forward(self, *inputs: Any) -> tuple[Tensor, tuple]:
+        """Run the forward by Triton, and record it if it is not yet."""
         inputs = tuple(distinct(inputs))
         with recorded() as launches:
             outputs = self._forward(*inputs)
-        if self._repeat_forward is None and can_repeat(launches, outputs.y.device):
+        if not self._kept and can_repeat(launches, outputs.y.device):
             writer = Writer(launches, dict(zip(FORWARD_INPUTS, inputs, strict=True)))
-            self._repeat_forward = writer.write([outputs.y], "result0, (buffers,)")
-            if self._repeat_forward is not None:
+            forward = writer.write([outputs.y], "result0, (buffers,)", self._run_forward)
+            if forward is not None:
                 self._workspace_bytes = writer.workspace_bytes
                 self._kept = [t if t is None else Kept(writer.offsets[id(t)], t.shape, t.dtype) for t in outputs[1:]]
                 self._strides, self._layout = outputs.y.stride(), layout(outputs.y)
-        if self._repeat_forward is None:
+                self.forward = forward
+        if not self._kept:
             return outputs.y, outputs[1:]
         # As a repetition leaves it: activation checkpointing wants the same of every forward.
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=outputs.y.device)
@@ -286,37 +296,36 @@ class Plan:
     def backward(
         self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        """Return the gradients in the order of `Gradients`.
-
-        `tensors`: as `saved` takes them.
-        """
-        if len(tensors) > 7:
+        """Return the gradients in the order of `Gradients`; `tensors` are those of `saved`."""
+        if len(tensors) > len(BACKWARD_INPUTS) - 2:
             return self._backward(dy, dy_alias, self.saved(tensors))
-        x, weight, bias, residual, residual_weight, residual_bias, _ = tensors
-        if dy.stride() != self._strides:
+        strides = self._strides
+        if dy.stride() != strides:
             dy = dy.contiguous(memory_format=self._layout)
-        if dy_alias is not None and dy_alias.stride() != self._strides:
+        if dy_alias is not None and dy_alias.stride() != strides:
             dy_alias = dy_alias.contiguous(memory_format=self._layout)
-        # Hooks for saved tensors may have changed them.
-        fork, dtype = dy_alias is not None, dy.dtype
-        is_as_saved = (
-            x.stride() == self._strides  # type: ignore[union-attr]
-            and x.dtype == dtype  # type: ignore[union-attr]
-            and (residual is None or (residual.stride() == self._strides and residual.dtype == dtype))
-        )
-        repeat = self._repeat_backward.get(fork) if is_as_saved else None
-        if repeat is not None:
-            gradients = repeat(dy, dy_alias, *tensors)
-            if gradients is not None:
-                return gradients
-        dy, dy_alias, *tensors = distinct((dy, dy_alias, *tensors))
-        saved = self.saved(tensors)
+        repeat = self._repeat_backward.get(dy_alias is not None)
+        x, _, _, residual, *_ = tensors
+        if repeat is None or not self._is_image(x, dy) or (residual is not None and not self._is_image(residual, dy)):
+            return self._run_backward(dy, dy_alias, *tensors)
+        return repeat(dy, dy_alias, *tensors)
+
+    def _is_image(self, tensor: Any, dy: Tensor) -> bool:
+        """Return whether a saved tensor is as it was: hooks may have changed it."""
+        return tensor.stride() == self._strides and tensor.dtype == dy.dtype
+
+    def _run_backward(self, *inputs: Any) -> Gradients:
+        """Run the backward by Triton, and record it if it is not yet."""
+        dy, dy_alias, *tensors = given = distinct(inputs)
+        saved, fork = self.saved(tensors), dy_alias is not None
         with recorded() as launches:
             gradients = self._backward(dy, dy_alias, saved)
-        if is_as_saved and fork not in self._repeat_backward and can_repeat(launches, dy.device):
+        images = [tensor for tensor in (saved.x, saved.residual) if tensor is not None]
+        are_as_saved = all(self._is_image(image, dy) for image in images)
+        if fork not in self._repeat_backward and are_as_saved and can_repeat(launches, dy.device):
             statistics = (saved.relu_mask, saved.mean, saved.rstd, saved.residual_mean, saved.residual_rstd)
             kept = {id(t): one.offset for t, one in zip(statistics, self._kept, strict=True) if one is not None}
-            inputs: dict[str, Any] = dict(zip(BACKWARD_INPUTS, (dy, dy_alias, *tensors), strict=True))
+            writer = Writer(launches, dict(zip(BACKWARD_INPUTS, given, strict=True)), kept)
             results = ", ".join("None" if one is None else f"result{place}" for place, one in enumerate(gradients))
-            self._repeat_backward[fork] = Writer(launches, inputs, kept).write(gradients, results)
+            self._repeat_backward[fork] = writer.write(gradients, results, self._run_backward)
         return gradients
