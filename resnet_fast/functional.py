@@ -23,7 +23,7 @@ NO_NORM = BatchNormArgs(None, None)
 
 
 class Settings(NamedTuple):
-    """What a pass is computed with besides tensors; the first five as the backward operator takes them.
+    """Hold what a pass depends on besides tensors and momenta. The backward operator takes the first five.
 
     `ghost_batch_size`: images per group of batch statistics; 0 for all.
     """
@@ -240,7 +240,7 @@ def _norms(settings: Settings, vectors: tuple, rest: tuple) -> tuple[BatchNormAr
 
 
 def _forward(settings: Settings, x: Tensor, residual: Tensor | None, *inputs: Any) -> Outputs:
-    """The operation, of a plan's inputs."""
+    """Compute the operation from a plan's inputs."""
     norm, residual_norm = _norms(settings, inputs[:4], inputs[4:])
     of_residual = residual_norm if settings.join == "bn" else None
     return batch_norm.forward(x, norm, residual, of_residual, settings.relu, settings.ghost_batch_size)

@@ -1,4 +1,4 @@
-"""A batch norm and the 3x3 convolution behind it as one function, for networks that a table of choices names it for.
+"""A batch norm and the following 3x3 convolution as one function. It runs where a table of choices names it.
 
     z = conv(y),  y = relu(bn(x) + residual)
 
@@ -20,7 +20,7 @@ from .functional import Settings, differentiable_backward
 from .nn import FusedBatchNorm2d
 from .ops import BatchNormArgs, choose_backend
 from .ops.arguments import PartialStatistics, Saved, join_of, saved_of
-from .ops.backend import conv3x3, device_guard
+from .ops.backend import conv3x3, device_guard, is_plain
 from .ops.batch_norm import backward, backward_with_sums, forward
 from .ops.checks import check_arguments
 from .ops.choices import choose, is_empty
@@ -42,14 +42,14 @@ class Call(NamedTuple):
 
 
 def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
-    """Whether there are choices for x's device, and a network with these norms trains, on plain tensors like x."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or is_empty(x.device) or not torch.is_grad_enabled():
+    """Return whether there are choices for x's device, and all norms of a network that trains can take part."""
+    if not is_plain(x) or is_empty(x.device) or not torch.is_grad_enabled():
         return False
     return choose_backend(x) == "triton" and all(map(_takes_part, norms))
 
 
 def _takes_part(norm: Any) -> bool:
-    """One whose statistics are those of all rows of this process."""
+    """Return whether its statistics are those of all rows of this process alone."""
     vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     return (
         type(norm) is FusedBatchNorm2d

@@ -1,4 +1,4 @@
-"""A training step of one's own as CUDA graphs.
+"""Records a user's training step as CUDA graphs.
 
     def train_step(images, labels):
         optimizer.zero_grad()
@@ -12,7 +12,7 @@
         loss = train_step(images, labels)
         scheduler.step()
 
-The first call of each kind runs as it is: compilers and cuDNN choose, the optimizer makes its state. The second is
+The first call of each kind runs unchanged: compilers and cuDNN choose, the optimizer makes its state. The second is
 recorded, and replayed from then on. A kind is: shapes, types, strides and devices of the tensors; the values of the
 other arguments; the optimizers' hyperparameters, the modules' modes and which weights are trained; autocast around the
 call; whether there are gradients, if the function does not begin by dropping them.
