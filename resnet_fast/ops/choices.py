@@ -63,10 +63,7 @@ def table(device: torch.device) -> Entries:
 
 @contextmanager
 def using(entries: Entries) -> Iterator[None]:
-    """Have these entries, and no others, count inside the context: what measures and tests choose by.
-
-    They count for the whole process, since a backward runs in threads of its own; so only one thread may use it.
-    """
+    """Have these entries, and no others, count in the whole process inside the context: only one thread may use it."""
     _replaced.append(entries)
     try:
         yield
