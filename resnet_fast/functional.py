@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, batch_norm, choices, choose_backend, distributed, reference
-from .ops.arguments import Gradients, Join, Outputs, Saved, join_of, saved_of
+from .ops.arguments import NO_NORM, Gradients, Join, Outputs, Saved, join_of, saved_of
 from .ops.backend import is_plain, unwrap_if_dead
 from .ops.backend import plan as launch_plan
 from .ops.batch_norm import backward_op, forward_op, recompute_y
@@ -18,8 +18,6 @@ from .ops.checks import check_arguments
 from .ops.layout import as_image, dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
-
-NO_NORM = BatchNormArgs(None, None)
 
 
 class Settings(NamedTuple):

@@ -19,7 +19,7 @@ from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS, C
 from .functional import Settings, differentiable_backward
 from .nn import FusedBatchNorm2d
 from .ops import BatchNormArgs, choose_backend
-from .ops.arguments import PartialStatistics, Saved, join_of, saved_of
+from .ops.arguments import NO_NORM, PartialStatistics, Saved, join_of, saved_of
 from .ops.backend import conv3x3, device_guard, is_plain
 from .ops.batch_norm import backward, backward_with_sums, forward
 from .ops.checks import check_arguments
@@ -98,7 +98,7 @@ def pair(
         residual = dense(residual.to(x.dtype), like=x)
     conv_weight = None if conv is None or not is_pair else conv.weight
     call = Call(arguments, residual_arguments, statistics, convolution, data_gradient)
-    vectors = (*arguments[2:4], *(residual_arguments or (None,) * 4)[2:4])
+    vectors = (*arguments[2:4], *(residual_arguments or NO_NORM)[2:4])
     z, y, partials, rows = _Pair.apply(x, residual, *vectors, conv_weight, call)
     if conv is not None and not is_pair:
         z = conv(z)
@@ -138,7 +138,7 @@ def has_kernels(
         return False
     n_images, n_in_channels, height, width = x.shape
     return (
-        all(pair in (1, (1, 1), [1, 1]) for pair in (stride, padding, dilation))
+        all(setting in (1, (1, 1), [1, 1]) for setting in (stride, padding, dilation))
         and n_in_channels == weight.shape[1]
         and all(n % CHANNEL_MULTIPLE == 0 for n in weight.shape[:2])
         and height == width
@@ -172,9 +172,8 @@ class _Pair(torch.autograd.Function):
         norm, residual_norm, statistics, tiles, ctx.tiles = call
         outputs = forward(x, norm, residual, residual_norm, True, statistics=statistics)
         y, saved = outputs.y, saved_of(x, norm, residual, residual_norm, outputs)
-        training = (norm.training, residual_norm is not None and residual_norm.training)
-        eps = (norm.eps, norm.eps if residual_norm is None else residual_norm.eps)
-        ctx.settings = Settings(join_of(residual, residual_norm), True, *training, 0, *eps)
+        join, other = join_of(residual, residual_norm), residual_norm or NO_NORM
+        ctx.settings = Settings(join, True, norm.training, other.training, 0, norm.eps, other.eps)
         ctx.set_materialize_grads(False)
         if conv_weight is None:
             ctx.save_for_backward(*saved)
@@ -228,6 +227,6 @@ def library_gradients(
     """dx and dweight by cuDNN, or what else ATen calls; differentiable."""
     if not wants_dx and not wants_dweight:
         return None, None
-    pair, mask = [1, 1], [wants_dx, wants_dweight, False]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, pair, pair, pair, False, [0, 0], 1, mask)
+    ones, mask = [1, 1], [wants_dx, wants_dweight, False]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, ones, ones, ones, False, [0, 0], 1, mask)
     return dx, dweight

@@ -58,10 +58,10 @@ class Structure:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.modules = [module for module in network.modules() if module is not network]
-        self.own = [*map(vars, self.modules)]
-        self.parents = [module for module in self.modules if module._modules]
-        self.norms = [module for module in self.modules if isinstance(module, FusedBatchNorm2d)]
+        modules = [module for module in network.modules() if module is not network]
+        self.own = [*map(vars, modules)]
+        self.parents = [module for module in modules if module._modules]
+        self.norms = [module for module in modules if isinstance(module, FusedBatchNorm2d)]
         self.made_of = self._made_of(network)
 
     def _made_of(self, network: nn.Module) -> list[Any]:

@@ -24,6 +24,9 @@ class BatchNormArgs(NamedTuple):
     eps: float = 1e-5
 
 
+NO_NORM = BatchNormArgs(None, None)  # in the place of the residual's, where it has none
+
+
 class PartialStatistics(NamedTuple):
     """Partial results of `statistics_kernel`, [n_groups + n_splits, C, 2].
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import (
+    NO_NORM,
     BatchNormArgs,
     Gradients,
     Join,
@@ -184,7 +185,7 @@ def combine_statistics(
 def moments(x: Tensor, var: Tensor) -> Tensor:
     """Return the mean, [C], of all rows; `var`: [C] in fp64, receives their biased variance."""
     shape = Shape.of(x)
-    return combine_statistics(partial_statistics(x, shape), BatchNormArgs(None, None), shape, var)[0][0]
+    return combine_statistics(partial_statistics(x, shape), NO_NORM, shape, var)[0][0]
 
 
 def find_statistics(
@@ -230,7 +231,6 @@ def forward(
     return normalize(x, norm, statistics, residual, residual_norm, residual_statistics, relu, shape, reverse)
 
 
-NO_NORM = BatchNormArgs(None, None)
 NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]
 
 

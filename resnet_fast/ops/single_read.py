@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_single_read, tiles
 
 from . import launch
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, join_of
+from .arguments import NO_NORM, BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, join_of
 from .implementations import DTYPES, Operation
 from .launch import Shape
 
@@ -153,7 +153,7 @@ def forward(
         return Statistics(*launch.empty_statistics(x, shape), partials=partials)
 
     own, its = statistics(True), statistics(is_bn_join)
-    residual_norm = residual_norm or launch.NO_NORM
+    residual_norm = residual_norm or NO_NORM
     y = torch.empty_like(x)
     relu_mask = None
     if relu and residual is not None:
