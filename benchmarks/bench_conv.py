@@ -27,7 +27,7 @@ from benchmarks.networks import cudnn_benchmark
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
-from resnet_fast.ops.arguments import BatchNormArgs, Join, PartialStatistics, Saved
+from resnet_fast.ops.arguments import BatchNormArgs, Join, PartialStatistics, Saved, Settings, arguments_of
 from resnet_fast.pairs import library_gradients
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
@@ -105,8 +105,9 @@ class CudnnRun(ConvRun):
             return (y,) if direction == FORWARD else (y, *_statistics(y))
         dx, _ = library_gradients(dy, x, weight, True, False)
         assert saved is not None and dx is not None
-        join = WITH_SUMS[direction].join
-        dz, _, gradients = _launch().gradient_sums(dx, dx_alias, saved, join, True)
+        launch, settings = _launch(), Settings(WITH_SUMS[direction].join, True, True, False)
+        dz, partials, n_splits = launch.partial_sums(dx, dx_alias, saved, settings, launch.Shape.of(dx))
+        _, gradients = launch.combine_gradients(partials, 1, n_splits, saved)
         return dx if dz is None else dz, gradients.dweight, gradients.dbias
 
 
@@ -126,7 +127,7 @@ class FusedRun(ConvRun):
             y, parts = conv3x3.forward(x, weight, self.tiles)
             return (y,) if direction == FORWARD else (y, *_statistics(y, parts))
         assert saved is not None
-        dz, sums = conv3x3.data_gradient(dy, weight, self.tiles, saved, dx_alias)
+        dz, sums, _ = conv3x3.data_gradient(dy, weight, self.tiles, saved, dx_alias)
         return dz, sums[1, 0], sums[0, 0]
 
 
@@ -260,8 +261,9 @@ def through(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Saved]:
     weight = torch.linspace(0.5, 1.5, n_channels, device=x.device)
     bias = weight - 1
     norm_args = BatchNormArgs(None, None, weight, bias, training=True)
-    y, relu_mask, mean, rstd, *_ = _launch().forward(x, norm_args, residual if norm.join == "add" else None, None, True)
-    return y, Saved(x, relu_mask, mean, rstd, weight, bias, None, None, None, None, None)
+    arguments = arguments_of(x, norm_args, residual if norm.join == "add" else None)
+    outputs = _launch().forward(*arguments)
+    return outputs.y, Saved.of(*arguments, outputs)
 
 
 def exact(data: Data) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +10,13 @@ from torch.autograd import forward_ad
 
 from .common.checks import check_type
 from .ops import Backend, BatchNormArgs, aten, batch_norm, choices, choose_backend, distributed, reference
-from .ops.arguments import NO_NORM, Gradients, Join, Outputs, Saved, join_of, saved_of
+from .ops.arguments import NO_NORM, Inputs, Saved, Settings, arguments_of
 from .ops.backend import is_plain, unwrap_if_dead
 from .ops.backend import plan as launch_plan
-from .ops.batch_norm import backward_op, forward_op, recompute_y
 from .ops.checks import check_arguments
 from .ops.layout import as_image, dense
 
 __all__ = ["BatchNormArgs", "batch_norm_add_relu"]
-
-
-class Settings(NamedTuple):
-    """Hold what a pass depends on besides tensors and momenta. The backward operator takes the first five.
-
-    `ghost_batch_size`: images per group of batch statistics; 0 for all.
-    """
-
-    join: Join
-    relu: bool
-    training: bool
-    residual_training: bool
-    ghost_batch_size: int
-    eps: float
-    residual_eps: float
 
 
 def batch_norm_add_relu(
@@ -191,8 +175,7 @@ def _choose_call(
     """Return the function that runs checked arguments of this kind."""
     other = residual_norm or NO_NORM
     group_images = (ghost_batch_size or 0) if norm.training or other.training else 0
-    join = join_of(residual, residual_norm)
-    settings = Settings(join, relu, norm.training, other.training, group_images, norm.eps, other.eps)
+    _, settings = arguments_of(x, norm, residual, residual_norm, relu, group_images)
     if group is None and choose_backend(x, backend) == "aten":
         return functools.partial(_run_on_aten, settings)
     vectors = [vector for vector in (*norm[:4], *other[:4]) if vector is not None]
@@ -205,8 +188,8 @@ def _choose_call(
         and all(vector.is_contiguous() and type(vector) in (Tensor, torch.nn.Parameter) for vector in vectors)
         and all(type(number) in (float, int) for number in (*norm[5:], *other[5:]))
     ):
-        forward, backward = functools.partial(_forward, settings), functools.partial(_backward, settings)
-        return functools.partial(_run_planned, settings, launch_plan.Plan(forward, backward))
+        plan = launch_plan.Plan(settings, batch_norm.forward, batch_norm.backward)
+        return functools.partial(_run_planned, settings, plan)
     return functools.partial(_run_on_triton, settings, group)
 
 
@@ -218,34 +201,16 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Run along the plan; tensors have the kernels' layout."""
     mean, var, weight, bias, _, momentum, _ = norm
-    other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm or NO_NORM
-    rest = (mean, var, momentum, other_mean, other_var, other_momentum)
+    if residual_norm is None:
+        inputs = (x, residual, weight, bias, None, None, mean, var, momentum, None, None, 0.1)
+    else:
+        other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm
+        others = (other_mean, other_var, other_momentum)
+        inputs = (x, residual, weight, bias, other_weight, other_bias, mean, var, momentum, *others)
     if torch.is_grad_enabled():
-        return _apply(x, residual, weight, bias, other_weight, other_bias, settings, fork, None, plan, rest)
-    y, _ = plan.forward(x, residual, weight, bias, other_weight, other_bias, *rest)
+        return _apply(settings, fork, None, plan, *inputs)
+    y, _ = plan.forward(*inputs)
     return (y, y) if fork else y
-
-
-def _norms(settings: Settings, vectors: tuple, rest: tuple) -> tuple[BatchNormArgs, BatchNormArgs]:
-    """Return the two norms from the inputs."""
-    weight, bias, other_weight, other_bias = vectors
-    mean, var, momentum, other_mean, other_var, other_momentum = rest
-    training, other_training, _, eps, other_eps = settings[2:]
-    norm = BatchNormArgs(mean, var, weight, bias, training, momentum, eps)
-    return norm, BatchNormArgs(
-        other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps
-    )
-
-
-def _forward(settings: Settings, x: Tensor, residual: Tensor | None, *inputs: Any) -> Outputs:
-    """Compute the operation from a plan's inputs."""
-    norm, residual_norm = _norms(settings, inputs[:4], inputs[4:])
-    of_residual = residual_norm if settings.join == "bn" else None
-    return batch_norm.forward(x, norm, residual, of_residual, settings.relu, settings.ghost_batch_size)
-
-
-def _backward(settings: Settings, dy: Tensor, dy_alias: Tensor | None, saved: Saved) -> Gradients:
-    return batch_norm.backward(dy, dy_alias, saved, *settings[:5])
 
 
 def _run_on_triton(
@@ -258,9 +223,8 @@ def _run_on_triton(
         residual = as_image(dense(residual.to(x.dtype), like=x))
     norms = (norm, residual_norm or NO_NORM)
     dense_norms = _dense_vectors(*norms)
-    vectors = [vector for one in dense_norms for vector in one[2:4]]
-    rest = [value for one in dense_norms for value in (one.running_mean, one.running_var, one.momentum)]
-    y = _BatchNormAddReLU.apply(image, residual, *vectors, settings, fork, group, None, *rest)
+    inputs, _ = arguments_of(image, dense_norms[0], residual, dense_norms[1])
+    y = _BatchNormAddReLU.apply(settings, fork, group, None, *inputs)
     for given, used in zip(norms, dense_norms, strict=True):
         if given.training:
             _copy_back(given.running_mean, used.running_mean)
@@ -292,35 +256,26 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes.
-
-    `rest` are running statistics and momenta: a tuple for a plan, and flat for tracers, which have to see each tensor
-    once.
-    """
+    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x, residual, weight, bias, residual_weight, residual_bias, settings, fork, group, plan, *rest
-    ):
+    def forward(ctx: Any, settings, fork, group, plan, *inputs):
         ctx.settings, ctx.group, ctx.plan = settings, group, plan
         ctx.set_materialize_grads(False)
         if plan is not None:
-            y, kept = plan.forward(x, residual, weight, bias, residual_weight, residual_bias, *rest[0])
-            if settings.join != "bn":
-                residual = None
-            ctx.save_for_backward(x, weight, bias, residual, residual_weight, residual_bias, *kept)
-            return (y, y.view_as(y)) if fork else y
-        norm, residual_norm = _norms(settings, (weight, bias, residual_weight, residual_bias), rest)
-        of_residual = residual_norm if settings.join == "bn" else None
-        if group is None:
-            arguments = (*norm, residual, *residual_norm, settings.join, settings.relu)
-            outputs = Outputs(*forward_op(x, *arguments, settings.ghost_batch_size))
+            y, kept = plan.forward(*inputs)
+        elif group is None:
+            y, relu_mask, mean, rstd, *of_residual = batch_norm.forward_op(*inputs, *settings)
             if not settings.relu or settings.join == "none":
-                outputs = outputs._replace(relu_mask=None)
+                relu_mask = None
+            kept = (relu_mask, mean, rstd, *(of_residual if settings.join == "bn" else (None, None)))
         else:
-            outputs, ctx.total_rows = distributed.forward(x, norm, residual, of_residual, settings.relu, group)
-        ctx.save_for_backward(*saved_of(x, norm, residual, of_residual, outputs))
-        return (outputs.y, outputs.y.view_as(outputs.y)) if fork else outputs.y
+            (y, *kept), ctx.total_rows = distributed.forward(Inputs._make(inputs), settings, group)
+        x, residual, weight, bias, residual_weight, residual_bias = inputs[:6]
+        if settings.join != "bn":
+            residual = None
+        ctx.save_for_backward(x, residual, weight, bias, residual_weight, residual_bias, *kept)
+        return (y, y.view_as(y)) if fork else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_alias: Tensor | None = None):  # type: ignore[override]
@@ -329,11 +284,11 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if group is None:
-                return (None,) * len(ctx.needs_input_grad)
+                return (None,) * N_ARGUMENTS
             dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
-        if plan is not None and is_planned:
+        if is_planned:
             gradients = plan.backward(dy, dy_alias, tensors)
         else:
             saved = Saved._make(tensors) if plan is None else plan.saved(tensors)
@@ -341,19 +296,20 @@ class _BatchNormAddReLU(torch.autograd.Function):
                 total_rows = None if group is None else ctx.total_rows
                 gradients = differentiable_backward(dy, dy_alias, saved, settings, group, total_rows)
             elif group is None:
-                gradients = backward_op(dy, dy_alias, *saved, *settings[:5])
+                gradients = batch_norm.backward_op(dy, dy_alias, *saved, *settings)
             else:
-                gradients = distributed.backward(dy, dy_alias, saved, ctx.total_rows, group, *settings[:4])
-        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
+                gradients = distributed.backward(dy, dy_alias, saved, settings, ctx.total_rows, group)
+        dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = gradients
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
-        if is_planned:
-            return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, None, None, None, None, None
-        rest = (None,) * (len(ctx.needs_input_grad) - 6)
-        returned = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, *rest)
-        # Operators return empty tensors for what there is not.
-        return tuple(gradient if want else None for gradient, want in zip(returned, ctx.needs_input_grad, strict=True))
+        gradients = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias)
+        if not is_planned:  # operators return empty tensors for what there is not
+            wanted = ctx.needs_input_grad[4:]
+            gradients = [one if want else None for one, want in zip(gradients, wanted, strict=False)]
+        return None, None, None, None, *gradients, None, None, None, None, None, None
 
+
+N_ARGUMENTS = 4 + len(Inputs._fields)
 
 # torch's own `apply` asks again whether functorch transforms, and unwraps tensors that have left it (`is_plain`).
 _apply: Any = super(torch.autograd.Function, _BatchNormAddReLU).apply  # type: ignore[misc]
@@ -391,30 +347,26 @@ def differentiable_backward(
         # Fresh handles: a path from one input to another is the outer graph's to follow, not this one's.
         saved = Saved._make(t if t is None or not t.requires_grad else t.view_as(t) for t in saved)
         z = bn(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, training, eps)
-        inputs = [saved.x, saved.weight, saved.bias]
         if join == "bn":
-            affine = (saved.residual_weight, saved.residual_bias)
-            z = z + bn(
-                saved.residual, saved.residual_mean, saved.residual_rstd, *affine, residual_training, residual_eps
-            )
-            inputs += [saved.residual, *affine]
+            statistics, affine = (saved.residual_mean, saved.residual_rstd), saved[4:6]
+            z = z + bn(saved.residual, *statistics, *affine, residual_training, residual_eps)
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            dz = dz.masked_fill(_relu_closed(saved, ghost_batch_size), 0)
-        differentiable = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        gradients = iter(
-            torch.autograd.grad(z, differentiable, dz.to(z.dtype), create_graph=True) if differentiable else ()
-        )
-    per_input = [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
-    if join == "bn":
-        return tuple(per_input)
-    return (*per_input, dz if join == "add" else None, None, None)
+            dz = dz.masked_fill(_relu_closed(saved, settings), 0)
+        inputs = {
+            name: t for name, t in zip(Saved._fields, saved[:6], strict=False) if t is not None and t.requires_grad
+        }
+        found = torch.autograd.grad(z, [*inputs.values()], dz.to(z.dtype), create_graph=True) if inputs else ()
+    gradients = dict(zip(inputs, found, strict=True))
+    if join == "add":
+        gradients["residual"] = dz
+    return tuple(gradients.get(name) for name in Saved._fields[:6])
 
 
-def _relu_closed(saved: Saved, ghost_batch_size: int) -> Tensor:
+def _relu_closed(saved: Saved, settings: Settings) -> Tensor:
     """Where the forward's ReLU closed, a bool tensor like x: its own rounding of y decides, not another formula's."""
     if saved.relu_mask is None:
-        return recompute_y(saved, ghost_batch_size) <= 0
+        return batch_norm.recompute_y(saved, settings) <= 0
     if saved.relu_mask.dtype == torch.bool:
         return saved.relu_mask
-    return reference.unpack_relu_mask(saved.relu_mask, saved.x, ghost_batch_size)
+    return reference.unpack_relu_mask(saved.relu_mask, saved.x, settings.ghost_batch_size)

@@ -8,7 +8,7 @@ has shown yet where that is faster, so it runs only where `resnet-fast tune` has
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +16,16 @@ from torch import Tensor, nn
 
 from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS, ConvTiles
 
-from .functional import Settings, differentiable_backward
+from .functional import differentiable_backward
 from .nn import FusedBatchNorm2d
-from .ops import BatchNormArgs, choose_backend
-from .ops.arguments import NO_NORM, PartialStatistics, Saved, join_of, saved_of
-from .ops.backend import conv3x3, device_guard, is_plain
-from .ops.batch_norm import backward, backward_with_sums, forward
+from .ops import choose_backend
+from .ops.arguments import Gradients, Inputs, PartialStatistics, Saved, Settings, arguments_of
+from .ops.backend import conv3x3, device_guard, is_plain, launch
+from .ops.batch_norm import backward, forward
 from .ops.checks import check_arguments
 from .ops.choices import choose, is_empty
 from .ops.implementations import DTYPES, Operation, Problem
 from .ops.layout import dense
-
-
-class Call(NamedTuple):
-    """A pair's arguments besides tensors with gradients; without `convolution` z is y.
-
-    `statistics`: of x, from the convolution before; None: x has a pass for them. Tiles are None where cuDNN computes.
-    """
-
-    norm: BatchNormArgs
-    residual_norm: BatchNormArgs | None
-    statistics: PartialStatistics | None
-    convolution: ConvTiles | None
-    data_gradient: ConvTiles | None
 
 
 def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
@@ -80,26 +67,24 @@ def pair(
     Returns:
         The convolution's output, its statistics in parts or None, and a second handle to its input.
     """
-    join = join_of(residual, residual_norm)
-    convolution = data_gradient = None
+    arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
+    if residual is not None:
+        residual = dense(residual.to(x.dtype), like=x)
+    inputs, settings = arguments_of(x, arguments, residual, residual_arguments)
+    tiles = gradient_tiles = None
     if conv is not None and _has_kernels_for(conv, x):
-        convolution = _choose("convolution", conv, x)
-        data_gradient = _choose("data gradient", conv, x, join, fork)
-    is_pair = convolution is not None or data_gradient is not None
+        tiles = _choose("convolution", conv, x)
+        gradient_tiles = _choose("data gradient", conv, x, settings.join, fork)
+    is_pair = tiles is not None or gradient_tiles is not None
     if statistics is None and not is_pair:
         y = norm.fused(x, residual, residual_norm, relu=True, fork=fork)
         y, second = y if fork else (y, y)
         return y if conv is None else conv(y), None, second
-    arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
     check_arguments(x, arguments, residual, residual_arguments)
     for module in (norm,) if residual_norm is None else (norm, residual_norm):
         module.count(1)
-    if residual is not None:
-        residual = dense(residual.to(x.dtype), like=x)
     conv_weight = None if conv is None or not is_pair else conv.weight
-    call = Call(arguments, residual_arguments, statistics, convolution, data_gradient)
-    vectors = (*arguments[2:4], *(residual_arguments or NO_NORM)[2:4])
-    z, y, partials, rows = _Pair.apply(x, residual, *vectors, conv_weight, call)
+    z, y, partials, rows = _Pair.apply(settings, statistics, tiles, gradient_tiles, conv_weight, *inputs)
     if conv is not None and not is_pair:
         z = conv(z)
     return z, None if partials is None else PartialStatistics(partials, rows), y
@@ -157,23 +142,14 @@ def _for_descriptors(x: Tensor) -> Tensor:
 
 
 class _Pair(torch.autograd.Function):
+    """Without `conv_weight` z is y. Tiles are None where cuDNN computes."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual_weight: Tensor | None,
-        residual_bias: Tensor | None,
-        conv_weight: Tensor | None,
-        call: Call,
-    ):
-        norm, residual_norm, statistics, tiles, ctx.tiles = call
-        outputs = forward(x, norm, residual, residual_norm, True, statistics=statistics)
-        y, saved = outputs.y, saved_of(x, norm, residual, residual_norm, outputs)
-        join, other = join_of(residual, residual_norm), residual_norm or NO_NORM
-        ctx.settings = Settings(join, True, norm.training, other.training, 0, norm.eps, other.eps)
+    def forward(ctx: Any, settings, statistics, tiles, gradient_tiles, conv_weight: Tensor | None, *inputs):
+        given = Inputs._make(inputs)
+        outputs = forward(given, settings, statistics)
+        x, y, saved = given.x, outputs.y, Saved.of(given, settings, outputs)
+        ctx.settings, ctx.tiles = settings, gradient_tiles
         ctx.set_materialize_grads(False)
         if conv_weight is None:
             ctx.save_for_backward(*saved)
@@ -191,34 +167,36 @@ class _Pair(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor | None, dy_alias: Tensor | None, *_):  # type: ignore[override]
         tensors, n = ctx.saved_tensors, len(Saved._fields)  # once: a checkpoint unpacks them
         saved, convolution = Saved._make(tensors[:n]), tensors[n:]
-        settings: Settings = ctx.settings
-        *wants, wants_dconv_weight, _ = ctx.needs_input_grad
+        _, _, _, _, wants_dconv_weight, *wants = ctx.needs_input_grad
         wants_dy = any(wants)
-        dy, dconv_weight, sums = dz, None, None
+        dy, dconv_weight, gradients = dz, None, None
         if dz is not None and convolution:
             y, conv_weight, weight_of_x = convolution
             weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else weight_of_x
-            by_kernel = ctx.tiles is not None and wants_dy and not torch.is_grad_enabled()  # else double backward
+            tiles: Any = None if torch.is_grad_enabled() or not wants_dy else ctx.tiles  # none in double backward
             dz = _for_descriptors(dense(dz, like=y))
-            dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and not by_kernel, wants_dconv_weight)
+            dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and tiles is None, wants_dconv_weight)
             if dconv_weight is not None:
                 dconv_weight = dconv_weight.to(conv_weight.dtype)
-            if by_kernel:
+            if tiles is not None:
                 dy_alias = None if dy_alias is None else dense(dy_alias, like=y)
-                with device_guard(y):
-                    dy, sums = conv3x3.data_gradient(dz, weight, ctx.tiles, saved, dy_alias)
+                gradients = gradients_by_kernels(dz, weight, tiles, saved, ctx.settings, dy_alias)
         if dy is None:
             dy, dy_alias = dy_alias, None
-        if dy is None or not wants_dy:
-            return *(None,) * 6, dconv_weight, None
-        if sums is not None:  # dy is the batch norm's dz already
-            gradients = backward_with_sums(dy, sums, saved, settings.join, settings.residual_training)
-        elif torch.is_grad_enabled():
-            gradients = differentiable_backward(dy, dy_alias, saved, settings)
-        else:
-            gradients = backward(dy, dy_alias, saved, *settings[:5])
-        dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias = gradients
-        return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, dconv_weight, None
+        if gradients is None and dy is not None and wants_dy:
+            run = differentiable_backward if torch.is_grad_enabled() else backward
+            gradients = run(dy, dy_alias, saved, ctx.settings)
+        return None, None, None, None, dconv_weight, *(gradients or (None,) * 6), *(None,) * 6
+
+
+def gradients_by_kernels(
+    dz: Tensor, weight: Tensor, tiles: ConvTiles, saved: Saved, settings: Settings, dy_alias: Tensor | None
+) -> Gradients:
+    """Return the batch norm's gradients, by the convolution's data gradient and the batch norm's second pass."""
+    with device_guard(dz):
+        dx, sums, gradients = conv3x3.data_gradient(dz, weight, tiles, saved, dy_alias)
+        shape = launch.Shape.of(dx)
+        return launch.input_gradients(dx, dx, saved, settings, shape, gradients, sums)
 
 
 def library_gradients(

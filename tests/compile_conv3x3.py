@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from benchmarks.speed_model.launches import Launch
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 from resnet_fast.ops import conv3x3, launch
-from resnet_fast.ops.arguments import BatchNormArgs, Saved
+from resnet_fast.ops.arguments import BatchNormArgs, Saved, arguments_of
 
 BATCH = 128
 SHAPES = {(128, 16): "128x16x16", (16, 32): "16x32x32"}  # channels, width
@@ -32,12 +32,12 @@ def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Call
     weight = weight.contiguous(memory_format=torch.channels_last)
     vector = torch.empty(n_channels, device="meta")
     bits = torch.empty(n_rows, n_channels // 8, dtype=torch.uint8, device="meta")
-    of_x, of_join = (vector,) * 4, (x, *(vector,) * 4)
+    of_x, of_join = (vector, vector, None, None), (vector,) * 4
     norms = {
-        "BN+ReLU": (Saved(x, None, *of_x, *(None,) * 5), None),
-        "BN+ReLU, forked": (Saved(x, None, *of_x, *(None,) * 5), x),
-        "BN+add+ReLU, forked": (Saved(x, bits, *of_x, *(None,) * 5), x),
-        "BN+BN+add+ReLU, forked": (Saved(x, bits, *of_x, *of_join), x),
+        "BN+ReLU": (Saved(x, None, *of_x, None, vector, vector, None, None), None),
+        "BN+ReLU, forked": (Saved(x, None, *of_x, None, vector, vector, None, None), x),
+        "BN+add+ReLU, forked": (Saved(x, None, *of_x, bits, vector, vector, None, None), x),
+        "BN+BN+add+ReLU, forked": (Saved(x, x, *of_join, bits, *of_join), x),
     }
     for tiles in conv_candidates(n_channels, n_channels, n_rows, with_sums=False):
         yield "convolution", tiles, lambda tiles=tiles: conv3x3.forward(x, weight, tiles)
@@ -89,11 +89,12 @@ def compile_first(launching: Callable[[], object], target: str, index: int = 0) 
 def reversed_passes() -> Iterator[tuple[str, dict]]:
     x, vector = image(128, 16), torch.empty(128, device="meta")
     norm = BatchNormArgs(vector, vector, vector, vector, training=True)
-    saved = Saved(x, None, *(vector,) * 4, *(None,) * 5)
-    yield "normalize", compile_first(lambda: launch.forward(x, norm, None, None, True, reverse=True), "sm_90", -1)
+    inputs, settings = arguments_of(x, norm)
+    saved = Saved(x, None, vector, vector, None, None, None, vector, vector, None, None)
+    yield "normalize", compile_first(lambda: launch.forward(inputs, settings, reverse=True), "sm_90", -1)
     yield (
         "input gradients",
-        compile_first(lambda: launch.backward(x, None, saved, "none", True, True, False, reverse=True), "sm_90", -1),
+        compile_first(lambda: launch.backward(x, None, saved, settings, reverse=True), "sm_90", -1),
     )
 
 

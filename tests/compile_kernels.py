@@ -22,7 +22,7 @@ from benchmarks.speed_model.gpus import ARCHITECTURES
 from benchmarks.speed_model.launches import DTYPES, Launch, parameter_offsets, recorded_launches, source_of
 from benchmarks.speed_model.sass import read_code
 from resnet_fast.ops import BatchNormArgs, launch
-from resnet_fast.ops.arguments import Saved
+from resnet_fast.ops.arguments import Saved, arguments_of
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)} | {
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
@@ -134,13 +134,11 @@ def record_launches(operation: Operation) -> list[Launch]:
         norm = BatchNormArgs(vector, vector, vector, vector, training)
         residual = None if join == "none" else x
         residual_norm = norm if join == "bn" else None
-        y, relu_mask, mean, rstd, residual_mean, residual_rstd = launch.forward(
-            x, norm, residual, residual_norm, relu, ghost
-        )
+        inputs, settings = arguments_of(x, norm, residual, residual_norm, relu, ghost)
+        outputs = launch.forward(inputs, settings)
         if training:
-            of_join = (x, residual_mean, residual_rstd, vector, vector) if join == "bn" else (None,) * 5
-            saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
-            launch.backward(y, y if fork else None, saved, join, relu, True, join == "bn", ghost)
+            y, saved = outputs.y, Saved.of(inputs, settings, outputs)
+            launch.backward(y, y if fork else None, saved, settings)
             var = torch.empty(n_channels, dtype=torch.float64, device="meta")
             launch.moments(x, var)  # of several processes
     return recorded

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from benchmarks.speed_model.launches import DTYPES, Launch, recorded_launches
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, single_read
-from resnet_fast.ops.arguments import Saved
+from resnet_fast.ops.arguments import Outputs, Saved, arguments_of
 
 MULTIPROCESSORS = 132
 
@@ -58,17 +58,18 @@ def record_launch(case: Case) -> Launch:
     vector = torch.empty(case.n_channels, device="meta")
     norm = BatchNormArgs(vector, vector, vector, vector, training=True)
     is_bn, has_bits = case.join == "bn", case.relu and case.join != "none"
+    inputs, settings = arguments_of(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)
     with (
         mock.patch.object(single_read, "multiprocessors", lambda device: MULTIPROCESSORS),
         recorded_launches() as recorded,
     ):
         if case.direction == "forward":
-            single_read.forward(x, norm, None if case.join == "none" else x, norm if is_bn else None, case.relu)
+            single_read.forward(inputs, settings)
         else:
             bits = torch.empty(n_rows, case.n_channels // 8, dtype=torch.uint8, device="meta") if has_bits else None
-            of_residual = (x, vector, vector, vector, vector) if is_bn else (None,) * 5
-            saved = Saved(x, bits, vector, vector, vector, vector, *of_residual)
-            single_read.backward(x, x if case.fork else None, saved, case.join, case.relu)
+            residual_statistics = (vector, vector) if is_bn else (None, None)
+            saved = Saved.of(inputs, settings, Outputs(x, bits, vector, vector, *residual_statistics))
+            single_read.backward(x, x if case.fork else None, saved, settings)
     assert not case.n_tiles or recorded[0].arguments["TILE"].n_tiles.value == case.n_tiles
     return recorded[0]
 

@@ -61,12 +61,12 @@ def test_which_gpus_have_it(cuda, capability, driver, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    for cached in (launch._capability, launch._driver_version):
+    for cached in (launch.nvidia_capability, launch.has_pdl):
         cached.cache_clear()
     try:
         assert launch.has_pdl(torch.device("cuda", 0)) == expected
     finally:
-        for cached in (launch._capability, launch._driver_version):
+        for cached in (launch.nvidia_capability, launch.has_pdl):
             cached.cache_clear()
 
 

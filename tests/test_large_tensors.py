@@ -14,7 +14,7 @@ from traffic import pivot_rows
 from triton.runtime import interpreter
 
 from resnet_fast.ops import BatchNormArgs, launch
-from resnet_fast.ops.arguments import Saved
+from resnet_fast.ops.arguments import Saved, arguments_of
 
 SHAPES = {
     "2^31 elements and one image": (8193, 64, 64, 64),
@@ -38,13 +38,11 @@ def record_launches(shape: tuple, layout: str, join: str) -> list[tuple]:
         launch, "launch_kernel", lambda kernel, grid, **arguments: recorded.append((kernel, grid, arguments))
     ):
         if join == "none":
-            y, relu_mask, *statistics = launch.forward(x, norm, None, None, True)
-            saved = Saved(x, relu_mask, *statistics[:2], vector, vector, None, None, None, None, None)
-            launch.backward(dy, None, saved, join, True, True, False)
+            inputs, settings = arguments_of(x, norm)
         else:
-            y, relu_mask, *statistics = launch.forward(x, norm, residual, norm, True)
-            saved = Saved(x, relu_mask, *statistics[:2], vector, vector, residual, *statistics[2:], vector, vector)
-            launch.backward(dy, dy_alias, saved, join, True, True, True)
+            inputs, settings = arguments_of(x, norm, residual, norm)
+        saved = Saved.of(inputs, settings, launch.forward(inputs, settings))
+        launch.backward(dy, None if join == "none" else dy_alias, saved, settings)
     return recorded
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fused_op import LAYOUTS, Case, make_operands, same_layout
 
-from resnet_fast.ops import BatchNormArgs
+from resnet_fast.ops.arguments import Inputs, Outputs, Saved, Settings, arguments_of
 from resnet_fast.ops.layout import dense
 
 OPS = torch.ops.resnet_fast
@@ -20,27 +20,15 @@ def forward_arguments(join, relu, training, layout, device, requires_grad=False,
     norm, residual_norm = (norm._replace(training=training) for norm in operands.norms)
     x = operands.x.requires_grad_(requires_grad)
     residual = None if join == "none" else operands.residual
-    return (x, *norm, residual, *(residual_norm if join == "bn" else BatchNormArgs(None, None)), join, relu, ghost)
+    inputs, settings = arguments_of(x, norm, residual, residual_norm if join == "bn" else None, relu, ghost)
+    return (*inputs, *settings)
 
 
 def backward_arguments(arguments, fork):
-    x, _, _, weight, bias, training, _, _, residual, _, _, residual_weight, residual_bias, *rest = arguments
-    residual_training, _, _, join, relu, ghost = rest
-    y, relu_mask, mean, rstd, residual_mean, residual_rstd = OPS.batch_norm_add_relu(*arguments)
-    bn_join = (residual, residual_mean, residual_rstd) if join == "bn" else (None, None, None)
-    dy = torch.randn_like(y)
-    saved = (
-        x,
-        relu_mask if relu_mask.numel() else None,
-        mean,
-        rstd,
-        weight,
-        bias,
-        *bn_join,
-        residual_weight,
-        residual_bias,
-    )
-    return (dy, dy.clone() if fork else None, *saved, join, relu, training, residual_training, ghost)
+    inputs, settings = Inputs(*arguments[:12]), Settings(*arguments[12:])
+    outputs = Outputs(*(one if one.numel() else None for one in OPS.batch_norm_add_relu(*arguments)))
+    dy = torch.randn_like(outputs.y)
+    return (dy, dy.clone() if fork else None, *Saved.of(inputs, settings, outputs), *settings)
 
 
 VARIANTS = pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from traffic import pivot_rows
 
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, launch
-from resnet_fast.ops.arguments import accumulation_type
+from resnet_fast.ops.arguments import accumulation_type, arguments_of
 
 SHAPE = (5, 24, 9, 9)  # 405 rows: the last split and the last tile are not full
 NORM = BatchNormArgs(None, None, training=True)
@@ -39,7 +39,7 @@ def by_combine_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 def by_second_pass(x: Tensor, monkeypatch) -> tuple[Tensor, Tensor]:
     """Mean and rstd, [C] in fp64."""
     monkeypatch.setattr(tiles, "FEW_SPLITS", 1 << 30)
-    outputs = launch.forward(x, NORM, None, None, False)
+    outputs = launch.forward(*arguments_of(x, NORM, relu=False))
     return outputs.mean[0].double(), outputs.rstd[0].double()
 
 
@@ -91,12 +91,12 @@ def test_joined_norms_have_splits_of_their_own(device, monkeypatch):
     """As where a convolution has computed the partial results of x, and a pass those of the residual."""
     torch.manual_seed(0)
     x, residual = (image(torch.randn(SHAPE), torch.float32, "channels_last", device) for _ in range(2))
-    expected = launch.forward(x, NORM, residual, NORM, True)
+    expected = launch.forward(*arguments_of(x, NORM, residual, NORM))
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "STATISTICS_PROGRAMS", 3)
         partial = launch.partial_statistics(x, launch.Shape.of(x))
     assert len(partial.partials) < len(launch.partial_statistics(residual, launch.Shape.of(residual)).partials)
-    found = launch.forward(x, NORM, residual, NORM, True, partial=partial)
+    found = launch.forward(*arguments_of(x, NORM, residual, NORM), partial=partial)
     for name in ("mean", "rstd", "residual_mean", "residual_rstd", "y"):
         # Sums of other splits round otherwise, by some roundings of values of order one.
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6, msg=name)

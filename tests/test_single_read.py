@@ -10,6 +10,7 @@ from fused_op import Case, assert_agrees, make_operands, ours, results
 from single_read import BACKWARD, BOTH, FORWARD, entries, reading_once
 
 from resnet_fast.ops import BatchNormArgs, choices, launch, single_read
+from resnet_fast.ops.arguments import arguments_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PLAIN = Case("several tiles and splits, the last not full", (3, 64, 9, 9))
@@ -116,7 +117,7 @@ def test_channels_beyond_fp32_have_the_statistics_of_two_passes(device):
 def test_an_rstd_of_zero_ends_the_merge(device):
     """With an infinite eps; a loop until rstd is another than 0 would not end."""
     x = make_operands(PLAIN, BF16, "channels_last", device).x
-    found = single_read.forward(x, BatchNormArgs(None, None, training=True, eps=1e300), None, None, False)
+    found = single_read.forward(*arguments_of(x, BatchNormArgs(None, None, training=True, eps=1e300), relu=False))
     assert not found.rstd.any() and not found.y.any()
 
 

@@ -10,6 +10,7 @@ from triton.runtime.errors import InterpreterError
 
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, launch, single_read
+from resnet_fast.ops.arguments import arguments_of
 from resnet_fast.ops.single_read import LINE, BarrierWords
 
 pytestmark = pytest.mark.slow
@@ -26,9 +27,9 @@ def test_many_launches_use_the_same_words(device):
     """Of other numbers of splits and of tiles of channels, one after the other."""
     sizes = [(1, 64), (4, 64), (1, 16), (2, 136)]
     x = {size: image(*size, device) for size in sizes}
-    first = {size: single_read.forward(x[size], NORM, None, None, True).y for size in sizes}
+    first = {size: single_read.forward(*arguments_of(x[size], NORM)).y for size in sizes}
     for size in [*sizes, *reversed(sizes), *sizes]:
-        assert torch.equal(single_read.forward(x[size], NORM, None, None, True).y, first[size])
+        assert torch.equal(single_read.forward(*arguments_of(x[size], NORM)).y, first[size])
     (words,) = single_read.words_of(x[sizes[0]].device).of_streams.values()
     assert not (words & 0x7FFFFFFF).any()
 
@@ -45,7 +46,7 @@ def test_a_program_too_few_is_a_deadlock(device):
         mock.patch.object(launch, "launch_kernel", without_the_last),
         pytest.raises(InterpreterError, match="Deadlock"),
     ):
-        single_read.forward(image(8, 64, device), NORM, None, None, True)
+        single_read.forward(*arguments_of(image(8, 64, device), NORM))
 
 
 @needs_interpreter
@@ -55,7 +56,7 @@ def test_a_program_that_fails_fails_the_launch(device):
         pytest.raises(InterpreterError, match="float"),
         mock.patch.object(launch, "launch_kernel", _with("eps", "a word")),
     ):
-        single_read.forward(x, NORM, None, None, True)
+        single_read.forward(*arguments_of(x, NORM))
 
 
 def _with(name: str, value):
@@ -75,7 +76,7 @@ def test_a_grid_that_would_not_run_at_once_is_refused(cut, device):
         mock.patch.object(launch, "launch_kernel") as run,
         pytest.raises(RuntimeError, match=r"must run at once.*: \d+ cannot hold the batch norm of 128 rows and 64"),
     ):
-        single_read.forward(x, NORM, None, None, True)
+        single_read.forward(*arguments_of(x, NORM))
     run.assert_not_called()
 
 
@@ -124,4 +125,4 @@ def test_a_recording_without_words_takes_two_passes(device):
                 words.take(1)
             assert not single_read.fits(x, "batch norm", "none")
             with pytest.raises(RuntimeError, match="needs 1 words for its barrier"):
-                single_read.forward(x, NORM, None, None, True)
+                single_read.forward(*arguments_of(x, NORM))

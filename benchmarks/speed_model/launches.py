@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.ops import BatchNormArgs, launch
-from resnet_fast.ops.arguments import Saved
+from resnet_fast.ops.arguments import Saved, arguments_of
 
 from .gpus import ARCHITECTURES, Gpu
 from .simulate import Code, Work, read_code
@@ -95,15 +95,13 @@ def training_launches(
     x = x.to(memory_format=torch.channels_last)
     vector = torch.empty(n_channels, device="meta")
     norm = BatchNormArgs(vector, vector, vector, vector, training=True)
-    is_bn_join = join == "bn"
     residual = None if join == "none" else x
+    inputs, settings = arguments_of(x, norm, residual, norm if join == "bn" else None)
     with recorded_launches() as forward:
-        outputs = launch.forward(x, norm, residual, norm if is_bn_join else None, relu=True)
-    y, relu_mask, mean, rstd, residual_mean, residual_rstd = outputs
-    of_join = (x, residual_mean, residual_rstd, vector, vector) if is_bn_join else (None,) * 5
-    saved = Saved(x, relu_mask, mean, rstd, vector, vector, *of_join)
+        outputs = launch.forward(inputs, settings)
+    y, saved = outputs.y, Saved.of(inputs, settings, outputs)
     with recorded_launches() as backward:
-        launch.backward(y, y if fork else None, saved, cast(Any, join), True, True, is_bn_join)
+        launch.backward(y, y if fork else None, saved, settings)
     return {"forward": forward, "backward": backward}
 
 

@@ -27,6 +27,64 @@ class BatchNormArgs(NamedTuple):
 NO_NORM = BatchNormArgs(None, None)  # in the place of the residual's, where it has none
 
 
+class Settings(NamedTuple):
+    """Hold what a pass depends on besides tensors and momenta.
+
+    `ghost_batch_size`: images per group of batch statistics; 0 for all.
+    """
+
+    join: Join
+    relu: bool
+    training: bool
+    residual_training: bool
+    ghost_batch_size: int = 0
+    eps: float = 1e-5
+    residual_eps: float = 1e-5
+
+
+class Inputs(NamedTuple):
+    """The tensors and momenta of a pass; the first six may have gradients. Vectors have shape [C]."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    residual_running_mean: Tensor | None
+    residual_running_var: Tensor | None
+    residual_momentum: float
+
+    def norms(self, settings: Settings) -> tuple[BatchNormArgs, BatchNormArgs]:
+        """Return the batch norm of x, and that of the residual."""
+        _, _, weight, bias, other_weight, other_bias, mean, var, momentum, other_mean, other_var, other_momentum = self
+        _, _, training, other_training, _, eps, other_eps = settings
+        other = (other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps)
+        return BatchNormArgs(mean, var, weight, bias, training, momentum, eps), BatchNormArgs(*other)
+
+
+def arguments_of(
+    x: Tensor,
+    norm: BatchNormArgs,
+    residual: Tensor | None = None,
+    residual_norm: BatchNormArgs | None = None,
+    relu: bool = True,
+    ghost_batch_size: int = 0,
+) -> tuple[Inputs, Settings]:
+    """Return what a pass takes."""
+    mean, var, weight, bias, training, momentum, eps = norm
+    other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps = (
+        residual_norm or NO_NORM
+    )
+    join: Join = "none" if residual is None else "add" if residual_norm is None else "bn"
+    vectors = (weight, bias, other_weight, other_bias)
+    inputs = Inputs(x, residual, *vectors, mean, var, momentum, other_mean, other_var, other_momentum)
+    return inputs, Settings(join, relu, training, other_training, ghost_batch_size, eps, other_eps)
+
+
 class PartialStatistics(NamedTuple):
     """Partial results of `statistics_kernel`, [n_groups + n_splits, C, 2].
 
@@ -52,6 +110,9 @@ class Statistics(NamedTuple):
     rows_per_split: int = 1
 
 
+NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]  # of the residual, where it has no batch norm
+
+
 class Outputs(NamedTuple):
     """What the forward returns. `mean` and `rstd` of the pass, [n_groups, C] ([C] of several processes), are in the
     accumulation type.
@@ -66,50 +127,33 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads of the forward. `residual` is given for the bn join alone."""
+    """What the backward reads: the first six `Inputs`, `residual` for the bn join alone, and `Outputs` but y."""
 
     x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
     relu_mask: Tensor | None
     mean: Tensor
     rstd: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
     residual_mean: Tensor | None
     residual_rstd: Tensor | None
-    residual_weight: Tensor | None
-    residual_bias: Tensor | None
 
-
-def join_of(residual: object, residual_norm: object) -> Join:
-    """How a residual, if there is one, enters."""
-    if residual is None:
-        return "none"
-    return "add" if residual_norm is None else "bn"
-
-
-def saved_of(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    outputs: Outputs,
-) -> Saved:
-    """What a forward with these arguments and outputs leaves for its backward."""
-    forward_tensors = (x, outputs.relu_mask, outputs.mean, outputs.rstd, norm.weight, norm.bias)
-    if residual_norm is None:
-        return Saved(*forward_tensors, *(None,) * 5)
-    residual_statistics = (outputs.residual_mean, outputs.residual_rstd)
-    return Saved(*forward_tensors, residual, *residual_statistics, residual_norm.weight, residual_norm.bias)
+    @classmethod
+    def of(cls, inputs: Inputs, settings: Settings, outputs: Outputs) -> "Saved":
+        residual = inputs.residual if settings.join == "bn" else None
+        return cls(inputs.x, residual, *inputs[2:6], *outputs[1:])
 
 
 class Gradients(NamedTuple):
-    """What the backward returns; None for what the layer does not have, or where dresidual is dy itself."""
+    """Those of the first six `Inputs`; None for what there is not, or where dresidual is dy itself."""
 
     dx: Tensor
+    dresidual: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
-    dresidual: Tensor | None
     dresidual_weight: Tensor | None
     dresidual_bias: Tensor | None
 

@@ -12,7 +12,7 @@ from resnet_fast.kernels import conv3x3, tiles
 from resnet_fast.kernels.conv_tiles import ConvTiles
 
 from . import launch
-from .arguments import PartialStatistics, Saved
+from .arguments import Gradients, PartialStatistics, Saved
 
 
 def box(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
@@ -36,75 +36,80 @@ def taps(weight: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(weight.permute(0, 2, 3, 1).flatten(1), block)
 
 
-def parts_of(x: Tensor, rows_per_block: int, blocks_per_part: int) -> tuple[int, int, int]:
+def parts_of(x: Tensor, tiling: ConvTiles) -> tuple[int, int, int]:
     """Rows of x, rows of a part, and how many parts there are."""
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
-    rows_per_part = rows_per_block * blocks_per_part
+    rows_per_part = tiling.block_m * tiling.per_program
     return n_rows, rows_per_part, -(-n_rows // rows_per_part)
 
 
-def compiler_options(tiling: ConvTiles, device: torch.device) -> dict[str, int]:
+def launch_kernel(kernel, tiling: ConvTiles, x: Tensor, out: Tensor, **arguments) -> None:
+    """Launch a convolution of x: [N, C, H, W] that writes `out`."""
+    n_rows, rows_per_program, n_parts = parts_of(x, tiling)
+    n_channels = out.shape[1]
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    if tiling.max_registers and launch.nvidia_capability(device) is not None:
+    if tiling.max_registers and launch.nvidia_capability(x.device) is not None:
         options["maxnreg"] = tiling.max_registers
-    return options
+    launch.launch_kernel(
+        kernel,
+        (n_parts * triton.cdiv(n_channels, tiling.block_n),),
+        options,
+        **arguments,
+        n_rows=n_rows,
+        rows_per_program=rows_per_program,
+        SUMMED_CHANNELS=x.shape[1],
+        WIDTH=x.shape[3],
+        TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
+        BLOCK_K=tiling.block_k,
+    )
 
 
 def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, PartialStatistics]:
     """The convolution of x: [N, C_in, H, W] with weight: [C_out, C_in, 3, 3], and its result's statistics, in parts."""
-    n_images, n_summed_channels, height, width = x.shape
-    n_channels = weight.shape[0]
-    n_rows, rows_per_program, n_parts = parts_of(x, tiling.block_m, tiling.per_program)
-    shape = (n_images, n_channels, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    partials = torch.empty(1 + n_parts, n_channels, 2, dtype=torch.float32, device=x.device)
-    launch.launch_kernel(
+    _, rows_per_part, n_parts = parts_of(x, tiling)
+    y = empty_output(x, len(weight))
+    partials = torch.empty(1 + n_parts, len(weight), 2, dtype=torch.float32, device=x.device)
+    launch_kernel(
         conv3x3.conv3x3_kernel,
-        (n_parts * triton.cdiv(n_channels, tiling.block_n),),
-        compiler_options(tiling, x.device),
+        tiling,
+        x,
+        y,
         x_desc=box(x, tiling.block_m, tiling.block_k),
         weight_desc=taps(weight, [tiling.block_n, tiling.block_k]),
         y_desc=rows(y, tiling.block_m, tiling.block_n),
         partials_ptr=partials,
-        n_rows=n_rows,
-        rows_per_program=rows_per_program,
-        SUMMED_CHANNELS=n_summed_channels,
-        WIDTH=width,
-        TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
-        BLOCK_K=tiling.block_k,
     )
-    return y, PartialStatistics(partials, rows_per_program)
+    return y, PartialStatistics(partials, rows_per_part)
 
 
 def data_gradient(
     dout: Tensor, conv_weight: Tensor, tiling: ConvTiles, saved: Saved, dy_alias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """dz, and its sums as `launch.gradient_sums` returns them, [2 or 3, 1, C_in], of the batch norm that saved `saved`.
+) -> tuple[Tensor, Tensor, Gradients]:
+    """dz, its sums [2 or 3, 1, C_in], and the vectors' gradients, of the batch norm that saved `saved`.
 
     Its output y, relu(bn(x) + residual), is the convolution's input; `dy_alias` is the gradient of y's other consumer.
     """
-    n_images, n_summed_channels, height, width = dout.shape
+    _, _, n_parts = parts_of(dout, tiling)
     n_channels = conv_weight.shape[1]
-    n_rows, rows_per_program, n_parts = parts_of(dout, tiling.block_m, tiling.per_program)
-    shape = (n_images, n_channels, height, width)
-    dz = torch.empty(shape, dtype=dout.dtype, device=dout.device, memory_format=torch.channels_last)
+    dz = empty_output(dout, n_channels)
     partials = saved.mean.new_empty(2 if saved.residual is None else 3, n_parts, n_channels)
     kernel = conv3x3.conv3x3_data_gradient_kernel
-    launch.launch_kernel(
+    launch_kernel(
         kernel,
-        (n_parts * triton.cdiv(n_channels, tiling.block_n),),
-        compiler_options(tiling, dout.device),
+        tiling,
+        dout,
+        dz,
         dout_desc=box(dout, tiling.block_m, tiling.block_k),
         conv_weight_desc=taps(conv_weight, [tiling.block_k, tiling.block_n]),
         dy_alias_ptr=dy_alias,
         **launch.pointers(kernel, saved),
         dz_desc=rows(dz, tiling.block_m, tiling.block_n),
         partials_ptr=partials,
-        n_rows=n_rows,
-        rows_per_program=rows_per_program,
-        SUMMED_CHANNELS=n_summed_channels,
-        WIDTH=width,
-        TILE=tiles.Tile.of(n_channels, True, tiling.block_m, tiling.block_n),
-        BLOCK_K=tiling.block_k,
     )
-    return dz, launch.combine_gradients(partials, 1, n_parts)
+    return dz, *launch.combine_gradients(partials, 1, n_parts, saved)
+
+
+def empty_output(x: Tensor, n_channels: int) -> Tensor:
+    n_images, _, height, width = x.shape
+    shape = (n_images, n_channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

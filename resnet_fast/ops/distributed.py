@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
-from .arguments import BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, accumulation_type
+from .arguments import (
+    NO_STATISTICS,
+    BatchNormArgs,
+    Gradients,
+    Inputs,
+    Outputs,
+    Saved,
+    Settings,
+    Statistics,
+    accumulation_type,
+)
 from .backend import choose_backend, device_guard, launch
 from .layout import dense
 
@@ -44,59 +54,40 @@ class Group(NamedTuple):
             ) from error
 
 
-def forward(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    relu: bool,
-    group: Group,
-) -> tuple[Outputs, Tensor]:
+def forward(inputs: Inputs, settings: Settings, group: Group) -> tuple[Outputs, Tensor]:
     """relu(bn(x) + residual) with the statistics of all processes' batches, and how many rows those have.
 
     On ATen `relu_mask` is a bool tensor like x, given wherever there is ReLU.
     """
+    x = inputs.x
     on_triton = choose_backend(x) == "triton"
+    normed = [x, inputs.residual] if settings.join == "bn" else [x]
     with device_guard(x):
-        own = [_moments(x, on_triton)]
-        if residual is not None and residual_norm is not None:
-            own.append(_moments(residual, on_triton))
-        moments, total_rows = _gather(x, own, group)
-        own_statistics, residual_statistics = _statistics(x, norm, moments[0], total_rows), None
-        if residual_norm is not None:
-            residual_statistics = _statistics(x, residual_norm, moments[1], total_rows)
-        arguments = (x, norm, own_statistics, residual, residual_norm, residual_statistics, relu)
+        moments, total_rows = _gather(
+            x, [_moments(tensor, on_triton) for tensor in normed if tensor is not None], group
+        )
+        norms = inputs.norms(settings)[: len(moments)]
+        own, *its = (_statistics(x, *of_norm, total_rows) for of_norm in zip(norms, moments, strict=True))
+        arguments = (inputs, settings, own, its[0] if its else NO_STATISTICS)
         outputs = launch.normalize(*arguments, launch.Shape.of(x)) if on_triton else _normalize(*arguments)
         return outputs, total_rows
 
 
 def backward(
-    dy: Tensor,
-    dy_alias: Tensor | None,
-    saved: Saved,
-    total_rows: Tensor,
-    group: Group,
-    join: Join,
-    relu: bool,
-    training: bool,
-    residual_training: bool,
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, total_rows: Tensor, group: Group
 ) -> Gradients:
     """dx as one process would compute it on the joint batch; the parameters' gradients are the own rows' part."""
     dy = dense(dy, like=saved.x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=saved.x)
     with device_guard(saved.x):
         if choose_backend(saved.x) == "aten":
-            return _backward(dy, dy_alias, saved, total_rows, group, join, training, residual_training)
-        dz, sums, gradients = launch.gradient_sums(dy, dy_alias, saved, join, relu)
+            return _backward(dy, dy_alias, saved, settings, total_rows, group)
+        shape = launch.Shape.of(saved.x)
+        dz, partials, n_splits = launch.partial_sums(dy, dy_alias, saved, settings, shape)
+        sums, gradients = launch.combine_gradients(partials, 1, n_splits, saved)
         group.add_up(sums)
-        sums *= _n_rows(saved.x) / total_rows  # the kernel divides by the own rows
-        settings = (join, relu, training, residual_training)
-        dx, dresidual = launch.input_gradients(dy, dz, sums, saved, *settings, launch.Shape.of(saved.x))
-        return gradients._replace(dx=dx, dresidual=dresidual)
-
-
-def _n_rows(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
+        sums *= shape.n_rows / total_rows  # the kernel divides by the own rows
+        return launch.input_gradients(dy, dz, saved, settings, shape, gradients, sums)
 
 
 def _moments(x: Tensor, on_triton: bool) -> Tensor:
@@ -111,7 +102,7 @@ def _moments(x: Tensor, on_triton: bool) -> Tensor:
 
 def _gather(x: Tensor, own: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
     """Mean and variance of all processes' rows, [tensors, 2, C], and their number, in fp64, by one collective."""
-    count = torch.full((1,), _n_rows(x), dtype=torch.float64, device=x.device)
+    count = torch.full((1,), len(x) * x.shape[2:].numel(), dtype=torch.float64, device=x.device)
     packed = torch.cat([count, *(moments.flatten() for moments in own)])
     gathered = group.gather(packed)
     counts = gathered[:, 0, None, None]
@@ -138,77 +129,55 @@ def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Ten
     return Statistics(mean.to(acc_type), (var + norm.eps).rsqrt().to(acc_type))
 
 
-def _normalize(
-    x: Tensor,
-    norm: BatchNormArgs,
-    statistics: Statistics,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    residual_statistics: Statistics | None,
-    relu: bool,
-) -> Outputs:
+def _normalize(inputs: Inputs, settings: Settings, own: Statistics, its: Statistics) -> Outputs:
     """`launch.normalize` in plain PyTorch."""
-    mean, rstd, *_ = statistics
-    z = reference.normalize(x.to(mean.dtype), mean, rstd, norm.weight, norm.bias)
-    of_residual = (None, None)
+    x, residual, weight, bias, residual_weight, residual_bias = inputs[:6]
+    z = reference.normalize(x.to(own.mean.dtype), own.mean, own.rstd, weight, bias)
     if residual is not None:
         residual = residual.to(z.dtype)
-        if residual_norm is not None and residual_statistics is not None:
-            of_residual = residual_statistics[:2]
-            residual = reference.normalize(residual, *of_residual, residual_norm.weight, residual_norm.bias)
+        if settings.join == "bn":
+            residual = reference.normalize(residual, its.mean, its.rstd, residual_weight, residual_bias)
         z = z + residual
     y = z.to(x.dtype)
-    return Outputs(y.relu() if relu else y, y <= 0 if relu else None, mean, rstd, *of_residual)
+    relu_mask = y <= 0 if settings.relu else None
+    return Outputs(y.relu() if settings.relu else y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
 
 
 def _backward(
-    dy: Tensor,
-    dy_alias: Tensor | None,
-    saved: Saved,
-    total_rows: Tensor,
-    group: Group,
-    join: Join,
-    training: bool,
-    residual_training: bool,
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, total_rows: Tensor, group: Group
 ) -> Gradients:
     """`backward` in plain PyTorch; the collective is that of the kernels, since another process may run on them."""
     dresidual = dy if dy_alias is None else dy + dy_alias
     if saved.relu_mask is not None:
         dresidual = dresidual.masked_fill(saved.relu_mask, 0)
     acc_type = saved.mean.dtype
-    dz, x = dresidual.to(acc_type), saved.x.to(acc_type)
-    residual, residual_mean, residual_rstd = saved.residual, saved.residual_mean, saved.residual_rstd
-
-    dbias, dweight = reference.gradient_sums(dz, x, saved.mean, saved.rstd)
-    own = [dbias, dweight]
-    if residual is not None and residual_mean is not None and residual_rstd is not None:
-        own.append(reference.gradient_sums(dz, residual.to(acc_type), residual_mean, residual_rstd)[1])
-    sums = torch.stack(own)
-    group.add_up(sums)
-    mean_dz, mean_dz_xhat, *mean_dz_rhat = (sums / total_rows).to(acc_type)
-
-    dx = reference.input_gradient(dz, x, saved.mean, saved.rstd, saved.weight, mean_dz, mean_dz_xhat, training)
-    if residual is not None and residual_mean is not None and residual_rstd is not None:
-        dresidual = reference.input_gradient(
-            dz,
-            residual.to(acc_type),
-            residual_mean,
-            residual_rstd,
-            saved.residual_weight,
-            mean_dz,
-            mean_dz_rhat[0],
-            residual_training,
-        ).to(saved.x.dtype)
+    dz = dresidual.to(acc_type)
+    normed = [(saved.x.to(acc_type), saved.mean, saved.rstd)]
+    if saved.residual is not None:
+        normed.append((saved.residual.to(acc_type), saved.residual_mean, saved.residual_rstd))  # type: ignore[arg-type]
+    sums = [reference.gradient_sums(dz, *one) for one in normed]
+    dbias, dweights = sums[0][0], [dweight for _, dweight in sums]
+    joint = torch.stack([dbias, *dweights])
+    group.add_up(joint)
+    mean_dz, *means = (joint / total_rows).to(acc_type)
+    weights, are_training = (saved.weight, saved.residual_weight), (settings.training, settings.residual_training)
+    per_norm = zip(normed, weights, means, are_training, strict=False)
+    dx, *of_residual = (
+        reference.input_gradient(dz, *one, weight, mean_dz, mean, training).to(saved.x.dtype)
+        for one, weight, mean, training in per_norm
+    )
+    if settings.join == "bn":
+        (dresidual,) = of_residual
 
     def like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
         return None if parameter is None else gradient.to(parameter.dtype)
 
     return Gradients(
-        dx.to(saved.x.dtype),
-        like(saved.weight, dweight),
+        dx,
+        None if settings.join == "none" else dresidual,
+        like(saved.weight, dweights[0]),
         like(saved.bias, dbias),
-        None if join == "none" else dresidual,
-        like(saved.residual_weight, own[-1]),
+        like(saved.residual_weight, dweights[-1]),
         like(saved.residual_bias, dbias),
     )
 

@@ -14,12 +14,14 @@ from resnet_fast.kernels import batch_norm_backward, batch_norm_forward, tiles
 
 from .arguments import (
     NO_NORM,
+    NO_STATISTICS,
     BatchNormArgs,
     Gradients,
-    Join,
+    Inputs,
     Outputs,
     PartialStatistics,
     Saved,
+    Settings,
     Statistics,
     accumulation_type,
 )
@@ -96,26 +98,20 @@ def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[
     return options
 
 
+@cache
 def nvidia_capability(device: torch.device) -> int | None:
     """The compute capability, 90 for 9.0; None where `device` is no GPU of NVIDIA's."""
-    return _capability(device.index) if device.type == "cuda" and torch.version.cuda is not None else None
-
-
-@cache
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
+@cache
 def has_pdl(device: torch.device) -> bool:
     """Whether kernels on `device` can be started while the one before runs: programmatic dependent launch."""
     # CUDA graphs can record such launches since the driver of CUDA 12.3.
-    return (nvidia_capability(device) or 0) >= 90 and _driver_version() >= 12030
-
-
-@cache
-def _driver_version() -> int:
-    return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return (nvidia_capability(device) or 0) >= 90 and torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
 
 
 _choose_tiles = lru_cache(1024)(tiles.choose_tiles)  # every launch asks for its tiles
@@ -209,70 +205,46 @@ def empty_statistics(like: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    relu: bool,
-    ghost_batch_size: int = 0,
-    reverse: bool = False,
-    partial: PartialStatistics | None = None,
+    inputs: Inputs, settings: Settings, reverse: bool = False, partial: PartialStatistics | None = None
 ) -> Outputs:
     """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
 
-    `ghost_batch_size`: here and below, images per group of batch statistics; 0 for all. `reverse`: whether the second
-    pass walks from the last tile to the first. `partial`: statistics of x, if they need no pass.
+    `reverse`: whether the second pass walks from the last tile to the first. `partial`: statistics of x, if they need
+    no pass.
     """
-    shape = Shape.of(x, ghost_batch_size)
-    statistics = find_statistics(x, norm, shape, partial)
-    residual_statistics = None
-    if residual is not None and residual_norm is not None:
-        residual_statistics = find_statistics(residual, residual_norm, shape)
-    return normalize(x, norm, statistics, residual, residual_norm, residual_statistics, relu, shape, reverse)
-
-
-NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]
+    shape = Shape.of(inputs.x, settings.ghost_batch_size)
+    norm, residual_norm = inputs.norms(settings)
+    own, its = find_statistics(inputs.x, norm, shape, partial), NO_STATISTICS
+    if settings.join == "bn" and inputs.residual is not None:
+        its = find_statistics(inputs.residual, residual_norm, shape)
+    return normalize(inputs, settings, own, its, shape, reverse)
 
 
 def normalize(
-    x: Tensor,
-    norm: BatchNormArgs,
-    statistics: Statistics,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    residual_statistics: Statistics | None,
-    relu: bool,
-    shape: Shape,
-    reverse: bool = False,
+    inputs: Inputs, settings: Settings, own: Statistics, its: Statistics, shape: Shape, reverse: bool = False
 ) -> Outputs:
-    """`forward` with these statistics."""
-    own, its = statistics, residual_statistics or NO_STATISTICS
-    residual_norm = residual_norm or NO_NORM
+    """`forward` with the statistics of x and, in the bn join, of the residual."""
+    x, residual = inputs.x, inputs.residual
     merged = own.partials if own.partials is not None else its.partials
     n_splits = 1 if merged is None else len(merged) - 1
     tiling = choose_tiles(shape, x, 1 if residual is None else 2)
-    y = torch.empty_like(x)
-    relu_mask = None
-    if relu and residual is not None:
-        relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    y, relu_mask = empty_outputs(inputs, settings, shape)
     kernel = batch_norm_forward.normalize_kernel
+    statistics = pointers(kernel, own) | pointers(kernel, its, "residual_")
     launch_kernel(
         kernel,
         (tiling.n_programs,),
-        x_ptr=x,
-        **pointers(kernel, norm) | pointers(kernel, own),  # running statistics only where this launch updates them
-        residual_ptr=residual,
-        **pointers(kernel, residual_norm, "residual_") | pointers(kernel, its, "residual_"),
+        **pointers(kernel, inputs) | statistics,  # running statistics only where this launch updates them
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         **shape.sizes,
         rows_per_split=max(own.rows_per_split, its.rows_per_split),
         n_splits=n_splits,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        residual_momentum=residual_norm.momentum,
-        residual_eps=residual_norm.eps,
-        RELU=relu,
+        momentum=inputs.momentum,
+        eps=settings.eps,
+        residual_momentum=inputs.residual_momentum,
+        residual_eps=settings.residual_eps,
+        RELU=settings.relu,
         REVERSED=reverse,
         TILE=tiling.tile,
         BLOCK_S=triton.next_power_of_2(n_splits),
@@ -281,31 +253,27 @@ def normalize(
     return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
 
 
-def backward(
-    dy: Tensor,
-    dy_alias: Tensor | None,
-    saved: Saved,
-    join: Join,
-    relu: bool,
-    training: bool,
-    residual_training: bool,
-    ghost_batch_size: int = 0,
-    reverse: bool = False,
-) -> Gradients:
+def empty_outputs(inputs: Inputs, settings: Settings, shape: Shape) -> tuple[Tensor, Tensor | None]:
+    """y, and ReLU's bits where there are any."""
+    x, relu_mask = inputs.x, None
+    if settings.relu and inputs.residual is not None:
+        relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    return torch.empty_like(x), relu_mask
+
+
+def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, reverse: bool = False) -> Gradients:
     """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
-    shape = Shape.of(saved.x, ghost_batch_size)
-    dz, partials, group_splits = partial_sums(dy, dy_alias, saved, join, relu, shape)
-    gradients = empty_gradients(saved)
-    sums = None
-    if shape.n_groups > 1 or group_splits > tiles.FEW_SPLITS:
-        sums, partials = combine_gradients(partials, shape.n_groups, group_splits, gradients), None
-    settings = (join, relu, training, residual_training)
-    dx, dresidual = input_gradients(dy, dz, sums, saved, *settings, shape, partials, gradients, reverse)
-    return gradients._replace(dx=dx, dresidual=dresidual)
+    shape = Shape.of(saved.x, settings.ghost_batch_size)
+    dz, partials, group_splits = partial_sums(dy, dy_alias, saved, settings, shape)
+    if shape.n_groups == 1 and group_splits <= tiles.FEW_SPLITS:
+        vectors = empty_gradients(saved)
+        return input_gradients(dy, dz, saved, settings, shape, vectors, partials=partials, reverse=reverse)
+    sums, vectors = combine_gradients(partials, shape.n_groups, group_splits, saved)
+    return input_gradients(dy, dz, saved, settings, shape, vectors, sums=sums, reverse=reverse)
 
 
 def partial_sums(
-    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool, shape: Shape
+    dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, shape: Shape
 ) -> tuple[Tensor | None, Tensor, int]:
     """dz where the second pass reads it, the sums of every split, [2 or 3, n_splits, C], and the splits of a group.
 
@@ -313,10 +281,10 @@ def partial_sums(
     """
     # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
-    n_tensors = 2 + (dy_alias is not None) + (join == "bn")
-    tiling = choose_tiles(shape, saved.x, n_tensors, tiles.REDUCE_PROGRAMS)
+    is_bn_join = settings.join == "bn"
+    tiling = choose_tiles(shape, saved.x, 2 + (dy_alias is not None) + is_bn_join, tiles.REDUCE_PROGRAMS)
     dz = torch.empty_like(saved.x) if writes_dz else None
-    partials = saved.mean.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels)
+    partials = saved.mean.new_empty(3 if is_bn_join else 2, tiling.n_parts, shape.n_channels)
     kernel = batch_norm_backward.reduce_kernel
     launch_kernel(
         kernel,
@@ -329,39 +297,26 @@ def partial_sums(
         **shape.sizes,
         rows_per_split=tiling.rows_per_part,
         n_splits=tiling.n_parts,
-        RELU=relu,
+        RELU=settings.relu,
         TILE=tiling.tile,
         PDL=has_pdl(dy.device),
     )
     return dz, partials, tiling.group_parts
 
 
-def gradient_sums(
-    dy: Tensor, dy_alias: Tensor | None, saved: Saved, join: Join, relu: bool
-) -> tuple[Tensor | None, Tensor, Gradients]:
-    """dz where the second pass reads it, the sums of all rows, [2 or 3, 1, C], and the gradients of the vectors."""
-    dz, partials, n_splits = partial_sums(dy, dy_alias, saved, join, relu, Shape.of(saved.x))
-    gradients = empty_gradients(saved)
-    return dz, combine_gradients(partials, 1, n_splits, gradients), gradients
-
-
 NO_GRADIENTS = Gradients(*(None,) * 6)  # type: ignore[arg-type]
-VECTORS = ("weight", "bias", "residual_weight", "residual_bias")
 
 
 def empty_gradients(saved: Saved) -> Gradients:
     """Those of the vectors that there are, [C]."""
-    vectors = {f"d{name}": getattr(saved, name) for name in VECTORS}
-    return NO_GRADIENTS._replace(**{name: None if v is None else torch.empty_like(v) for name, v in vectors.items()})
+    return Gradients(None, None, *(v if v is None else torch.empty_like(v) for v in saved[2:6]))  # type: ignore[arg-type]
 
 
-def combine_gradients(
-    partials: Tensor, n_groups: int, group_splits: int, gradients: Gradients = NO_GRADIENTS
-) -> Tensor:
-    """The sums of every group, [2 or 3, n_groups, C], from the partial ones, [2 or 3, n_splits, C].
-
-    `gradients`: of the vectors, [C], which are stored, too.
+def combine_gradients(partials: Tensor, n_groups: int, group_splits: int, saved: Saved) -> tuple[Tensor, Gradients]:
+    """The sums of every group, [2 or 3, n_groups, C], of the partial ones, [2 or 3, n_splits, C], and the gradients of
+    the vectors, [C].
     """
+    gradients = empty_gradients(saved)
     n_sums, n_splits, n_channels = partials.shape
     sums = partials.new_empty(n_sums, n_groups, n_channels)
     kernel = batch_norm_backward.combine_gradients_kernel
@@ -380,30 +335,28 @@ def combine_gradients(
         BLOCK_C=tiles.COMBINE_BLOCK_C,
         PDL=has_pdl(partials.device),
     )
-    return sums
+    return sums, gradients
 
 
 def input_gradients(
     dy: Tensor,
     dz: Tensor | None,
-    sums: Tensor | None,
     saved: Saved,
-    join: Join,
-    relu: bool,
-    training: bool,
-    residual_training: bool,
+    settings: Settings,
     shape: Shape,
+    gradients: Gradients,
+    sums: Tensor | None = None,
     partials: Tensor | None = None,
-    gradients: Gradients = NO_GRADIENTS,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """dx and dresidual from the `sums` of every group; or from few `partials`, and then `gradients` are stored, too."""
+) -> Gradients:
+    """Add dx and dresidual to the gradients: from the `sums` of every group; or from few `partials`, and then the
+    gradients of the vectors are stored, too.
+    """
     n_splits = 1 if partials is None else partials.shape[1]
+    is_bn_join = settings.join == "bn"
     # In the bn join more tiles than those of five tensors would have do not fit into the registers.
-    tiling = choose_tiles(shape, saved.x, 5 if join == "bn" else 2)
-    dx = torch.empty_like(saved.x)
-    dresidual = torch.empty_like(saved.x) if join == "bn" else None
-    stored = NO_GRADIENTS if partials is None else gradients
+    tiling = choose_tiles(shape, saved.x, 5 if is_bn_join else 2)
+    of_inputs = {"dx": torch.empty_like(saved.x), "dresidual": torch.empty_like(saved.x) if is_bn_join else None}
     kernel = batch_norm_backward.input_gradients_kernel
     launch_kernel(
         kernel,
@@ -412,16 +365,16 @@ def input_gradients(
         **pointers(kernel, saved),
         partials_ptr=partials,
         sums_ptr=sums,
-        **pointers(kernel, stored._replace(dx=dx, dresidual=dresidual)),
+        **pointers(kernel, (NO_GRADIENTS if partials is None else gradients)._replace(**of_inputs)),
         **shape.sizes,
         n_splits=n_splits,
         n_groups=shape.n_groups,
-        RELU=relu and dz is None,
-        TRAINING=training,
-        RESIDUAL_TRAINING=residual_training,
+        RELU=settings.relu and dz is None,
+        TRAINING=settings.training,
+        RESIDUAL_TRAINING=settings.residual_training,
         REVERSED=reverse,
         TILE=tiling.tile,
         BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(dy.device),
     )
-    return dx, dz if join == "add" else dresidual
+    return gradients._replace(**of_inputs | ({"dresidual": dz} if settings.join == "add" else {}))

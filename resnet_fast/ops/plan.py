@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .arguments import Gradients, Outputs, Saved
+from .arguments import Gradients, Inputs, Outputs, Saved, Settings
 from .layout import layout
 
 ALIGNMENT = 16  # of pointers, for which kernels are compiled
@@ -35,11 +35,7 @@ BUFFERS = {
     "partials_ptr", "sums_ptr", "dz_ptr", "mean_ptr", "rstd_ptr", "relu_mask_ptr",
     "residual_partials_ptr", "residual_mean_ptr", "residual_rstd_ptr",
 }  # fmt: skip
-FORWARD_INPUTS = (
-    "x", "residual", "weight", "bias", "residual_weight", "residual_bias",
-    "running_mean", "running_var", "momentum", "residual_running_mean", "residual_running_var", "residual_momentum",
-)  # fmt: skip
-BACKWARD_INPUTS = ("dy", "dy_alias", "x", "weight", "bias", "residual", "residual_weight", "residual_bias", "workspace")
+BACKWARD_INPUTS = ("dy", "dy_alias", *Inputs._fields[:6], "workspace")
 
 _local = threading.local()  # launches: those of this thread while they are recorded
 
@@ -241,17 +237,20 @@ class Plan:
     """relu(bn(x) + residual) and its gradients for one kind of arguments, which the caller tells apart.
 
     Args:
-        forward: computes it from FORWARD_INPUTS.
-        backward: computes the gradients from dy, that of an alias of y, and what the forward has saved.
+        settings: of the passes.
+        forward, backward: compute them by Triton, as those of ops/batch_norm.py.
 
-    `forward` takes FORWARD_INPUTS, too. It returns y, and in a tuple what the backward needs besides the inputs: one
+    `forward` takes what `Inputs` holds. It returns y, and in a tuple what the backward needs besides the inputs: one
     workspace, or five tensors as long as nothing is recorded.
     """
 
     def __init__(
-        self, forward: Callable[..., Outputs], backward: Callable[[Tensor, Tensor | None, Saved], Gradients]
+        self,
+        settings: Settings,
+        forward: Callable[[Inputs, Settings], Outputs],
+        backward: Callable[[Tensor, Tensor | None, Saved, Settings], Gradients],
     ) -> None:
-        self._forward, self._backward = forward, backward
+        self._settings, self._forward, self._backward = settings, forward, backward
         self.forward: Callable[..., tuple[Tensor, tuple]] = self._run_forward
         self._repeat_backward: dict[bool, Callable | None] = {}  # by whether there is a gradient of an alias
         self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd; none: not recorded
@@ -261,11 +260,11 @@ class Plan:
 
     def _run_forward(self, *inputs: Any) -> tuple[Tensor, tuple]:
         """Run the forward by Triton, and record it if it is not yet."""
-        inputs = tuple(distinct(inputs))
+        given = Inputs._make(distinct(inputs))
         with recorded() as launches:
-            outputs = self._forward(*inputs)
+            outputs = self._forward(given, self._settings)
         if not self._kept and can_repeat(launches, outputs.y.device):
-            writer = Writer(launches, dict(zip(FORWARD_INPUTS, inputs, strict=True)))
+            writer = Writer(launches, given._asdict())
             forward = writer.write([outputs.y], "result0, (buffers,)", self._run_forward)
             if forward is not None:
                 self._workspace_bytes = writer.workspace_bytes
@@ -281,31 +280,24 @@ class Plan:
                 kept.view(workspace).copy_(tensor)
         return outputs.y, (workspace,)
 
-    def saved(self, tensors: Sequence[Tensor | None]) -> Saved:
-        """Return what a forward has saved: x, weight, bias, in the bn join residual, residual_weight and residual_bias,
-        and then what `forward` returned besides y.
-        """
-        x, weight, bias, residual, residual_weight, residual_bias, *kept = tensors
-        if len(kept) == 1:
-            (workspace,) = kept
-            kept = [one and one.view(workspace) for one in self._kept]  # type: ignore[arg-type]
-        relu_mask, mean, rstd, residual_mean, residual_rstd = kept
-        of_residual = (residual, residual_mean, residual_rstd, residual_weight, residual_bias)
-        return Saved(x, relu_mask, mean, rstd, weight, bias, *of_residual)  # type: ignore[arg-type]
+    def saved(self, tensors: Sequence[Any]) -> Saved:
+        """Return what a forward has saved: the first six `Inputs`, and then what `forward` returned besides y."""
+        if len(tensors) == len(Saved._fields):
+            return Saved._make(tensors)
+        *inputs, workspace = tensors
+        return Saved(*inputs, *(one and one.view(workspace) for one in self._kept))  # type: ignore[arg-type]
 
-    def backward(
-        self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def backward(self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Any]) -> Sequence[Tensor | None]:
         """Return the gradients in the order of `Gradients`; `tensors` are those of `saved`."""
-        if len(tensors) > len(BACKWARD_INPUTS) - 2:
-            return self._backward(dy, dy_alias, self.saved(tensors))
+        if len(tensors) == len(Saved._fields):
+            return self._backward(dy, dy_alias, Saved._make(tensors), self._settings)
         strides = self._strides
         if dy.stride() != strides:
             dy = dy.contiguous(memory_format=self._layout)
         if dy_alias is not None and dy_alias.stride() != strides:
             dy_alias = dy_alias.contiguous(memory_format=self._layout)
         repeat = self._repeat_backward.get(dy_alias is not None)
-        x, _, _, residual, *_ = tensors
+        x, residual, *_ = tensors
         if repeat is None or not self._is_image(x, dy) or (residual is not None and not self._is_image(residual, dy)):
             return self._run_backward(dy, dy_alias, *tensors)
         return repeat(dy, dy_alias, *tensors)
@@ -319,12 +311,11 @@ class Plan:
         dy, dy_alias, *tensors = given = distinct(inputs)
         saved, fork = self.saved(tensors), dy_alias is not None
         with recorded() as launches:
-            gradients = self._backward(dy, dy_alias, saved)
+            gradients = self._backward(dy, dy_alias, saved, self._settings)
         images = [tensor for tensor in (saved.x, saved.residual) if tensor is not None]
         are_as_saved = all(self._is_image(image, dy) for image in images)
         if fork not in self._repeat_backward and are_as_saved and can_repeat(launches, dy.device):
-            statistics = (saved.relu_mask, saved.mean, saved.rstd, saved.residual_mean, saved.residual_rstd)
-            kept = {id(t): one.offset for t, one in zip(statistics, self._kept, strict=True) if one is not None}
+            kept = {id(t): one.offset for t, one in zip(saved[6:], self._kept, strict=True) if one is not None}
             writer = Writer(launches, dict(zip(BACKWARD_INPUTS, given, strict=True)), kept)
             results = ", ".join("None" if one is None else f"result{place}" for place, one in enumerate(gradients))
             self._repeat_backward[fork] = writer.write(gradients, results, self._run_backward)

@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels import batch_norm_single_read, tiles
 
 from . import launch
-from .arguments import NO_NORM, BatchNormArgs, Gradients, Join, Outputs, Saved, Statistics, join_of
+from .arguments import NO_STATISTICS, Gradients, Inputs, Join, Outputs, Saved, Settings, Statistics
 from .implementations import DTYPES, Operation
 from .launch import Shape
 
@@ -134,72 +134,50 @@ def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.Tile
     return tiling, words.take(tiling.n_channel_tiles)
 
 
-def forward(
-    x: Tensor,
-    norm: BatchNormArgs,
-    residual: Tensor | None,
-    residual_norm: BatchNormArgs | None,
-    relu: bool,
-) -> Outputs:
+def forward(inputs: Inputs, settings: Settings) -> Outputs:
     """relu(bn(x) + residual) with batch statistics."""
+    x = inputs.x
     shape = Shape.of(x)
-    tiling, words = plan_launch(x, "batch norm", join_of(residual, residual_norm))
-    is_bn_join = residual_norm is not None
+    tiling, words = plan_launch(x, "batch norm", settings.join)
 
-    def statistics(is_there: bool) -> Statistics:
-        if not is_there:
-            return launch.NO_STATISTICS
+    def statistics() -> Statistics:
         partials = x.new_empty(1 + tiling.n_parts, shape.n_channels, 2, dtype=torch.float32)
         return Statistics(*launch.empty_statistics(x, shape), partials=partials)
 
-    own, its = statistics(True), statistics(is_bn_join)
-    residual_norm = residual_norm or NO_NORM
-    y = torch.empty_like(x)
-    relu_mask = None
-    if relu and residual is not None:
-        relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
+    own, its = statistics(), statistics() if settings.join == "bn" else NO_STATISTICS
+    y, relu_mask = launch.empty_outputs(inputs, settings, shape)
     kernel = batch_norm_single_read.single_read_forward_kernel
     launch.launch_kernel(
         kernel,
         (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
-        x_ptr=x,
-        **launch.pointers(kernel, own) | launch.pointers(kernel, norm),
-        residual_ptr=residual,
-        **launch.pointers(kernel, its, "residual_") | launch.pointers(kernel, residual_norm, "residual_"),
+        **launch.pointers(kernel, own) | launch.pointers(kernel, its, "residual_") | launch.pointers(kernel, inputs),
         barrier_ptr=words,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         n_rows=shape.n_rows,
         n_splits=tiling.n_parts,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        residual_momentum=residual_norm.momentum,
-        residual_eps=residual_norm.eps,
-        RELU=relu,
+        momentum=inputs.momentum,
+        eps=settings.eps,
+        residual_momentum=inputs.residual_momentum,
+        residual_eps=settings.residual_eps,
+        RELU=settings.relu,
         TILE=tiling.tile,
     )
     return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
 
 
-def backward(
-    dy: Tensor,
-    dy_alias: Tensor | None,
-    saved: Saved,
-    join: Join,
-    relu: bool,
-) -> Gradients:
+def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings) -> Gradients:
     """Gradients of relu(bn(x) + residual) with batch statistics, of x and, in the bn join, of the residual."""
-    x = saved.x
+    x, join = saved.x, settings.join
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm backward", join)
-    is_bn_join = join == "bn"
-    partials = x.new_empty(3 if is_bn_join else 2, tiling.n_parts, shape.n_channels, dtype=torch.float32)
+    partials = x.new_empty(3 if join == "bn" else 2, tiling.n_parts, shape.n_channels, dtype=torch.float32)
     writes_dz = join == "add" and (saved.relu_mask is not None or dy_alias is not None)  # else dresidual is dy itself
     dz = torch.empty_like(x) if writes_dz else None
-    gradients = launch.empty_gradients(saved)._replace(dx=torch.empty_like(x))
-    if is_bn_join:
-        gradients = gradients._replace(dresidual=torch.empty_like(x))
+    gradients = launch.empty_gradients(saved)._replace(
+        dx=torch.empty_like(x), dresidual=torch.empty_like(x) if join == "bn" else None
+    )
     kernel = batch_norm_single_read.single_read_backward_kernel
     launch.launch_kernel(
         kernel,
@@ -214,7 +192,7 @@ def backward(
         **launch.pointers(kernel, gradients),
         n_rows=shape.n_rows,
         n_splits=tiling.n_parts,
-        RELU=relu,
+        RELU=settings.relu,
         TILE=tiling.tile,
     )
     return gradients._replace(dresidual=dz) if join == "add" else gradients

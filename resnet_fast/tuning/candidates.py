@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.kernels.conv_tiles import ConvTiles
-from resnet_fast.ops import BatchNormArgs
-from resnet_fast.ops.arguments import Gradients, Join, Outputs, Saved, saved_of
+from resnet_fast.ops import BatchNormArgs, arguments
+from resnet_fast.ops.arguments import Gradients, Join, Outputs, PartialStatistics, Saved, Settings, arguments_of
 from resnet_fast.ops.backend import conv3x3, launch, single_read
-from resnet_fast.ops.batch_norm import backward, backward_with_sums, forward
+from resnet_fast.ops.batch_norm import backward, forward
 from resnet_fast.ops.implementations import CONV3X3, CUDNN, REVERSED, SINGLE_READ, TWO_PASSES, Choice, Problem, tiles_of
-from resnet_fast.pairs import library_gradients
+from resnet_fast.pairs import gradients_by_kernels, library_gradients
 from resnet_fast.tuning.inputs import (
     EPS,
     MOMENTUM,
@@ -47,8 +47,8 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         (exact, terms), runs = exact_convolution(first), _convolutions(problem)
         named = _named_convolution
     else:
-        outputs = [launch.forward(*_batch_norm(inputs), True) for inputs in sets]
-        saved = [saved_of(*_batch_norm(inputs), of) for inputs, of in zip(sets, outputs, strict=True)]
+        outputs = [launch.forward(*_batch_norm(inputs)) for inputs in sets]
+        saved = [Saved.of(*_batch_norm(inputs), of) for inputs, of in zip(sets, outputs, strict=True)]
         y = outputs[0].y
         del outputs
         is_norm = problem.operation == "batch norm backward"
@@ -69,8 +69,12 @@ def _join(problem: Problem) -> Join:
     return problem.join  # type: ignore[return-value]
 
 
-def _batch_norm(inputs: Inputs) -> tuple[Tensor, BatchNormArgs, Tensor | None, BatchNormArgs | None]:
-    return inputs.x, inputs.norm, inputs.residual, inputs.residual_norm
+def _settings(problem: Problem) -> Settings:
+    return Settings(_join(problem), True, True, problem.join == "bn", 0, EPS, EPS)
+
+
+def _batch_norm(inputs: Inputs) -> tuple[arguments.Inputs, Settings]:
+    return arguments_of(inputs.x, inputs.norm, inputs.residual, inputs.residual_norm)
 
 
 def _named_outputs(outputs: Outputs) -> dict[str, Tensor]:
@@ -93,43 +97,44 @@ def _named_gradients(join: Join) -> Callable[[Gradients], dict[str, Tensor]]:
 
 def _batch_norms(problem: Problem, first: Inputs) -> Mapping[Choice, Run]:
     runs: dict[Choice, Run] = {
-        Choice(TWO_PASSES): lambda inputs, saved: launch.forward(*_batch_norm(inputs), True),
-        Choice(REVERSED): lambda inputs, saved: launch.forward(*_batch_norm(inputs), True, reverse=True),
+        Choice(TWO_PASSES): lambda inputs, saved: launch.forward(*_batch_norm(inputs)),
+        Choice(REVERSED): lambda inputs, saved: launch.forward(*_batch_norm(inputs), reverse=True),
     }
     if single_read.fits(first.x, problem.operation, problem.join):
-        runs[Choice(SINGLE_READ)] = lambda inputs, saved: single_read.forward(*_batch_norm(inputs), True)
+        runs[Choice(SINGLE_READ)] = lambda inputs, saved: single_read.forward(*_batch_norm(inputs))
     return runs
 
 
 def _batch_norms_backward(problem: Problem, first: Inputs) -> Mapping[Choice, Run]:
     join = _join(problem)
-    training = (True, join == "bn")
+    settings = _settings(problem)
 
     def two_passes(inputs: Inputs, saved: Saved, reverse: bool = False) -> Gradients:
-        return launch.backward(inputs.dy, inputs.alias, saved, join, True, *training, reverse=reverse)
+        return launch.backward(inputs.dy, inputs.alias, saved, settings, reverse=reverse)
 
     runs: dict[Choice, Run] = {
         Choice(TWO_PASSES): two_passes,
         Choice(REVERSED): lambda inputs, saved: two_passes(inputs, saved, reverse=True),
     }
     if single_read.fits(first.x, problem.operation, join):
-        runs[Choice(SINGLE_READ)] = lambda inputs, saved: single_read.backward(
-            inputs.dy, inputs.alias, saved, join, True
-        )
+        runs[Choice(SINGLE_READ)] = lambda inputs, saved: single_read.backward(inputs.dy, inputs.alias, saved, settings)
     return runs
 
 
 def _convolutions(problem: Problem) -> Mapping[Choice, Run]:
     norm = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS)
 
+    def batch_norm(y: Tensor, statistics: PartialStatistics | None = None) -> Outputs:
+        return forward(*arguments_of(y, norm), statistics)
+
     def cudnn(inputs: Inputs, saved: None) -> tuple[Tensor, Outputs]:
         y = F.conv2d(inputs.x, inputs.weight, padding=1)
-        return y, forward(y, norm, None, None, True)
+        return y, batch_norm(y)
 
     def own(tiles: ConvTiles) -> Run:
         def run(inputs: Inputs, saved: None) -> tuple[Tensor, Outputs]:
             y, statistics = conv3x3.forward(inputs.x, inputs.weight, tiles)
-            return y, forward(y, norm, None, None, True, statistics=statistics)
+            return y, batch_norm(y, statistics)
 
         return run
 
@@ -137,18 +142,16 @@ def _convolutions(problem: Problem) -> Mapping[Choice, Run]:
 
 
 def _data_gradients(problem: Problem) -> Mapping[Choice, Run]:
-    join = _join(problem)
-    training = (True, join == "bn")
+    settings = _settings(problem)
 
     def cudnn(inputs: Inputs, saved: Saved) -> Gradients:
         dy, _ = library_gradients(inputs.dy, inputs.x, inputs.weight, True, False)
         assert dy is not None
-        return backward(dy, inputs.alias, saved, join, True, *training)
+        return backward(dy, inputs.alias, saved, settings)
 
     def own(tiles: ConvTiles) -> Run:
         def run(inputs: Inputs, saved: Saved) -> Gradients:
-            dz, sums = conv3x3.data_gradient(inputs.dy, inputs.weight, tiles, saved, inputs.alias)
-            return backward_with_sums(dz, sums, saved, join, residual_training=join == "bn")
+            return gradients_by_kernels(inputs.dy, inputs.weight, tiles, saved, settings, inputs.alias)
 
         return run
 
