@@ -265,10 +265,10 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if plan is not None:
             y, kept = plan.forward(*inputs)
         elif group is None:
-            y, relu_mask, mean, rstd, *of_residual = batch_norm.forward_op(*inputs, *settings)
+            y, relu_mask, mean, rstd, *residual_statistics = batch_norm.forward_op(*inputs, *settings)
             if not settings.relu or settings.join == "none":
                 relu_mask = None
-            kept = (relu_mask, mean, rstd, *(of_residual if settings.join == "bn" else (None, None)))
+            kept = (relu_mask, mean, rstd, *(residual_statistics if settings.join == "bn" else (None, None)))
         else:
             (y, *kept), ctx.total_rows = distributed.forward(Inputs._make(inputs), settings, group)
         x, residual, weight, bias, residual_weight, residual_bias = inputs[:6]
@@ -289,7 +289,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
         if is_planned:
-            gradients = plan.backward(dy, dy_alias, tensors)
+            gradients = plan.backward(dy, dy_alias, tensors)  # type: ignore[union-attr]
         else:
             saved = Saved._make(tensors) if plan is None else plan.saved(tensors)
             if not is_first:  # double backward: the same gradients, by differentiable steps

@@ -68,8 +68,6 @@ def pair(
         The convolution's output, its statistics in parts or None, and a second handle to its input.
     """
     arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
-    if residual is not None:
-        residual = dense(residual.to(x.dtype), like=x)
     inputs, settings = arguments_of(x, arguments, residual, residual_arguments)
     tiles = gradient_tiles = None
     if conv is not None and _has_kernels_for(conv, x):
@@ -83,6 +81,8 @@ def pair(
     check_arguments(x, arguments, residual, residual_arguments)
     for module in (norm,) if residual_norm is None else (norm, residual_norm):
         module.count(1)
+    if residual is not None:
+        inputs = inputs._replace(residual=dense(residual.to(x.dtype), like=x))
     conv_weight = None if conv is None or not is_pair else conv.weight
     z, y, partials, rows = _Pair.apply(settings, statistics, tiles, gradient_tiles, conv_weight, *inputs)
     if conv is not None and not is_pair:
@@ -154,12 +154,12 @@ class _Pair(torch.autograd.Function):
         if conv_weight is None:
             ctx.save_for_backward(*saved)
             return y, y.view_as(y), None, 0
-        weight_of_x = _for_descriptors(conv_weight.to(x.dtype, memory_format=torch.channels_last))
-        ctx.save_for_backward(*saved, y, conv_weight, weight_of_x)
+        cast_weight = _for_descriptors(conv_weight.to(x.dtype, memory_format=torch.channels_last))
+        ctx.save_for_backward(*saved, y, conv_weight, cast_weight)
         if tiles is None:
-            return F.conv2d(y, weight_of_x, padding=1), y, None, 0
+            return F.conv2d(y, cast_weight, padding=1), y, None, 0
         with device_guard(x):
-            z, (partials, rows_per_split) = conv3x3.forward(y, weight_of_x, tiles)
+            z, (partials, rows_per_split) = conv3x3.forward(y, cast_weight, tiles)
         ctx.mark_non_differentiable(partials)
         return z, y, partials, rows_per_split
 
@@ -171,8 +171,8 @@ class _Pair(torch.autograd.Function):
         wants_dy = any(wants)
         dy, dconv_weight, gradients = dz, None, None
         if dz is not None and convolution:
-            y, conv_weight, weight_of_x = convolution
-            weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else weight_of_x
+            y, conv_weight, cast_weight = convolution
+            weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else cast_weight
             tiles: Any = None if torch.is_grad_enabled() or not wants_dy else ctx.tiles  # none in double backward
             dz = _for_descriptors(dense(dz, like=y))
             dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and tiles is None, wants_dconv_weight)

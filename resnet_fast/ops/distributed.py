@@ -67,7 +67,7 @@ def forward(inputs: Inputs, settings: Settings, group: Group) -> tuple[Outputs, 
             x, [_moments(tensor, on_triton) for tensor in normed if tensor is not None], group
         )
         norms = inputs.norms(settings)[: len(moments)]
-        own, *its = (_statistics(x, *of_norm, total_rows) for of_norm in zip(norms, moments, strict=True))
+        own, *its = (_statistics(x, *both, total_rows) for both in zip(norms, moments, strict=True))
         arguments = (inputs, settings, own, its[0] if its else NO_STATISTICS)
         outputs = launch.normalize(*arguments, launch.Shape.of(x)) if on_triton else _normalize(*arguments)
         return outputs, total_rows
@@ -162,12 +162,12 @@ def _backward(
     mean_dz, *means = (joint / total_rows).to(acc_type)
     weights, are_training = (saved.weight, saved.residual_weight), (settings.training, settings.residual_training)
     per_norm = zip(normed, weights, means, are_training, strict=False)
-    dx, *of_residual = (
+    dx, *dresiduals = (
         reference.input_gradient(dz, *one, weight, mean_dz, mean, training).to(saved.x.dtype)
         for one, weight, mean, training in per_norm
     )
     if settings.join == "bn":
-        (dresidual,) = of_residual
+        (dresidual,) = dresiduals
 
     def like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
         return None if parameter is None else gradient.to(parameter.dtype)

@@ -356,7 +356,7 @@ def input_gradients(
     is_bn_join = settings.join == "bn"
     # In the bn join more tiles than those of five tensors would have do not fit into the registers.
     tiling = choose_tiles(shape, saved.x, 5 if is_bn_join else 2)
-    of_inputs = {"dx": torch.empty_like(saved.x), "dresidual": torch.empty_like(saved.x) if is_bn_join else None}
+    images = {"dx": torch.empty_like(saved.x), "dresidual": torch.empty_like(saved.x) if is_bn_join else None}
     kernel = batch_norm_backward.input_gradients_kernel
     launch_kernel(
         kernel,
@@ -365,7 +365,7 @@ def input_gradients(
         **pointers(kernel, saved),
         partials_ptr=partials,
         sums_ptr=sums,
-        **pointers(kernel, (NO_GRADIENTS if partials is None else gradients)._replace(**of_inputs)),
+        **pointers(kernel, (NO_GRADIENTS if partials is None else gradients)._replace(**images)),
         **shape.sizes,
         n_splits=n_splits,
         n_groups=shape.n_groups,
@@ -377,4 +377,4 @@ def input_gradients(
         BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(dy.device),
     )
-    return gradients._replace(**of_inputs | ({"dresidual": dz} if settings.join == "add" else {}))
+    return gradients._replace(**images | ({"dresidual": dz} if settings.join == "add" else {}))
