@@ -102,7 +102,7 @@ def test_channels_beyond_fp32_have_the_statistics_of_two_passes(device):
 
     def forward(at) -> dict[str, torch.Tensor]:
         running = torch.zeros(64, device=device), torch.ones(64, device=device)
-        found = at.forward(x, BatchNormArgs(*running, training=True), None, None, True)
+        found = at.forward(*arguments_of(x, BatchNormArgs(*running, training=True)))
         return {"y": found.y, "mean": found.mean, "rstd": found.rstd, "running_mean": running[0], "var": running[1]}
 
     found, expected = forward(single_read), forward(launch)
