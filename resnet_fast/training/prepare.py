@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.common.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
 from resnet_fast.nn import convert_sync_batchnorm
+from resnet_fast.training.background import Background
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.network import make_network, whiten_stem
 from resnet_fast.training.processes import Processes
@@ -29,7 +30,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs, and the origin of the first weights, if they are not new."""
+    """What an epoch needs, what is written meanwhile, and the origin of the first weights, if they are not new."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     tested: nn.Module
     processes: Processes
     reporter: Reporter
+    writing: Background
     origin: Origin | None = None
 
 
@@ -116,7 +118,7 @@ def prepare(
         world_size=size,
     )
     tested = copy.deepcopy(model) if config.ema else model
-    return Run(config, own, loader, step, tested, processes, reporter, origin)
+    return Run(config, own, loader, step, tested, processes, reporter, Background(), origin)
 
 
 def first_weights(model: nn.Module, path: Path, model_name: str, saved: SavedRun | None) -> Origin:
