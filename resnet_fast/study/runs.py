@@ -69,7 +69,7 @@ def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator
     """
     dataset = study.load() if dataset is None else dataset
     augmentation = augmentation_of(study.config, dataset)
-    with connect(study.config.device) as processes, torch_settings(study.config, processes.device):
+    with connect(study.config.device) as processes, torch_settings(study.config):
         own = dataset.to(processes.device)
         for seed in study.seeds:
             for network in study.networks:

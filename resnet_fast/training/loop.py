@@ -104,7 +104,7 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
     check_type("reporter", reporter, Reporter, type(None))
-    with connect(config.device) as processes, torch_settings(config, processes.device):
+    with connect(config.device) as processes, torch_settings(config):
         return _run_connected(config, saved, reporter or Reporter(), processes)
 
 

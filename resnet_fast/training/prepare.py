@@ -145,14 +145,11 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 
 
 @contextmanager
-def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def torch_settings(config: TrainConfig) -> Iterator[None]:
     """What torch is told for the length of a run."""
-    cudnn: Any = torch.backends.cudnn
     deterministic: Any = torch.utils.deterministic
-    benchmark, fill = cudnn.benchmark, deterministic.fill_uninitialized_memory
+    fill = deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
@@ -161,8 +158,6 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if device.type == "cuda":
-            cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
 
