@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,6 +77,8 @@ def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         _lock(number, folder, patience)
         yield
     finally:
+        with suppress(OSError):  # for the processes that read images, too, which have the same lock
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 
