@@ -19,7 +19,9 @@ from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit
 from resnet_fast.models import resnet
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
+from resnet_fast.training import step as step_module
 from resnet_fast.training.graph import CudaGraph
+from resnet_fast.training.graphed import Graphed
 from resnet_fast.training.step import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +107,11 @@ def trained(step: TrainingStep, split: TensorSplit | None = None) -> list:
     return found
 
 
+def n_recorded(step: TrainingStep) -> int:
+    assert isinstance(step.graphed, Graphed)
+    return len(step.graphed.recorded)
+
+
 CASES: dict[str, tuple[Recipe, dict]] = {
     "SGD, Nesterov": (PLAIN, {}),
     "biases' own rate and clipping": (replace(PLAIN, bn_bias_lr=64.0, clip_norm=0.1), {}),
@@ -127,8 +134,62 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(recipe: Recipe, setting
     expected = trained(plain, make_split(kind))
     torch.manual_seed(1)
     assert equal(trained(graphed, make_split(kind)), expected)
-    assert len(graphed.graphed.recorded) == 2  # one graph for each size of a batch
+    assert n_recorded(graphed) == 1  # the short batch needs none
     assert not equal(expected[0][2]["model"], expected[-1][2]["model"])
+
+
+class Flags(Small):
+    """Notes the size of each batch, and whether cuDNN would search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[int, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noted.append((len(x), torch.backends.cudnn.benchmark))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_searches_for_full_batches_alone_and_the_flag_comes_back(before: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    step = make_step(PLAIN, False, Flags)
+    trained(step)
+    assert noted(step) == [(8, True), (8, True), (4, False)] * N_EPOCHS
+    assert torch.backends.cudnn.benchmark is before
+    with pytest.raises(RuntimeError, match="loss"), pytest.MonkeyPatch.context() as broken:
+        broken.setattr(step_module, "forward_loss", lambda *args: fail("loss"))
+        step(next(iter(Loader(make_split(), AUGMENTATION, BATCH).epoch(1))))
+    assert torch.backends.cudnn.benchmark is before
+
+
+def noted(step: TrainingStep) -> list[tuple[int, bool]]:
+    assert isinstance(step.model, Flags)
+    return step.model.noted
+
+
+def fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("of", ["torch", "cuDNN"])
+def test_cudnn_does_not_search_where_it_must_be_deterministic(of: str, monkeypatch: pytest.MonkeyPatch):
+    if of == "torch":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    else:
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    step = make_step(PLAIN, False, Flags)
+    trained(step)
+    assert not any(searches for _, searches in noted(step))
+
+
+def test_a_smaller_batch_is_recorded_where_it_stays():
+    plain, graphed = (make_step(PLAIN, graph) for graph in (False, True))
+    for size, n_graphs in ((8, 1), (4, 2)):
+        for batch in Loader(make_split(), AUGMENTATION, size).epoch(1):
+            assert equal(list(graphed(batch)), list(plain(batch)))
+        assert n_recorded(graphed) == n_graphs
+    assert equal(state_of(graphed), state_of(plain))
 
 
 def test_the_batches_of_the_caller_stay_as_they_are():

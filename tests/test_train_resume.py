@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -354,17 +355,18 @@ def test_a_run_killed_before_any_call_ends_with_the_bits_of_one_never_killed(tmp
 
     def copied(call: Callable) -> Callable:
         def copy_first(*args, **kwargs):
-            with monkeypatch.context() as as_before:
-                for name, original in originals.items():
-                    as_before.setattr(os, name, original)
-                copies.append(tmp_path / str(len(copies)))
-                if out.exists():
-                    shutil.copytree(out, copies[-1])
-            return call(*args, **kwargs)
+            with one_at_a_time:  # the thread that writes, and the one that trains
+                with monkeypatch.context() as as_before:
+                    for name, original in originals.items():
+                        as_before.setattr(os, name, original)
+                    copies.append(tmp_path / str(len(copies)))
+                    if out.exists():
+                        shutil.copytree(out, copies[-1])
+                return call(*args, **kwargs)
 
         return copy_first
 
-    originals = {name: getattr(os, name) for name in FILE_CALLS}
+    originals, one_at_a_time = {name: getattr(os, name) for name in FILE_CALLS}, threading.RLock()
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, original in originals.items():
             monkeypatch.setattr(os, name, copied(original))

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written; `filename` is `path`.
     """
     unfinished = unfinished_name(path)
-    with _signals_wait():
+    with signals_wait():
         try:
             with open(unfinished, "xb") as file:  # O_EXCL, which follows no link
                 yield file
@@ -77,6 +77,8 @@ def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         _lock(number, folder, patience)
         yield
     finally:
+        with suppress(OSError):  # for the processes that read images, too, which have the same lock
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 
@@ -94,7 +96,7 @@ def _lock(number: int, folder: Path, patience: float) -> None:
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
+def signals_wait() -> Iterator[None]:
     """Deliver SIGINT and SIGTERM at the end of the block; only the main thread may, and needs to, do so."""
     if threading.current_thread() is not threading.main_thread():
         yield

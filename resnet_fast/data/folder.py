@@ -1,13 +1,16 @@
 """A folder of images: FOLDER/train/<class>/… and FOLDER/test/<class>/…, in any format that Pillow reads.
 
-Images are read and resized by worker processes: once where all of them fit in memory as bytes, else as they are needed.
+Images are read and resized by worker processes: once where all of them fit in memory as bytes, else as they are needed,
+by processes that stay from epoch to epoch.
 listing.py says which files are images, images.py how one is read.
 """
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,29 +146,54 @@ class _Images(Dataset):
         return images, torch.tensor([self.samples[index][1] for index in indices]), failures
 
 
-def _load(images: _Images, parts: Sequence[Tensor], workers: int, pin_memory: bool = False) -> DataLoader:
-    """Return what `images` gives for each part, [B] indices, read by `workers` processes."""
-    # The order is given and not drawn by the loader: it does not depend on the workers.
-    return DataLoader(
-        images,
-        batch_size=None,  # a part is a batch
-        sampler=[part.tolist() for part in parts],
-        num_workers=min(workers, len(parts)),
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws from the global one
-    )
+class _Reader:
+    """Reads parts of some images by processes that stay after a whole pass for the next, and end with the reader.
+
+    Args:
+        images: what is read.
+        workers: processes; 0: this one.
+        pin_memory: put what is read into pinned memory.
+    """
+
+    def __init__(self, images: _Images, workers: int, pin_memory: bool = False) -> None:
+        self.images, self.workers, self.pin_memory = images, workers, pin_memory
+        self.idle: list[DataLoader] = []  # one, between passes
+        # Not by the garbage collector: it may end a loader's queues before the loader, which then waits for seconds.
+        weakref.finalize(self, self.idle.clear).atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reader, (self.images, self.workers, self.pin_memory)  # processes are not copied
+
+    def read(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor | None, Tensor, list[tuple[int, str]]]]:
+        """Yield what `images` gives for each part, [B] indices."""
+        n_workers = min(self.workers, len(parts))
+        # Taken away, so that a pass that begins before this one ends has processes of its own.
+        loader = self.idle.pop() if self.idle else None
+        if loader is None or loader.num_workers != n_workers:
+            loader = DataLoader(
+                self.images,
+                batch_size=None,  # a part is a batch
+                sampler=[],  # not drawn by the loader: the order does not depend on the workers
+                num_workers=n_workers,
+                pin_memory=self.pin_memory,
+                persistent_workers=n_workers > 0,
+                generator=torch.Generator(),  # else the loader draws from the global one
+            )
+        loader.sampler[:] = [part.tolist() for part in parts]  # type: ignore[index]
+        yield from loader
+        self.idle[:] = [loader]  # after a whole pass: else something may be on its way
 
 
 def _find_unreadable(images: _Images, workers: int) -> dict[int, str]:
     """Read every image; return the index and the error of each that cannot be read."""
     parts = torch.arange(len(images)).split(READ_TOGETHER)
-    tiny = replace(images, image_size=1)  # whole images are decoded nevertheless
-    return {index: error for *_, failures in _load(tiny, parts, workers) for index, error in failures}
+    tiny = _Reader(replace(images, image_size=1), workers)  # whole images are decoded nevertheless
+    return {index: error for *_, failures in tiny.read(parts) for index, error in failures}
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """A split read from files by `workers` processes (0: by this one), again each time.
+    """A split read from files, again each time, by `workers` processes (0: by this one) that end with the split.
 
     Args:
         images: those of the split.
@@ -178,6 +206,11 @@ class FolderSplit:
     checked: _Images
     workers: int
     device: torch.device = torch.device("cpu")
+    reader: _Reader = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # The way to set a field of a frozen dataclass.
+        object.__setattr__(self, "reader", _Reader(self.images, self.workers, self.device.type == "cuda"))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -219,8 +252,8 @@ class FolderSplit:
 
     def _read(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images and labels of each part, [B] indices."""
-        for images, labels, failures in _load(self.images, parts, self.workers, self.device.type == "cuda"):
-            if failures:
+        for images, labels, failures in self.reader.read(parts):
+            if images is None:
                 raise self._unreadable(failures)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

@@ -12,6 +12,7 @@ import torch
 from resnet_fast.data import Augmentation, ImageDataset, Loader, normalize
 from resnet_fast.study.gradients import gradient_norms
 from resnet_fast.study.settings import Network, SkipStudy
+from resnet_fast.training.background import Background
 from resnet_fast.training.loop import run_epoch
 from resnet_fast.training.prepare import Run, augmentation_of, torch_settings
 from resnet_fast.training.processes import Processes, connect
@@ -68,7 +69,7 @@ def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator
     """
     dataset = study.load() if dataset is None else dataset
     augmentation = augmentation_of(study.config, dataset)
-    with connect(study.config.device) as processes, torch_settings(study.config, processes.device):
+    with connect(study.config.device) as processes, torch_settings(study.config):
         own = dataset.to(processes.device)
         for seed in study.seeds:
             for network in study.networks:
@@ -91,7 +92,7 @@ def train_one(
     loader = Loader(dataset.train, augmentation, config.batch_size, seed)
     n_steps = config.epochs * len(loader)
     step = TrainingStep(model, config, augmentation, n_steps, precision=config.precision, graph=config.graph)
-    run = Run(config, dataset, loader, step, model, processes, Reporter())
+    run = Run(config, dataset, loader, step, model, processes, Reporter(), Background())
     images, labels = next(iter(dataset.train.batches(GRADIENT_IMAGES)))
     images = normalize(images, augmentation.mean, augmentation.std)
     gradients, epochs = [], []

@@ -35,12 +35,12 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -
 
     Args:
         path: of the newest checkpoint.
-        state: plain values and tensors, in dicts, lists and tuples.
+        state: plain values and tensors on the CPU, in dicts, lists and tuples (`to_host`).
         previous: of the one before; None: what is there is not worth keeping.
     """
     # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
     archive = io.BytesIO()
-    torch.save({"format": FORMAT, **_to_cpu(state)}, archive)
+    torch.save({"format": FORMAT, **state}, archive)
     sign(archive)
     with whole_file(path) as file:
         file.write(archive.getbuffer())
@@ -49,6 +49,17 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -
             file.flush()
             os.fsync(file.fileno())
             _copy(path, previous)
+
+
+def to_host(state: Any) -> Any:
+    """Return a copy, on the CPU, of the tensors in nested dicts, lists and tuples, which no later step changes.
+
+    It loads on a machine without a GPU. From a GPU all tensors are copied into pinned memory, and waited for once.
+    """
+    copied = _copy_tensors(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
 
 
 def read_checkpoint(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
@@ -124,12 +135,11 @@ def _copy(path: Path, copy: Path) -> None:
         temporary.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
 
 
-def _to_cpu(state: Any) -> Any:
-    """Move every tensor in nested dicts and lists, so that a checkpoint of a GPU loads on a machine without one."""
+def _copy_tensors(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
-        return state.detach().cpu()
+        return state.detach().to("cpu", non_blocking=True, copy=True)
     if isinstance(state, dict):
-        return {key: _to_cpu(value) for key, value in state.items()}
+        return {key: _copy_tensors(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(_to_cpu(value) for value in state)
+        return type(state)(_copy_tensors(value) for value in state)
     return state

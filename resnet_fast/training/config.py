@@ -93,7 +93,10 @@ class TrainConfig(Recipe):
     ] = "auto"
     deterministic: Annotated[bool, "Refuse what two runs on a GPU might compute differently."] = False
     workers: Annotated[
-        int, integer(0, 2**10), MAY_MOVE, "Processes reading a folder. [default: one per processor, at most 4]"
+        int,
+        integer(0, 2**10),
+        MAY_MOVE,
+        "Processes reading a folder; as many again for its test images. [default: one per processor, at most 4]",
     ] = FROM_RECIPE
     time_budget: Annotated[
         float,

@@ -9,6 +9,7 @@ The step itself is in step.py, evaluation in evaluation.py; under torchrun all p
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 
 from resnet_fast.common.checks import check_type, one_line
 from resnet_fast.evaluation import predict_split
+from resnet_fast.training.checkpoint import to_host
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.divergence import DivergedError, check_is_finite, suspects
 from resnet_fast.training.evaluation import evaluate
@@ -102,7 +104,7 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
     """Train from the beginning or, if something is `saved`, from there on."""
     check_type("reporter", reporter, Reporter, type(None))
-    with connect(config.device) as processes, torch_settings(config, processes.device):
+    with connect(config.device) as processes, torch_settings(config):
         return _run_connected(config, saved, reporter or Reporter(), processes)
 
 
@@ -133,7 +135,7 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
 
 
 def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
-    """Train what is left to train; test and save after every epoch."""
+    """Train what is left to train, and test after every epoch; a thread writes while the next one trains."""
     config, processes, step = run.config, run.processes, run.step
     history: list[EpochMetrics] = []
     if saved is not None and saved.checkpoint is not None:
@@ -150,27 +152,35 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     if saved is not None:
         run.reporter.resume(history)
     n_before, epoch_seconds = len(history), 0.0
-    for epoch in range(n_before + 1, config.epochs + 1):
-        # The first epoch always begins, of a run that goes on, too: else it would never end.
-        if config.time_budget and epoch > n_before + 1:
-            if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
-                processes.first_only(partial(folder.write_tables, history, is_last=True))
-                break
-        began = time.perf_counter()
-        history.append(run_epoch(run, epoch))
-        state = {
-            "model": run.tested.state_dict(),
-            "trained_model": bare(step.model).state_dict() if config.ema else None,
-            "step": step.state_dict(),
-            "random": processes.gather(random_states(processes.device)),
-            "seconds": time.perf_counter() - begin,
-        }
-        processes.first_only(partial(folder.write_epoch, history, state))
-        run.reporter.end_epoch(history[-1])
-        processes.deliver_signals()
-        epoch_seconds = time.perf_counter() - began
+    with run.writing as writing:
+        for epoch in range(n_before + 1, config.epochs + 1):
+            # The first epoch always begins, of a run that goes on, too: else it would never end.
+            if config.time_budget and epoch > n_before + 1:
+                if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
+                    break
+            began = time.perf_counter()
+            history.append(run_epoch(run, epoch))
+            state = {
+                "model": run.tested.state_dict(),
+                "trained_model": bare(step.model).state_dict() if config.ema else None,
+                "step": step.state_dict(),
+                "random": processes.gather(random_states(processes.device)),
+                "seconds": time.perf_counter() - begin,
+            }
+            processes.first_only(partial(_start_writing, run, folder, tuple(history), state))
+            processes.deliver_signals()
+            epoch_seconds = time.perf_counter() - began
+        processes.first_only(writing.finish)
+    if len(history) < config.epochs:
+        processes.first_only(partial(folder.write_tables, history, is_last=True))
     mirrored = processes.first_only(partial(_end, run, folder))
     return Result(config, tuple(history), run.tested.eval(), time.perf_counter() - begin, mirrored)
+
+
+def _start_writing(run: Run, folder: RunFolder, history: Sequence[EpochMetrics], state: dict[str, Any]) -> None:
+    """Copy the state and have a thread write it, once the epoch before is written; report the epoch after that."""
+    write = partial(folder.write_epoch, history, to_host(state))
+    run.writing.start(write, then=partial(run.reporter.end_epoch, history[-1]))
 
 
 def _end(run: Run, folder: RunFolder) -> float | None:
@@ -278,6 +288,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
             seconds = max(time.perf_counter() - began, 1e-9)
             progress = EpochProgress(total_loss / n_images, accuracy, n_images / seconds)
             reporter.step(done, progress)
+            run.writing.poll()
             processes.deliver_signals()
         else:
             reporter.step(done, None)

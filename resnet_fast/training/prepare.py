@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.common.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
 from resnet_fast.nn import convert_sync_batchnorm
+from resnet_fast.training.background import Background
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.network import make_network, whiten_stem
 from resnet_fast.training.processes import Processes
@@ -29,7 +30,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs, and the origin of the first weights, if they are not new."""
+    """What an epoch needs, what is written meanwhile, and the origin of the first weights, if they are not new."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     tested: nn.Module
     processes: Processes
     reporter: Reporter
+    writing: Background
     origin: Origin | None = None
 
 
@@ -116,7 +118,7 @@ def prepare(
         world_size=size,
     )
     tested = copy.deepcopy(model) if config.ema else model
-    return Run(config, own, loader, step, tested, processes, reporter, origin)
+    return Run(config, own, loader, step, tested, processes, reporter, Background(), origin)
 
 
 def first_weights(model: nn.Module, path: Path, model_name: str, saved: SavedRun | None) -> Origin:
@@ -143,14 +145,11 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 
 
 @contextmanager
-def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def torch_settings(config: TrainConfig) -> Iterator[None]:
     """What torch is told for the length of a run."""
-    cudnn: Any = torch.backends.cudnn
     deterministic: Any = torch.utils.deterministic
-    benchmark, fill = cudnn.benchmark, deterministic.fill_uninitialized_memory
+    fill = deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
@@ -159,8 +158,6 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if device.type == "cuda":
-            cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
 

@@ -40,4 +40,4 @@ class Reporter:
         """`done` steps of the epoch are done; now and then it is known how they went."""
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        """The epoch is trained, tested and written."""
+        """The epoch is trained, tested and written; the next one may have begun, but writes nothing yet."""

@@ -2,9 +2,9 @@
 
     step = augment -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
-`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch of each size and replayed then
-(graphed.py); `training_step` is its middle, from images that are augmented to the optimizer, which profile and
-benchmarks compare.
+`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch and replayed from then on
+(graphed.py); the short batch at the end of an epoch runs outside of the graph. `training_step` is its middle, from
+images that are augmented to the optimizer, which profile and benchmarks compare.
 
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
 the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` casts the weights together, to the bits of
@@ -12,8 +12,8 @@ autocast's own casts (cast_weights.py).
 """
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,14 @@ class TrainingStep:
         TypeError: an argument has another type.
 
     A recorded step has the bits of one that is not. Between steps weights may be changed in place, not replaced.
+
+    A batch that is smaller than those before, such as the last of an epoch, is one step like every other, but runs
+    outside of the graph and with the algorithms of cuDNN's heuristic, until two of its size come in a row. So it costs
+    no second graph, no second memory pool and no search by cuDNN. Padding would change the batch statistics. To carry
+    its images into the next epoch would change the order and the number of steps, and old runs could not be resumed.
+
+    Other batches run with `torch.backends.cudnn.benchmark`, unless torch or cuDNN is told to be deterministic. The flag
+    is the caller's again after each step.
     """
 
     def __init__(
@@ -143,6 +151,7 @@ class TrainingStep:
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
+        self.largest_batch, self.last_batch = 0, 0  # images
         if graph and world_size > 1:
             raise ValueError(f"graph needs a single process, got {world_size}")
         device = next(model.parameters()).device
@@ -172,8 +181,12 @@ class TrainingStep:
         n_images = len(batch.plan) if n_images is None else n_images
         if not bare(self.model).training:  # an evaluation has left it so
             self.model.train()
-        with device_guard(batch.plan):
-            output = (self.graphed or self._run)(batch, n_images)
+        size = len(batch.plan)
+        is_short = size < self.largest_batch and size != self.last_batch
+        self.largest_batch, self.last_batch = max(size, self.largest_batch), size
+        run = self._run if is_short or self.graphed is None else self.graphed
+        with device_guard(batch.plan), _cudnn_benchmark(not is_short):
+            output = run(batch, n_images)
         self.n_done += 1
         return output
 
@@ -226,6 +239,18 @@ class TrainingStep:
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+@contextmanager
+def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Have cuDNN time its algorithms for each shape that is new, or not; never where they must be deterministic."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = enabled and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _total(parts: list[Tensor]) -> Tensor:
