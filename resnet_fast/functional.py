@@ -1,6 +1,7 @@
 """Fused batch norm + residual + ReLU as one differentiable function."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -201,12 +202,9 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
     """Run along the plan; tensors have the kernels' layout."""
     mean, var, weight, bias, _, momentum, _ = norm
-    if residual_norm is None:
-        inputs = (x, residual, weight, bias, None, None, mean, var, momentum, None, None, 0.1)
-    else:
-        other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm
-        others = (other_mean, other_var, other_momentum)
-        inputs = (x, residual, weight, bias, other_weight, other_bias, mean, var, momentum, *others)
+    other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm or NO_NORM
+    vectors = (weight, bias, other_weight, other_bias)
+    inputs = (x, residual, *vectors, mean, var, momentum, other_mean, other_var, other_momentum)
     if torch.is_grad_enabled():
         return _apply(settings, fork, None, plan, *inputs)
     y, _ = plan.forward(*inputs)
@@ -256,7 +254,10 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes."""
+    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes.
+
+    `inputs`: those of `Inputs`, flat, because autograd and tracers see tensors only so.
+    """
 
     @staticmethod
     def forward(ctx: Any, settings, fork, group, plan, *inputs):
@@ -284,7 +285,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
             dy, dy_alias = dy_alias, None
         if dy is None:
             if group is None:
-                return (None,) * N_ARGUMENTS
+                return (None,) * len(ctx.needs_input_grad)
             dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
@@ -299,17 +300,15 @@ class _BatchNormAddReLU(torch.autograd.Function):
                 gradients = batch_norm.backward_op(dy, dy_alias, *saved, *settings)
             else:
                 gradients = distributed.backward(dy, dy_alias, saved, settings, ctx.total_rows, group)
-        dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = gradients
+        dx, dresidual, *vectors = gradients
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
-        gradients = (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias)
+        gradients = (dx, dresidual, *vectors)
         if not is_planned:  # operators return empty tensors for what there is not
             wanted = ctx.needs_input_grad[4:]
             gradients = [one if want else None for one, want in zip(gradients, wanted, strict=False)]
         return None, None, None, None, *gradients, None, None, None, None, None, None
 
-
-N_ARGUMENTS = 4 + len(Inputs._fields)
 
 # torch's own `apply` asks again whether functorch transforms, and unwraps tensors that have left it (`is_plain`).
 _apply: Any = super(torch.autograd.Function, _BatchNormAddReLU).apply  # type: ignore[misc]
@@ -353,14 +352,11 @@ def differentiable_backward(
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
             dz = dz.masked_fill(_relu_closed(saved, settings), 0)
-        inputs = {
-            name: t for name, t in zip(Saved._fields, saved[:6], strict=False) if t is not None and t.requires_grad
-        }
-        found = torch.autograd.grad(z, [*inputs.values()], dz.to(z.dtype), create_graph=True) if inputs else ()
-    gradients = dict(zip(inputs, found, strict=True))
-    if join == "add":
-        gradients["residual"] = dz
-    return tuple(gradients.get(name) for name in Saved._fields[:6])
+        wanted = [tensor is not None and tensor.requires_grad for tensor in saved[:6]]
+        inputs = [*itertools.compress(saved, wanted)]
+        gradients = iter(torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=True) if inputs else ())
+    dx, dresidual, *vectors = (next(gradients) if want else None for want in wanted)
+    return dx, dz if join == "add" else dresidual, *vectors
 
 
 def _relu_closed(saved: Saved, settings: Settings) -> Tensor:

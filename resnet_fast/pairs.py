@@ -19,7 +19,7 @@ from resnet_fast.kernels.conv_tiles import CHANNEL_MULTIPLE, MAX_ROWS, WIDTHS, C
 from .functional import differentiable_backward
 from .nn import FusedBatchNorm2d
 from .ops import choose_backend
-from .ops.arguments import Gradients, Inputs, PartialStatistics, Saved, Settings, arguments_of
+from .ops.arguments import Gradients, Inputs, PartialStatistics, Saved, Settings, arguments_of, join_of
 from .ops.backend import conv3x3, device_guard, is_plain, launch
 from .ops.batch_norm import backward, forward
 from .ops.checks import check_arguments
@@ -67,22 +67,22 @@ def pair(
     Returns:
         The convolution's output, its statistics in parts or None, and a second handle to its input.
     """
-    arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
-    inputs, settings = arguments_of(x, arguments, residual, residual_arguments)
     tiles = gradient_tiles = None
     if conv is not None and _has_kernels_for(conv, x):
         tiles = _choose("convolution", conv, x)
-        gradient_tiles = _choose("data gradient", conv, x, settings.join, fork)
+        gradient_tiles = _choose("data gradient", conv, x, join_of(residual, residual_norm), fork)
     is_pair = tiles is not None or gradient_tiles is not None
     if statistics is None and not is_pair:
         y = norm.fused(x, residual, residual_norm, relu=True, fork=fork)
         y, second = y if fork else (y, y)
         return y if conv is None else conv(y), None, second
+    arguments, residual_arguments = norm.arguments(), None if residual_norm is None else residual_norm.arguments()
     check_arguments(x, arguments, residual, residual_arguments)
     for module in (norm,) if residual_norm is None else (norm, residual_norm):
         module.count(1)
     if residual is not None:
-        inputs = inputs._replace(residual=dense(residual.to(x.dtype), like=x))
+        residual = dense(residual.to(x.dtype), like=x)
+    inputs, settings = arguments_of(x, arguments, residual, residual_arguments)
     conv_weight = None if conv is None or not is_pair else conv.weight
     z, y, partials, rows = _Pair.apply(settings, statistics, tiles, gradient_tiles, conv_weight, *inputs)
     if conv is not None and not is_pair:
@@ -142,10 +142,13 @@ def _for_descriptors(x: Tensor) -> Tensor:
 
 
 class _Pair(torch.autograd.Function):
-    """Without `conv_weight` z is y. Tiles are None where cuDNN computes."""
+    """Compute z = conv(y); without `conv_weight` z is y.
+
+    `statistics`: of x, or None if x needs a pass for them. `tiles`, `gradient_tiles`: None where cuDNN computes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, settings, statistics, tiles, gradient_tiles, conv_weight: Tensor | None, *inputs):
+    def forward(ctx: Any, settings, statistics, tiles, gradient_tiles, conv_weight, *inputs):
         given = Inputs._make(inputs)
         outputs = forward(given, settings, statistics)
         x, y, saved = given.x, outputs.y, Saved.of(given, settings, outputs)
@@ -190,13 +193,12 @@ class _Pair(torch.autograd.Function):
 
 
 def gradients_by_kernels(
-    dz: Tensor, weight: Tensor, tiles: ConvTiles, saved: Saved, settings: Settings, dy_alias: Tensor | None
+    dout: Tensor, weight: Tensor, tiles: ConvTiles, saved: Saved, settings: Settings, dy_alias: Tensor | None
 ) -> Gradients:
     """Return the batch norm's gradients, by the convolution's data gradient and the batch norm's second pass."""
-    with device_guard(dz):
-        dx, sums, gradients = conv3x3.data_gradient(dz, weight, tiles, saved, dy_alias)
-        shape = launch.Shape.of(dx)
-        return launch.input_gradients(dx, dx, saved, settings, shape, gradients, sums)
+    with device_guard(dout):
+        dz, sums, gradients = conv3x3.data_gradient(dout, weight, tiles, saved, dy_alias)
+        return launch.input_gradients(dz, dz, saved, settings, launch.Shape.of(dz), gradients, sums)
 
 
 def library_gradients(

@@ -32,12 +32,12 @@ def launches(n_channels: int, width: int) -> Iterator[tuple[str, ConvTiles, Call
     weight = weight.contiguous(memory_format=torch.channels_last)
     vector = torch.empty(n_channels, device="meta")
     bits = torch.empty(n_rows, n_channels // 8, dtype=torch.uint8, device="meta")
-    of_x, of_join = (vector, vector, None, None), (vector,) * 4
+    plain = Saved(x, None, vector, vector, None, None, None, vector, vector, None, None)
     norms = {
-        "BN+ReLU": (Saved(x, None, *of_x, None, vector, vector, None, None), None),
-        "BN+ReLU, forked": (Saved(x, None, *of_x, None, vector, vector, None, None), x),
-        "BN+add+ReLU, forked": (Saved(x, None, *of_x, bits, vector, vector, None, None), x),
-        "BN+BN+add+ReLU, forked": (Saved(x, x, *of_join, bits, *of_join), x),
+        "BN+ReLU": (plain, None),
+        "BN+ReLU, forked": (plain, x),
+        "BN+add+ReLU, forked": (plain._replace(relu_mask=bits), x),
+        "BN+BN+add+ReLU, forked": (Saved(x, x, *(vector,) * 4, bits, *(vector,) * 4), x),
     }
     for tiles in conv_candidates(n_channels, n_channels, n_rows, with_sums=False):
         yield "convolution", tiles, lambda tiles=tiles: conv3x3.forward(x, weight, tiles)

@@ -59,11 +59,16 @@ class Inputs(NamedTuple):
     residual_momentum: float
 
     def norms(self, settings: Settings) -> tuple[BatchNormArgs, BatchNormArgs]:
-        """Return the batch norm of x, and that of the residual."""
+        """Return the batch norms of x and of the residual."""
         _, _, weight, bias, other_weight, other_bias, mean, var, momentum, other_mean, other_var, other_momentum = self
         _, _, training, other_training, _, eps, other_eps = settings
         other = (other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps)
         return BatchNormArgs(mean, var, weight, bias, training, momentum, eps), BatchNormArgs(*other)
+
+
+def join_of(residual: object, residual_norm: object) -> Join:
+    """Return how a residual, if there is one, enters."""
+    return "none" if residual is None else "add" if residual_norm is None else "bn"
 
 
 def arguments_of(
@@ -74,15 +79,16 @@ def arguments_of(
     relu: bool = True,
     ghost_batch_size: int = 0,
 ) -> tuple[Inputs, Settings]:
-    """Return what a pass takes."""
+    """Return the inputs and the settings of a pass, from the arguments of `batch_norm_add_relu`."""
     mean, var, weight, bias, training, momentum, eps = norm
     other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps = (
         residual_norm or NO_NORM
     )
-    join: Join = "none" if residual is None else "add" if residual_norm is None else "bn"
     vectors = (weight, bias, other_weight, other_bias)
     inputs = Inputs(x, residual, *vectors, mean, var, momentum, other_mean, other_var, other_momentum)
-    return inputs, Settings(join, relu, training, other_training, ghost_batch_size, eps, other_eps)
+    return inputs, Settings(
+        join_of(residual, residual_norm), relu, training, other_training, ghost_batch_size, eps, other_eps
+    )
 
 
 class PartialStatistics(NamedTuple):
@@ -127,7 +133,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: the first six `Inputs`, `residual` for the bn join alone, and `Outputs` but y."""
+    """What the backward reads: the first six `Inputs`, `residual` for the bn join alone, and the `Outputs` except y."""
 
     x: Tensor
     residual: Tensor | None
@@ -143,12 +149,13 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, settings: Settings, outputs: Outputs) -> "Saved":
+        """Return what a forward leaves for its backward."""
         residual = inputs.residual if settings.join == "bn" else None
         return cls(inputs.x, residual, *inputs[2:6], *outputs[1:])
 
 
 class Gradients(NamedTuple):
-    """Those of the first six `Inputs`; None for what there is not, or where dresidual is dy itself."""
+    """Hold those of the first six `Inputs`; None for an absent input, or where dresidual is dy itself."""
 
     dx: Tensor
     dresidual: Tensor | None

@@ -5,11 +5,23 @@ and return empty tensors for what there is not. `ghost_batch_size` is the number
 0 for all. Users call resnet_fast.functional, the only caller of these.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import choices
-from .arguments import NO_STATISTICS, Gradients, Inputs, Outputs, PartialStatistics, Saved, Settings, accumulation_type
+from .arguments import (
+    NO_STATISTICS,
+    Gradients,
+    Inputs,
+    Outputs,
+    PartialStatistics,
+    Saved,
+    Settings,
+    Statistics,
+    accumulation_type,
+)
 from .backend import choose_backend, device_guard, launch, single_read
 from .implementations import DTYPES, REVERSED, SINGLE_READ, TWO_PASSES, Operation, Problem
 from .layout import dense
@@ -40,7 +52,10 @@ forward_op = torch.ops.resnet_fast.batch_norm_add_relu.default
 backward_op = torch.ops.resnet_fast.batch_norm_add_relu_backward.default
 
 
-_N_INPUTS, _N_SAVED = len(Inputs._fields), len(Saved._fields)
+def _unpack(kind: Any, arguments: tuple) -> tuple[Any, Settings]:
+    """Return the inputs, or what is saved, and the settings, of an operator's flat arguments."""
+    n = len(kind._fields)
+    return kind(*arguments[:n]), Settings(*arguments[n:])
 
 
 def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -78,13 +93,13 @@ def forward(inputs: Inputs, settings: Settings, statistics: PartialStatistics | 
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu", "default")
 def _forward(*arguments) -> tuple[Tensor, ...]:
-    return _present(forward(Inputs(*arguments[:_N_INPUTS]), Settings(*arguments[_N_INPUTS:])), like=arguments[0])
+    return _present(forward(*_unpack(Inputs, arguments)), like=arguments[0])
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu")
-def _forward_fake(x: Tensor, *arguments) -> tuple[Tensor, ...]:
-    settings = Settings(*arguments[_N_INPUTS - 1 :])
-    x = dense(x)
+def _forward_fake(*arguments) -> tuple[Tensor, ...]:
+    inputs, settings = _unpack(Inputs, arguments)
+    x = dense(inputs.x)
     shape = launch.Shape.of(x, settings.ghost_batch_size)
     relu_mask = None
     if settings.relu and settings.join != "none":
@@ -112,24 +127,20 @@ def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settin
 
 @torch.library.impl("resnet_fast::batch_norm_add_relu_backward", "default")
 def _backward(dy: Tensor, dy_alias: Tensor | None, *arguments) -> tuple[Tensor, ...]:
-    gradients = backward(dy, dy_alias, Saved(*arguments[:_N_SAVED]), Settings(*arguments[_N_SAVED:]))
-    return _present(gradients, like=arguments[0])
+    return _present(backward(dy, dy_alias, *_unpack(Saved, arguments)), like=dy)
 
 
 def recompute_y(saved: Saved, settings: Settings) -> Tensor:
     """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
     inputs = Inputs(saved.x, None, saved.weight, saved.bias, None, None, None, None, 0.0, None, None, 0.0)
+    statistics, shape = Statistics(saved.mean, saved.rstd), launch.Shape.of(saved.x, settings.ghost_batch_size)
     with device_guard(saved.x):
-        statistics, shape = (
-            launch.Statistics(saved.mean, saved.rstd),
-            launch.Shape.of(saved.x, settings.ghost_batch_size),
-        )
         return launch.normalize(inputs, settings._replace(relu=False), statistics, NO_STATISTICS, shape).y
 
 
 @torch.library.register_fake("resnet_fast::batch_norm_add_relu_backward")
 def _backward_fake(dy: Tensor, dy_alias: Tensor | None, *arguments) -> tuple[Tensor, ...]:
-    saved, settings = Saved(*arguments[:_N_SAVED]), Settings(*arguments[_N_SAVED:])
+    saved, settings = _unpack(Saved, arguments)
     x, _, *vectors = saved[:6]
     x = dense(x)
     join = settings.join

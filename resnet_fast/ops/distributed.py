@@ -6,7 +6,7 @@ one may be empty.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,14 +61,14 @@ def forward(inputs: Inputs, settings: Settings, group: Group) -> tuple[Outputs, 
     """
     x = inputs.x
     on_triton = choose_backend(x) == "triton"
-    normed = [x, inputs.residual] if settings.join == "bn" else [x]
+    norm, residual_norm = inputs.norms(settings)
+    tensors: list[Any] = [x, inputs.residual] if settings.join == "bn" else [x]
     with device_guard(x):
-        moments, total_rows = _gather(
-            x, [_moments(tensor, on_triton) for tensor in normed if tensor is not None], group
-        )
-        norms = inputs.norms(settings)[: len(moments)]
-        own, *its = (_statistics(x, *both, total_rows) for both in zip(norms, moments, strict=True))
-        arguments = (inputs, settings, own, its[0] if its else NO_STATISTICS)
+        moments, total_rows = _gather(x, [_moments(tensor, on_triton) for tensor in tensors], group)
+        statistics, residual_statistics = _statistics(x, norm, moments[0], total_rows), NO_STATISTICS
+        if settings.join == "bn":
+            residual_statistics = _statistics(x, residual_norm, moments[1], total_rows)
+        arguments = (inputs, settings, statistics, residual_statistics)
         outputs = launch.normalize(*arguments, launch.Shape.of(x)) if on_triton else _normalize(*arguments)
         return outputs, total_rows
 
@@ -129,18 +129,19 @@ def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Ten
     return Statistics(mean.to(acc_type), (var + norm.eps).rsqrt().to(acc_type))
 
 
-def _normalize(inputs: Inputs, settings: Settings, own: Statistics, its: Statistics) -> Outputs:
+def _normalize(inputs: Inputs, settings: Settings, statistics: Statistics, residual_statistics: Statistics) -> Outputs:
     """`launch.normalize` in plain PyTorch."""
     x, residual, weight, bias, residual_weight, residual_bias = inputs[:6]
-    z = reference.normalize(x.to(own.mean.dtype), own.mean, own.rstd, weight, bias)
+    mean, rstd, residual_mean, residual_rstd = *statistics[:2], *residual_statistics[:2]
+    z = reference.normalize(x.to(mean.dtype), mean, rstd, weight, bias)
     if residual is not None:
         residual = residual.to(z.dtype)
         if settings.join == "bn":
-            residual = reference.normalize(residual, its.mean, its.rstd, residual_weight, residual_bias)
+            residual = reference.normalize(residual, residual_mean, residual_rstd, residual_weight, residual_bias)
         z = z + residual
     y = z.to(x.dtype)
     relu_mask = y <= 0 if settings.relu else None
-    return Outputs(y.relu() if settings.relu else y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
+    return Outputs(y.relu() if settings.relu else y, relu_mask, mean, rstd, residual_mean, residual_rstd)
 
 
 def _backward(

@@ -214,31 +214,36 @@ def forward(
     """
     shape = Shape.of(inputs.x, settings.ghost_batch_size)
     norm, residual_norm = inputs.norms(settings)
-    own, its = find_statistics(inputs.x, norm, shape, partial), NO_STATISTICS
+    statistics, residual_statistics = find_statistics(inputs.x, norm, shape, partial), NO_STATISTICS
     if settings.join == "bn" and inputs.residual is not None:
-        its = find_statistics(inputs.residual, residual_norm, shape)
-    return normalize(inputs, settings, own, its, shape, reverse)
+        residual_statistics = find_statistics(inputs.residual, residual_norm, shape)
+    return normalize(inputs, settings, statistics, residual_statistics, shape, reverse)
 
 
 def normalize(
-    inputs: Inputs, settings: Settings, own: Statistics, its: Statistics, shape: Shape, reverse: bool = False
+    inputs: Inputs,
+    settings: Settings,
+    statistics: Statistics,
+    residual_statistics: Statistics,
+    shape: Shape,
+    reverse: bool = False,
 ) -> Outputs:
     """`forward` with the statistics of x and, in the bn join, of the residual."""
     x, residual = inputs.x, inputs.residual
-    merged = own.partials if own.partials is not None else its.partials
+    merged = statistics.partials if statistics.partials is not None else residual_statistics.partials
     n_splits = 1 if merged is None else len(merged) - 1
     tiling = choose_tiles(shape, x, 1 if residual is None else 2)
     y, relu_mask = empty_outputs(inputs, settings, shape)
     kernel = batch_norm_forward.normalize_kernel
-    statistics = pointers(kernel, own) | pointers(kernel, its, "residual_")
+    merged_pointers = pointers(kernel, statistics) | pointers(kernel, residual_statistics, "residual_")
     launch_kernel(
         kernel,
         (tiling.n_programs,),
-        **pointers(kernel, inputs) | statistics,  # running statistics only where this launch updates them
+        **pointers(kernel, inputs) | merged_pointers,  # running statistics only where this launch updates them
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         **shape.sizes,
-        rows_per_split=max(own.rows_per_split, its.rows_per_split),
+        rows_per_split=max(statistics.rows_per_split, residual_statistics.rows_per_split),
         n_splits=n_splits,
         momentum=inputs.momentum,
         eps=settings.eps,
@@ -250,15 +255,14 @@ def normalize(
         BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(x.device),
     )
-    return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
+    return Outputs(y, relu_mask, statistics.mean, statistics.rstd, residual_statistics.mean, residual_statistics.rstd)
 
 
 def empty_outputs(inputs: Inputs, settings: Settings, shape: Shape) -> tuple[Tensor, Tensor | None]:
     """y, and ReLU's bits where there are any."""
-    x, relu_mask = inputs.x, None
-    if settings.relu and inputs.residual is not None:
-        relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=x.device)
-    return torch.empty_like(x), relu_mask
+    has_mask = settings.relu and inputs.residual is not None
+    relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=inputs.x.device) if has_mask else None
+    return torch.empty_like(inputs.x), relu_mask
 
 
 def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, reverse: bool = False) -> Gradients:
@@ -308,7 +312,7 @@ NO_GRADIENTS = Gradients(*(None,) * 6)  # type: ignore[arg-type]
 
 
 def empty_gradients(saved: Saved) -> Gradients:
-    """Those of the vectors that there are, [C]."""
+    """Return uninitialized gradients of the vectors, [C]."""
     return Gradients(None, None, *(v if v is None else torch.empty_like(v) for v in saved[2:6]))  # type: ignore[arg-type]
 
 
@@ -356,7 +360,7 @@ def input_gradients(
     is_bn_join = settings.join == "bn"
     # In the bn join more tiles than those of five tensors would have do not fit into the registers.
     tiling = choose_tiles(shape, saved.x, 5 if is_bn_join else 2)
-    images = {"dx": torch.empty_like(saved.x), "dresidual": torch.empty_like(saved.x) if is_bn_join else None}
+    dx, dresidual = torch.empty_like(saved.x), torch.empty_like(saved.x) if is_bn_join else None
     kernel = batch_norm_backward.input_gradients_kernel
     launch_kernel(
         kernel,
@@ -365,7 +369,7 @@ def input_gradients(
         **pointers(kernel, saved),
         partials_ptr=partials,
         sums_ptr=sums,
-        **pointers(kernel, (NO_GRADIENTS if partials is None else gradients)._replace(**images)),
+        **pointers(kernel, (NO_GRADIENTS if partials is None else gradients)._replace(dx=dx, dresidual=dresidual)),
         **shape.sizes,
         n_splits=n_splits,
         n_groups=shape.n_groups,
@@ -377,4 +381,4 @@ def input_gradients(
         BLOCK_S=triton.next_power_of_2(n_splits),
         PDL=has_pdl(dy.device),
     )
-    return gradients._replace(**images | ({"dresidual": dz} if settings.join == "add" else {}))
+    return gradients._replace(dx=dx, dresidual=dz if settings.join == "add" else dresidual)

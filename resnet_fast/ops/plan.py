@@ -290,7 +290,7 @@ class Plan:
     def backward(self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Any]) -> Sequence[Tensor | None]:
         """Return the gradients in the order of `Gradients`; `tensors` are those of `saved`."""
         if len(tensors) == len(Saved._fields):
-            return self._backward(dy, dy_alias, Saved._make(tensors), self._settings)
+            return self._backward(dy, dy_alias, self.saved(tensors), self._settings)
         strides = self._strides
         if dy.stride() != strides:
             dy = dy.contiguous(memory_format=self._layout)

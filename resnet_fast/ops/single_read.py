@@ -144,14 +144,14 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         partials = x.new_empty(1 + tiling.n_parts, shape.n_channels, 2, dtype=torch.float32)
         return Statistics(*launch.empty_statistics(x, shape), partials=partials)
 
-    own, its = statistics(), statistics() if settings.join == "bn" else NO_STATISTICS
+    own, other = statistics(), statistics() if settings.join == "bn" else NO_STATISTICS
     y, relu_mask = launch.empty_outputs(inputs, settings, shape)
     kernel = batch_norm_single_read.single_read_forward_kernel
     launch.launch_kernel(
         kernel,
         (tiling.n_programs,),
         tiles.SINGLE_READ_OPTIONS,
-        **launch.pointers(kernel, own) | launch.pointers(kernel, its, "residual_") | launch.pointers(kernel, inputs),
+        **launch.pointers(kernel, own) | launch.pointers(kernel, other, "residual_") | launch.pointers(kernel, inputs),
         barrier_ptr=words,
         y_ptr=y,
         relu_mask_ptr=relu_mask,
@@ -164,7 +164,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
         RELU=settings.relu,
         TILE=tiling.tile,
     )
-    return Outputs(y, relu_mask, own.mean, own.rstd, its.mean, its.rstd)
+    return Outputs(y, relu_mask, own.mean, own.rstd, other.mean, other.rstd)
 
 
 def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings) -> Gradients:
