@@ -353,7 +353,7 @@ def differentiable_backward(
         if relu:
             dz = dz.masked_fill(_relu_closed(saved, settings), 0)
         wanted = [tensor is not None and tensor.requires_grad for tensor in saved[:6]]
-        inputs = [*itertools.compress(saved, wanted)]
+        inputs: Any = [*itertools.compress(saved, wanted)]
         gradients = iter(torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=True) if inputs else ())
     dx, dresidual, *vectors = (next(gradients) if want else None for want in wanted)
     return dx, dz if join == "add" else dresidual, *vectors
