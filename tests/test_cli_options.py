@@ -92,7 +92,7 @@ def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
 
 
 def test_every_setting_has_an_option():
-    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights"}
+    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights", "mirror"}
     assert known == {field.name for field in fields(TrainConfig)} == set(NAMES)
 
 

@@ -21,7 +21,7 @@ from typer.testing import Result as CliResult
 
 import resnet_fast
 from resnet_fast.cli import app
-from resnet_fast.data import cifar10, load_dataset
+from resnet_fast.data import load_dataset, torchvision_sets
 from resnet_fast.ops import augment
 from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop, run_folder
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
@@ -165,7 +165,7 @@ def test_missing_cifar10_exits_with_1_and_says_what_to_do(tmp_path: Path, monkey
     def refuse(*args, **kwargs):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(cifar10, "CIFAR10", type("NoNetwork", (cifar10.CIFAR10,), {"download": refuse}))
+    monkeypatch.setattr(torchvision_sets, "download", refuse)
     result = run("--data-dir", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 1
     assert "--dataset digits needs no network" in result.stderr and result.stderr.count("\n") == 1
@@ -346,7 +346,7 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(fin
     assert (finished / "config.json").read_bytes() == config
 
 
-BESIDE = "--graph, --data-dir, --images, --device, --workers, --time-budget, --tensorboard"
+BESIDE = "--graph, --data-dir, --mirror, --images, --device, --workers, --time-budget, --tensorboard"
 
 
 def test_resume_takes_no_setting_beside_it_not_even_the_same(finished: Path):

@@ -15,7 +15,7 @@ from typer.testing import Result as CliResult
 from resnet_fast import resnet20
 from resnet_fast.cli import app
 from resnet_fast.cli import study as command
-from resnet_fast.data import ImageDataset, cifar10, load_digits
+from resnet_fast.data import ImageDataset, load_digits, torchvision_sets
 from resnet_fast.ops import backend
 from resnet_fast.study import (
     EpochRow,
@@ -251,7 +251,7 @@ def test_full_without_network_advises_what_this_command_has(tmp_path: Path, monk
     def refuse(*args, **kwargs):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(cifar10, "CIFAR10", type("NoNetwork", (cifar10.CIFAR10,), {"download": refuse}))
+    monkeypatch.setattr(torchvision_sets, "download", refuse)
     monkeypatch.setattr(SkipStudy, "load", SKIP_STUDY_LOAD)
     result = run("--full", "--device", "cpu", "--data-dir", tmp_path / "data", "--out", tmp_path / "s")
     assert result.exit_code == 1 and list(tmp_path.iterdir()) == []

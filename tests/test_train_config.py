@@ -1,12 +1,14 @@
 """Settings are checked when a config is made, before anything is written, and come out resolved."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from resnet_fast.common.checks import shown
 from resnet_fast.training import MODELS, RECIPES, TrainConfig
 from resnet_fast.training.config import choose_precision
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
@@ -20,7 +22,7 @@ WRONG_SETTINGS = [
     ({"model": "resnt18"}, "model must be one of .*, got 'resnt18'; did you mean resnet18"),
     ({"stem": "wide"}, "stem must be one of cifar, imagenet, got 'wide'"),
     ({"backend": "triton"}, "backend must be one of fused, eager, compile, got 'triton'"),
-    ({"dataset": "mnist"}, "dataset must be one of cifar10, digits, folder, got 'mnist'"),
+    ({"dataset": "mnist"}, "dataset must be one of cifar10, cifar100, svhn, digits, folder, got 'mnist'"),
     ({"sync_bn": True, "backend": "eager", "device": "cpu"}, "sync_bn with backend eager needs GPUs"),
     ({"recipe": "fast"}, "recipe must be one of baseline, fast94, fast95, article, folder, digits, got 'fast'"),
     ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
@@ -60,6 +62,17 @@ WRONG_SETTINGS = [
     ({"graph": 1}, "graph must be True or False, got 1"),
     ({"sync_bn": None}, "sync_bn must be True or False, got None"),
     ({"deterministic": 1}, "deterministic must be True or False, got 1"),
+    *(
+        (
+            {"mirror": value},
+            f"mirror must be an http:// or https:// URL without a user name, got {re.escape(shown(value))}",
+        )
+        for value in (
+            *("", "mirror.example", "ftp://a/b", "file:///etc/passwd", "http://", "http://:80/x", "http://[::1"),
+            *("http://me:secret@a/b", "http://a:99999/", "http://a:b/", "http://a/b c", "http://a/ü", "http://a/\n"),
+            *(1, True, b"http://a/b", Path("http://a/b")),
+        )
+    ),
     ({"tensorboard": 1}, "tensorboard must be True or False, got 1"),
 ]
 
@@ -89,6 +102,10 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
         ({"zero_gamma": True, "model": "article"}, "zero_gamma must be False for article, got True: a block's one"),
         ({"zero_gamma": True, "model": "plain20"}, "zero_gamma must be False for plain20, got True: a block without"),
         ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
+        (
+            {"mirror": "https://mirror.example/data", "dataset": "digits"},
+            "mirror is for datasets cifar10, cifar100, svhn, got digits",
+        ),
         ({"skip_unreadable": True, "dataset": "digits"}, "skip_unreadable is for dataset folder, got digits"),
         ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
     ],
@@ -122,7 +139,7 @@ def test_defaults_are_those_of_the_data_sets_recipe(dataset: str):
     config, recipe = TrainConfig(dataset=dataset), RECIPES[DEFAULT_RECIPES[dataset]]
     assert config.recipe == DEFAULT_RECIPES[dataset]
     for name in RECIPE_FIELDS:
-        if (dataset, name) != ("digits", "flip"):
+        if name != "flip" or dataset not in ("digits", "svhn"):
             assert getattr(config, name) == getattr(recipe, name), name
     assert TrainConfig(dataset=dataset, epochs=3).epochs == 3
 
@@ -138,8 +155,8 @@ def test_everything_is_resolved():
     assert config.out == Path.home() / "run" and config.workers == 0
     values = TrainConfig(device="cpu", images="memory", dataset="folder").as_dict()
     assert "auto" not in values.values()
-    # The data set says how far to crop; without `weights` they are new.
-    assert [name for name, value in values.items() if value is None] == ["crop", "weights"]
+    # The data set says how far to crop; without `weights` they are new; several mirrors are known.
+    assert [name for name, value in values.items() if value is None] == ["crop", "mirror", "weights"]
     json.dumps(values)
 
 

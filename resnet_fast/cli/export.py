@@ -89,11 +89,12 @@ def export(
 def real_images(trained: "Trained", data_dir: Path | None) -> "torch.Tensor | None":
     """Return some test images; None if the data are not there, or of another size. Nothing is downloaded."""
     from resnet_fast.data import DataError, load_dataset
-    from resnet_fast.data.cifar10 import unpacked_folder
+    from resnet_fast.data.options import DOWNLOADED
+    from resnet_fast.data.torchvision_sets import is_there
 
     folder = Path(data_dir or trained.config["data_dir"])
     try:
-        if trained.config["dataset"] == "cifar10" and not unpacked_folder(folder).exists():
+        if trained.config["dataset"] in DOWNLOADED and not is_there(trained.config["dataset"], folder):
             return None
         dataset = load_dataset(
             trained.config["dataset"],

@@ -56,7 +56,7 @@ def skip(
         stop(1, f"error: {error}")
 
     from resnet_fast.data import DataError
-    from resnet_fast.data.cifar10 import WITHOUT_NETWORK
+    from resnet_fast.data.torchvision_sets import WITHOUT_NETWORK
     from resnet_fast.study import format_table, format_verdict, run_study
     from resnet_fast.study.folder import NAMES, StudyFolder
     from resnet_fast.training import DivergedError

@@ -4,11 +4,14 @@ import difflib
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 MAX_SHOWN = 60  # characters of a value
+URL_RULE = "an http:// or https:// URL without a user name"
 
 
 def shown(value: object) -> str:
@@ -83,6 +86,19 @@ def check_path(name: str, value: Any) -> Path:
     if path is None or not is_text(str(path)):
         raise ValueError(f"{name} must be a path in UTF-8, got {got}")
     return path
+
+
+def check_url(name: str, value: Any) -> str:
+    """Return `value`; raise ValueError unless it is an http or https URL, which names no user."""
+    try:
+        parts = urlsplit(value) if isinstance(value, str) and re.fullmatch("[!-~]+", value) else urlsplit("")
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+        is_url = is_url and parts.port != 0  # whose rule urlsplit checks when it is asked for
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ValueError(f"{name} must be {URL_RULE}, got {shown(value)}")
+    return str.__str__(value)
 
 
 def check_type(name: str, value: object, *kinds: type) -> None:

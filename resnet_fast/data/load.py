@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from resnet_fast.common.checks import check_choice, check_integer, check_path, check_type
-from resnet_fast.data.cifar10 import load_cifar10
+from resnet_fast.common.checks import check_choice, check_integer, check_path, check_type, check_url
 from resnet_fast.data.dataset import ImageDataset
 from resnet_fast.data.digits import load_digits
 from resnet_fast.data.folder import load_folder
 from resnet_fast.data.options import DATASETS, MAX_IMAGE_SIZE
+from resnet_fast.data.torchvision_sets import load_cifar10, load_cifar100, load_svhn
+
+DOWNLOADING = {"cifar10": load_cifar10, "cifar100": load_cifar100, "svhn": load_svhn}
 
 
 def load_dataset(
@@ -17,15 +19,17 @@ def load_dataset(
     image_size: int = 32,
     workers: int = 0,
     skip_unreadable: bool = False,
+    mirror: str | None = None,
 ) -> ImageDataset:
     """Return the data set called `name`.
 
     Args:
-        name: "cifar10", "digits" or "folder".
-        data_dir: where CIFAR-10 lies or is downloaded to, or the folder with train/ and test/; digits needs none.
-        image_size: height and width of "digits" and "folder"; CIFAR-10 is 32x32.
+        name: "cifar10", "cifar100", "svhn", "digits" or "folder".
+        data_dir: where the first three lie or are downloaded to, or the folder with train/ and test/.
+        image_size: height and width of "digits" and "folder"; the others are 32x32.
         workers: processes that read the images of "folder".
         skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
+        mirror: the URL of a folder to download from, in place of the known ones (`load_cifar10`).
 
     Raises:
         TypeError, ValueError: there is no such data set, or another argument breaks its rule.
@@ -36,6 +40,8 @@ def load_dataset(
     check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     check_integer("workers", workers, 0)
     check_type("skip_unreadable", skip_unreadable, bool)
-    if name == "cifar10":
-        return load_cifar10(data_dir)
+    if mirror is not None:
+        check_url("mirror", mirror)
+    if name in DOWNLOADING:
+        return DOWNLOADING[name](data_dir, mirror)
     return load_digits(image_size) if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)

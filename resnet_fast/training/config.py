@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from resnet_fast.common.checks import shown
-from resnet_fast.data.options import DATASETS, MAX_IMAGE_SIZE
+from resnet_fast.data.options import DATASETS, DOWNLOADED, MAX_IMAGE_SIZE, NOT_MIRRORED
 from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem
-from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, integer, one_of, settings_of
+from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, URL, integer, one_of, settings_of
 from resnet_fast.training.paths import free_folder
 from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
 from resnet_fast.training.torchrun import world_size
@@ -17,7 +17,6 @@ from resnet_fast.training.torchrun import world_size
 if TYPE_CHECKING:
     import torch
 
-NOT_MIRRORED = ("digits",)  # a mirrored 2 is no 2
 IMAGE_SIZE = 32
 DIGITS_SIZE = 12  # by the digits' own recipe; others cut out squares of 12 pixels
 N_WHITENING = 54  # filters: 27 directions of 3x3 pixels of 3 channels, and their negatives
@@ -27,8 +26,8 @@ MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """All settings of a run; docs/options.md has them as a table. Once made, every field but `crop` and `weights` holds
-    the value that will be used.
+    """All settings of a run; docs/options.md has them as a table. Once made, every field but `crop`, `mirror` and
+    `weights` holds the value that will be used.
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.
@@ -38,7 +37,8 @@ class TrainConfig(Recipe):
         str,
         one_of(RECIPES),
         "What is learned, and how: gives all settings below, each of which may be given beside it. "
-        f"[default: {DEFAULT_RECIPES['cifar10']}; for digits and folder those of their names]",
+        f"[default: {DEFAULT_RECIPES['cifar10']}; cifar100: {DEFAULT_RECIPES['cifar100']}; "
+        "for digits and folder those of their names]",
     ] = FROM_RECIPE
     model: Annotated[str, MODEL, f"The network: {', '.join(MODELS)}."] = "resnet18"
     stem: Annotated[
@@ -59,9 +59,18 @@ class TrainConfig(Recipe):
     dataset: Annotated[
         str,
         one_of(DATASETS),
-        "cifar10 downloads itself; digits needs no network; folder is the data folder with train/ and test/.",
+        "cifar10, cifar100 and svhn download themselves; digits needs no network; folder is the data folder with "
+        "train/ and test/.",
     ] = "cifar10"
-    data_dir: Annotated[Path, MAY_MOVE, "Where CIFAR-10 is or goes to, or the folder of images."] = Path("data")
+    data_dir: Annotated[Path, MAY_MOVE, "Where a downloaded data set is or goes to, or the folder of images."] = Path(
+        "data"
+    )
+    mirror: Annotated[
+        str | None,
+        URL,
+        MAY_MOVE,
+        "Download from this server: the URL of a folder with the files. [default: several known ones in turn]",
+    ] = None
     image_size: Annotated[
         int,
         integer(8, MAX_IMAGE_SIZE + 1),
@@ -172,6 +181,8 @@ class TrainConfig(Recipe):
             raise ValueError(f"graph needs a single process, got {world_size()}")
         if self.images != "auto" and self.dataset != "folder":
             raise ValueError(f"images {self.images} is for dataset folder, {self.dataset} is always in memory")
+        if self.mirror is not None and self.dataset not in DOWNLOADED:
+            raise ValueError(f"mirror is for datasets {', '.join(DOWNLOADED)}, got {self.dataset}")
         if self.skip_unreadable and self.dataset != "folder":
             raise ValueError(f"skip_unreadable is for dataset folder, got {self.dataset}")
 

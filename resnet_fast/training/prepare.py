@@ -50,6 +50,7 @@ def load(config: TrainConfig) -> ImageDataset:
         image_size=config.image_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
+        mirror=config.mirror,
     )
     return dataset.hold_out(config.holdout) if config.holdout else dataset
 

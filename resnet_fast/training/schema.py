@@ -21,7 +21,7 @@ from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 
 # Settings that there were not when format 2 began.
-ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable")}
+ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")}
 METRICS = {field.name for field in fields(EpochMetrics)}
 LARGE = 1e300  # a larger number may overflow when it is added or shown
 
@@ -104,7 +104,7 @@ SETTING_RULES: dict[str, Rule] = {
         "cpu or cuda:N",
     ),
     "image_size": _IMAGE_SIZE,
-    "weights": (lambda value: value is None or is_text(value), "None or text"),
+    **dict.fromkeys(("weights", "mirror"), (lambda value: value is None or is_text(value), "None or text")),
 }
 RULES: dict[str, Rule] = {
     "classes": (_are_classes, "a list of different names"),

