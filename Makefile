@@ -11,6 +11,7 @@ help:
 	@echo "make test      set up .venv, prove every promise once"
 	@echo "make test-all  every test, also the slow ones"
 	@echo "make lint      ruff and pyright"
+	@echo "make docs      build the documentation into build/site, strictly"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
 	@echo "make depth     train with skip connections and without, write docs/skip.* [minutes]"
@@ -38,6 +39,10 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks --quick $(ARGS)
 
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
+
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
 
@@ -53,4 +58,4 @@ kernels: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test test-all test-slow lint bench numerics depth kernels
+.PHONY: help train test test-all test-slow lint docs bench numerics depth kernels

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.report`: report.md and pictures of every device, and the README's tables, from the CSV files.
+"""`python -m benchmarks.report`: report.md and pictures of every device, and the tables of docs/results.md, from CSV.
 
-Exit codes: 0 done, 1 a file of results or the README is not as it must be, or with --check stale; 2 a wrong argument.
+Exit codes: 0 done, 1 a file of results or the page is not as it must be, or with --check stale; 2 a wrong argument.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.measured import Folder, read_folders
 from benchmarks.pictures import SOURCES, digest, pictures
 from benchmarks.results import RESULTS, ROOT
-from benchmarks.tables import readme_tables, report
+from benchmarks.tables import page_tables, report
 from resnet_fast.common.files import whole_file
 
 MARKER = re.compile(r"^<!-- (/?)benchmarks(?:: (\S+))? -->$", re.MULTILINE)
@@ -23,8 +23,8 @@ MARKER = re.compile(r"^<!-- (/?)benchmarks(?:: (\S+))? -->$", re.MULTILINE)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def new_readme(text: str, readme: Path, folders: Sequence[Folder]) -> str:
-    """The README with what stands between `<!-- benchmarks: <folder> -->` and `<!-- /benchmarks -->` made anew.
+def new_page(text: str, page: Path, folders: Sequence[Folder]) -> str:
+    """The page with what stands between `<!-- benchmarks: <folder> -->` and `<!-- /benchmarks -->` made anew.
 
     Raises:
         ValueError: a marker has no counterpart, or names no folder of results.
@@ -36,35 +36,35 @@ def new_readme(text: str, readme: Path, folders: Sequence[Folder]) -> str:
         closes, name = bool(marker[1]), marker[2]
         if closes != (opened is not None) or closes == bool(name):
             raise ValueError(
-                f"{readme.name}, line {line}: {marker[0]!r}, but every '<!-- benchmarks: <device> -->' needs one "
+                f"{page.name}, line {line}: {marker[0]!r}, but every '<!-- benchmarks: <device> -->' needs one "
                 "'<!-- /benchmarks -->' after it, before the next"
             )
         if opened is not None:
-            pieces += [f"\n\n{readme_tables(by_name[opened], readme)}\n\n", marker[0]]
+            pieces += [f"\n\n{page_tables(by_name[opened], page)}\n\n", marker[0]]
         elif name not in by_name:
-            raise ValueError(f"{readme.name}, line {line}: no results of {name!r}; there are {', '.join(by_name)}")
+            raise ValueError(f"{page.name}, line {line}: no results of {name!r}; there are {', '.join(by_name)}")
         else:
             pieces.append(text[end : marker.end()])
         opened, end = None if closes else name, marker.end()
     if opened is not None:
-        raise ValueError(f"{readme.name}: '<!-- benchmarks: {opened} -->' has no '<!-- /benchmarks -->' after it")
+        raise ValueError(f"{page.name}: '<!-- benchmarks: {opened} -->' has no '<!-- /benchmarks -->' after it")
     return "".join([*pieces, text[end:]])
 
 
-def texts(folders: Sequence[Folder], readme: Path) -> dict[Path, str]:
-    """What every report and the README have to be."""
+def texts(folders: Sequence[Folder], page: Path) -> dict[Path, str]:
+    """What every report and the page have to be."""
     pages = {folder.path / "report.md": report(folder, list(pictures(folder))) for folder in folders}
-    return pages | {readme: new_readme(readme.read_text(encoding="utf-8"), readme, folders)}
+    return pages | {page: new_page(page.read_text(encoding="utf-8"), page, folders)}
 
 
-def stale(results: Path, readme: Path) -> list[Path]:
+def stale(results: Path, page: Path) -> list[Path]:
     """The files that are not what the CSV files give: texts that differ, pictures drawn from other rows or of none.
 
     Raises:
-        ValueError: as `read_folders` and `new_readme`.
+        ValueError: as `read_folders` and `new_page`.
     """
     folders = read_folders(results)
-    stale_files = [path for path, text in texts(folders, readme).items() if _read(path) != text]
+    stale_files = [path for path, text in texts(folders, page).items() if _read(path) != text]
     for folder in folders:
         made = pictures(folder)
         for name in SOURCES:
@@ -74,12 +74,12 @@ def stale(results: Path, readme: Path) -> list[Path]:
     return stale_files
 
 
-def write(results: Path, readme: Path) -> list[Path]:
-    """Write reports, pictures and the README, all of them or, where one cannot be made, none; remove pictures of which
+def write(results: Path, page: Path) -> list[Path]:
+    """Write reports, pictures and the page, all of them or, where one cannot be made, none; remove pictures of which
     the data are gone. Returns what was written.
     """
     folders = read_folders(results)
-    contents = {path: text.encode() for path, text in texts(folders, readme).items()}
+    contents = {path: text.encode() for path, text in texts(folders, page).items()}
     gone = []
     for folder in folders:
         made = pictures(folder)
@@ -119,19 +119,19 @@ def main(
     results: Annotated[
         Path, typer.Option(exists=True, file_okay=False, help="Folder of the devices' folders.")
     ] = RESULTS,
-    readme: Annotated[
+    page: Annotated[
         Path,
         typer.Option(exists=True, dir_okay=False, help="Its tables stand between <!-- benchmarks: … --> markers."),
-    ] = ROOT / "README.md",
+    ] = ROOT / "docs/results.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; say which files are stale.")] = False,
 ) -> None:
-    """Turn the CSV files of results into report.md and pictures, and refresh the README's tables."""
+    """Turn the CSV files of results into report.md and pictures, and refresh the page's tables."""
     try:
         if check:
-            if stale_files := stale(results, readme):
+            if stale_files := stale(results, page):
                 _stop(f"stale, run python -m benchmarks.report: {', '.join(map(str, stale_files))}")
         else:
-            for path in write(results, readme):
+            for path in write(results, page):
                 typer.echo(path)
     except (ValueError, OSError) as error:
         _stop(str(error))

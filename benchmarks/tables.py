@@ -1,4 +1,4 @@
-"""The tables of benchmarks/results/<device>/report.md and of the README, as Markdown."""
+"""The tables of benchmarks/results/<device>/report.md and of docs/results.md, as Markdown."""
 
 import itertools
 import math
@@ -174,11 +174,11 @@ def _categories(folder: Folder) -> list[str]:
     return lines[:-1]
 
 
-def readme_tables(folder: Folder, readme: Path) -> str:
-    """What stands in the README between the device's markers.
+def page_tables(folder: Folder, page: Path) -> str:
+    """What stands in the page between the device's markers.
 
     Raises:
-        ValueError: the folder has no rows that the README shows.
+        ValueError: the folder has no rows that the page shows.
     """
     networks = {level: folder.rows[level] for level in NETWORKS if level in folder.rows}
     operations = [
@@ -188,25 +188,25 @@ def readme_tables(folder: Folder, readme: Path) -> str:
     ]
     if not (networks or operations):
         raise ValueError(
-            f"the README shows {folder.path.name}, but its CSV files have neither a training step, nor inference, nor "
+            f"{page.name} shows {folder.path.name}, but its CSV files have neither a training step, nor inference, nor "
             "an operation forward and backward in bf16, channels_last"
         )
     shown = list(itertools.chain(*networks.values(), operations))
     origins = [origin for origin in folder.origins if any(row.origin == origin for row in shown)]
     lines: list[str] = []
     for level, rows in networks.items():
-        lines += [*_readme_networks(origins, level, rows), ""]
+        lines += [*_page_networks(origins, level, rows), ""]
     if operations:
-        lines += [*_readme_operations(origins, operations), ""]
+        lines += [*_page_operations(origins, operations), ""]
     if len(origins) > 1:
         lines += [f"<sup>{number}</sup> {origin};" for number, origin in enumerate(origins, 1)]
     else:
         lines.append(f"{origins[0]};")
-    report_link = Path(os.path.relpath(folder.path / "report.md", readme.parent)).as_posix()
+    report_link = Path(os.path.relpath(folder.path / "report.md", page.parent)).as_posix()
     return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{report_link}]({report_link})."])
 
 
-def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:
+def _page_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:
     """A line for each precision and provider, a column for each batch size."""
     by_column = {(row.precision, row.provider, row.batch_size): row for row in rows}
     batch_sizes = sorted({row.batch_size for row in rows})
@@ -236,7 +236,7 @@ def _readme_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measu
     return [*markdown(header, table), "", note]
 
 
-def _readme_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
+def _page_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
     """A line for each operation and batch size, a column for each provider: over the stage shapes."""
     providers = providers_of("op", rows)
 

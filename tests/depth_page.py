@@ -1,6 +1,6 @@
-"""`python tests/depth_page.py [RUN]`: runs `resnet-fast study skip`, and shows what it found in docs/ and the README.
+"""`python tests/depth_page.py [RUN]`: runs `resnet-fast study skip`, and shows what it found in docs/.
 
-Writes docs/skip.png, skip.csv, skip_gradients.csv and skip_config.json, and the tables of docs/depth.md and README.md.
+Writes docs/skip.png, skip.csv, skip_gradients.csv and skip_config.json, and the tables of docs/depth.md.
 RUN is the folder of a study that has been run already, with the commit that is checked out.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pages import DOCS, write_tables
 
-from benchmarks.results import ROOT, commit
+from benchmarks.results import commit
 from resnet_fast.models import CifarResNet
 from resnet_fast.study import EpochRow, Network, format_verdict
 from resnet_fast.study.folder import read_table
@@ -23,7 +23,6 @@ from resnet_fast.study.report import last_epochs
 from resnet_fast.training.repeat import Spread
 
 FILES = {"skip.png": "skip.png", "skip.csv": "skip.csv", "gradients.csv": "skip_gradients.csv"}
-README = ROOT / "README.md"
 DEPTHS = (20, 32, 44, 56, 110)
 
 
@@ -44,12 +43,8 @@ def n_parameters(model: CifarResNet) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def result(is_short: bool = False) -> str:
-    """What docs/skip.csv and docs/skip_config.json hold: a table, the verdict, and how it was measured.
-
-    Args:
-        is_short: of the verdict its last sentence, and of the settings what a reader of the README needs.
-    """
+def result() -> str:
+    """What docs/skip.csv and docs/skip_config.json hold: a table, the verdict, and how it was measured."""
     rows, config = read_table(DOCS / "skip.csv", EpochRow), json.loads((DOCS / "skip_config.json").read_text())
     networks = [Network(int(name.split("-")[1]), name.startswith("plain")) for name in config["networks"]]
     lines = ["| network | parameters | training error (%) | test error (%) |", "| --- | ---: | ---: | ---: |"]
@@ -69,10 +64,7 @@ def result(is_short: bool = False) -> str:
         f"{config['device_name']}, {config['threads']} thread{'s' * (config['threads'] > 1)}, "
         f"torch {config['versions']['torch']}, commit {config['commit']}, {config['date']}; `make depth`"
     )
-    verdict = format_verdict(rows, networks)
-    if is_short:
-        return "\n".join([*lines, "", verdict[-2], "", *wrapped(f"{data}; {spread}; {where}")])
-    return "\n".join([*lines, "", *verdict, "", *wrapped(setting), "", *wrapped(where)])
+    return "\n".join([*lines, "", *format_verdict(rows, networks), "", *wrapped(setting), "", *wrapped(where)])
 
 
 def wrapped(text: str) -> list[str]:
@@ -94,7 +86,6 @@ def main() -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (DOCS / "skip_config.json").write_text(text, encoding="utf-8")
     write_tables(DOCS / "depth.md", f"{counts()}\n\n## What the skip connections do\n\n{result()}")
-    write_tables(README, result(is_short=True))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def shown_tables(page: Path) -> str:
 
 
 def run_example(page: Path) -> dict[str, Any]:
-    """Run the page's one example; return its names."""
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    """Run the page's last example; return its names."""
+    *_, example = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(example, str(page), "exec"), names)
     return names

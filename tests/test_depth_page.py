@@ -1,4 +1,4 @@
-"""docs/depth.md and the README show what docs/skip.csv holds, and the page's example runs."""
+"""docs/depth.md shows what docs/skip.csv holds, and the page's example runs."""
 
 import depth_page
 from pages import DOCS, run_example, shown_tables
@@ -11,10 +11,6 @@ PAGE = DOCS / "depth.md"
 def test_the_page_shows_the_counts_and_the_csv():
     shown = shown_tables(PAGE)
     assert depth_page.counts() in shown and depth_page.result() in shown
-
-
-def test_the_readme_shows_the_csv():
-    assert shown_tables(depth_page.README) == depth_page.result(is_short=True)
 
 
 def test_the_example_runs(capsys, monkeypatch):

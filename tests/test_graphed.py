@@ -678,10 +678,10 @@ def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
 
 def test_the_page():
     with pytest.warns(RuntimeWarning, match="on cpu") if not torch.cuda.is_available() else nullcontext():
-        names = run_example(DOCS / "graphed.md")
+        names = run_example(DOCS / "own-loop.md")
     assert names["model"].bn1.num_batches_tracked == 3
     for remedy in ("fused=True", "GradScaler", "AveragedModel", "scheduler.step()", "torch.where"):
-        assert remedy in (DOCS / "graphed.md").read_text(encoding="utf-8")
+        assert remedy in (DOCS / "own-loop.md").read_text(encoding="utf-8")
 
 
 def test_an_error_of_the_step_is_its_own():

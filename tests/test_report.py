@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report` shows what the CSV files hold, the same every time; README and reports are fresh."""
+"""`python -m benchmarks.report` shows what the CSV files hold, the same every time; what is committed is fresh."""
 
 import shutil
 from dataclasses import replace
@@ -112,8 +112,8 @@ PROFILE = [
 
 
 def write_results(place: Path) -> Path:
-    """A README with a place for the device's tables, and its results, all of them."""
-    (place / "README.md").write_text(f"before\n\n<!-- benchmarks: {DEVICE} -->\n<!-- /benchmarks -->\n\nafter\n")
+    """A page with a place for the device's tables, and its results, all of them."""
+    (place / "results.md").write_text(f"before\n\n<!-- benchmarks: {DEVICE} -->\n<!-- /benchmarks -->\n\nafter\n")
     files = {"training_step": STEPS, "inference": INFERENCE, "op": OPERATIONS, "limits": [LIMITS], "profile": PROFILE}
     for name, rows in files.items():
         write_rows(place / "results" / DEVICE / f"{name}.csv", rows)
@@ -149,7 +149,7 @@ def made(tmp_path: Path, drawn: Path) -> Path:
 
 def run(place: Path, *options: str, code: int = 0) -> str:
     """Run the command and return what it says."""
-    paths = ("--results", str(place / "results"), "--readme", str(place / "README.md"))
+    paths = ("--results", str(place / "results"), "--page", str(place / "results.md"))
     done = CliRunner().invoke(report.app, [*paths, *options])
     assert done.exit_code == code, done.output
     return done.output
@@ -159,24 +159,24 @@ def contents(place: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
-def test_the_committed_readme_and_reports_show_the_committed_results():
-    readme = ROOT / "README.md"
-    assert report.MARKER.search(readme.read_text(encoding="utf-8"))
-    assert report.stale(RESULTS, readme) == []
+def test_the_committed_page_and_reports_show_the_committed_results():
+    page = ROOT / "docs/results.md"
+    assert report.MARKER.search(page.read_text(encoding="utf-8"))
+    assert report.stale(RESULTS, page) == []
 
 
 def test_columns_of_the_machine_are_those_that_are_written():
     assert tuple(machine_columns(torch.device("cpu"))) == measured.MACHINE
 
 
-def test_the_readme_shows_the_figures_of_the_rows_and_nothing_else_changes(made: Path):
-    assert (made / "README.md").read_text() == f"before\n{TABLE}\nafter\n"
+def test_the_page_shows_the_figures_of_the_rows_and_nothing_else_changes(made: Path):
+    assert (made / "results.md").read_text() == f"before\n{TABLE}\nafter\n"
 
 
 def test_writing_twice_gives_the_same_bytes_and_is_not_stale(made: Path):
     first = contents(made)
     for path in first:
-        if path.suffix != ".csv" and path.name != "README.md":
+        if path.suffix != ".csv" and path.name != "results.md":
             path.unlink()
     run(made)
     assert contents(made) == first
@@ -220,7 +220,7 @@ def test_convolutions_are_compared_in_one_table_wins_and_losses(made: Path):
         of = {"case": CONVOLUTION, "direction": direction, "gflop": "600.0"}
         return [step(name, ms, speedup, batch_size=512, **of) for name, ms, speedup in of_providers]
 
-    before = (made / "results" / DEVICE / "report.md", made / "README.md")
+    before = (made / "results" / DEVICE / "report.md", made / "results.md")
     texts = [path.read_text() for path in before]
     assert "TFLOP/s |" not in texts[0] and "onvolution\n" not in texts[0]
     of_level = rows("forward", ("cudnn", 1.0, 1), (CUT, 2.0, 0.5), (OTHER_CUT, 3.0, 0.33))
@@ -249,18 +249,18 @@ def test_rows_of_another_day_are_marked(place: Path, no_pictures: None):
     later = {"date_utc": "2026-11-26T10:00:00Z", "commit": "ba9876543210"}
     write_rows(path, [STEPS[0] | later, *STEPS[1:]])
     run(place)
-    for text in ((place / "README.md").read_text(), (path.parent / "report.md").read_text()):
+    for text in ((place / "results.md").read_text(), (path.parent / "report.md").read_text()):
         assert "<sup>1</sup> Some GPU" in text and "commit 0123456789ab, 2026-11-25" in text
         assert "<sup>2</sup> Some GPU" in text and "commit ba9876543210, 2026-11-26" in text
-    readme = (place / "README.md").read_text()
-    assert "12.3 ms, 1×, 25 %<sup>2</sup>" in readme
-    assert "2.00× (1.90 – 2.11), 25 %<sup>1</sup>" in readme
-    assert "1,237 ms, 1×, 25 %<sup>1</sup>" in readme
+    page = (place / "results.md").read_text()
+    assert "12.3 ms, 1×, 25 %<sup>2</sup>" in page
+    assert "2.00× (1.90 – 2.11), 25 %<sup>1</sup>" in page
+    assert "1,237 ms, 1×, 25 %<sup>1</sup>" in page
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.md", "training_step.csv", "speedups.png"])
+@pytest.mark.parametrize("name", ["results.md", "report.md", "training_step.csv", "speedups.png"])
 def test_check_names_what_is_stale_and_writes_nothing(made: Path, name: str):
-    path = made / name if name == "README.md" else made / "results" / DEVICE / name
+    path = made / name if name == "results.md" else made / "results" / DEVICE / name
     if name == "speedups.png":
         path.unlink()
     else:
@@ -268,10 +268,10 @@ def test_check_names_what_is_stale_and_writes_nothing(made: Path, name: str):
     before = contents(made)
     found = run(made, "--check", code=1)
     stale = {
-        "training_step.csv": ["README.md", "report.md", "speedups.png", "roofline.png", "step_time.png"],
-        "inference.csv": ["README.md", "report.md", "speedups.png", "roofline.png"],
+        "training_step.csv": ["results.md", "report.md", "speedups.png", "roofline.png", "step_time.png"],
+        "inference.csv": ["results.md", "report.md", "speedups.png", "roofline.png"],
     }.get(name, [name])
-    for other in ("README.md", "report.md", "speedups.png", "roofline.png", "step_time.png", "categories.png"):
+    for other in ("results.md", "report.md", "speedups.png", "roofline.png", "step_time.png", "categories.png"):
         assert (other in found) == (other in stale)
     assert contents(made) == before
 
@@ -292,10 +292,10 @@ def test_pictures_are_those_of_the_data(made: Path):
 def test_several_devices_have_their_own_tables(place: Path, no_pictures: None):
     row = step("eager, tuned", 55.5, device="Other GPU")
     write_rows(place / "results" / OTHER / "training_step.csv", [row])
-    readme = place / "README.md"
-    readme.write_text(f"<!-- benchmarks: {OTHER} -->\nold\n<!-- /benchmarks -->\n{readme.read_text()}")
+    page = place / "results.md"
+    page.write_text(f"<!-- benchmarks: {OTHER} -->\nold\n<!-- /benchmarks -->\n{page.read_text()}")
     run(place)
-    other, ours = readme.read_text().split("before")
+    other, ours = page.read_text().split("before")
     assert "| 55.5 ms, 1×, 25 % |" in other and "old" not in other and "12.3 ms" not in other
     assert ours == f"\n{TABLE}\nafter\n"
     assert (place / "results" / OTHER / "report.md").read_text().startswith("# Other GPU\n")
@@ -333,14 +333,14 @@ BEGIN, END = f"<!-- benchmarks: {DEVICE} -->\n", "<!-- /benchmarks -->\n"
     ("text", "message"),
     [
         (f"a\n{BEGIN}", f"'<!-- benchmarks: {DEVICE} -->' has no '<!-- /benchmarks -->' after it"),
-        (f"a\n{BEGIN}{BEGIN}{END}", "README.md, line 3: "),
-        (f"a\n{END}", "README.md, line 2: '<!-- /benchmarks -->', but"),
-        (f"<!-- benchmarks: new-gpu -->\n{END}", f"README.md, line 1: no results of 'new-gpu'; there are {DEVICE}"),
+        (f"a\n{BEGIN}{BEGIN}{END}", "results.md, line 3: "),
+        (f"a\n{END}", "results.md, line 2: '<!-- /benchmarks -->', but"),
+        (f"<!-- benchmarks: new-gpu -->\n{END}", f"results.md, line 1: no results of 'new-gpu'; there are {DEVICE}"),
     ],
     ids=["no end", "two begins", "no begin", "unknown device"],
 )
 def test_a_marker_that_is_wrong_is_named_and_nothing_written(place: Path, text: str, message: str):
-    (place / "README.md").write_text(text)
+    (place / "results.md").write_text(text)
     before = contents(place)
     assert message in run(place, code=1)
     assert contents(place) == before
@@ -348,7 +348,7 @@ def test_a_marker_that_is_wrong_is_named_and_nothing_written(place: Path, text: 
 
 def test_arguments_that_are_wrong(place: Path):
     run(place, "--results", str(place / "nowhere"), code=2)
-    run(place, "--readme", str(place / "nowhere"), code=2)
+    run(place, "--page", str(place / "nowhere"), code=2)
     assert "must hold a folder with one of" in run(place, "--results", str(place / "results" / "no-device"), code=1)
 
 
