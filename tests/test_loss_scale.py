@@ -249,9 +249,12 @@ def test_skipped_steps_are_counted_recorded_and_shown(tmp_path: Path, monkeypatc
     with open(tmp_path / "run" / "metrics.csv") as file:
         assert [int(row["skipped_steps"]) for row in csv.DictReader(file)] == counts
     lines = capsys.readouterr().out.splitlines()
-    shown = [int(line.split(":")[1]) for line in lines if "overflowed" in line]
-    assert shown == [count for count in counts if count]
-    assert lines[lines.index(next(line for line in lines if "overflowed" in line)) - 1].strip().startswith("1/3")
+    first, second = (i for i, line in enumerate(lines) if "overflowed" in line)
+    assert [lines[first].strip(), lines[second].strip()] == [
+        f"{counts[0]} steps skipped: gradients overflowed in fp16",
+        f"{counts[1]} step{'s' if counts[1] > 1 else ''} skipped: gradients overflowed in fp16",
+    ]
+    assert lines[first - 1].strip().startswith("1/3") and lines[second - 1].strip().startswith("2/3")
 
 
 def change(path: Path, edit: Callable[[dict], object]) -> None:

@@ -231,7 +231,7 @@ def choose_precision(device: "torch.device | str") -> str:
 
     device = check_device(device)
     if device.type == "cuda":
-        # Not is_bf16_supported(), which says yes where bf16 is emulated, too.
+        # By default torch.cuda.is_bf16_supported() says yes where bf16 is emulated, too.
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     # Private, but in each torch from 2.4 on; get_capabilities(), its public successor, came after 2.11.

@@ -42,9 +42,10 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
 
 def format_skipped(metrics: EpochMetrics) -> list[str]:
     """Return the line below an epoch's row that says how many of its steps were skipped, if any were."""
-    if not metrics.skipped_steps:
+    count = metrics.skipped_steps
+    if not count:
         return []
-    return [f"{'':>7}  steps skipped, as their gradients overflowed in fp16: {metrics.skipped_steps:,}"]
+    return [f"{'':>7}  {count:,} step{'s' if count > 1 else ''} skipped: gradients overflowed in fp16"]
 
 
 def format_progress(progress: EpochProgress, seconds_left: float) -> str:
