@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
-from benchmarks.limits import quick_precision
-from benchmarks.networks import PRECISIONS, compiled, cudnn_benchmark, on_cuda
+from benchmarks.limits import DTYPES, precisions
+from benchmarks.networks import compiled, cudnn_benchmark, on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, flops, operation_bytes
 from resnet_fast import FusedBatchNorm2d
@@ -60,7 +60,7 @@ fused = partial(make_block, BasicBlock, FusedBatchNorm2d)
 
 
 class BlockRun(Run):
-    """`make(*setting.shape)` in channels_last, under autocast in bf16."""
+    """`make(*setting.shape)` in channels_last, under autocast in bf16 and fp16."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class BlockLevel(Level):
         if quick:
             cases = [next(iter(IDENTITY.items())), next(iter(PROJECTION.items()))]
         batch_sizes = BATCH_SIZES[device.type][-1:] if quick else BATCH_SIZES[device.type]
-        for precision in [quick_precision(device)] if quick else PRECISIONS:
+        for precision in precisions(device, quick):
             for batch_size in batch_sizes:
                 for case, shape in cases:
                     yield Setting(case, "both", precision, "channels_last", batch_size, shape)
@@ -121,7 +121,7 @@ class BlockLevel(Level):
         generator = torch.Generator(device).manual_seed(torch.seed())  # fresh data in every run
         n_in, n_out, width = setting.shape
         width_out = width if n_in == n_out else width // 2
-        dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+        dtype = DTYPES[setting.precision]
 
         def image(n_channels: int, width: int) -> Tensor:
             shape = (setting.batch_size, n_channels, width, width)

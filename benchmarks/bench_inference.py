@@ -2,8 +2,9 @@
 
 Launches count: a pass is timed from an idle device until its last kernel has ended.
 
-Numerics: in bf16 it runs under autocast, as `resnet_fast.evaluation` does, and every pass rounds the fp32 weights anew.
-In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for every provider alike.
+Numerics: in bf16 and fp16 it runs under autocast, as `resnet_fast.evaluation` does, and every pass rounds the fp32
+weights anew. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for every provider
+alike.
 """
 
 import copy

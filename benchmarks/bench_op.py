@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
-from benchmarks.limits import quick_precision
+from benchmarks.limits import precisions
 from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
@@ -301,12 +301,10 @@ class OpLevel(Level):
     }
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
-        has_apex = peers.why_not("apex.contrib.groupbn.batch_norm", "none", "fp16", "channels_last", device) is None
-        precisions = [quick_precision(device)] if quick else ["bf16", "fp32"] + ["fp16"] * has_apex
         layouts = ["channels_last"] if quick else list(LAYOUTS)
         directions = ["both"] if quick else ["forward", "backward", "both"]
         operations = {name: operation for name, operation in OPERATIONS.items() if not (quick and operation.fork)}
-        for precision, layout, direction in itertools.product(precisions, layouts, directions):
+        for precision, layout, direction in itertools.product(precisions(device, quick), layouts, directions):
             for batch_size in BATCH_SIZES[device.type][-1:] if quick else BATCH_SIZES[device.type]:
                 for (name, operation), (n_channels, width) in itertools.product(operations.items(), STAGES):
                     if not (operation.fork and direction == "forward"):

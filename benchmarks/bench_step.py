@@ -2,8 +2,10 @@
 
 Launches count: a step is timed from an idle device until its last kernel has ended.
 
-Numerics: in bf16 the forward runs under autocast; weights, gradients and optimizer state are fp32. In fp32 on a GPU
-cuDNN's convolutions round their inputs to TF32, torch's default, for every provider alike.
+Numerics: in bf16 and fp16 the forward runs under autocast; weights, gradients and optimizer state are fp32. In fp16 the
+loss is scaled by a GradScaler, whose arithmetic is part of the step. There, in channels_last, eager's batch norm is
+cuDNN's; in bf16 it is ATen's. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for
+every provider alike.
 """
 
 import copy
@@ -35,6 +37,7 @@ from resnet_fast.ops import choices, implementations
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.providers import N_BATCHES, N_CLASSES
 from resnet_fast.profiling.settings import LEARNING_RATE
+from resnet_fast.training.loss_scale import make_scaler
 from resnet_fast.training.step import training_step
 
 # Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.
@@ -66,20 +69,24 @@ class StepRun(NetworkRun):
     ) -> None:
         super().__init__(loaded(make_model, data.weights).train(), setting, data.batches, tuned, compile_model)
         self.optimizer = make_optimizer(self.model, fused=True if tuned else None)
+        self.scaler = make_scaler(self.precision, data.batches[0][0].device)
+        self.scale = self.scaler.get_scale()
         if graph:
             self.record()
 
     def record(self) -> None:
-        """Record the step, and undo what the steps before did to weights, running statistics and momentum."""
+        """Record the step, and undo what the steps before did to weights, statistics, momentum and loss scale."""
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        scaler = self.scaler.state_dict()
         super().record()
+        self.scaler.load_state_dict(scaler)
         self.model.load_state_dict(before, strict=True)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()  # which the first step multiplies and adds its gradient to
 
     def run(self, images: Tensor, *others: Tensor) -> Tensor:
         (labels,) = others
-        return training_step(self.forward, self.optimizer, images, labels, self.precision)[0]
+        return training_step(self.forward, self.optimizer, images, labels, self.precision, self.scaler)[0]
 
     def observe(self) -> dict[str, Tensor]:
         before = copy.deepcopy(list(self.model.parameters()))
@@ -89,6 +96,8 @@ class StepRun(NetworkRun):
         loss = self().item()
         if not torch.isfinite(torch.tensor(loss)):
             raise RuntimeError(f"the loss became {loss}: what was timed is no training step")
+        if self.scaler.get_scale() < self.scale:
+            raise RuntimeError("gradients overflowed in fp16: a step that was timed was skipped")
 
 
 def observe(model: nn.Module, loss: Tensor, before: list[nn.Parameter]) -> dict[str, Tensor]:

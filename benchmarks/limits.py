@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.work import Work
+from resnet_fast.training.config import choose_precision
 from resnet_fast.tuning.timing import alternate, percentiles
 
 # Far beyond the caches, and no more than a small machine has.
@@ -39,14 +40,27 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
     A matrix product in an emulated precision is some hundred times slower than in fp32.
     """
-    if device.type != "cpu" or precision != "bf16":
+    if precision != "bf16":
         return False
+    if device.type == "cuda":
+        return choose_precision(device) != "bf16"
     return not any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
 def quick_precision(device: torch.device) -> str:
-    """Return the precision of a quick run: bf16, or fp32 if the processor only emulates bf16."""
-    return "fp32" if is_emulated("bf16", device) else "bf16"
+    """Return the precision of a quick run: bf16, or if the processor emulates it, that of training on it."""
+    if not is_emulated("bf16", device):
+        return "bf16"
+    return choose_precision(device) if device.type == "cuda" else "fp32"
+
+
+def precisions(device: torch.device, quick: bool) -> list[str]:
+    """Return the precisions of a level: fp16 on GPUs only (CPUs are slow in it), bf16 unless a GPU emulates it."""
+    if quick:
+        return [quick_precision(device)]
+    if device.type == "cpu":
+        return ["bf16", "fp32"]
+    return [precision for precision in ("bf16", "fp16", "fp32") if not is_emulated(precision, device)]
 
 
 def measure_limits(device: torch.device) -> Limits:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Level, Provider, Run, Setting
-from benchmarks.limits import quick_precision
+from benchmarks.limits import precisions
 from resnet_fast.profiling import providers
 from resnet_fast.training import TrainConfig
 from resnet_fast.training.graph import CudaGraph
 
-PRECISIONS = ["bf16", "fp32"]
 RESNET18 = TrainConfig(model="resnet18", stem="cifar", device="cpu")
 CASE = "ResNet-18, 3x3 stem"
 
@@ -140,7 +139,7 @@ class NetworkLevel(Level):
 
     def settings(self, device: torch.device, quick: bool) -> Iterator[Setting]:
         batch_sizes = (self.quick_batch_sizes if quick else self.batch_sizes)[device.type]
-        for precision in [quick_precision(device)] if quick else PRECISIONS:
+        for precision in precisions(device, quick):
             for batch_size in batch_sizes:
                 yield Setting(CASE, self.direction, precision, "channels_last", batch_size)
 

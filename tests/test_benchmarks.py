@@ -193,6 +193,35 @@ def test_a_loss_that_is_not_finite_is_no_training_step(monkeypatch, thin):
     assert "what was timed is no training step" in str(error)
 
 
+def test_a_step_in_fp16_passes_its_check_and_its_loss_is_scaled(monkeypatch, thin):
+    monkeypatch.setattr(networks, "CudaGraph", Graph)
+    level, setting = copy.copy(bench_step.LEVEL), replace(STEP, precision="fp16", batch_size=16)
+    level.providers = {
+        **{name: level.providers[name] for name in ("eager, tuned", "fused")},
+        "graph": Provider(partial(StepRun, eager_resnet18, graph=True)),
+    }
+    runs = []
+    monkeypatch.setattr(StepRun, "finish", lambda self, finish=StepRun.finish: finish(self) or runs.append(self))
+    measured = harness.measure(level, setting, CPU, ["fused", "graph"], rounds=2)
+    assert measured.times.keys() == level.providers.keys(), measured.refused
+    states = [run.scaler.state_dict() for run in runs]
+    # A check, a call before the clock, two rounds and the end; the warm-up of the graph has been undone.
+    assert [state["_growth_tracker"] for state in states] == [5] * 3
+    assert {state["scale"] for state in states} == {65536}
+
+
+def test_a_step_that_is_skipped_in_fp16_is_not_timed(thin):
+    class Overflowing(StepRun):
+        def finish(self):
+            self.scale = 2.0**60
+            self.scaler.update(self.scale)
+            super().finish()
+
+    level = with_wrong(bench_step.LEVEL, partial(Overflowing, eager_resnet18))
+    measured = harness.measure(level, replace(STEP, precision="fp16"), CPU, ["wrong"], rounds=1)
+    assert "a step that was timed was skipped" in str(measured.refused["wrong"])
+
+
 def test_the_loader_of_ours_passes_its_check():
     measured = harness.measure(bench_loader.LEVEL, LOADER, CPU, ["on device"], rounds=1)
     assert measured.times.keys() == {"torchvision", "on device"}, measured.refused
@@ -486,6 +515,25 @@ def test_a_quick_run_leaves_out_bf16_that_the_processor_emulates(found, precisio
     for level in (bench_step.LEVEL, bench_inference.LEVEL, bench_block.LEVEL, bench_op.LEVEL):
         assert {setting.precision for setting in level.settings(CPU, quick=True)} == {precision}
         assert "bf16" in {setting.precision for setting in level.settings(CPU, quick=False)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "precisions", "quick"),
+    (
+        ((9, 0), ["bf16", "fp16", "fp32"], "bf16"),
+        ((7, 5), ["fp16", "fp32"], "fp16"),
+        ((6, 1), ["fp16", "fp32"], "fp32"),
+    ),
+    ids=("H200", "T4", "GTX 1080"),
+)
+def test_a_gpu_is_measured_in_fp16_and_not_where_it_emulates(capability, precisions, quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for level in (bench_step.LEVEL, bench_inference.LEVEL, bench_block.LEVEL, bench_op.LEVEL):
+        settings = list(level.settings(torch.device("cuda"), quick=False))
+        assert list(dict.fromkeys(setting.precision for setting in settings)) == precisions
+        assert {setting.precision for setting in level.settings(torch.device("cuda"), quick=True)} == {quick}
 
 
 def test_the_clock_tells_the_recorded_times():

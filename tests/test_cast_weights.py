@@ -1,4 +1,4 @@
-"""A step in bf16 whose weights are cast together has the bits of one whose weights autocast casts one by one."""
+"""A step under autocast whose weights are cast together has the bits of one where autocast casts them one by one."""
 
 import copy
 from collections import Counter
@@ -68,7 +68,8 @@ def make_step(recipe: Recipe, together: bool, make: Callable[[], nn.Module], dev
     torch.manual_seed(0)
     model = make().train().to(device)
     forward = None if together else model
-    step = TrainingStep(model, recipe, AUGMENTATION, n_steps=20, precision="bf16", forward=forward, **settings)
+    settings = {"precision": "bf16", **settings}
+    step = TrainingStep(model, recipe, AUGMENTATION, n_steps=20, forward=forward, **settings)
     assert isinstance(step.forward, CastWeights) == together
     return step
 
@@ -99,6 +100,7 @@ CASES: dict[str, tuple[Recipe, Callable[[], nn.Module], dict]] = {
     "torchvision's": (PLAIN, lambda: thin(torchvision_resnet), {}),
     "6n+2": (PLAIN, lambda: CifarResNet(8, 3, width=4), {}),
     "article": (PLAIN, article, {}),
+    "fp16": (PLAIN, thin, {"precision": "fp16"}),
 }
 
 
@@ -160,7 +162,7 @@ def test_all_weights_take_one_launch_forward_and_one_backward(device):
 
 def test_copies_have_the_strides_of_their_weights(device):
     """Else the multi-tensor copy would take a launch for each."""
-    for shadow in CastWeights(thin().to(device)).shadows:
+    for shadow in CastWeights(thin().to(device), torch.bfloat16).shadows:
         assert shadow.copy.stride() == shadow.weight.stride() and shadow.copy.dtype == torch.bfloat16
 
 

@@ -68,11 +68,12 @@ def test_without_a_flip_there_is_no_such_accuracy():
     assert found.flipped is None and found.flip_accuracy is None
 
 
-def test_in_bf16_the_network_runs_under_autocast():
-    found = predict_split(Linear(), make_split(), MEAN, STD, batch_size=8, precision="bf16")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_in_a_low_precision_the_network_runs_under_autocast(precision: str, dtype: torch.dtype):
+    found = predict_split(Linear(), make_split(), MEAN, STD, batch_size=8, precision=precision)
+    with torch.autocast("cpu", dtype=dtype):
         logits = logits_of(Linear(), make_split().images)
-    assert logits.dtype == torch.bfloat16 and found.probabilities.dtype == torch.float32
+    assert logits.dtype == dtype and found.probabilities.dtype == torch.float32
     torch.testing.assert_close(found.probabilities, logits.float().softmax(1).amax(1))
 
 

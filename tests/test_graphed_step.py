@@ -119,6 +119,9 @@ CASES: dict[str, tuple[Recipe, dict]] = {
     "Adam and moving average": (replace(PLAIN, optimizer="adam", lr=1e-2, ema=0.5, clip_norm=0.1), {}),
     "in two parts": (PLAIN, {"accumulate": 2}),
     "bf16": (PLAIN, {"precision": "bf16"}),
+    "fp16": (PLAIN, {"precision": "fp16"}),
+    "fp16, clipping and moving average": (replace(PLAIN, clip_norm=0.1, ema=0.9), {"precision": "fp16"}),
+    "fp16, Adam in two parts": (replace(PLAIN, optimizer="adam"), {"precision": "fp16", "accumulate": 2}),
     "dropout": (PLAIN, {"make": lambda: Small(dropout=0.5)}),
 }
 

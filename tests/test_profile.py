@@ -31,6 +31,7 @@ ENGINE = "autograd::engine::evaluate_function: "
         (["normalize_kernel", "_Pair", STEP], NORM),
         (["_normalize_kernel", "resnet_fast::batch_norm_add_relu", "_BatchNormAddReLU", STEP], NORM),
         (["multi_tensor_apply_kernel", "aten::_fused_sgd_", "Optimizer.step#SGD.step"], OPTIMIZER),
+        (["multi_tensor_apply_kernel", "aten::_amp_foreach_non_finite_check_and_unscale_", STEP], OPTIMIZER),
         (["aten::nll_loss_backward", "NllLossBackward0"], LOSS),
         (["aten::sum", "aten::mean", "aten::adaptive_avg_pool2d", STEP], OTHER),
         ([], OTHER),

@@ -91,9 +91,10 @@ def test_a_wrong_provider_is_refused_by_its_gradients(wrong, thin):
         profile_steps(small(), 1, {"eager": eager, "fused": wrong})
 
 
-def test_a_provider_that_is_wrong_in_its_precision_only_is_refused(thin):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_provider_that_is_wrong_in_its_precision_only_is_refused(precision: str, thin):
     with pytest.raises(ProfileError, match="fused is wrong and is not profiled: the error of the first step's lo"):
-        profile_steps(small(precision="bf16"), 1, {"eager": eager, "fused": wrong_under_autocast})
+        profile_steps(small(precision=precision), 1, {"eager": eager, "fused": wrong_under_autocast})
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -90,8 +90,12 @@ def test_the_first_process_alone_writes_what_one_would(ran: Path):
     assert len(random) == 2 and not torch.equal(*random)  # each draws its own dropout
 
 
-def test_a_network_of_ours_trains_without_a_warning(ran: Path):
-    first, second = results(ran / "resnet")  # nothing on standard error: no stride that DistributedDataParallel copies
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_network_of_ours_trains_without_a_warning(precision: str, ran: Path):
+    # Nothing on standard error: no stride that DistributedDataParallel copies.
+    first, second = results(ran / "resnet" / precision)
+    skipped = [[metrics["skipped_steps"] for metrics in one["history"]] for one in (first, second)]
+    assert skipped == [[1], [1]] if precision == "fp16" else [[0], [0]]
     assert equal(first["weights"], second["weights"])
     assert all(value.isfinite().all() for value in first["weights"].values())
 

@@ -31,7 +31,7 @@ WRONG_SETTINGS = [
     ({"flip": "up"}, "flip must be one of none, random, alternating, got 'up'"),
     ({"normalize": "batch"}, "normalize must be one of dataset, half, got 'batch'"),
     ({"images": "disk"}, "images must be one of auto, memory, stream, got 'disk'"),
-    ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, got 'fp16'"),
+    ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
     ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
@@ -182,3 +182,24 @@ def test_precision_of_a_cpu(probes: tuple[bool, bool] | None, precision: str, mo
     assert choose_precision(torch.device("cpu")) == precision
     assert TrainConfig(device="cpu").precision == precision
     assert TrainConfig(device="cpu", precision="fp32").precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [
+        pytest.param((6, 1), "fp32", id="GTX 1080"),
+        pytest.param((7, 0), "fp16", id="V100"),
+        pytest.param((7, 5), "fp16", id="T4"),
+        pytest.param((8, 0), "bf16", id="A100"),
+        pytest.param((9, 0), "bf16", id="H100"),
+        pytest.param((12, 0), "bf16", id="RTX 5090"),
+    ],
+)
+def test_precision_of_a_gpu(capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)  # as where it is emulated
+    capabilities = {"cuda": (8, 0), "cuda:1": capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    assert choose_precision("cuda:1") == TrainConfig(device="cuda:1").precision == precision
+    assert TrainConfig(device="cuda").precision == "bf16"

@@ -12,6 +12,7 @@ from stand_in import stand_in
 from torch import Tensor, nn
 
 from resnet_fast.data import Augmentation, Batch, ImageDataset, TensorSplit, normalize
+from resnet_fast.evaluation.logits import DTYPES
 from resnet_fast.ops import augment as augment_module
 from resnet_fast.training import (
     MODELS,
@@ -231,7 +232,7 @@ def test_the_same_seed_gives_the_same_bits(
     assert not torch.equal(weights[0], weights[2]) and metrics[0] != metrics[2]
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("precision", "dtype"), DTYPES.items())
 def test_precision_is_of_the_convolutions_and_never_of_the_weights(
     precision: str, dtype: torch.dtype, tiny: list[Tiny], tmp_path: Path
 ):
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_names_the_first_layer_that_is_not():
     images, labels = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
     loss, _ = training_step(model, optimizer, images, labels, "fp32")
     with pytest.raises(DivergedError) as caught:
-        divergence.check_is_finite(loss[None], 2, 0, model, 0.25)
+        divergence.check_is_finite(loss[None], 2, 0, model, 0.25, "fp32")
     assert str(caught.value) == (
         "the loss became nan at epoch 2, step 1; suspects: the learning rate, 0.25 there (try a smaller --lr); "
         "2 of 4 running statistics are not finite, first 3.running_mean; 8 of 8 weights are not finite, first 0.weight"

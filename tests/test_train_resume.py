@@ -67,6 +67,7 @@ OTHER_SETTINGS = [
     {"bn_bias_lr": 64.0, "clip_norm": 0.1, "label_smoothing": 0.2, "nesterov": False},
     {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
     {"normalize": "half", "holdout": 7},
+    {"precision": "fp16", "ema": 0.9},
 ]
 
 

@@ -142,7 +142,7 @@ def test_metrics_csv_has_a_row_per_epoch(config: TrainConfig, no_pictures: None)
         folder.write_epoch(make_history(n_epochs), make_state())
     with open(config.out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
+    columns = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second skipped_steps"
     assert list(rows[0]) == columns.split()
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[2]["lr"]) == pytest.approx(0.1 / 3, rel=1e-5)

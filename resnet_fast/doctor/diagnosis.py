@@ -193,6 +193,8 @@ def find_precision(device: torch.device) -> Iterator[Finding]:
     precision, reason = choose_precision(device), "this processor computes in it"
     if precision == "fp32":
         reason = "this processor has no bf16 instructions, so bf16 would be emulated and slower"
+    elif precision == "fp16":
+        reason = "this GPU has no bf16 instructions; the loss is scaled"
     yield Finding("precision", f"{precision} for train: {reason}")
 
 

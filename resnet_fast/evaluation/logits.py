@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from resnet_fast.data import Split, normalize
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
+
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which a forward runs: bf16 under autocast, or fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Return the context in which a forward runs: bf16 or fp16 under autocast, or fp32."""
+    is_low = precision != "fp32"
+    return torch.autocast(device.type, dtype=DTYPES[precision] if is_low else None, enabled=is_low)
 
 
 def logits_of(
@@ -29,7 +32,7 @@ def logits_of(
         split: on the model's device.
         mean, std: per channel, of images in [0, 1].
         batch_size: images at a time.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         flip: ask about the mirror images, too; else their logits are None.
     """
     for images, labels in split.batches(batch_size):

@@ -93,7 +93,7 @@ def predict_split(
         split: the images, on the model's device.
         mean, std: per channel, of images in [0, 1].
         batch_size: images at a time.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", or "bf16" or "fp16" for autocast.
         flip: ask about the mirror images, too.
         n_mistakes: how many images of wrong answers are kept.
 

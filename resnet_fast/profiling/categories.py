@@ -4,8 +4,9 @@
     innermost:                    aten::copy_ < aten::to < aten::conv2d < training step      -> layout and casts
     a view:                       aten::t < aten::linear < training step                     -> convolution, linear
 
-Everything the optimizer runs is the optimizer's, its copies too. All other additions are "batch norm + add + ReLU": the
-block's own, and the autograd engine's of the two gradients of a block's input. The fused kernels do both.
+Everything the optimizer runs is the optimizer's, its copies too, and so are the checks of fp16's loss scale. All other
+additions are "batch norm + add + ReLU": the block's own, and the autograd engine's of the two gradients of a block's
+input. The fused kernels do both.
 """
 
 import re
@@ -28,6 +29,7 @@ _SAYS = {
     rf"|(BatchNorm|BatchNormAddReLU|Pair|Relu){_NODE}|_(BatchNormAddReLU|Pair)$",
     CONVOLUTION: rf"^aten::\w*conv(2d|olution)\w*$|^aten::(linear|addmm|mm)$|(Convolution|Addmm){_NODE}|^conv3x3",
     LOSS: rf"^aten::(cross_entropy_loss|\w*log_softmax\w*|nll_loss\w*|ones_like)$|(LogSoftmax|NllLoss\w*?){_NODE}",
+    OPTIMIZER: r"^aten::_amp_",
     OTHER: rf"^aten::(\w*pool2d\w*|mean)$|(Mean|\w*Pool\w*?){_NODE}",
 }
 _RULES = {category: re.compile(pattern) for category, pattern in _SAYS.items()}

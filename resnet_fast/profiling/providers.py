@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resnet_fast.models.registry import MODELS
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
 from resnet_fast.training.config import TrainConfig
+from resnet_fast.training.loss_scale import make_scaler
 from resnet_fast.training.step import make_optimizer, training_step
 
 N_CLASSES = 10
@@ -39,11 +40,12 @@ class Step:
         self.optimizer = make_optimizer(model, config)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(config.lr)
+        self.scaler = make_scaler(config.precision, torch.device(config.device))
         self.batches = itertools.cycle(batches)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Return the loss, [], and the logits, [N, 10]."""
-        return training_step(self.model, self.optimizer, *next(self.batches), self.precision)
+        return training_step(self.model, self.optimizer, *next(self.batches), self.precision, self.scaler)
 
 
 def checked_steps(

@@ -9,7 +9,7 @@ for the correction; Polyak and Juditsky 1992 for averaging). Kept are the sum an
 update is one pass with a constant factor, which a CUDA graph can hold.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,20 @@ class Average:
         self.one, self.weight = like.new_ones(()), like.new_zeros(())
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the model as it is."""
-        values = [self.one, *self.source.values()]
-        torch._foreach_lerp_(self.tensors(), values, 1 - self.decay)  # type: ignore[attr-defined]
+    def update(self, overflow: Tensor | None = None) -> None:
+        """Take in the model as it is.
+
+        Args:
+            overflow: [], 1 if the step was skipped, so that nothing is taken in; else 0. None: steps are never skipped.
+        """
+        values, foreach = [self.one, *self.source.values()], cast(Any, torch)
+        if overflow is None:
+            foreach._foreach_lerp_(self.tensors(), values, 1 - self.decay)
+            return
+        # The host does not know whether the step was skipped, so the share of the new values is a tensor.
+        moves = foreach._foreach_sub(values, self.tensors())
+        foreach._foreach_mul_(moves, (1 - self.decay) * (1 - overflow))
+        foreach._foreach_add_(self.tensors(), moves)
 
     def tensors(self) -> list[Tensor]:
         """Return what an update changes."""

@@ -1,7 +1,7 @@
-"""The weights of a network cast to bf16 together: one launch forward and one backward for all of them.
+"""The weights of a network cast to bf16 or fp16 together: one launch forward and one backward for all of them.
 
 Autocast takes one for each weight when a layer first reads it, and one to convert each weight's gradient. It leaves
-weights alone that are in bf16 already, so the network runs on copies that are cast before.
+weights alone that are in its type already, so the network runs on copies that are cast before.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,9 @@ SOURCES = ("torch.nn.modules.", "torchvision.models.", "resnet_fast.")
 
 
 class Shadow(NamedTuple):
-    """A weight, its copy in bf16, and the dictionaries of modules' parameters that hold the weight, with its names."""
+    """A weight, its copy in autocast's type, and the dictionaries of modules' parameters that hold the weight, with its
+    names.
+    """
 
     weight: nn.Parameter
     copy: Tensor
@@ -25,16 +27,17 @@ class Shadow(NamedTuple):
 
 
 class CastWeights:
-    """Runs a model under autocast to bf16, its convolutions and linear layers on weights that are cast together.
+    """Runs a model under autocast, its convolutions and linear layers on weights that are cast together.
 
     Outputs, and gradients of the fp32 parameters, have the bits of `model(x)`. Outside of a call the model is as it
     was. If hooks look on, it runs as it is.
 
     Args:
         model: on its device. Its parameters may be changed in place; neither they nor its layers may be replaced.
+        dtype: of autocast.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.modules = model, tuple(model.modules())
         shadows: dict[nn.Parameter, Shadow] = {}  # a weight that layers share is cast once
         for module in self.modules:
@@ -42,7 +45,7 @@ class CastWeights:
                 continue
             for name, weight in module._parameters.items():
                 if type(weight) is nn.Parameter and weight.dtype == torch.float32:
-                    copy = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+                    copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
                     shadow = shadows.setdefault(weight, Shadow(weight, copy, []))
                     shadow.places.append((module._parameters, name))
         self.shadows = list(shadows.values())
@@ -63,10 +66,10 @@ class CastWeights:
                     parameters[name] = shadow.weight
 
 
-def cast_weights(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return the model's forward with its weights cast together, or the model if it has layers of somebody else."""
     is_known = all(type(module).__module__.startswith(SOURCES) for module in model.modules())
-    return CastWeights(model) if is_known else model
+    return CastWeights(model, dtype) if is_known else model
 
 
 class _Cast(torch.autograd.Function):

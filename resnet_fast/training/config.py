@@ -97,8 +97,9 @@ class TrainConfig(Recipe):
     device: Annotated[str, DEVICE, MAY_MOVE, "auto, cpu, cuda or cuda:N."] = "auto"
     precision: Annotated[
         str,
-        one_of(("auto", "fp32", "bf16")),
-        "auto: bf16, by autocast, where the processor computes in it.",
+        one_of(("auto", "fp32", "bf16", "fp16")),
+        "bf16 and fp16 by autocast, fp16 with a loss scale. auto: bf16 where the processor computes in it, fp16 on a "
+        "GPU of compute capability 7.0 to 7.5 (V100, T4), else fp32.",
     ] = "auto"
     deterministic: Annotated[bool, "Refuse what two runs on a GPU might compute differently."] = False
     workers: Annotated[
@@ -235,13 +236,18 @@ def check_device(device: Any) -> "torch.device":
 
 
 def choose_precision(device: "torch.device | str") -> str:
-    """Return "bf16" where the processor has instructions for it, "fp32" where bf16 would be emulated and slower."""
+    """Return the precision "auto": the fastest that the processor has instructions for, and does not emulate.
+
+    On a GPU the compute capability decides: "bf16" from 8.0 on, "fp16" from 7.0 to 7.5 (V100, T4), else "fp32". On a
+    CPU it is "bf16" with AVX512-BF16 or AMX, else "fp32".
+    """
     import torch
 
     device = check_device(device)
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        # By default torch.cuda.is_bf16_supported() says yes where bf16 is emulated, too.
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     # Private, but in each torch from 2.4 on; get_capabilities(), its public successor, came after 2.11.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "fp32"

@@ -40,6 +40,14 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
     )
 
 
+def format_skipped(metrics: EpochMetrics) -> list[str]:
+    """Return the line below an epoch's row that says how many of its steps were skipped, if any were."""
+    count = metrics.skipped_steps
+    if not count:
+        return []
+    return [f"{'':>7}  {count:,} step{'s' if count > 1 else ''} skipped: gradients overflowed in fp16"]
+
+
 def format_progress(progress: EpochProgress, seconds_left: float) -> str:
     """Return how the running epoch goes: loss, accuracy, speed, and the time that the whole run still takes."""
     so_far = f"loss {progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
@@ -158,7 +166,8 @@ class PlainReporter(Reporter):
         return (time.monotonic() - self.began) / since_start * to_come
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        self.note(format_row(metrics, self.config.epochs))
+        for line in [format_row(metrics, self.config.epochs), *format_skipped(metrics)]:
+            self.note(line)
         self.spoke = time.monotonic()
 
     def finish(self, result: Result) -> None:
@@ -213,7 +222,8 @@ class LiveReporter(PlainReporter):
             self.progress.update(self.task, completed=done, so_far=format_progress(progress, self.seconds_left(done)))
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        self._print(format_row(metrics, self.config.epochs))
+        for line in [format_row(metrics, self.config.epochs), *format_skipped(metrics)]:
+            self._print(line)
 
     def finish(self, result: Result) -> None:
         self.close()

@@ -10,7 +10,7 @@ class DivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module, lr: float) -> None:
+def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module, lr: float, precision: str) -> None:
     """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN.
 
     Args:
@@ -20,16 +20,18 @@ def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module,
     if len(bad):
         step = int(bad[0])
         where = f"at epoch {epoch}, step {n_before + step + 1}"
-        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(bare(model), lr)}")
+        raise DivergedError(f"the loss became {float(losses[step])} {where}; {suspects(bare(model), lr, precision)}")
 
 
-def suspects(model: nn.Module, lr: float) -> str:
+def suspects(model: nn.Module, lr: float, precision: str) -> str:
     """Say what may have made the loss infinite or NaN.
 
     The running statistics come first: a forward spoils those of its first layer that is not finite and of all behind
     it, whereas one step backward spoils every weight.
     """
     text = f"suspects: the learning rate, {lr:g} there (try a smaller --lr)"
+    if precision == "fp16":
+        text += "; the range of fp16, which ends at 65,504 (try --precision fp32, or bf16 where the GPU computes in it)"
     for kind, tensors in (("running statistics", model.named_buffers()), ("weights", model.named_parameters())):
         named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
         bad = [name for name, tensor in named if not tensor.isfinite().all()]

@@ -8,7 +8,7 @@ from torch import nn
 
 from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Split
-from resnet_fast.evaluation import logits_of
+from resnet_fast.evaluation.logits import DTYPES, logits_of
 from resnet_fast.training.processes import Processes
 
 
@@ -41,18 +41,18 @@ def evaluate(
         split: of this process, on the model's device.
         augmentation: for mean and std alone.
         batch_size: images computed together.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         processes: that test together; None: this one alone.
 
     Raises:
-        ValueError: batch_size is no positive integer, precision is neither of the two, or there are no images.
+        ValueError: batch_size is no positive integer, precision is none of the three, or there are no images.
         TypeError: another argument has another type.
     """
     check_type("model", model, nn.Module)
     check_type("split", split, Split)
     check_type("augmentation", augmentation, Augmentation)
     check_integer("batch_size", batch_size, 1, 2**32)
-    check_choice("precision", precision, ("fp32", "bf16"))
+    check_choice("precision", precision, DTYPES)
     check_type("processes", processes, Processes, type(None))
     if next(model.parameters(), None) is None:
         raise ValueError("model must have parameters, which say where it computes")

@@ -235,6 +235,7 @@ def _check_same_epoch(n_done: int, expected: int) -> None:
 
 def run_epoch(run: Run, epoch: int) -> EpochMetrics:
     """Train for one epoch, then test."""
+    skipped_before = run.step.n_skipped
     began = time.perf_counter()
     lr, trained = train_epoch(run, epoch)
     seconds = time.perf_counter() - began
@@ -249,7 +250,9 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         processes=run.processes,
     )
     if not math.isfinite(test_loss):
-        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, lr)}")
+        raise DivergedError(
+            f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, lr, run.config.precision)}"
+        )
     return EpochMetrics(
         epoch=epoch,
         lr=lr,
@@ -259,6 +262,7 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         test_accuracy=test_accuracy,
         seconds=seconds,
         images_per_second=sum(run.loader.batch_sizes()) / seconds,
+        skipped_steps=run.step.n_skipped - skipped_before,
     )
 
 
@@ -281,7 +285,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
         done = i + 1
         if done % CHECK_EVERY[device.type] == 0 or done == len(sizes):
             global_losses = processes.sum(losses[checked:done]).double().cpu()
-            check_is_finite(global_losses, epoch, checked, step.model, lr)
+            check_is_finite(global_losses, epoch, checked, step.model, lr, step.precision)
             total_loss += float((global_losses * sizes[checked:done]).sum())
             checked, n_images = done, float(sizes[:done].sum())
             accuracy = int(processes.sum(n_correct)) / n_images

@@ -20,6 +20,7 @@ class EpochMetrics:
             out of the training images; accuracies in 0 … 1.
         seconds: of training alone, without the evaluation and without writing files.
         images_per_second: training images in that time.
+        skipped_steps: of the epoch, because their gradients overflowed in fp16.
     """
 
     epoch: int
@@ -30,6 +31,7 @@ class EpochMetrics:
     test_accuracy: float
     seconds: float
     images_per_second: float
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)

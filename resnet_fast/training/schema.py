@@ -23,6 +23,7 @@ from resnet_fast.training.metrics import EpochMetrics
 # Settings that there were not when format 2 began.
 ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")}
 METRICS = {field.name for field in fields(EpochMetrics)}
+ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has
 LARGE = 1e300  # a larger number may overflow when it is added or shown
 
 
@@ -62,7 +63,10 @@ def _is_step(value: Any) -> bool:
 
 def _are_epochs(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, dict) and row.keys() == METRICS and all(map(_is_number, row.values())) and row["epoch"] == i
+        isinstance(row, dict)
+        and METRICS - ADDED_METRICS <= row.keys() <= METRICS
+        and all(map(_is_number, row.values()))
+        and row["epoch"] == i
         for i, row in enumerate(value, start=1)
     )
 

@@ -9,6 +9,10 @@ images that are augmented to the optimizer, which profile and benchmarks compare
 Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
 the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` casts the weights together, to the bits of
 autocast's own casts (cast_weights.py).
+
+fp16 is the same in fp16, with a loss scale, without which small gradients would become 0 (loss_scale.py). A step whose
+gradients overflow is skipped: weights, optimizer state and moving average stay as they were. As in any loop with
+torch.amp.GradScaler, its forward has moved the running statistics and their counters, and the learning rate moves on.
 """
 
 import weakref
@@ -19,16 +23,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
-from resnet_fast.evaluation import autocast
+from resnet_fast.evaluation.logits import DTYPES, autocast
 from resnet_fast.ops.backend import device_guard
 from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import MakeGraph, graphed
+from resnet_fast.training.loss_scale import check_scale, has_overflowed, load_scale, make_scaler
 from resnet_fast.training.options import settings_of
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
@@ -36,7 +42,12 @@ from resnet_fast.training.structure import copy_into, first_difference
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    scaler: GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one step on a batch that is augmented already; the gradients stay to be looked at until the next.
 
@@ -45,15 +56,21 @@ def training_step(
         optimizer: of its parameters.
         images: [N, 3, H, W], normalized.
         labels: [N], int64.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
+        scaler: of the loss, as fp16 needs it (`make_scaler`). An optimizer that is not fused has it wait for the GPU.
 
     Returns:
         The mean loss, [], in fp32, and the logits, without their graph.
     """
     optimizer.zero_grad(set_to_none=True)
     loss, logits = forward_loss(model, images, labels, precision)
-    loss.backward()
-    optimizer.step()
+    if scaler is None:
+        loss.backward()
+        optimizer.step()
+    else:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
     return loss.detach(), logits.detach()
 
 
@@ -91,7 +108,7 @@ class TrainingStep:
         recipe: optimizer, schedule, label smoothing, clipping and averaging.
         augmentation: what is done to the images.
         n_steps: of the whole run, which the schedule spans.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         graph: whether to run as a CUDA graph, with one process, on a GPU.
         accumulate: parts in which a batch is computed one after the other; batch norm sees each by itself.
         forward: what computes the logits, if not the model itself: the model compiled.
@@ -132,7 +149,7 @@ class TrainingStep:
         check_type("recipe", recipe, Recipe)
         check_type("augmentation", augmentation, Augmentation)
         check_type("graph", graph, bool)
-        check_choice("precision", precision, ("fp32", "bf16"))
+        check_choice("precision", precision, DTYPES)
         for name, number in (("n_steps", n_steps), ("accumulate", accumulate), ("world_size", world_size)):
             check_integer(name, number, below=2**63)
         for name, function in (("forward", forward), ("make_graph", make_graph)):
@@ -146,8 +163,8 @@ class TrainingStep:
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
         # DistributedDataParallel exchanges gradients as they come, and a compiler places casts itself.
-        if precision == "bf16" and forward is None and not isinstance(model, DistributedDataParallel):
-            self.forward = cast_weights(model)
+        if precision != "fp32" and forward is None and not isinstance(model, DistributedDataParallel):
+            self.forward = cast_weights(model, DTYPES[precision])
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
@@ -155,19 +172,26 @@ class TrainingStep:
         if graph and world_size > 1:
             raise ValueError(f"graph needs a single process, got {world_size}")
         device = next(model.parameters()).device
+        self.scaler = make_scaler(precision, device)
+        self._n_skipped = torch.zeros((), dtype=torch.int64, device=device)
         if graph and make_graph is CudaGraph and device.type != "cuda":
             raise ValueError(f"graph needs a model on a CUDA device, got {device}")
         self.graphed: Callable[[Batch, int], StepOutput] | None = None
         if graph:
             averages = [] if self.average is None else self.average.tensors()
             run: Any = weakref.WeakMethod(self._run)  # a step that nobody has is gone, and its memory with it
-            changes = (model, self.optimizer, *averages)
+            changes = (model, self.optimizer, self.scaler, self._n_skipped, *averages)
             self.graphed = graphed(lambda *batch: run()(*batch), *changes, fallback=False, make_graph=make_graph)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return self.recipe.lr * SCHEDULES[self.recipe.schedule](self.n_done, self.n_steps)
+
+    @property
+    def n_skipped(self) -> int:
+        """Steps of this object that were skipped because their gradients overflowed in fp16; waits for the GPU."""
+        return int(self._n_skipped) if self.scaler.is_enabled() else 0
 
     def __call__(self, batch: Batch, n_images: int | None = None) -> StepOutput:
         """Run a step.
@@ -195,22 +219,28 @@ class TrainingStep:
         # As many parts in all processes, whose synchronized batch norms meet in each: as the smallest share allows.
         n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
         plans = batch.plan.tensor_split(n_parts)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         losses, correct = [], []
         for i, plan in enumerate(plans):
-            images, labels = batch._replace(plan=plan).augmented(self.augmentation, dtype)
+            images, labels = batch._replace(plan=plan).augmented(self.augmentation, DTYPES[self.precision])
             is_last = i == len(plans) - 1
             with nullcontext() if is_last else self._without_exchange():
                 loss, logits = forward_loss(self.forward, images, labels, self.precision, self.recipe.label_smoothing)
                 # DistributedDataParallel takes the mean over the processes, whatever the size of their shares.
-                loss.backward(torch.full_like(loss, len(plan) * self.world_size / n_images))
+                share = torch.full_like(loss, len(plan) * self.world_size / n_images)
+                self.scaler.scale(loss).backward(share)
             losses.append(loss.detach() if n_parts == 1 else loss.detach() * (len(plan) / len(batch.plan)))
             correct.append((logits.detach().argmax(1) == labels).sum())
         if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        overflow = None
+        if self.scaler.is_enabled():
+            overflow = has_overflowed(self.scaler, self.optimizer)
+            self._n_skipped += overflow > 0
+        self.scaler.update()
         if self.average is not None:
-            self.average.update()
+            self.average.update(overflow)
         return StepOutput(_total(losses), _total(correct))
 
     def _without_exchange(self) -> Any:
@@ -222,12 +252,19 @@ class TrainingStep:
         return model.state_dict() if self.average is None else self.average.averaged(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return optimizer, position in the schedule, and average; the model has a state dict of its own."""
-        average = {} if self.average is None else {"average": self.average.state_dict()}
-        return {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done, **average}
+        """Return optimizer, position in the schedule, average, and in fp16 the loss scale.
+
+        The model has a state dict of its own.
+        """
+        state = {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; the optimizer keeps the settings of the recipe.
+        """Continue from a saved state; the optimizer keeps the settings of the recipe, the scaler its own.
 
         Raises:
             ValueError: the state belongs to another model or recipe; nothing has changed.
@@ -235,6 +272,9 @@ class TrainingStep:
         own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
         if unlike := first_difference(own, saved, "step"):
             raise ValueError(f"the state does not fit the model and its recipe: {unlike}")
+        if self.scaler.is_enabled():
+            check_scale(self.scaler, state["scaler"], "step.scaler")
+            load_scale(self.scaler, state["scaler"])
         copy_into(own["optimizer"], saved["optimizer"])
         self.n_done = state["n_done"]
         if self.average is not None:
@@ -287,7 +327,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     else:
         nesterov = recipe.nesterov and recipe.momentum > 0  # torch rejects nesterov without momentum
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
-    # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there.
+    # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there. Made by a step
+    # that overflows, momentum would be what was in memory: fused SGD allocates it, and then fills nothing in.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

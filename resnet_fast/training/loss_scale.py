@@ -1,0 +1,44 @@
+"""The loss scale of fp16: torch.amp.GradScaler, used so that a CUDA graph can hold all of its arithmetic.
+
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)              # fused: the kernel divides by the scale, and skips the step by itself
+    overflow = has_overflowed(scaler, optimizer)
+    scaler.update()                     # doubles the scale after 2,000 good steps in a row, halves it after a bad one
+
+The scale, the number of good steps and the overflow are tensors on the device, and nothing here waits for them. Without
+fp16 the scaler is disabled, and its methods do nothing else than `loss.backward()` and `optimizer.step()`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+
+def make_scaler(precision: str, device: torch.device) -> GradScaler:
+    """Return the scaler of a precision, disabled unless that is fp16, with its scale on the device."""
+    scaler = GradScaler(device.type, enabled=precision == "fp16")
+    scaler.scale(torch.zeros((), device=device))  # makes the tensors, which a graph must find there
+    return scaler
+
+
+def has_overflowed(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return whether the step just made was skipped: [], fp32, 1 or 0; to be called before `scaler.update()`."""
+    (overflow,) = scaler._found_inf_per_device(optimizer).values()
+    return overflow
+
+
+def check_scale(own: GradScaler, saved: dict[str, Any], name: str) -> None:
+    """Raise ValueError unless a saved `GradScaler.state_dict()` holds a scale and a position that `own` can have."""
+    scale, position, interval = saved["scale"], saved["_growth_tracker"], own.get_growth_interval()
+    fp32 = torch.finfo(torch.float32)
+    if not fp32.tiny <= scale <= fp32.max:
+        raise ValueError(f"{name}.scale must be in {fp32.tiny:.1e} … {fp32.max:.1e}, the range of fp32, got {scale}")
+    if not 0 <= position < interval:
+        raise ValueError(f"{name}._growth_tracker must be an integer, 0 … {interval - 1:,}, got {position}")
+
+
+def load_scale(own: GradScaler, saved: dict[str, Any]) -> None:
+    """Take the scale and the position in the growth interval, not the settings, from a saved state."""
+    own.load_state_dict({**own.state_dict(), **{name: saved[name] for name in ("scale", "_growth_tracker")}})
