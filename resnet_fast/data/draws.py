@@ -62,7 +62,7 @@ def _generator(*numbers: int) -> np.random.RandomState:
 
 
 def _erased(random: np.random.RandomState, n_images: int, size: tuple[int, int], probability: float) -> np.ndarray:
-    """Return the rectangles, [n_images, 4]; without the first of ten that fits in the image, there is none."""
+    """Return the rectangles, [n_images, 4]: the first of ten tries that fits in the image, or none if none does."""
     height, width = size
     is_erased = random.random_sample(n_images) < probability
     area = height * width * random.uniform(*ERASED_SHARE, size=(n_images, N_TRIES))
