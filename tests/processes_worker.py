@@ -46,6 +46,19 @@ EQUAL: dict[str, tuple[int, bool, dict[str, Any]]] = {
             "ema": 0.9,
         },
     ),
+    "mixed in each part of a share": (
+        2,
+        False,
+        {
+            "batch_size": 12,
+            "accumulate": 3,
+            "label_smoothing": 0.1,
+            "trivial_augment": True,
+            "random_erasing": 0.5,
+            "mixup": 0.4,
+            "cutmix": 1.0,
+        },
+    ),
     "accumulated, where the larger share has more parts": (2, True, {"batch_size": 7, "accumulate": 2}),
     "statistics of each part of a share": (
         2,
@@ -159,10 +172,10 @@ def use_double(n_train: int = N_TRAIN) -> None:
 
 
 def double_loss(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, precision: str, label_smoothing: float = 0.0
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, precision: str, smoothing: float, mixture: Any
 ) -> tuple[Tensor, Tensor]:
     logits = model(images)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing), logits
+    return step.cross_entropy(logits, labels, smoothing, mixture), logits
 
 
 def reference_step(n_processes: int, sync_bn: bool) -> Callable[[TrainingStep, Any, int], StepOutput]:
@@ -182,13 +195,18 @@ def reference_step(n_processes: int, sync_bn: bool) -> Callable[[TrainingStep, A
         for i, group in enumerate(groups):
             if i == n_parts:
                 buffers = [buffer.clone() for buffer in self.model.buffers()]
-            images, labels = batch._replace(plan=group).augmented(self.augmentation)
+            images, labels, mixture = batch._replace(plan=group).mixed(self.augmentation)
             logits = self.model(images)
+            n_classes = logits.shape[1]
+            targets = F.one_hot(labels, n_classes).double()
+            if mixture is not None:
+                share = mixture.share[:, None].double()
+                targets = share * targets + (1 - share) * F.one_hot(mixture.others, n_classes)
             smoothing = self.recipe.label_smoothing
-            part = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / n_images
+            part = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) / n_images
             part.backward()
             loss = loss + part.detach()
-            n_correct = n_correct + (logits.argmax(1) == labels).sum()
+            n_correct = n_correct + (logits.argmax(1) == targets.argmax(1)).sum()
         if buffers:
             for buffer, value in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(value)

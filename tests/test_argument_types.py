@@ -146,6 +146,10 @@ CALLS: list[tuple[Callable, dict[str, Any], dict[str, list]]] = [
             "padding": [None, [], "edge"],
             "flip": [None, [], True],
             "cutout": [None, -1, float("nan")],
+            "trivial_augment": [None, 1],
+            "random_erasing": [None, -0.1, float("nan"), "often"],
+            "mixup": [None, 0.001, 101, float("inf")],
+            "cutmix": [None, True, -1.0],
         },
     ),
     (

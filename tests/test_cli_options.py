@@ -58,11 +58,24 @@ OPTIONS = {
     "padding": "reflect",
     "flip": "alternating",
     "cutout": 12,
+    "random_erasing": 0.25,
+    "mixup": 0.2,
+    "cutmix": 1.0,
     "normalize": "dataset",
     "ema": 0.99,
 }
 SWITCHES = dict.fromkeys(
-    ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "skip_unreadable"), True
+    (
+        "nesterov",
+        "trivial_augment",
+        "zero_gamma",
+        "dirac",
+        "whiten",
+        "deterministic",
+        "tensorboard",
+        "skip_unreadable",
+    ),
+    True,
 )
 
 

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 N_IMAGES, BATCH, N_CLASSES = 20, 8, 3  # two batches of 8 and one of 4
 PLAIN = replace(RECIPES["fast94"], batch_size=BATCH, crop=2, cutout=3, ghost_batch_size=0)
 AUGMENTATION = Augmentation((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop=2, padding="reflect", flip="random", cutout=3)
+MIXED = replace(AUGMENTATION, trivial_augment=True, random_erasing=0.5, mixup=0.4, cutmix=1.0)
 N_EPOCHS = 2
 
 
@@ -82,12 +83,17 @@ def make_split(kind: type[TensorSplit] = TensorSplit) -> TensorSplit:
 
 
 def make_step(
-    recipe: Recipe, graph: bool, make: Callable[[], nn.Module] = Small, device: str = "cpu", **settings
+    recipe: Recipe,
+    graph: bool,
+    make: Callable[[], nn.Module] = Small,
+    device: str = "cpu",
+    augmentation: Augmentation = AUGMENTATION,
+    **settings,
 ) -> TrainingStep:
     torch.manual_seed(0)
     model = make().train().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings = {"make_graph": RecordedGraph, **settings}
-    return TrainingStep(model, recipe, AUGMENTATION, n_steps=3 * N_EPOCHS, graph=graph, **settings)
+    return TrainingStep(model, recipe, augmentation, n_steps=3 * N_EPOCHS, graph=graph, **settings)
 
 
 def state_of(step: TrainingStep) -> dict:
@@ -97,7 +103,7 @@ def state_of(step: TrainingStep) -> dict:
 
 def trained(step: TrainingStep, split: TensorSplit | None = None) -> list:
     """Two epochs; loss, number of right ones and state after every step."""
-    loader = Loader(split or make_split(), AUGMENTATION, BATCH)
+    loader = Loader(split or make_split(), step.augmentation, BATCH)
     assert loader.batch_sizes() == [8, 8, 4]
     found = []
     for epoch in range(1, N_EPOCHS + 1):
@@ -123,6 +129,8 @@ CASES: dict[str, tuple[Recipe, dict]] = {
     "fp16, clipping and moving average": (replace(PLAIN, clip_norm=0.1, ema=0.9), {"precision": "fp16"}),
     "fp16, Adam in two parts": (replace(PLAIN, optimizer="adam"), {"precision": "fp16", "accumulate": 2}),
     "dropout": (PLAIN, {"make": lambda: Small(dropout=0.5)}),
+    "mixed": (replace(PLAIN, label_smoothing=0.1), {"augmentation": MIXED}),
+    "mixed, bf16, in two parts": (PLAIN, {"augmentation": MIXED, "precision": "bf16", "accumulate": 2}),
 }
 
 

@@ -68,6 +68,7 @@ OTHER_SETTINGS = [
     {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
     {"normalize": "half", "holdout": 7},
     {"precision": "fp16", "ema": 0.9},
+    {"trivial_augment": True, "random_erasing": 0.5, "cutout": 2, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
 ]
 
 

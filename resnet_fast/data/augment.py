@@ -1,9 +1,9 @@
 """What happens to a training image, and the random numbers for it: an epoch's order and augmentation as one table.
 
-    plan = epoch_plan(dataset.train, augmentation, seed=0, epoch=1)     # int32 [N, 6], row by row the epoch's images
+    plan = epoch_plan(len(dataset.train), dataset.train.size, augmentation, seed=0, epoch=1)    # int32 [N, 6 or 17]
 
-The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same wherever, on however many processes and
-however often an epoch is computed. `Batch.augmented` (dataset.py) makes images of it.
+A row is an image. The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same wherever, on however
+many processes and however often an epoch is computed. `Batch.augmented` (dataset.py) makes images of it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from resnet_fast.common.checks import check_choice, check_integer, check_type, is_number, shown
-from resnet_fast.data.options import FLIPS, PADDINGS
+from resnet_fast.data.draws import further_draws
+from resnet_fast.data.options import FLIPS, PADDINGS, is_alpha, is_probability
 from resnet_fast.ops.augment import per_channel
 
 
@@ -30,9 +31,15 @@ class Augmentation:
             in one epoch, the other half in the next, so that two epochs show each image both ways; Jordan 2024,
             arXiv:2404.00498, section 3.6).
         cutout: side of the square that is set to the mean color, in pixels; 0 for none.
+        trivial_augment: one operation of TrivialAugment for each image, of random strength (ops/trivial_augment.py).
+        random_erasing: probability that a random rectangle is set to the mean color, in [0, 1].
+        mixup, cutmix: alpha of Beta(alpha, alpha), from which a batch draws the shares in which two images are mixed;
+            0 for none. With both, each batch takes one of the two.
 
     Raises:
-        ValueError: an unknown flip or padding, a negative size, or mean and std that are not three values.
+        ValueError: an unknown flip or padding, a negative size, mean and std that are not three values, a
+            trivial_augment that is no bool, a random_erasing outside [0, 1], or an alpha that is neither 0 nor in
+            [0.01, 100].
     """
 
     mean: tuple[float, float, float]
@@ -41,18 +48,39 @@ class Augmentation:
     padding: str = "zero"
     flip: str = "none"
     cutout: int = 0
+    trivial_augment: bool = False
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("flip", FLIPS), ("padding", PADDINGS)):
             check_choice(name, getattr(self, name), allowed)
         for name in ("crop", "cutout"):
             check_integer(name, getattr(self, name), 0)
+        if not isinstance(self.trivial_augment, bool):
+            raise ValueError(f"trivial_augment must be True or False, got {shown(self.trivial_augment)}")
+        if not is_probability(self.random_erasing):
+            raise ValueError(f"random_erasing must be in [0, 1], got {shown(self.random_erasing)}")
+        for name in ("mixup", "cutmix"):
+            if not is_alpha(getattr(self, name)):
+                raise ValueError(f"{name} must be 0 or in [0.01, 100], got {shown(getattr(self, name))}")
         _check_channels(self.mean, self.std)
 
     @property
     def changes_nothing(self) -> bool:
         """Whether a network is trained on the images as they are, normalized like those that it is tested on."""
-        return self.crop == 0 and self.flip == "none" and self.cutout == 0
+        return self.crop == 0 and self.flip == "none" and self.cutout == 0 and not self.draws_more
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others, and have two labels then."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def draws_more(self) -> bool:
+        """Whether a plan has the further columns."""
+        return self.trivial_augment or self.random_erasing > 0 or self.mixes
 
 
 def _check_channels(mean: object, std: object) -> None:
@@ -80,7 +108,8 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
         seed, epoch: what the numbers are drawn from; epochs count from 1.
 
     Returns:
-        [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x.
+        [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x. If the augmentation
+        `draws_more`: [n_images, 17], with the columns of draws.py.
 
     Raises:
         TypeError, ValueError: an argument has another type, or a number is negative.
@@ -104,14 +133,27 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
     if augmentation.flip == "alternating":
         first = torch.randint(2, (n_images,), generator=seeded(seed))  # of each image, in the order of the data set
         mirror = ((first[order] + epoch) % 2)[:, None]
-    return torch.cat([order[:, None], shifts, mirror, *corners], 1).int()
+    plan = torch.cat([order[:, None], shifts, mirror, *corners], 1).int()
+    if not augmentation.draws_more:
+        return plan
+    more = further_draws(
+        n_images,
+        size,
+        seed,
+        epoch,
+        trivial_augment=augmentation.trivial_augment,
+        random_erasing=augmentation.random_erasing,
+        mixup=augmentation.mixup,
+        cutmix=augmentation.cutmix,
+    )
+    return torch.cat([plan, torch.from_numpy(more)], 1)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Scale bytes to [0, 1], subtract the mean and divide by the standard deviation of each channel.
 
     Args:
-        images: [N, 3, H, W], uint8.
+        images: [N, 3, H, W], bytes: uint8, or of a floating type.
         mean, std: one value per channel, of images in [0, 1].
 
     Returns:

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 from resnet_fast.common.checks import check_type, is_integer, shown
-from resnet_fast.data.augment import Augmentation, seeded
-from resnet_fast.ops.augment import augment
+from resnet_fast.data.augment import Augmentation, normalize, seeded
+from resnet_fast.data.draws import ERASED, MIXED, N_COLUMNS, TRIVIAL
+from resnet_fast.ops.augment import N_DRAWS, augment
+from resnet_fast.ops.regions import Mixture, erase, mix
+from resnet_fast.ops.trivial_augment import trivial_augment
 
 # A constant channel would divide by zero. Half a gray level is below the resolution of bytes.
 LEAST_STD = 0.5 / 255
 HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
+AS_BYTES = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # mean and std that leave the values 0 … 255
 
 
 class DataError(RuntimeError):
@@ -47,7 +51,7 @@ class Batch(NamedTuple):
     Args:
         images: [N, 3, H, W], uint8, channels_last: a whole split, the same tensor in every batch, or those of this one.
         labels: [N], int64.
-        plan: [B, 6], int32: which of them are taken, and what is done to each (augment.py: epoch_plan).
+        plan: [B, 6 or 17], int32: which of them are taken, and what is done to each (augment.py: epoch_plan).
         is_resident: whether images and labels are those of a whole split, which stay where they are.
     """
 
@@ -57,18 +61,63 @@ class Batch(NamedTuple):
     is_resident: bool = False
 
     def augmented(self, augmentation: Augmentation, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the images, [B, 3, H, W] in `dtype`, channels_last, augmented and normalized, and the labels, [B]."""
-        return augment(
+        """Return the images, [B, 3, H, W] in `dtype`, channels_last, augmented and normalized, and the labels, [B].
+
+        Raises:
+            ValueError: the augmentation mixes images, which gives them two labels: see `mixed`; or the plan was drawn
+                for another one.
+        """
+        if augmentation.mixes:
+            got = f"mixup {augmentation.mixup:g} and cutmix {augmentation.cutmix:g}"
+            raise ValueError(f"mixup and cutmix must be 0, or mixed() used: a mixed image has two labels; got {got}")
+        return self._augmented(augmentation, dtype)
+
+    def mixed(
+        self, augmentation: Augmentation, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Mixture | None]:
+        """Return what `augmented` does, and the images' second labels and shares if the augmentation mixes them.
+
+        Each image is mixed with the one before it in this batch, the first with the last. The loss is
+
+            (share · cross_entropy(logits, labels) + (1 - share) · cross_entropy(logits, others)).mean()
+
+        Raises:
+            ValueError: the plan was drawn for another augmentation.
+        """
+        if not augmentation.mixes:
+            return *self._augmented(augmentation, dtype), None
+        images, labels = self._augmented(augmentation, torch.float32)  # so that a pixel is rounded once
+        images, mixture = mix(images, labels, self.plan[:, MIXED])
+        return images.to(dtype=dtype, memory_format=torch.channels_last), labels, mixture
+
+    def _augmented(self, augmentation: Augmentation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        plan, is_trivial = self.plan, augmentation.trivial_augment
+        if augmentation.draws_more:
+            if plan.shape[1:] != (N_COLUMNS,):
+                raise ValueError(f"plan must be [B, {N_COLUMNS}] for this augmentation, got {list(plan.shape)}")
+            plan = plan[:, :N_DRAWS].contiguous()
+        mean, std = AS_BYTES if is_trivial else (augmentation.mean, augmentation.std)
+        images, labels = augment(
             self.images,
             self.labels,
-            self.plan,
-            augmentation.mean,
-            augmentation.std,
+            plan,
+            mean,
+            std,
             padding=augmentation.crop,
             reflect=augmentation.padding == "reflect",
-            cutout=augmentation.cutout,
-            dtype=dtype,
+            cutout=0 if is_trivial else augmentation.cutout,
+            dtype=torch.float32 if is_trivial else dtype,
         )
+        if is_trivial:
+            images = trivial_augment(images, self.plan[:, TRIVIAL])
+            images = normalize(images, augmentation.mean, augmentation.std)
+            if augmentation.cutout:
+                corners = plan[:, 4:6]
+                images = erase(images, torch.cat([corners, torch.full_like(corners, augmentation.cutout)], 1))
+            images = images.to(dtype)
+        if augmentation.random_erasing:
+            images = erase(images, self.plan[:, ERASED])
+        return images, labels
 
 
 @runtime_checkable
@@ -101,7 +150,7 @@ class Split(Protocol):
         ...
 
     def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
-        """Yield a batch for every so many rows of `plan`, [sum of sizes, 6]."""
+        """Yield a batch for every so many rows of `plan`, [sum of sizes, 6 or 17]."""
         ...
 
 

@@ -14,10 +14,13 @@ import torch
 from resnet_fast.common.checks import check_integer, check_type
 from resnet_fast.data.augment import Augmentation, epoch_plan
 from resnet_fast.data.dataset import Batch, Split
+from resnet_fast.data.draws import MIXED
 
 
 class Loader:
     """Cuts each epoch's plan into batches; the last may be smaller.
+
+    All images of a batch are mixed alike, on all processes: by what is drawn for its first one.
 
     Left out is what is left after the last whole batch if it is less than 2 images for each process, because batch norm
     cannot take statistics over one value; which images those are changes with the order.
@@ -88,5 +91,8 @@ class Epoch:
     def __iter__(self) -> Iterator[Batch]:
         loader, sizes = self.loader, self.loader.batch_sizes()
         plan = epoch_plan(len(loader.split), loader.split.size, loader.augmentation, loader.seed, self.epoch)
+        if loader.augmentation.mixes:
+            for rows in plan[: sum(sizes)].split(sizes):
+                rows[:, MIXED] = rows[0, MIXED].clone()
         shares = [rows.tensor_split(loader.world_size)[loader.rank] for rows in plan[: sum(sizes)].split(sizes)]
         yield from loader.split.planned(torch.cat(shares), [len(share) for share in shares])

@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from resnet_fast.common.checks import URL_RULE, check_choice, check_integer, check_path, check_url, is_number, shown
+from resnet_fast.data.options import is_alpha, is_probability
 
 MAY_MOVE = "where a run goes on, not what it computes: a resumed run may have another"
 
@@ -66,6 +67,8 @@ POSITIVE = number("a positive finite number", lambda value: value > 0)
 NOT_NEGATIVE = number("a finite number, 0 or more", lambda value: value >= 0)
 FRACTION = number("in [0, 1)", lambda value: 0 <= value < 1)
 URL = Rule(URL_RULE, check_url)
+PROBABILITY = number("in [0, 1]", is_probability)
+ALPHA = number("0 or in [0.01, 100]", is_alpha)
 DEVICE = Rule("auto, cpu, cuda, cuda:N", _check_device)
 BY_TYPE = {bool: Rule("on or off", _check_switch), Path: Rule("a path", check_path)}
 

@@ -142,7 +142,18 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
         raise ValueError(f"crop must leave something of images of {height}x{width} pixels, got {crop}")
     if config.cutout >= min(height, width):
         raise ValueError(f"cutout must be below the images' {min(height, width)} pixels, got {config.cutout}")
-    return Augmentation(mean, std, crop, config.padding, config.flip, config.cutout)
+    return Augmentation(
+        mean,
+        std,
+        crop,
+        config.padding,
+        config.flip,
+        config.cutout,
+        trivial_augment=config.trivial_augment,
+        random_erasing=config.random_erasing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+    )
 
 
 @contextmanager

@@ -18,7 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from resnet_fast.data.options import FLIPS, PADDINGS
-from resnet_fast.training.options import FRACTION, NOT_NEGATIVE, POSITIVE, integer, one_of, settings_of
+from resnet_fast.training.options import (
+    ALPHA,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    integer,
+    one_of,
+    settings_of,
+)
 from resnet_fast.training.schedule import SCHEDULES
 
 # Any, so that a field may be `int` to those who read it although TrainConfig fills in its default.
@@ -59,6 +68,29 @@ class Recipe:
         str, one_of(FLIPS), "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits."
     ] = FROM_RECIPE
     cutout: Annotated[int, integer(0), "Side of the square set to the mean color, in pixels; 0: none."] = FROM_RECIPE
+    trivial_augment: Annotated[
+        bool,
+        "One random operation on each image: shear, shift, rotate, colors … (TrivialAugment Wide, Müller and Hutter "
+        "2021, arXiv:2103.10158).",
+    ] = FROM_RECIPE
+    random_erasing: Annotated[
+        float,
+        PROBABILITY,
+        "Probability that a rectangle of 2 to 33 % of the image is set to the mean color (Zhong et al. 2017, "
+        "arXiv:1708.04896).",
+    ] = FROM_RECIPE
+    mixup: Annotated[
+        float,
+        ALPHA,
+        "Mix pairs of images and their labels, in shares drawn from Beta(mixup, mixup); 0: not (Zhang et al. 2018, "
+        "arXiv:1710.09412).",
+    ] = FROM_RECIPE
+    cutmix: Annotated[
+        float,
+        ALPHA,
+        "Put a rectangle of another image into each, and its share of the label, drawn from Beta(cutmix, cutmix); 0: "
+        "not. With mixup, a batch takes one of the two (Yun et al. 2019, arXiv:1905.04899).",
+    ] = FROM_RECIPE
     normalize: Annotated[str, one_of(("dataset", "half")), "By the training images' mean and std, or by 0.5."] = (
         FROM_RECIPE
     )
@@ -103,6 +135,10 @@ _BASELINE = Recipe(
     padding="zero",
     flip="random",
     cutout=0,
+    trivial_augment=False,
+    random_erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
     normalize="dataset",
     ema=0.0,
     zero_gamma=False,

@@ -19,9 +19,12 @@ from resnet_fast.common.checks import few, is_integer, is_number, is_text, one_l
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
+from resnet_fast.training.recipes import RECIPES
 
 # Settings that there were not when format 2 began.
-ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")}
+ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")} | {
+    name: getattr(RECIPES["baseline"], name) for name in ("trivial_augment", "random_erasing", "mixup", "cutmix")
+}
 METRICS = {field.name for field in fields(EpochMetrics)}
 ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has
 LARGE = 1e300  # a larger number may overflow when it is added or shown

@@ -1,6 +1,6 @@
 """One training step.
 
-    step = augment -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
+    step = augment, mix -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
 `TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch and replayed from then on
 (graphed.py); the short batch at the end of an epoch runs outside of the graph. `training_step` is its middle, from
@@ -30,6 +30,7 @@ from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation.logits import DTYPES, autocast
 from resnet_fast.ops.backend import device_guard
+from resnet_fast.ops.regions import Mixture
 from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
@@ -75,12 +76,30 @@ def training_step(
 
 
 def forward_loss(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, precision: str, label_smoothing: float = 0.0
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    label_smoothing: float = 0.0,
+    mixture: Mixture | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean cross entropy, [], in fp32, and the logits."""
+    """Return the mean cross entropy, [], in fp32, and the logits.
+
+    Of mixed images it is that with targets of `share` for the one label and 1 - `share` for the other, smoothed then.
+    """
     with autocast(images.device, precision):
         logits = model(images)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing), logits
+    return cross_entropy(logits.float(), labels, label_smoothing, mixture), logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, mixture: Mixture | None) -> Tensor:
+    if mixture is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    own, other = (
+        F.cross_entropy(logits, of, label_smoothing=label_smoothing, reduction="none")
+        for of in (labels, mixture.others)
+    )
+    return (mixture.share * own + (1 - mixture.share) * other).mean()
 
 
 class StepOutput(NamedTuple):
@@ -88,7 +107,7 @@ class StepOutput(NamedTuple):
 
     Args:
         loss: [], fp32, the mean over this process's images, smoothed labels included.
-        n_correct: [], int64, of its images.
+        n_correct: [], int64, of its images; a mixed one counts if the label with the larger share is found.
     """
 
     loss: Tensor
@@ -221,15 +240,17 @@ class TrainingStep:
         plans = batch.plan.tensor_split(n_parts)
         losses, correct = [], []
         for i, plan in enumerate(plans):
-            images, labels = batch._replace(plan=plan).augmented(self.augmentation, DTYPES[self.precision])
+            images, labels, mixture = batch._replace(plan=plan).mixed(self.augmentation, DTYPES[self.precision])
             is_last = i == len(plans) - 1
             with nullcontext() if is_last else self._without_exchange():
-                loss, logits = forward_loss(self.forward, images, labels, self.precision, self.recipe.label_smoothing)
+                smoothing = self.recipe.label_smoothing
+                loss, logits = forward_loss(self.forward, images, labels, self.precision, smoothing, mixture)
                 # DistributedDataParallel takes the mean over the processes, whatever the size of their shares.
                 share = torch.full_like(loss, len(plan) * self.world_size / n_images)
                 self.scaler.scale(loss).backward(share)
             losses.append(loss.detach() if n_parts == 1 else loss.detach() * (len(plan) / len(batch.plan)))
-            correct.append((logits.detach().argmax(1) == labels).sum())
+            shown = labels if mixture is None else mixture.dominant(labels)
+            correct.append((logits.detach().argmax(1) == shown).sum())
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)

@@ -1,0 +1,148 @@
+"""TrivialAugment: one operation an image, drawn with its strength, for a whole batch in plain PyTorch.
+
+Equations and constants are those of torchvision.transforms.v2.TrivialAugmentWide with nearest pixels and black outside
+(Müller and Hutter 2021, arXiv:2103.10158). Each operation is computed for every image, and chosen after: no shape
+depends on a value, so a CUDA graph can hold all of it.
+"""
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+N_STRENGTHS = 31
+# The greatest magnitude of each operation, at strength 30. Those with a sign go both ways.
+SIGNED = {
+    "ShearX": 0.99,
+    "ShearY": 0.99,
+    "TranslateX": 32.0,  # pixels
+    "TranslateY": 32.0,
+    "Rotate": 135.0,  # degrees
+    "Brightness": 0.99,
+    "Color": 0.99,
+    "Contrast": 0.99,
+    "Sharpness": 0.99,
+}
+OPERATIONS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
+N_OPERATIONS = len(OPERATIONS)
+
+
+def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Return the images after one operation each.
+
+    Args:
+        images: [B, 3, H, W], fp32, whole numbers 0 … 255.
+        draws: [B, 2], integers: the operation's number in OPERATIONS, and its strength, -30 … 30; the sign counts in
+            SIGNED ones alone.
+
+    Returns:
+        [B, 3, H, W], fp32, whole numbers 0 … 255.
+    """
+    operation, strength = draws.long().unbind(1)
+    rows = _table(*images.shape[2:], images.device)[operation, strength + N_STRENGTHS - 1]  # [B, 8]
+    value, rest = rows[:, 6:, None, None, None].unbind(1)  # [B, 1, 1, 1] each
+    grey = (images[:, :1] * 0.2989).add(images[:, 1:2], alpha=0.587).add(images[:, 2:], alpha=0.114).floor()
+    results = {
+        "Brightness": _whole(images * value),
+        "Color": _whole(images * value + grey * rest),
+        "Contrast": _whole(images * value + grey.mean((1, 2, 3), keepdim=True) * rest),
+        "Sharpness": _sharpen(images, rest),
+        "Posterize": (images / value).floor() * value,  # value: 2^(8 - bits)
+        "Solarize": torch.where(images >= value, 255 - images, images),
+        "AutoContrast": _stretch(images),
+        "Equalize": _equalize(images),
+    }
+    y = _warp(images, rows[:, :6])  # of operations that move nothing, by the identity
+    for name, result in results.items():
+        y = torch.where((operation == OPERATIONS.index(name))[:, None, None, None], result, y)
+    return y
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Return what a byte holds of it."""
+    return x.clamp(0, 255).floor()
+
+
+@cache
+def _table(height: int, width: int, device: torch.device) -> Tensor:
+    """[14, 61, 8], fp32, for each operation and strength: 6 of the map from a pixel to its source, value, 1 - value.
+
+    Once for each size and device, because a GPU waits for such a copy, and no graph can hold one.
+    """
+    rows = []
+    for name in OPERATIONS:
+        magnitudes = torch.linspace(0, SIGNED.get(name, 1.0), N_STRENGTHS).tolist()
+        for strength in range(1 - N_STRENGTHS, N_STRENGTHS):
+            magnitude = math.copysign(magnitudes[abs(strength)], strength)
+            source = _source(name, magnitude, height, width)
+            value = 1 + magnitude if name in SIGNED else 0.0
+            if name == "Posterize":
+                value = 2.0 ** round(abs(strength) / ((N_STRENGTHS - 1) / 6))  # bits is 8 minus it
+            elif name == "Solarize":
+                value = 255 * torch.linspace(1, 0, N_STRENGTHS)[abs(strength)].item()
+            rows.append([*source, value, 1 - value])
+    with torch.inference_mode(False):
+        table = torch.tensor(rows, dtype=torch.float64).float()
+        return table.view(N_OPERATIONS, 2 * N_STRENGTHS - 1, 8).to(device)
+
+
+def _source(name: str, magnitude: float, height: int, width: int) -> tuple[float, ...]:
+    """Return a … f of (x, y) -> (a·x + b·y + c, d·x + e·y + f), in pixels from the centre: where a pixel is from."""
+    if name == "ShearX":  # the upper edge stays
+        return 1, magnitude, magnitude * height / 2, 0, 1, 0
+    if name == "ShearY":
+        return 1, 0, 0, magnitude, 1, magnitude * width / 2
+    if name == "TranslateX":
+        return 1, 0, -int(magnitude), 0, 1, 0
+    if name == "TranslateY":
+        return 1, 0, 0, 0, 1, -int(magnitude)
+    angle = math.radians(magnitude) if name == "Rotate" else 0.0
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos, -sin, 0, sin, cos, 0
+
+
+def _warp(images: Tensor, source: Tensor) -> Tensor:
+    """Return the images with every pixel taken from where `source`, [B, 6], says; black from outside."""
+    height, width = images.shape[2:]
+    x = torch.arange(width, device=images.device) + (1 - width) / 2
+    y = (torch.arange(height, device=images.device) + (1 - height) / 2)[:, None]
+    a, b, c, d, e, f = source[:, :, None, None].unbind(1)  # [B, 1, 1] each
+    # In units of half the image, by these operations in this order, as torchvision does: a pixel halfway between two
+    # is then taken from the same one.
+    half_x, half_y = width / 2, height / 2
+    grid_x = x * (a / half_x) + y * (b / half_x) + c / half_x
+    grid_y = x * (d / half_y) + y * (e / half_y) + f / half_y
+    grid = torch.stack([grid_x, grid_y], -1)
+    return F.grid_sample(images, grid, "nearest", "zeros", align_corners=False)
+
+
+def _sharpen(images: Tensor, rest: Tensor) -> Tensor:
+    """Move away from, or towards, the mean of 3x3 pixels in which the middle one counts 5 of 13; edges stay."""
+    inner = images[:, :, 1:-1, 1:-1]
+    if inner.numel() == 0:
+        return images
+    blurred = ((F.avg_pool2d(images, 3, 1, divisor_override=1) + 4 * inner) / 13).round()
+    return F.pad(_whole(inner + (blurred - inner) * rest) - inner, (1, 1, 1, 1)) + images
+
+
+def _stretch(images: Tensor) -> Tensor:
+    """Map the darkest pixel of each channel to 0 and the brightest to 255."""
+    least, most = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    is_flat = least == most
+    scale = torch.where(is_flat, 1.0, (most - least) * (1 / 255))
+    return _whole((images - torch.where(is_flat, 0.0, least)) / scale)
+
+
+def _equalize(images: Tensor) -> Tensor:
+    """Give each channel a flat histogram, by the integers of Pillow's ImageOps.equalize."""
+    flat = images.flatten(2).long()  # [B, 3, H·W]
+    n_pixels = flat.shape[2]
+    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32, device=images.device)
+    counts.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
+    of_brightest = counts.gather(2, flat.amax(2, keepdim=True))
+    step = (n_pixels - of_brightest) // 255
+    darker = counts.cumsum(2) - counts
+    levels = ((darker + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return torch.where(step > 0, levels.gather(2, flat), flat).view_as(images).float()
