@@ -31,8 +31,9 @@ class CudaGraph(Generic[T]):
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a recording that fails leaves its own stream as the current one
-            # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # Torch's default is one stream for all graphs, on the device of the first. Other threads, such as the one
+            # that pins what a DataLoader read, may go on allocating meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self) -> T:
