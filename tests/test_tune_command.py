@@ -21,6 +21,7 @@ from resnet_fast.tuning import Candidate, Outcome, Prepared, find_problems, inpu
 from resnet_fast.tuning.candidates import candidates
 from resnet_fast.tuning.measurement import choose_fastest
 from resnet_fast.tuning.report import format_outcome
+from resnet_fast.tuning.timing import NotHiddenError
 
 CPU = torch.device("cpu")
 EXACT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -57,7 +58,7 @@ def prepared(**others: torch.Tensor | Exception) -> Callable[[Problem, torch.dev
 def clock(**milliseconds: float):
     """Tells these times by implementation, and 1 ms of others."""
 
-    def tell(calls, device, rounds, warm_up, hide_launches=False):
+    def tell(calls, device, rounds, warm_up, hide_launches=False, refused=None):
         return {choice: [milliseconds.get(choice.implementation.split()[-1], 1.0)] * rounds for choice in calls}
 
     return tell
@@ -241,7 +242,7 @@ def test_a_gain_of_two_hundredths_or_less_changes_nothing(single_read: float, ch
 
 
 def test_the_median_counts():
-    def noisy(calls, device, rounds, warm_up, hide_launches=False):
+    def noisy(calls, device, rounds, warm_up, hide_launches=False, refused=None):
         return {choice: [1.0, 1.0, 9.0] if choice == TWO_PASSES else [0.1, 2.0, 2.0] for choice in calls}
 
     outcome = measure(NORM, prepared(reversed=EXACT.bfloat16()), CPU, 3, noisy)
@@ -291,6 +292,22 @@ def test_a_candidate_that_cannot_run_is_named_and_the_others_go_on():
         " ".join(lines).split()
     )
     assert max(map(len, lines)) <= 80
+
+
+def test_a_candidate_whose_launches_cannot_be_hidden_has_no_time_and_the_others_go_on():
+    def shows(name: Choice):
+        def tell(calls, device, rounds, warm_up, hide_launches=False, refused=None):
+            refused[name] = NotHiddenError("launches took longer")
+            return clock(read=0.5)(calls.keys() - {name}, device, rounds, warm_up)
+
+        return tell
+
+    found = prepared(reversed=EXACT.bfloat16(), single_read=EXACT.bfloat16())
+    outcome = measure(NORM, found, CPU, 3, shows(REVERSED))
+    assert outcome.measured is not None and set(outcome.measured.milliseconds) == {TWO_PASSES, SINGLE_READ}
+    assert outcome.measured.choice == SINGLE_READ and "launches took longer" in outcome.failed[REVERSED]
+    with pytest.raises(NotHiddenError):
+        measure(NORM, found, CPU, 3, shows(TWO_PASSES))
 
 
 def test_a_wrong_default_stops_it_all():
