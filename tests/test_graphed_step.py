@@ -24,6 +24,8 @@ from resnet_fast import functional, graphed
 from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit
 from resnet_fast.models import resnet
 from resnet_fast.ops import augment as augment_module
+from resnet_fast.ops import single_read
+from resnet_fast.ops.single_read import BarrierWords
 from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import Graphed
@@ -352,6 +354,9 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
         for name in ("CUDAGraph", "get_sync_debug_mode", "set_sync_debug_mode"):
             monkeypatch.setattr(torch.cuda, name, mock.Mock())
+        words = BarrierWords(torch.device("cpu"))
+        monkeypatch.setattr(single_read, "words_of", lambda device: words)
+        self.words = words.of_recordings
 
     @contextmanager
     def stream(self, stream: object) -> Iterator[None]:
@@ -373,6 +378,15 @@ def test_a_graph_is_recorded_on_the_stream_of_its_warm_up(monkeypatch: pytest.Mo
         CudaGraph(lambda: ran_on.append(streams.current[-1]), n_warm_up=2)
     assert len(streams.captured) == 2 and None not in streams.captured
     assert ran_on == [stream for stream in streams.captured for _ in range(3)] and len(set(ran_on)) == 2
+
+
+def test_a_graph_has_barrier_words_of_its_own_and_keeps_them(monkeypatch: pytest.MonkeyPatch):
+    streams, seen = Streams(monkeypatch), []
+    graphs = [CudaGraph(lambda: seen.append(dict(streams.words)), n_warm_up=1) for _ in range(2)]
+    for graph, stream, in_warm_up, in_recording in zip(graphs, streams.captured, seen[::2], seen[1::2], strict=True):
+        assert in_warm_up == {} and list(in_recording) == [stream.cuda_stream]
+        assert in_recording[stream.cuda_stream] is graph.barrier_words
+    assert graphs[0].barrier_words is not graphs[1].barrier_words and not streams.words
 
 
 def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():
