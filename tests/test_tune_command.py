@@ -125,10 +125,11 @@ def test_where_training_takes_fp32_there_is_nothing_to_choose(own: Path, monkeyp
 
 def test_the_time_budget_is_kept_and_another_run_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch):
     """Each problem takes 25 s. The third would end behind 60 s, so it is not begun."""
-    seconds = [0.0]
+    seconds, seen = [0.0], []
 
     def slow(*arguments):
         seconds[0] += 25
+        seen.append(choices.table(CPU))
         return measure(*arguments, clock=clock(conv3x3=0.5))
 
     monkeypatch.setattr(command.time, "monotonic", lambda: seconds[0])
@@ -138,6 +139,7 @@ def test_the_time_budget_is_kept_and_another_run_goes_on(own: Path, monkeypatch:
         done = run("--batch-size", 64, "--time-budget", "1m")
         assert done.exit_code == 0 and f"{36 - n_kept} are left after 1m: run it again" in done.stdout
         assert set(read(own, ENVIRONMENT)) == set(problems[:n_kept])
+    assert [len(entries) for entries in seen] == [0, 1, 2, 3]  # what is compared with runs as the table says so far
     assert run("--batch-size", 64, "--time-budget", "1h").exit_code == 0
     assert set(read(own, ENVIRONMENT)) == set(problems)
 

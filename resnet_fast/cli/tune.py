@@ -98,7 +98,7 @@ def tune(
                 break
             if i == 0 or heading(problem) != heading(problems[i - 1]):
                 print(f"\n{heading(problem)}\n{TITLE}")
-            with using({done.problem: done.measured.choice for done in outcomes if done.measured}):
+            with using({**in_table, **{done.problem: done.measured.choice for done in outcomes if done.measured}}):
                 outcome = measure(problem, candidates, chosen, rounds)
             outcomes.append(outcome)
             n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes
