@@ -249,26 +249,29 @@ def _measure(
             if name == level.baseline:
                 raise
             refused[name] = _without_frames(error)
-    warm_up = level.warm_up[device.type]
+    warm_up, unhidden = level.warm_up[device.type], {}
     say(f"warm up and time {len(calls)} providers")
     if seconds is not None:
         _check_time(begin, seconds)
         before = time.perf_counter()
-        alternate(calls, device, 1, 0, level.hide_launches)
+        alternate(calls, device, 1, 0, level.hide_launches, unhidden)
         round_seconds = time.perf_counter() - before
         _check_time(begin, seconds, MIN_ROUNDS * round_seconds)
         n_fit = int((seconds - (time.perf_counter() - begin)) / round_seconds)
         rounds = max(min(MIN_ROUNDS, rounds), min(rounds, n_fit))
         warm_up = max(0, min(warm_up - 1, n_fit - rounds))
-    times = alternate(calls, device, rounds, warm_up, level.hide_launches)
+    left = {name: call for name, call in calls.items() if name not in unhidden}
+    times = alternate(left, device, rounds, warm_up, level.hide_launches, unhidden)
     for name, finish in finishes.items():
         try:
+            if name in unhidden:
+                raise unhidden[name]
             finish()
         except RuntimeError as error:
             if name == level.baseline:
                 raise
             refused[name] = error
-            del times[name]
+            times.pop(name, None)
     return Measured(times, peaks, refused)
 
 

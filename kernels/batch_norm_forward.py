@@ -14,6 +14,7 @@ import triton.language as tl
 from .tile_access import (
     bit_offsets,
     channels_of,
+    divide,
     group_of_rows,
     load_channel,
     load_tiles,
@@ -89,15 +90,21 @@ def find_pivot(rows, acc_type: tl.constexpr):
 def shift_and_m2(total, squares, n_rows):
     """[BLOCK_C], how far the mean of `n_rows` rows is from the pivot, and M2, from [P, BLOCK_C] sums of differences."""
     total, squares = tl.reduce((total, squares), 0, add_pairs)
-    shift = total * (1 / (tl.full([], 0.0, total.dtype) + n_rows))
+    shift = total * divide(1.0, tl.full([], 0.0, total.dtype) + n_rows)
     m2 = tl.fma(-total, shift, squares)
     return shift, tl.where(m2 < 0, 0.0, m2)  # rounding can leave less than 0; NaN stays
 
 
 @triton.jit
+def inverse(unit):
+    """1/unit, exactly: a unit is 1 or UNIT, a power of two."""
+    return tl.where(unit < 1, 1 / UNIT, 1.0)
+
+
+@triton.jit
 def in_units(m2, unit):
     """A stored partial M2 in units of 1/unit²."""
-    factor = tl.where(m2 < 0, unit / UNIT, unit)
+    factor = tl.where(m2 < 0, unit * (1 / UNIT), unit)
     return tl.abs(m2) * factor * factor
 
 
@@ -154,7 +161,7 @@ def store_partial(partial_ptrs, shift, m2, unit, mask_c):
     """
     is_again = tl.where(unit < 1, 1, 0) > 0  # of integers: the interpreter takes a comparison of fp32 for fp32
     stored = tl.load(partial_ptrs + 1, mask=mask_c & is_again, other=float("inf"))
-    store_pair(partial_ptrs, shift * (1 / unit), tl.where(unit < 1, -m2, m2), mask_c & (is_finite(stored) == 0))
+    store_pair(partial_ptrs, shift * inverse(unit), tl.where(unit < 1, -m2, m2), mask_c & (is_finite(stored) == 0))
     return any_overflow(m2, mask_c, unit)
 
 
@@ -250,8 +257,8 @@ def group_statistics(
     splits = (offs_c, mask_c, n_rows, n_splits, rows_per_split)
     while again:
         shift, m2 = merge_splits(partials_ptr, *splits, unit, N_CHANNELS, n_steps, BLOCK_S)
-        mean = tl.where(todo, pivot + shift * (1 / unit), mean)
-        var = tl.where(todo, m2 * (1 / (tl.full([], 0.0, acc_type) + n_rows)), var)
+        mean = tl.where(todo, pivot + shift * inverse(unit), mean)
+        var = tl.where(todo, m2 * divide(1.0, tl.full([], 0.0, acc_type) + n_rows), var)
         units = tl.where(todo, unit, units)
         again = any_overflow(m2, mask_c, unit)
         todo = todo & (is_finite(m2) == 0)
@@ -261,13 +268,13 @@ def group_statistics(
 
 @triton.jit
 def inverse_std(var, eps, units):
-    """1/sqrt(variance + eps), of a variance in units of 1/units²."""
+    """1/sqrt(variance + eps), of a variance in units of 1/units². Root and quotient are correctly rounded."""
     x = var + tl.full([], eps, var.dtype) * units * units
-    if var.dtype == tl.float64:  # of which tl.rsqrt computes some digits only
-        rstd = units / tl.sqrt(x)
+    if var.dtype == tl.float64:  # there tl.sqrt is, too
+        std = tl.sqrt(x)
     else:
-        rstd = units * tl.rsqrt(x)
-    return rstd
+        std = tl.sqrt_rn(x)
+    return divide(units, std)
 
 
 @triton.jit
@@ -275,7 +282,8 @@ def updated_running(running_mean, running_var, mean, var, units, n_rows, momentu
     """Running statistics with those of one more batch (S3); `var` is biased and in units of 1/units²."""
     share = tl.full([], momentum, mean.dtype)
     rest = tl.full([], 1.0 - momentum, mean.dtype)
-    unbiased = var * (n_rows / (tl.full([], -1.0, var.dtype) + n_rows)) * (1 / units) * (1 / units)
+    count = tl.full([], 0.0, var.dtype) + n_rows
+    unbiased = var * divide(count, count - 1) * inverse(units) * inverse(units)
     return share * mean + rest * running_mean, share * unbiased + rest * running_var
 
 

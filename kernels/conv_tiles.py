@@ -49,6 +49,14 @@ def conv_candidates(in_channels: int, out_channels: int, n_rows: int, with_sums:
     return found
 
 
+def shared_bytes(tiles: ConvTiles, element_size: int) -> int:
+    """Shared memory that a program takes at most, compiled for a GPU with TMA: the operands' blocks of every stage, the
+    block of results, and two barriers of 8 bytes a stage.
+    """
+    operands = tiles.num_stages * (tiles.block_m + tiles.block_n) * tiles.block_k
+    return (operands + tiles.block_m * tiles.block_n) * element_size + 16 * tiles.num_stages
+
+
 def block_of(n_channels: int) -> int:
     """Channels of a block: 64, a 128-byte line in 16-bit types, or all where there are fewer, as a power of two."""
     return min(64, 1 << (n_channels - 1).bit_length())

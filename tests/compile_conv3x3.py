@@ -80,6 +80,8 @@ def compile_first(launching: Callable[[], object], target: str, index: int = 0) 
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
         "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx)),  # those that pipeline loads without TMA
+        "shared": compiled.metadata.shared,
         "loads": sum(code.loads.values()),
         "from_registers": len(re.findall(r"wgmma\.mma_async\S* *\{[^}]*\}, *\{", ptx)),
         "evict_first": ptx.count("evict_first"),

@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
     interpreter.mend()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
+else:
+    torch.backends.cudnn.allow_tf32 = False  # tolerances of fp32 are those of its roundings
+
 # After the interpreter is chosen, before any test imports torchvision.
 from resnet_fast import functional  # noqa: E402
 

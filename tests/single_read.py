@@ -7,10 +7,15 @@ import torch
 from chosen import launched
 from fused_op import Case
 
-from resnet_fast.ops import choices
+from resnet_fast.kernels import tiles
+from resnet_fast.ops import choices, single_read
 from resnet_fast.ops.implementations import DTYPES, Choice, Operation, Problem
 
 FORWARD, BACKWARD = "single_read_forward_kernel", "single_read_backward_kernel"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+N_PROGRAMS = single_read.multiprocessors(DEVICE)  # that run at once: 132 on an H200, on a CPU 4 are pretended
+BLOCK_C = tiles.MAX_BLOCK_C
+BLOCK_M = tiles.SINGLE_READ_WARPS * 32 * tiles.THREAD_ELEMENTS // BLOCK_C
 BOTH: tuple[Operation, ...] = ("batch norm", "batch norm backward")
 
 

@@ -45,7 +45,7 @@ from resnet_fast.data import normalize
 from resnet_fast.models import resnet
 from resnet_fast.ops import choices
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
-from resnet_fast.tuning.timing import alternate
+from resnet_fast.tuning.timing import NotHiddenError, alternate
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -243,6 +243,17 @@ def test_what_fails_at_the_end_is_not_timed(monkeypatch):
     level = with_wrong(bench_op.LEVEL, partial(Failing, bench_op.eager))
     measured = harness.measure(level, OP, CPU, ["wrong", "right"], rounds=1)
     assert measured.times.keys() == {"eager", "right"} and measured.refused.keys() == {"wrong"}
+
+
+def test_a_provider_whose_launches_cannot_be_hidden_costs_the_others_nothing(monkeypatch):
+    def one_is_not(calls, device, rounds, warm_up, hide_launches, refused):
+        refused["fused, apart"] = NotHiddenError("launches took longer")
+        return alternate({name: calls[name] for name in ("eager", "fused")}, device, rounds, warm_up)
+
+    monkeypatch.setattr(harness, "alternate", one_is_not)
+    for seconds in (None, 60):
+        measured = harness.measure(bench_op.LEVEL, OP, CPU, ["fused, apart", "fused"], rounds=1, seconds=seconds)
+        assert measured.times.keys() == {"eager", "fused"} and measured.refused.keys() == {"fused, apart"}
 
 
 def test_a_setting_that_fails_is_told_to_every_provider_and_not_tried_again(monkeypatch):

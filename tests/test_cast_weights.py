@@ -33,7 +33,7 @@ AUGMENTATION = Augmentation((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop=2, padding="
 def same_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The stand-in for a graph sees operators alone, and cuDNN may choose another algorithm every time."""
     monkeypatch.setattr(augment_module, "choose_backend", lambda x: "aten")
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         yield
 
 

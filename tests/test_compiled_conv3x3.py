@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from resnet_fast.kernels.conv_tiles import ConvTiles, shared_bytes
+
 pytestmark = pytest.mark.slow
 
 
@@ -55,6 +57,19 @@ def test_hopper_loads_its_operands_by_tma(rows):
 def test_older_and_newer_gpus_have_matrix_instructions_too(rows):
     assert all(row["matrix"] > 0 for row in convolutions(rows, "sm_80"))
     assert all(row["tcgen05"] > 0 and row["tma_loads"] > 0 for row in convolutions(rows, "sm_100"))
+
+
+def test_the_need_of_shared_memory_is_known_before_anything_is_compiled(rows):
+    """On GPUs with TMA, where conv3x3 is a candidate; of blocks of 16 channels Triton needs less."""
+    for row in convolutions(rows, "sm_90") + convolutions(rows, "sm_100"):
+        most = shared_bytes(ConvTiles(**row["tiles"]), 2)
+        assert row["shared"] <= most, row
+        assert row["tiles"]["block_n"] < 64 or most - row["shared"] < 64, row
+
+
+def test_ampere_does_not_pipeline_them(rows):
+    """So that they are no candidates there (conv3x3.is_pipelined)."""
+    assert [row for row in convolutions(rows, "sm_80") if row["async_copies"] or row["tma_loads"]] == []
 
 
 def test_both_operands_come_from_shared_memory(rows):

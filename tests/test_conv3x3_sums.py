@@ -30,7 +30,7 @@ def statistics(y: Tensor, known: PartialStatistics | None) -> dict[str, Tensor]:
 def test_statistics(case, dtype, device):
     """Those of the rounded output, as its own pass computes them, which has the benefit of a pivot."""
     x, weight, _ = operands(case, dtype, device)
-    for tiles in cuts(case.in_channels, case.out_channels, with_sums=False):
+    for tiles in cuts(case.in_channels, case.out_channels, with_sums=False, x=x):
         y, known = conv3x3.forward(x, weight, tiles)
         found, own = statistics(y, known), statistics(y, None)
         exact_mean, exact_var = reference.statistics(y.double())
@@ -50,7 +50,7 @@ def test_statistics_of_tiny_and_huge_values(scale, device):
     x, weight, _ = operands(Case("huge", 3, 16, 16, 8), torch.bfloat16, device)
     x[1:] *= scale
     weight[8:] = 0  # channels that are not touched by it
-    for tiles in cuts(16, 16, with_sums=False):
+    for tiles in cuts(16, 16, with_sums=False, x=x):
         y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
         found, own = statistics(y, known), statistics(y, None)
         for name in ("mean", "rstd", "var"):  # within some roundings of fp32, relative: nothing cancels
@@ -77,7 +77,7 @@ def test_a_channel_that_overflows_is_as_pytorchs(device):
 
 
 def assert_as_pytorch(x: Tensor, weight: Tensor) -> Tensor:
-    for tiles in cuts(16, 16, with_sums=False):
+    for tiles in cuts(16, 16, with_sums=False, x=x):
         y, known = conv3x3.forward(x, weight, tiles._replace(block_m=64, per_program=2))
         found = statistics(y, known)
         mean, var = reference.statistics(y.float())
@@ -101,7 +101,7 @@ def test_sums(join, fork, dtype, device):
         x, weight, dy = operands(case, dtype, device)
         y, saved = saved_by(x, join)
         dx_alias = channels_last(torch.randn_like(x)) if fork else None
-        for tiles in cuts(case.out_channels, case.in_channels, with_sums=True):
+        for tiles in cuts(case.out_channels, case.in_channels, with_sums=True, x=x):
             dx, _, _ = conv3x3.data_gradient(dy, weight, tiles, always_open(saved), None)
             assert dx.count_nonzero() > 0.99 * dx.numel()
             dz, sums, _ = conv3x3.data_gradient(dy, weight, tiles, saved, dx_alias)
@@ -130,8 +130,8 @@ def xhat(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 def test_nothing_is_written_outside_of_the_results_and_nothing_inside_is_left_out(case, device):
     x, weight, dy = operands(case, torch.bfloat16, device)
     (_, saved), dx_alias = saved_by(x, "bn"), channels_last(torch.randn_like(x))
-    tiles = cuts(case.in_channels, case.out_channels, with_sums=False)[1]
-    of_gradient = cuts(case.out_channels, case.in_channels, with_sums=True)[1]
+    tiles = cuts(case.in_channels, case.out_channels, with_sums=False, x=x)[1]
+    of_gradient = cuts(case.out_channels, case.in_channels, with_sums=True, x=x)[1]
 
     def run() -> list[Tensor]:
         y, (partials, _) = conv3x3.forward(x, weight, tiles)

@@ -734,7 +734,7 @@ def test_a_cuda_graph_computes_what_the_loop_does():
         model = Small(dropout=0.5).cuda()
         optimizer = sgd(model, lr=torch.tensor(0.1, device="cuda"))
         step = wrap(simple_step(model, optimizer), model, optimizer)
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
             for images, labels in batches():
                 found.append([tree_map(bits, [step(images.cuda(), labels.cuda()), model.state_dict()])])
     half = len(found) // 2

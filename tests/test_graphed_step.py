@@ -4,20 +4,28 @@ Here a stand-in for the CUDA graph shows it (recorded_graph.py); test_the_stand_
 """
 
 import copy
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from chosen import launched
 from recorded_graph import RecordedGraph
 from thin_resnet import thin_resnet
 from tiny_run import equal
 from torch import Tensor, nn
 
+from resnet_fast import functional, graphed
 from resnet_fast.data import Augmentation, Batch, Loader, TensorSplit
 from resnet_fast.models import resnet
 from resnet_fast.ops import augment as augment_module
+from resnet_fast.ops import single_read
+from resnet_fast.ops.single_read import BarrierWords
 from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training import step as step_module
 from resnet_fast.training.graph import CudaGraph
@@ -76,9 +84,9 @@ class Streamed(TensorSplit):
             yield Batch(self.images[rows[:, 0]], self.labels[rows[:, 0]], own)
 
 
-def make_split(kind: type[TensorSplit] = TensorSplit) -> TensorSplit:
+def make_split(kind: type[TensorSplit] = TensorSplit, width: int = 8) -> TensorSplit:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (N_IMAGES, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (N_IMAGES, 3, width, width), dtype=torch.uint8, generator=generator)
     return kind(images, torch.randint(N_CLASSES, (N_IMAGES,), generator=generator))
 
 
@@ -332,9 +340,124 @@ def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, m
     for graph in (False, True):
         step = make_step(recipe, graph, make_graph=CudaGraph, device="cuda", **settings)
         torch.manual_seed(1)
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
             found.append(trained(step, split))
     assert equal(*found)
+
+
+# The kernels of the two passes; combine kernels are for many splits.
+FUSED_KERNELS = {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
+NETWORK_CASES = {
+    "SGD": PLAIN,
+    "Adam": replace(PLAIN, optimizer="adam", lr=1e-2),
+    "moving average": replace(PLAIN, ema=0.9),
+}
+
+
+def assert_network_has_the_bits(run: Callable[[bool], list], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` tells of every step, of two sizes of batches, recorded or not; it launches the fused kernels."""
+    monkeypatch.setattr(functional, "_calls", {})  # so that launches are not repetitions of another test's
+    with launched() as kernels, torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+        plain, recorded = run(False), run(True)
+    assert equal(recorded, plain) and set(kernels) >= FUSED_KERNELS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("recipe", NETWORK_CASES.values(), ids=NETWORK_CASES)
+def test_a_cuda_graph_of_the_network_in_bf16(recipe: Recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    split = make_split(width=32).to(torch.device("cuda"))
+
+    def run(graph: bool) -> list:
+        make = functools.partial(resnet.resnet18, num_classes=N_CLASSES, stem="cifar")
+        step = make_step(recipe, graph, make, "cuda", make_graph=CudaGraph, precision="bf16")
+        found = trained(step, split)
+        assert not graph or len(step.graphed.recorded) == 2
+        return found
+
+    assert_network_has_the_bits(run, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_of_the_network_in_fp16(monkeypatch: pytest.MonkeyPatch):
+    """In a loop of one's own, with a gradient scaler."""
+    monkeypatch.undo()
+    network = functools.partial(resnet.resnet18, num_classes=N_CLASSES, stem="cifar")
+    assert_network_has_the_bits(lambda graph: fp16_loop(graph, network, "cuda", CudaGraph), monkeypatch)
+
+
+def fp16_loop(graph: bool, network: Callable[[], nn.Module], device: str, make_graph) -> list:
+    torch.manual_seed(0)
+    model = network().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    run = graphed(step, model, optimizer, scaler, fallback=False, make_graph=make_graph) if graph else step
+    found = []
+    for size in [8, 8, 8, 4, 4, 4, 8]:
+        images, labels = torch.randn(size, 3, 32, 32).to(device), torch.randint(N_CLASSES, (size,)).to(device)
+        loss = run(images, labels)
+        found.append([loss.clone(), copy.deepcopy([model.state_dict(), optimizer.state_dict(), scaler.state_dict()])])
+    assert not isinstance(run, Graphed) or len(run.recorded) == 2
+    return found
+
+
+class Streams:
+    """In the place of torch.cuda: notes which stream is the current one when something happens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.captured = [mock.Mock(name="the caller's")], []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: mock.Mock(name="a new one"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        for name in ("CUDAGraph", "get_sync_debug_mode", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, mock.Mock())
+        words = BarrierWords(torch.device("cpu"))
+        monkeypatch.setattr(single_read, "words_of", lambda device: words)
+        self.words = words.of_recordings
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        self.current.append(stream)
+        yield
+        self.current.pop()
+
+    @contextmanager
+    def graph(self, graph: object, stream: object = None, **_: object) -> Iterator[None]:
+        self.captured.append(stream)
+        with self.stream(stream):
+            yield
+
+
+def test_a_graph_is_recorded_on_the_stream_of_its_warm_up(monkeypatch: pytest.MonkeyPatch):
+    """Which belongs to the current device. Torch's own belongs to the device of the process's first recording."""
+    streams, ran_on = Streams(monkeypatch), []
+    for _ in range(2):
+        CudaGraph(lambda: ran_on.append(streams.current[-1]), n_warm_up=2)
+    assert len(streams.captured) == 2 and None not in streams.captured
+    assert ran_on == [stream for stream in streams.captured for _ in range(3)] and len(set(ran_on)) == 2
+
+
+def test_a_graph_has_barrier_words_of_its_own_and_keeps_them(monkeypatch: pytest.MonkeyPatch):
+    streams, seen = Streams(monkeypatch), []
+    graphs = [CudaGraph(lambda: seen.append(dict(streams.words)), n_warm_up=1) for _ in range(2)]
+    for graph, stream, in_warm_up, in_recording in zip(graphs, streams.captured, seen[::2], seen[1::2], strict=True):
+        assert in_warm_up == {} and list(in_recording) == [stream.cuda_stream]
+        assert in_recording[stream.cuda_stream] is graph.barrier_words
+    assert graphs[0].barrier_words is not graphs[1].barrier_words and not streams.words
 
 
 def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():

@@ -7,19 +7,21 @@ import pytest
 import torch
 from chosen import launched
 from fused_op import Case, assert_agrees, make_operands, ours, results
-from single_read import BACKWARD, BOTH, FORWARD, entries, reading_once
+from single_read import BACKWARD, BLOCK_C, BLOCK_M, BOTH, FORWARD, N_PROGRAMS, entries, reading_once
 
+from resnet_fast.kernels import tiles
 from resnet_fast.ops import BatchNormArgs, choices, launch, single_read
 from resnet_fast.ops.arguments import arguments_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
-PLAIN = Case("several tiles and splits, the last not full", (3, 64, 9, 9))
+# Two tiles of rows for each program: on a CPU 3 images.
+PLAIN = Case("several tiles and splits, the last not full", (N_PROGRAMS * 2 * BLOCK_M // 81, BLOCK_C, 9, 9))
 FORKED = replace(PLAIN, fork=True)
 CORNERS = (
     Case("one image", (1, 16, 5, 5), fork=True),
     Case("channels a multiple of eight alone", (5, 24, 6, 6), fork=True),
     Case("several tiles of channels, the last not full", (2, 136, 7, 7)),
-    Case("as many tiles of channels as programs", (3, 256, 4, 4), fork=True),
+    Case("as many tiles of channels as programs", (3, N_PROGRAMS * BLOCK_C, 4, 4), fork=True),
     Case("one pixel per image", (33, 16, 1, 1)),
     Case("no affine, no running statistics", (2, 16, 5, 5), affine=False, running=False),
     Case("vectors in the type of x", (2, 16, 5, 5), vectors_as_x=True),
@@ -33,6 +35,9 @@ CORNERS = (
     "case", (pytest.param(PLAIN, id="one handle", marks=pytest.mark.slow), pytest.param(FORKED, id="two handles"))
 )
 def test_every_join_agrees_with_pytorch(case, join, device):
+    n_images, n_channels, height, width = case.shape
+    cut = tiles.choose_single_read_tiles(n_images * height * width, n_channels, N_PROGRAMS, most_tiles=9)
+    assert cut is not None and cut.tile.n_tiles.value == 2 and cut.n_parts > 1
     with reading_once(case, BF16, join):
         assert_agrees(make_operands(case, BF16, "channels_last", device), join, True)
 
@@ -78,10 +83,11 @@ def test_it_goes_with_two_passes_in_the_other_direction(operation, device):
     join = "bn"
     with choices.using(entries(FORKED, BF16, join, (operation,))), launched() as kernels:
         assert_agrees(make_operands(FORKED, BF16, "channels_last", device), join, True)
+    found = set(kernels) - {"combine_statistics_kernel", "combine_gradients_kernel"}  # of many splits
     if operation == "batch norm":
-        assert set(kernels) == {FORWARD, "reduce_kernel", "input_gradients_kernel"}
+        assert found == {FORWARD, "reduce_kernel", "input_gradients_kernel"}
     else:
-        assert set(kernels) == {"statistics_kernel", "normalize_kernel", BACKWARD}
+        assert found == {"statistics_kernel", "normalize_kernel", BACKWARD}
 
 
 NOT_FINITE = (
@@ -126,7 +132,9 @@ def test_an_rstd_of_zero_ends_the_merge(device):
     ("case", "dtype", "layout"),
     (
         pytest.param(Case("", (2, 100, 4, 4)), BF16, "channels_last", id="channels not a multiple of eight"),
-        pytest.param(Case("", (9, 264, 2, 2)), BF16, "channels_last", id="more channels than programs"),
+        pytest.param(
+            Case("", (9, N_PROGRAMS * BLOCK_C + 8, 2, 2)), BF16, "channels_last", id="more channels than programs"
+        ),
         pytest.param(replace(PLAIN, ghost=1), BF16, "channels_last", id="ghost batches"),
         pytest.param(replace(PLAIN, training=False), BF16, "channels_last", id="tracked statistics"),
         pytest.param(PLAIN, BF16, "nchw", id="NCHW"),

@@ -1,5 +1,6 @@
 """The barrier lets a launch pass as a whole alone, is ready again behind it, and never serves two launches at once."""
 
+import weakref
 from unittest import mock
 
 import pytest
@@ -30,8 +31,8 @@ def test_many_launches_use_the_same_words(device):
     first = {size: single_read.forward(*arguments_of(x[size], NORM)).y for size in sizes}
     for size in [*sizes, *reversed(sizes), *sizes]:
         assert torch.equal(single_read.forward(*arguments_of(x[size], NORM)).y, first[size])
-    (words,) = single_read.words_of(x[sizes[0]].device).of_streams.values()
-    assert not (words & 0x7FFFFFFF).any()
+    of_streams = single_read.words_of(x[sizes[0]].device).of_streams
+    assert of_streams and not any((words & 0x7FFFFFFF).any() for words in of_streams.values())
 
 
 @needs_interpreter
@@ -105,6 +106,40 @@ def test_every_recorded_launch_has_words_of_its_own(device):
     assert len(taken) == 5 and len(addresses) == 6 * 4
     # Another alignment than in warm-up would compile another kernel, in the recording.
     assert all(words.data_ptr() % 16 == 0 for words in taken)
+
+
+def test_the_launches_of_a_recording_share_words_that_are_its_own_and_no_others_get(device):
+    """However many graphs a process records: nothing is taken from the block."""
+    words, found = BarrierWords(device), []
+    assert words.reserve(4)
+    n_left = len(words.of_graphs)
+    with mock.patch.object(BarrierWords, "_is_recording", lambda self: True):
+        for _ in range(3):
+            with words.recording(words._stream()) as own:
+                assert words.reserve(len(own)) and not words.reserve(len(own) + 1)
+                assert words.take(4).data_ptr() == words.take(1).data_ptr() == own.data_ptr()
+            found.append(own)
+        assert len(words.of_graphs) == n_left
+        found.append(words.take(1))  # in a recording of somebody else
+    found.append(words.of_streams[words._stream()])
+    assert len({own.data_ptr() for own in found}) == 5 and not any(own.any() for own in found)
+    assert all(own.data_ptr() % 16 == 0 for own in found)
+    alive = weakref.ref(found[0])
+    del found, own
+    assert alive() is None  # the memory of a graph that is gone is free
+
+
+def test_the_first_single_read_of_a_process_may_be_recorded(device):
+    """Where the graph has words of its own."""
+    x = image(2, 64, device)
+    words = BarrierWords(x.device)
+    with (
+        mock.patch.dict(single_read._words, {x.device: words}),
+        mock.patch.object(BarrierWords, "_is_recording", lambda self: True),
+        words.recording(words._stream()),
+    ):
+        assert single_read.fits(x, "batch norm", "none")
+        assert single_read.plan_launch(x, "batch norm", "none")[1].data_ptr() % 16 == 0
 
 
 def test_a_recording_without_words_takes_two_passes(device):

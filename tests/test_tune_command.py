@@ -6,6 +6,7 @@ convolutions, interpreted, against their exact results.
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from typer.testing import CliRunner
 
 from resnet_fast.cli import app
 from resnet_fast.cli import tune as command
-from resnet_fast.ops import choices
+from resnet_fast.ops import choices, launch
+from resnet_fast.ops import conv3x3 as conv3x3_launches
 from resnet_fast.ops.choices import add, read
 from resnet_fast.ops.implementations import DEFAULTS, IMPLEMENTATIONS, Choice, Problem, tiles_of
 from resnet_fast.tuning import Candidate, Outcome, Prepared, find_problems, inputs, measure, why_not
-from resnet_fast.tuning.candidates import candidates
+from resnet_fast.tuning.candidates import candidates, has_choice, tiles_on
 from resnet_fast.tuning.measurement import choose_fastest
 from resnet_fast.tuning.report import format_outcome
+from resnet_fast.tuning.timing import NotHiddenError
 
 CPU = torch.device("cpu")
 EXACT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -57,7 +60,7 @@ def prepared(**others: torch.Tensor | Exception) -> Callable[[Problem, torch.dev
 def clock(**milliseconds: float):
     """Tells these times by implementation, and 1 ms of others."""
 
-    def tell(calls, device, rounds, warm_up, hide_launches=False):
+    def tell(calls, device, rounds, warm_up, hide_launches=False, refused=None):
         return {choice: [milliseconds.get(choice.implementation.split()[-1], 1.0)] * rounds for choice in calls}
 
     return tell
@@ -67,6 +70,7 @@ def clock(**milliseconds: float):
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GPU that is not there, on which all is measured: conv3x3 in half of the time, a single read in 0.9 of it."""
     monkeypatch.setattr(command, "choose_device", lambda name: CPU)
+    monkeypatch.setattr(command, "choose_precision", lambda device: "bf16")
     monkeypatch.setattr("resnet_fast.tuning.why_not", lambda device: None)
     monkeypatch.setattr("resnet_fast.tuning.candidates.candidates", made_up)
     times = clock(conv3x3=0.5, read=0.9)
@@ -88,9 +92,9 @@ def test_everything_is_measured_chosen_written_and_shown(own: Path):
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if str(own) not in line) <= 80
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
-    assert "  64>64 32x32                      1 ms    0.5 ms   2.00x  conv3x3 128x64x64" in lines
-    assert "  128 16x16 bn fork                1 ms    0.9 ms   1.11x  single read" in lines
-    assert lines.count("batch norm backward, bf16, batch 512") == 1
+    assert "  convolution 64                   1 ms    0.5 ms   2.00x  conv3x3 128x64x64" in lines
+    assert "  norm backward 128 bn fork        1 ms    0.9 ms   1.11x  single read" in lines
+    assert lines.count("bf16, batch 512, maps of 16x16") == 1
     n = len(found)
     assert lines[-2:] == [
         f"{n} of {n} differ from the default; a gain of 2% or less changes nothing.",
@@ -102,6 +106,42 @@ def test_options_reach_the_problems(own: Path):
     done = run(*"--model resnet20 --batch-size 64 --batch-size 96 --image-size 16 --precision fp16".split())
     assert done.exit_code == 0
     assert set(read(own, ENVIRONMENT)) == set(find_problems("resnet20", None, [64, 96], 16, "fp16"))
+
+
+@pytest.mark.parametrize("taken", ("bf16", "fp16"))
+def test_the_precision_is_that_of_training(own: Path, taken: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "choose_precision", lambda device: taken)
+    assert run("--batch-size", 64).exit_code == 0
+    assert {problem.dtype for problem in read(own, ENVIRONMENT)} == {taken}
+
+
+def test_where_training_takes_fp32_there_is_nothing_to_choose(own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "choose_precision", lambda device: "fp32")
+    done = run("--batch-size", 64)
+    assert done.exit_code == 2 and not own.exists()
+    assert "training takes fp32 on cpu, and there is a choice in bf16 and fp16 alone" in done.stderr
+    assert run("--batch-size", 64, "--precision", "fp16").exit_code == 0
+
+
+def test_the_time_budget_is_kept_and_another_run_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each problem takes 25 s. The third would end behind 60 s, so it is not begun."""
+    seconds, seen = [0.0], []
+
+    def slow(*arguments):
+        seconds[0] += 25
+        seen.append(choices.table(CPU))
+        return measure(*arguments, clock=clock(conv3x3=0.5))
+
+    monkeypatch.setattr(command.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr("resnet_fast.tuning.measure", slow)
+    problems = find_problems("resnet18", None, [64], 32, "bf16")
+    for n_kept in (2, 4):
+        done = run("--batch-size", 64, "--time-budget", "1m")
+        assert done.exit_code == 0 and f"{36 - n_kept} are left after 1m: run it again" in done.stdout
+        assert set(read(own, ENVIRONMENT)) == set(problems[:n_kept])
+    assert [len(entries) for entries in seen] == [0, 1, 2, 3]  # what is compared with runs as the table says so far
+    assert run("--batch-size", 64, "--time-budget", "1h").exit_code == 0
+    assert set(read(own, ENVIRONMENT)) == set(problems)
 
 
 def test_a_second_run_adds_to_the_first(own: Path):
@@ -132,7 +172,8 @@ def test_a_table_that_does_not_count_is_replaced(own: Path, field: str, reason: 
     [
         (["--model", "resnet19"], "model must be one of resnet18"),
         (["--rounds", "0"], "rounds must be an integer of at least 1, got 0"),
-        (["--precision", "fp32"], "precision must be one of bf16, fp16, got 'fp32'"),
+        (["--precision", "fp32"], "precision must be one of auto, bf16, fp16, got 'fp32'"),
+        (["--time-budget", "0"], "time_budget must be a time such as 90, 15m or 2h, got '0'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -224,7 +265,7 @@ def test_a_problem_without_the_memory_for_it_is_skipped(own: Path, monkeypatch: 
 
     monkeypatch.setattr("resnet_fast.tuning.candidates.candidates", large)
     done = run("--batch-size", 64)
-    assert done.exit_code == 0 and "  64>64 32x32                skipped: not enough memory" in done.stdout.splitlines()
+    assert done.exit_code == 0 and "  convolution 64             skipped: not enough memory" in done.stdout.splitlines()
     n_skipped = done.stdout.count("skipped: not enough memory")
     assert f"{n_skipped} skipped; what is not measured runs as the default." in done.stdout.splitlines()
     assert len(read(own, ENVIRONMENT)) == 36 - n_skipped and all(
@@ -241,7 +282,7 @@ def test_a_gain_of_two_hundredths_or_less_changes_nothing(single_read: float, ch
 
 
 def test_the_median_counts():
-    def noisy(calls, device, rounds, warm_up, hide_launches=False):
+    def noisy(calls, device, rounds, warm_up, hide_launches=False, refused=None):
         return {choice: [1.0, 1.0, 9.0] if choice == TWO_PASSES else [0.1, 2.0, 2.0] for choice in calls}
 
     outcome = measure(NORM, prepared(reversed=EXACT.bfloat16()), CPU, 3, noisy)
@@ -291,6 +332,22 @@ def test_a_candidate_that_cannot_run_is_named_and_the_others_go_on():
         " ".join(lines).split()
     )
     assert max(map(len, lines)) <= 80
+
+
+def test_a_candidate_whose_launches_cannot_be_hidden_has_no_time_and_the_others_go_on():
+    def shows(name: Choice):
+        def tell(calls, device, rounds, warm_up, hide_launches=False, refused=None):
+            refused[name] = NotHiddenError("launches took longer")
+            return clock(read=0.5)(calls.keys() - {name}, device, rounds, warm_up)
+
+        return tell
+
+    found = prepared(reversed=EXACT.bfloat16(), single_read=EXACT.bfloat16())
+    outcome = measure(NORM, found, CPU, 3, shows(REVERSED))
+    assert outcome.measured is not None and set(outcome.measured.milliseconds) == {TWO_PASSES, SINGLE_READ}
+    assert outcome.measured.choice == SINGLE_READ and "launches took longer" in outcome.failed[REVERSED]
+    with pytest.raises(NotHiddenError):
+        measure(NORM, found, CPU, 3, shows(TWO_PASSES))
 
 
 def test_a_wrong_default_stops_it_all():
@@ -345,11 +402,50 @@ def test_where_nothing_runs_in_pairs_convolutions_are_cudnns(model: str, stem: s
     assert all("batch norm" in p.operation for p in find_problems(model, stem, [2], image_size, "bf16"))
 
 
+def test_the_largest_operations_of_the_first_batch_size_come_first():
+    found = find_problems("resnet18", None, [512, 128], 32, "bf16")
+    assert [(p.n_images, p.width) for p in found] == sorted([(p.n_images, p.width) for p in found], reverse=True)
+    of_stage = [p.operation for p in found if (p.n_images, p.width) == (512, 32)]
+    assert list(dict.fromkeys(of_stage)) == list(IMPLEMENTATIONS)  # batch norms before the convolutions beside them
+
+
 def test_strides_and_few_channels_are_for_cudnn():
     assert all(p.in_channels > 3 for p in find_problems("resnet20", None, [2], 32, "bf16"))
 
 
 # The real candidates.
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: int | None, shared_memory: int) -> torch.device:
+    monkeypatch.setattr(launch, "nvidia_capability", lambda device: capability)
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda:0")
+
+
+CONVOLUTION = Problem("convolution", "bf16", 128, 128, 128, 16)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "kilobytes", "blocks"),
+    [
+        ("H200", 90, 227, [(128, 64), (256, 64), (256, 128)]),
+        ("RTX 5090", 120, 99, [(128, 64)]),
+        ("A100", 80, 163, []),  # nothing is pipelined there
+        ("T4", 75, 64, []),
+        ("MI300", None, 64, []),
+    ],
+)
+def test_block_sizes_that_cannot_run_well_are_no_candidates(gpu, capability, kilobytes, blocks, monkeypatch):
+    device = pretend(monkeypatch, capability, kilobytes << 10)
+    assert [(tiles.block_m, tiles.block_n) for tiles in tiles_on(CONVOLUTION, device)] == blocks
+    assert has_choice(CONVOLUTION, device) == bool(blocks) and has_choice(NORM, device)
+
+
+def test_what_has_one_candidate_is_no_problem(own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conv3x3_launches, "is_pipelined", lambda device: False)
+    assert run("--batch-size", 64).exit_code == 0
+    assert {problem.operation for problem in read(own, ENVIRONMENT)} == {"batch norm", "batch norm backward"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the command itself runs them")

@@ -1,6 +1,7 @@
 """`resnet-fast tune`."""
 
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resnet_fast.cli.app import app, choice_metavar, stop
-from resnet_fast.cli.settings import option
+from resnet_fast.cli.settings import option, parse_seconds
 from resnet_fast.common.checks import check_choice, check_integer
 from resnet_fast.models.registry import MODELS, check_name, check_stem
-from resnet_fast.training.config import IMAGE_SIZE, TrainConfig, choose_device
-from resnet_fast.tuning.options import BATCH_SIZES, PRECISIONS, ROUNDS
+from resnet_fast.training.config import IMAGE_SIZE, TrainConfig, choose_device, choose_precision
+from resnet_fast.tuning.options import BATCH_SIZES, CHOOSABLE, PRECISIONS, ROUNDS, TIME_BUDGET
 
 if TYPE_CHECKING:
+    import torch
+
     from resnet_fast.ops.choices import Environment
     from resnet_fast.ops.implementations import Problem
     from resnet_fast.tuning import Outcome
@@ -29,16 +32,19 @@ def tune(
         list[int] | None,
         typer.Option(
             metavar="<int>",
-            help="Images per step; may be given several times. [default: 128, 512, 1024]",
+            help=f"Images per step; may be given several times. [default: {', '.join(map(str, BATCH_SIZES))}]",
             show_default=False,
         ),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
     precision: Annotated[
-        str, typer.Option(metavar=choice_metavar(PRECISIONS), help="Of the activations.")
+        str, typer.Option(metavar=choice_metavar(PRECISIONS), help="Of the activations; auto: as training takes it.")
     ] = PRECISIONS[0],
     device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = TrainConfig.device,
     rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, of which the median counts.")] = ROUNDS,
+    time_budget: Annotated[
+        str, typer.Option(metavar="<time>", help="For all of it, such as 90, 15m or 2h; the largest operations first.")
+    ] = TIME_BUDGET,
 ) -> None:
     """Measure on this GPU which implementation of each operation is the fastest, and keep it for training."""
     sizes = batch_size or BATCH_SIZES
@@ -50,25 +56,30 @@ def tune(
         check_integer("rounds", rounds)
         check_integer("image_size", image_size)
         check_choice("precision", precision, PRECISIONS)
+        end = time.monotonic() + parse_seconds(time_budget)
         chosen = choose_device(device)
     except ValueError as error:
         stop(2, f"error: {error}")
 
     from resnet_fast.ops.choices import SWITCH, environment_of, find_table, is_off, using
     from resnet_fast.tuning import measure, why_not
-    from resnet_fast.tuning.candidates import candidates
+    from resnet_fast.tuning.candidates import candidates, has_choice
     from resnet_fast.tuning.report import TITLE, format_end, format_outcome, heading
 
     outcomes: list[Outcome] = []
-    n_kept = 0
+    n_kept, longest = 0, 0.0
     try:
         if (reason := why_not(chosen)) is not None:
             raise ValueError(reason)
-        problems = _problems(model, stem, sizes, image_size, precision)
+        precision = _resolve(precision, chosen)
+        problems = [
+            problem for problem in _problems(model, stem, sizes, image_size, precision) if has_choice(problem, chosen)
+        ]
         environment = environment_of(chosen)
-        path, _, why_not_used = find_table(environment)
+        path, in_table, why_not_used = find_table(environment)
         if path is None:
             raise ValueError("the system names no home for a table: set XDG_CACHE_HOME to a folder")
+        problems.sort(key=lambda problem: problem in in_table)  # so that another run goes on where one ended
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # or raise before anything is measured
             pass
@@ -82,13 +93,17 @@ def tune(
         _print(f"The table that is there does not count: {why_not_used}")
     try:
         for i, problem in enumerate(problems):
+            begin = time.monotonic()
+            if begin + longest > end and i:
+                break
             if i == 0 or heading(problem) != heading(problems[i - 1]):
                 print(f"\n{heading(problem)}\n{TITLE}")
-            with using({done.problem: done.measured.choice for done in outcomes if done.measured}):
+            with using({**in_table, **{done.problem: done.measured.choice for done in outcomes if done.measured}}):
                 outcome = measure(problem, candidates, chosen, rounds)
             outcomes.append(outcome)
             n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes
             print("\n".join(format_outcome(outcome)), flush=True)
+            longest = max(longest, time.monotonic() - begin)
     except KeyboardInterrupt:
         with suppress(OSError):
             n_kept = _keep(path, environment, outcomes)  # what was measured when it came
@@ -97,12 +112,23 @@ def tune(
         stop(1, f"error: {error}; {_kept(path, n_kept, len(problems))}")
     print()
     print("\n".join(format_end(outcomes)))
+    if n_left := sum(problem not in in_table for problem in problems[len(outcomes) :]):
+        _print(f"{n_left} are left after {time_budget}: run it again, or with a longer --time-budget.")
     print(f"Written: {path}")
     if is_off():
         _print(f"{SWITCH}=0 is set: training uses no table until it is unset.")
     n_wrong = sum(len(outcome.wrong) for outcome in outcomes)
     if n_wrong:
         stop(1, f"error: {n_wrong} candidates are wrong and were not chosen; please report the lines above")
+
+
+def _resolve(precision: str, device: "torch.device") -> str:
+    """Return bf16 or fp16: the one that is named, or that training takes."""
+    if precision == "auto" and (precision := choose_precision(device)) not in CHOOSABLE:
+        raise ValueError(
+            f"training takes {precision} on {device}, and there is a choice in {' and '.join(CHOOSABLE)} alone"
+        )
+    return precision
 
 
 def _problems(model: str, stem: str | None, sizes: Sequence[int], image_size: int, precision: str) -> "list[Problem]":

@@ -9,10 +9,25 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fast.kernels import conv3x3, tiles
-from resnet_fast.kernels.conv_tiles import ConvTiles
+from resnet_fast.kernels.conv_tiles import ConvTiles, shared_bytes
 
 from . import launch
 from .arguments import Gradients, PartialStatistics, Saved
+
+
+def fits(tiling: ConvTiles, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory that a program takes; in the interpreter there is no limit."""
+    if device.type != "cuda":
+        return True
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return shared_bytes(tiling, dtype.itemsize) <= limit
+
+
+def is_pipelined(device: torch.device) -> bool:
+    """Whether blocks are loaded while others are multiplied: by TMA, since sm_90. Without it descriptors become
+    addresses, and Triton loads blocks of 16-bit types one after the other.
+    """
+    return device.type != "cuda" or (launch.nvidia_capability(device) or 0) >= 90
 
 
 def box(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:

@@ -5,6 +5,8 @@ Tensors arrive checked, as there. A launch needs words in memory for its barrier
 device; `fits` tells where it can have both.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
@@ -19,9 +21,9 @@ from .launch import Shape
 
 PRETENDED_MULTIPROCESSORS = 4  # of a CPU, in the interpreter
 
-# Words for the launches of all CUDA graphs of a process, 256 KB, and of each launch: a line of 128 bytes. So launches
-# do not wait for each other's lines, and pointers are aligned as those of warm-up: for another alignment Triton would
-# compile another kernel, and load it, which no recording allows. A training step of ResNet-18 has 40 launches at most.
+# Words for the launches of all CUDA graphs that others record, 256 KB, and of each launch: a line of 128 bytes. So
+# launches do not wait for each other's lines, and pointers are aligned as those of warm-up: for another alignment
+# Triton would compile another kernel, and load it, which no recording allows. ResNet-18 has 40 launches a step at most.
 GRAPH_WORDS = 1 << 16
 LINE = 32
 
@@ -38,14 +40,15 @@ def multiprocessors(device: torch.device) -> int:
 class BarrierWords:
     """The words of one device. Each launch leaves its own ready for another one, of whatever size.
 
-    Launches on one stream follow each other, so that they share the stream's words. A launch that is recorded into a
-    CUDA graph gets words for ever, since a replay may run beside anything; they come from a block that was allocated
-    outside of a recording.
+    Launches on one stream follow each other, so that they share the stream's words. So do those that are recorded into
+    a CUDA graph inside `recording`, on its stream: their words belong to the graph, since a replay may run beside
+    anything. A launch that others record gets words for ever, from a block that was allocated outside of a recording.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.of_streams: dict[int, Tensor] = {}
+        self.of_recordings: dict[int, Tensor] = {}  # by their streams: the backward of one runs in another thread
         self.of_graphs = self._zeros(0)
         self.lock = Lock()
 
@@ -55,11 +58,20 @@ class BarrierWords:
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    @contextmanager
+    def recording(self, stream: int) -> Iterator[Tensor]:
+        """Have launches that are recorded on a stream share words, which must live as long as the graph does."""
+        words = self.of_recordings[stream] = self._zeros(multiprocessors(self.device))
+        try:
+            yield words
+        finally:
+            del self.of_recordings[stream]
+
     def reserve(self, n_words: int) -> bool:
         """Whether the current stream can have so many words; outside of a recording it then has."""
         with self.lock:
             if self._is_recording():
-                return len(self.of_graphs) >= n_words
+                return len(self.of_recordings.get(self._stream(), self.of_graphs)) >= n_words
             if not self.of_streams:
                 self.of_graphs = self._zeros(GRAPH_WORDS)
                 if self.device.type == "cuda":
@@ -73,6 +85,8 @@ class BarrierWords:
         if not self._is_recording():
             return self.of_streams[self._stream()][:n_words]
         with self.lock:
+            if self._stream() in self.of_recordings:
+                return self.of_recordings[self._stream()][:n_words]
             words, self.of_graphs = self.of_graphs[:n_words], self.of_graphs[_in_lines(n_words) :]
         return words
 

@@ -1,11 +1,22 @@
 """A function as a CUDA graph: recorded once, replayed by one launch instead of the hundreds that a step takes."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
+
+from resnet_fast.ops.backend import single_read
 
 T = TypeVar("T")
+
+
+def _barrier_words(stream: torch.cuda.Stream) -> AbstractContextManager[Tensor | None]:
+    """The memory in which programs of the fused kernels wait for each other: a graph has its own, and keeps it."""
+    if single_read is None:
+        return nullcontext()
+    return single_read.words_of(stream.device).recording(stream.cuda_stream)
 
 
 class CudaGraph(Generic[T]):
@@ -30,9 +41,11 @@ class CudaGraph(Generic[T]):
                     torch.cuda.set_sync_debug_mode(sync_mode)
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current):  # a recording that fails leaves its own stream as the current one
-            # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        # A recording that fails leaves its own stream as the current one.
+        with _barrier_words(stream) as self.barrier_words, torch.cuda.stream(current):
+            # Torch's default is one stream for all graphs, on the device of the first. Other threads, such as the one
+            # that pins what a DataLoader read, may go on allocating meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self) -> T:

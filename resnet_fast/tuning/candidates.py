@@ -23,6 +23,7 @@ from resnet_fast.pairs import gradients_by_kernels, library_gradients
 from resnet_fast.tuning.inputs import (
     EPS,
     MOMENTUM,
+    TYPES,
     Inputs,
     exact_batch_norm,
     exact_batch_norm_backward,
@@ -44,7 +45,7 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         exact, runs = exact_batch_norm(first), _batch_norms(problem, first)
         named = _named_outputs
     elif problem.operation == "convolution":
-        (exact, terms), runs = exact_convolution(first), _convolutions(problem)
+        (exact, terms), runs = exact_convolution(first), _convolutions(problem, device)
         named = _named_convolution
     else:
         outputs = [launch.forward(*_batch_norm(inputs)) for inputs in sets]
@@ -54,7 +55,7 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         is_norm = problem.operation == "batch norm backward"
         dy = first.dy if is_norm else exact_data_gradient(first)
         exact, terms = exact_batch_norm_backward(first, saved[0], y, dy)
-        runs = _batch_norms_backward(problem, first) if is_norm else _data_gradients(problem)
+        runs = _batch_norms_backward(problem, first) if is_norm else _data_gradients(problem, device)
         named = _named_gradients(_join(problem))
     turns_of = list(zip(sets, saved, strict=True))
 
@@ -63,6 +64,18 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
         return Candidate(lambda: run(*next(turns)), lambda: named(run(*turns_of[0])))
 
     return Prepared(exact, {choice: candidate(run) for choice, run in runs.items()}, terms)
+
+
+def tiles_on(problem: Problem, device: torch.device) -> list[ConvTiles]:
+    """The block sizes of conv3x3 that a device has the shared memory for; none where nothing is pipelined."""
+    if not conv3x3.is_pipelined(device):
+        return []
+    return [tiles for tiles in tiles_of(problem) if conv3x3.fits(tiles, TYPES[problem.dtype], device)]
+
+
+def has_choice(problem: Problem, device: torch.device) -> bool:
+    """Whether there is more than the default."""
+    return problem.operation.startswith("batch norm") or bool(tiles_on(problem, device))
 
 
 def _join(problem: Problem) -> Join:
@@ -121,7 +134,7 @@ def _batch_norms_backward(problem: Problem, first: Inputs) -> Mapping[Choice, Ru
     return runs
 
 
-def _convolutions(problem: Problem) -> Mapping[Choice, Run]:
+def _convolutions(problem: Problem, device: torch.device) -> Mapping[Choice, Run]:
     norm = BatchNormArgs(None, None, training=True, momentum=MOMENTUM, eps=EPS)
 
     def batch_norm(y: Tensor, statistics: PartialStatistics | None = None) -> Outputs:
@@ -138,10 +151,10 @@ def _convolutions(problem: Problem) -> Mapping[Choice, Run]:
 
         return run
 
-    return _with_tiles(problem, cudnn, own)
+    return _with_tiles(problem, device, cudnn, own)
 
 
-def _data_gradients(problem: Problem) -> Mapping[Choice, Run]:
+def _data_gradients(problem: Problem, device: torch.device) -> Mapping[Choice, Run]:
     settings = _settings(problem)
 
     def cudnn(inputs: Inputs, saved: Saved) -> Gradients:
@@ -155,8 +168,10 @@ def _data_gradients(problem: Problem) -> Mapping[Choice, Run]:
 
         return run
 
-    return _with_tiles(problem, cudnn, own)
+    return _with_tiles(problem, device, cudnn, own)
 
 
-def _with_tiles(problem: Problem, cudnn: Run, own: Callable[[ConvTiles], Run]) -> Mapping[Choice, Run]:
-    return {Choice(CUDNN): cudnn} | {Choice(CONV3X3, tiles): own(tiles) for tiles in tiles_of(problem)}
+def _with_tiles(
+    problem: Problem, device: torch.device, cudnn: Run, own: Callable[[ConvTiles], Run]
+) -> Mapping[Choice, Run]:
+    return {Choice(CUDNN): cudnn} | {Choice(CONV3X3, tiles): own(tiles) for tiles in tiles_on(problem, device)}

@@ -71,6 +71,7 @@ class Clock(Protocol):
         rounds: int,
         warm_up: int,
         hide_launches: bool = False,
+        refused: dict[Choice, Exception] | None = None,
     ) -> dict[Choice, list[float]]: ...
 
 
@@ -152,13 +153,17 @@ def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler raises; the others go on
-            failed[choice] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failed[choice] = _in_a_line(error)
             continue
         if complaint:
             wrong[choice] = complaint
         else:
             right[choice] = candidate.run
-    times = clock(right, device, rounds, WARM_UP, hide_launches=True)
+    unhidden: dict[Choice, Exception] = {}
+    times = clock(right, device, rounds, WARM_UP, hide_launches=True, refused=unhidden)
+    if default in unhidden:
+        raise unhidden[default]
+    failed |= {choice: _in_a_line(error) for choice, error in unhidden.items()}
     milliseconds = {choice: percentiles(choice_times)[1] for choice, choice_times in times.items()}
     return Outcome(problem, Measured(choose_fastest(default, milliseconds), milliseconds), wrong, failed)
 
@@ -176,6 +181,10 @@ def _complaint(results: Mapping[str, Tensor], default_results: Mapping[str, Tens
         if not error <= allowed < math.inf:  # NaN is not
             return f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
     return ""
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _largest(x: Tensor) -> float:

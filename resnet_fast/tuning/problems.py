@@ -51,11 +51,13 @@ class _Convolutions(TorchFunctionMode):
 def find_problems(
     model: str, stem: str | None, batch_sizes: Iterable[int], image_size: int, dtype: str
 ) -> list[Problem]:
-    """Every problem of a training step, once, by operation and then in the order of the network.
+    """Every problem of a training step, once: by batch size, from the widest maps to the narrowest, by operation.
+
+    The wider the maps, the longer an operation takes, so that what is worth most comes first.
 
     Args:
         model, stem: as for training; None: the stem that training takes.
-        batch_sizes: images of a step; a step for each.
+        batch_sizes: images of a step; a step for each, in this order.
         image_size: pixels, in height and width.
         dtype: "bf16" or "fp16", in which activations are.
 
@@ -65,9 +67,11 @@ def find_problems(
     """
     check_name(model)
     stem = stem or MODELS[model].stems[0]
-    problems = [problem for size in batch_sizes for problem in _step_problems(model, stem, size, image_size, dtype)]
-    order = list(IMPLEMENTATIONS)
-    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.n_images, order.index(problem.operation)))
+    order, problems = list(IMPLEMENTATIONS), []
+    for size in batch_sizes:
+        found = _step_problems(model, stem, size, image_size, dtype)
+        problems += sorted(found, key=lambda problem: (-problem.width, order.index(problem.operation)))
+    return list(dict.fromkeys(problems))
 
 
 def _step_problems(model: str, stem: str, n_images: int, image_size: int, dtype: str) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""What `resnet-fast tune` prints: plain lines of at most 80 columns, one for each problem."""
+"""What `resnet-fast tune` prints: plain lines of at most 80 columns, one for each problem. "norm" is a batch norm."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ TITLE = f"{'':29}{'default':>10}{'fastest':>10}{'':10}choice"
 
 
 def heading(problem: Problem) -> str:
-    """The line over all problems of one operation and batch."""
-    return f"{problem.operation}, {problem.dtype}, batch {problem.n_images}"
+    """The line over all problems of one batch and width."""
+    return f"{problem.dtype}, batch {problem.n_images}, maps of {problem.width}x{problem.width}"
 
 
 def format_outcome(outcome: Outcome) -> list[str]:
@@ -59,10 +59,10 @@ def format_choice(choice: Choice) -> str:
 
 def _shape(problem: Problem) -> str:
     channels = f"{problem.in_channels}"
-    if not problem.operation.startswith("batch norm"):
+    if problem.out_channels != problem.in_channels:
         channels += f">{problem.out_channels}"
     join = "" if problem.join == "none" else f" {problem.join}"
-    return f"{channels} {problem.width}x{problem.width}{join}{' fork' if problem.fork else ''}"
+    return f"{problem.operation.removeprefix('batch ')} {channels}{join}{' fork' if problem.fork else ''}"
 
 
 def fold(text: str) -> list[str]:

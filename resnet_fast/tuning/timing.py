@@ -8,11 +8,15 @@ from typing import TypeVar
 
 import torch
 
-# Of the GPU's clock, some milliseconds: longer than the launches of any operation or block take.
-SPIN_CYCLES = 10_000_000
-MAX_TRIES = 10
+# Of the GPU's clock. A spin begins shorter than a millisecond, which is longer than the launches of most operations
+# take, and doubles for a callable whose launches take longer: at most to about half a second.
+SPIN_CYCLES, MAX_SPIN_CYCLES = 1_000_000, 2**10 * 1_000_000
 
 Name = TypeVar("Name", bound=Hashable)
+
+
+class NotHiddenError(RuntimeError):
+    """A callable's launches cannot be hidden: it waits for the GPU, or launches more than a queue holds."""
 
 
 def alternate(
@@ -21,6 +25,7 @@ def alternate(
     rounds: int,
     warm_up: int,
     hide_launches: bool = False,
+    refused: dict[Name, Exception] | None = None,
 ) -> dict[Name, list[float]]:
     """Run every callable once per round, in the opposite order of the round before, and time each run.
 
@@ -33,12 +38,17 @@ def alternate(
         rounds: timed runs of each.
         warm_up: rounds before them.
         hide_launches: let a GPU spin while the launches queue up, so that they do not count: the time is the device's.
+        refused: receives the error of each callable whose launches cannot be hidden; the others go on.
 
     Returns:
-        Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round.
+        Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round. Names that
+        are refused are not among them.
+
+    Raises:
+        NotHiddenError: launches cannot be hidden, and there is no `refused` to say so.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    order, spins = list(calls), dict.fromkeys(calls, SPIN_CYCLES if hide_launches else 0)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection would count for whichever run it falls into
@@ -46,12 +56,19 @@ def alternate(
         for number in range(-warm_up, rounds):
             for name in order:
                 if device.type == "cuda":
-                    milliseconds = _time_on_gpu(calls[name], device, hide_launches)
+                    try:
+                        milliseconds, spins[name] = _time_on_gpu(calls[name], device, spins[name])
+                    except NotHiddenError as error:
+                        if refused is None:
+                            raise
+                        refused[name] = error
+                        del times[name]
+                        continue
                 else:
                     milliseconds = _time_on_cpu(calls[name])
                 if number >= 0:
                     times[name].append(milliseconds)
-            order.reverse()
+            order = [name for name in reversed(order) if name in times]
     finally:
         if collects:
             gc.enable()
@@ -79,18 +96,21 @@ def rotation(size: int, device: torch.device) -> int:
     return 1 + math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / size)
 
 
-def _time_on_gpu(call: Callable[[], object], device: torch.device, hide_launches: bool) -> float:
+def _time_on_gpu(call: Callable[[], object], device: torch.device, spin: int) -> tuple[float, int]:
+    """Return milliseconds, and the cycles of a spin that was long enough; 0: none is wanted."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     stream = torch.cuda.current_stream(device)
-    for _ in range(MAX_TRIES if hide_launches else 1):
+    while True:
         torch.cuda.synchronize(device)
-        if hide_launches:
-            torch.cuda._sleep(SPIN_CYCLES)  # private, and what torch's own tests spin with
+        if spin:
+            torch.cuda._sleep(spin)  # private, and what torch's own tests spin with
         begin.record(stream)
         call()
         end.record(stream)
         is_hidden = not begin.query()  # the GPU still spins
         end.synchronize()
-        if is_hidden or not hide_launches:
-            return begin.elapsed_time(end)
-    raise RuntimeError(f"launches must be queued while the GPU spins for {SPIN_CYCLES:,} cycles, and took longer")
+        if is_hidden or not spin:
+            return begin.elapsed_time(end), spin
+        if 2 * spin > MAX_SPIN_CYCLES:
+            raise NotHiddenError(f"launches must be queued while the GPU spins for {spin:,} cycles, and took longer")
+        spin *= 2
