@@ -51,7 +51,7 @@ def help_text(setting: Setting) -> str:
         return setting.help
     if setting.name in RECIPE_FIELDS:
         return f"{setting.help} {_by_recipe(setting.name)}"
-    if setting.default is None or setting.name == "time_budget":
+    if setting.default in (None, "") or setting.name == "time_budget":
         return setting.help
     return f"{setting.help} [default: {_shown(setting.default)}]"
 
@@ -60,7 +60,11 @@ def option(name: str, text: str | None = None) -> Any:
     """Return typer's option for a setting; `text` replaces its help."""
     setting = SETTINGS[name]
     # The networks are too many for the left column.
-    metavar = {"model": "NAME", "weights": "RUN|FILE"}.get(name) or choice_metavar(setting.rule.names) or None
+    metavar = (
+        {"model": "NAME", "weights": "RUN|FILE", "freeze": "STAGES"}.get(name)
+        or choice_metavar(setting.rule.names)
+        or None
+    )
     flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag
     return typer.Option(flag, help=help_text(setting) if text is None else text, metavar=metavar, show_default=False)
 

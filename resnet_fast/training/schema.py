@@ -19,9 +19,13 @@ from resnet_fast.common.checks import few, is_integer, is_number, is_text, one_l
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
+from resnet_fast.training.recipes import RECIPES
 
-# Settings that there were not when format 2 began.
-ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable")}
+# Settings that there were not when format 2 began. Those of recipes were as in the first recipe.
+ADDED = {
+    name: getattr(RECIPES["baseline"], name, SETTINGS[name].default)
+    for name in ("weights", "skip_unreadable", "new_head", "freeze", "body_lr")
+}
 METRICS = {field.name for field in fields(EpochMetrics)}
 LARGE = 1e300  # a larger number may overflow when it is added or shown
 
