@@ -63,7 +63,7 @@ OPTIONS = {
     "ema": 0.99,
 }
 SWITCHES = dict.fromkeys(
-    ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "skip_unreadable"), True
+    ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "wandb", "skip_unreadable"), True
 )
 
 

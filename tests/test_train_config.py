@@ -63,6 +63,7 @@ WRONG_SETTINGS = [
     ({"graph": 1}, "graph must be True or False, got 1"),
     ({"sync_bn": None}, "sync_bn must be True or False, got None"),
     ({"deterministic": 1}, "deterministic must be True or False, got 1"),
+    ({"wandb": 1}, "wandb must be True or False, got 1"),
     ({"tensorboard": 1}, "tensorboard must be True or False, got 1"),
 ]
 

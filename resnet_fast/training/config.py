@@ -112,6 +112,7 @@ class TrainConfig(Recipe):
         "has as long again, and at least one epoch.",
     ] = 0.0
     tensorboard: Annotated[bool, MAY_MOVE, "Write TensorBoard events to the run folder, too."] = False
+    wandb: Annotated[bool, MAY_MOVE, "Report each epoch to Weights & Biases, too."] = False
     out: Annotated[Path, MAY_MOVE, "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]"] = FROM_RECIPE
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from resnet_fast.training.recipes import RECIPES
 # Settings that there were not when format 2 began. Those of recipes were as in the first recipe.
 ADDED = {
     name: getattr(RECIPES["baseline"], name, SETTINGS[name].default)
-    for name in ("weights", "skip_unreadable", "new_head", "freeze", "body_lr")
+    for name in ("weights", "skip_unreadable", "new_head", "freeze", "body_lr", "wandb")
 }
 METRICS = {field.name for field in fields(EpochMetrics)}
 LARGE = 1e300  # a larger number may overflow when it is added or shown
