@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fast.inference import load_trained
 from resnet_fast.models import get_model
+from resnet_fast.training.paths import CHECKPOINT
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -107,6 +108,18 @@ class HubModel(
         )
         model.model.load_state_dict(trained.model.state_dict())
         return model.eval()
+
+    def save_pretrained(self, save_directory: Path | str, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and README.md, as the mixin does.
+
+        Raises:
+            ValueError: the folder is that of a run, whose config.json would be lost.
+        """
+        if (Path(save_directory) / CHECKPOINT).exists():
+            raise ValueError(
+                f"save_directory must be no run folder, whose config.json is another, got {save_directory}"
+            )
+        return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Self:

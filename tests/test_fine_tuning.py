@@ -111,6 +111,18 @@ def test_each_group_has_its_rate_and_decay():
         assert found[id(parameter)] == (scale * (1.0 if "fc" in name else 0.1), 1e-2 / scale), name
 
 
+def test_parameters_are_in_the_order_of_all_checkpoints():
+    """An optimizer's state names them by their number."""
+    model = thin_resnet(resnet)
+    parameters = list(model.parameters())
+    biases = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    others = [parameter for parameter in parameters if all(parameter is not bias for bias in biases)]
+    for bias_lr, expected in ((1.0, parameters), (4.0, others + biases)):
+        recipe = replace(RECIPE, bn_bias_lr=bias_lr, body_lr=1.0)
+        groups = TrainingStep(model, recipe, AS_THEY_ARE, n_steps=12).optimizer.param_groups
+        assert [id(parameter) for group in groups for parameter in group["params"]] == list(map(id, expected))
+
+
 def test_a_network_without_a_last_layer_has_no_body():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match=r"must have an nn.Linear as its last layer, Sequential has none"):

@@ -84,6 +84,13 @@ def test_the_file_is_one_that_load_checkpoint_and_training_take(model: torch.nn.
     assert torch.equal(tuned.conv1.weight, model.model.conv1.weight)
 
 
+def test_the_folder_of_a_run_is_left_alone(model: torch.nn.Module, run: Path):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="save_directory must be no run folder, whose config.json is another, got"):
+        model.save_pretrained(run)
+    assert (run / "config.json").read_bytes() == before and not (run / "model.safetensors").exists()
+
+
 def test_weights_that_are_missing_are_not_passed_over(model: torch.nn.Module, tmp_path: Path):
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

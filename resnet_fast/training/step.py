@@ -252,11 +252,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     schedule's value is multiplied by. Parameters that need no gradient are left out.
     """
     biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if recipe.bn_bias_lr == 1:
+        biases = set()
     head = set(map(id, find_head(model)[1].parameters())) if recipe.body_lr != 1 else set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # biases last, as ever
+    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # as in all checkpoints
         bias_scale = recipe.bn_bias_lr if id(parameter) in biases else 1.0
         scale = bias_scale * (1.0 if id(parameter) in head else recipe.body_lr)
         decay = recipe.weight_decay / bias_scale

@@ -48,9 +48,9 @@ def weights_file(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    file = path
-    if path.is_dir():
-        file = path / (CHECKPOINT if not (path / HUB_WEIGHTS).is_file() else HUB_WEIGHTS)
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file() and (path / HUB_WEIGHTS).is_file():
+        file = path / HUB_WEIGHTS
     if not file.is_file():
         raise ValueError(f"weights must be a run folder or a file of weights, {file} is no file")
     return file
