@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from resnet_fast.cli import app
 from resnet_fast.data import DataError, TensorSplit
 from resnet_fast.models import resnet
+from resnet_fast.models.registry import MODELS
 from resnet_fast.training import Reporter, Result, network, prepare, resume, step, train
 from resnet_fast.training.step import StepOutput, TrainingStep
 
@@ -60,6 +62,11 @@ EQUAL: dict[str, tuple[int, bool, dict[str, Any]]] = {
         },
     ),
     "accumulated, where the larger share has more parts": (2, True, {"batch_size": 7, "accumulate": 2}),
+    "frozen stages": (
+        2,
+        True,
+        {"batch_size": 9, "weights": "../../weights.pt", "freeze": "network.0,network.1,network.2", "body_lr": 0.5},
+    ),
     "statistics of each part of a share": (
         2,
         False,
@@ -166,7 +173,8 @@ def _process(folder: Path, rank: int, n_processes: int, port: int, work: Callabl
 
 
 def use_double(n_train: int = N_TRAIN) -> None:
-    network.MODELS = {"resnet18": stand_in(Double)}
+    MODELS["resnet18"] = replace(stand_in(Double), stages=tuple(f"network.{i}" for i in range(4)))
+    network.MODELS = MODELS
     prepare.load_dataset = lambda *args, **kwargs: tiny_run.make_dataset(n_train)
     step.forward_loss = double_loss
 

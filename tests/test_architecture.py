@@ -18,7 +18,7 @@ PACKAGE = ROOT / "resnet_fast"
 # the kernel that augments.
 LAYERS = (
     "common kernels ops functional nn pairs checkpoints models conversion data evaluation training study "
-    "inference profiling tuning doctor cli"
+    "inference hub profiling tuning doctor cli"
 ).split()
 DATA_MAY_IMPORT = {"common", "data", "ops"}
 THE_ONE_CHOICE = PACKAGE / "ops/backend.py"

@@ -243,5 +243,5 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_a_model_without_parameters_is_named():
-    with pytest.raises(ValueError, match="model must have parameters, Identity has none"):
+    with pytest.raises(ValueError, match="model must have parameters to train, Identity has none"):
         TrainingStep(**{**STEP, "model": nn.Identity()})

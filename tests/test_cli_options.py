@@ -52,6 +52,7 @@ OPTIONS = {
     "momentum": 0.5,
     "weight_decay": 0.01,
     "bn_bias_lr": 64.0,
+    "body_lr": 0.1,
     "label_smoothing": 0.2,
     "clip_norm": 1.0,
     "crop": 3,
@@ -73,6 +74,7 @@ SWITCHES = dict.fromkeys(
         "whiten",
         "deterministic",
         "tensorboard",
+        "wandb",
         "skip_unreadable",
     ),
     True,
@@ -93,6 +95,10 @@ def test_options_reach_the_config(configs: list[TrainConfig]):
         (["--sync-bn"], {"sync_bn": True}),
         (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
         (["--weights", "runs/one"], {"weights": Path("runs/one")}),
+        (
+            ["--weights", "w", "--freeze", "stem, layer1", "--new-head"],
+            {"weights": "w", "freeze": "stem,layer1", "new_head": True},
+        ),
         (["--time-budget", "90"], {"time_budget": 90.0}),
         (["--time-budget", "1.5m"], {"time_budget": 90.0}),
         (["--time-budget", "2h"], {"time_budget": 7200.0}),
@@ -105,7 +111,18 @@ def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
 
 
 def test_every_setting_has_an_option():
-    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights", "mirror"}
+    known = {
+        *OPTIONS,
+        *SWITCHES,
+        "graph",
+        "sync_bn",
+        "ghost_batch_size",
+        "time_budget",
+        "weights",
+        "mirror",
+        "freeze",
+        "new_head",
+    }
     assert known == {field.name for field in fields(TrainConfig)} == set(NAMES)
 
 

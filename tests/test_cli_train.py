@@ -346,7 +346,7 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(fin
     assert (finished / "config.json").read_bytes() == config
 
 
-BESIDE = "--graph, --data-dir, --mirror, --images, --device, --workers, --time-budget, --tensorboard"
+BESIDE = "--graph, --data-dir, --mirror, --images, --device, --workers, --time-budget, --tensorboard, --wandb"
 
 
 def test_resume_takes_no_setting_beside_it_not_even_the_same(finished: Path):

@@ -41,6 +41,7 @@ OTHER = {
     "nesterov": True,
     "weight_decay": 0.0,
     "bn_bias_lr": 64.0,
+    "body_lr": 0.1,
     "label_smoothing": 0.2,
     "clip_norm": 1.0,
     "crop": 2,

@@ -60,6 +60,9 @@ WRONG_SETTINGS = [
     ({"mixup": -0.2}, r"mixup must be 0 or in \[0.01, 100\], got -0.2"),
     ({"cutmix": 0.001}, r"cutmix must be 0 or in \[0.01, 100\], got 0.001"),
     ({"zero_gamma": "yes"}, "zero_gamma must be True or False, got 'yes'"),
+    ({"body_lr": 0}, "body_lr must be a positive finite number, got 0"),
+    ({"freeze": ["stem"]}, r"freeze must be names of stages with commas between them, got \['stem'\]"),
+    ({"new_head": 1}, "new_head must be True or False, got 1"),
     ({"dirac": 0}, "dirac must be True or False, got 0"),
     ({"whiten": 1}, "whiten must be True or False, got 1"),
     ({"nesterov": 1}, "nesterov must be True or False, got 1"),
@@ -77,6 +80,7 @@ WRONG_SETTINGS = [
             *(1, True, b"http://a/b", Path("http://a/b")),
         )
     ),
+    ({"wandb": 1}, "wandb must be True or False, got 1"),
     ({"tensorboard": 1}, "tensorboard must be True or False, got 1"),
 ]
 
@@ -101,6 +105,13 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
             {"weights": "w.pt", "zero_gamma": True},
             "zero_gamma must be False with weights, got True: it would overwrite",
         ),
+        ({"freeze": "stem"}, "freeze needs weights to start from, got weights None and freeze stem"),
+        ({"new_head": True}, "new_head needs weights to start from, got weights None and new_head True"),
+        (
+            {"freeze": "stem,layr1", "weights": "w.pt"},
+            r"freeze must name stages of resnet18, stem, layer1, .*, layer4, got 'layr1'; did you mean layer1\?",
+        ),
+        ({"freeze": "fc", "weights": "w.pt", "model": "article"}, r"residual_blocks.7, got 'fc'$"),
         ({"whiten": True, "stem": "imagenet"}, "whiten needs a 3x3 stem, stem cifar, of 54 .*, got imagenet of 64"),
         ({"stem": "cifar", "model": "article"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
         ({"zero_gamma": True, "model": "article"}, "zero_gamma must be False for article, got True: a block's one"),

@@ -1,5 +1,5 @@
-"""The command line: `resnet-fast train`, `eval`, `predict`, `export`, `profile`, `convert`, `study`, `summary`,
-`tune` and `doctor`, a module each.
+"""The command line: `resnet-fast train`, `eval`, `predict`, `export`, `push`, `profile`, `convert`, `study`,
+`summary`, `tune` and `doctor`, a module each.
 
 Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), a checkpoint or an image that
 cannot be read, or a machine on which something needed is missing or computes wrong, 2 a wrong argument, 130
@@ -19,6 +19,7 @@ try:
         export,
         predict,
         profile,
+        push,
         study,
         summary,
         train,

@@ -26,6 +26,7 @@ from resnet_fast.training.processes import LostProcessError, OtherProcessError, 
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.tensorboard import TensorBoardError
 from resnet_fast.training.torchrun import command, is_first_process
+from resnet_fast.training.weights_and_biases import WandbError
 
 
 def run_once(config: TrainConfig) -> None:
@@ -101,7 +102,7 @@ def failures_told(config: TrainConfig) -> Iterator[None]:
     except LostProcessError as error:
         kept = f"error: {error}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}"
         stop_all(1, kept if is_first_process() else None)
-    except (ResumeError, CheckpointError, TensorBoardError, BlockingIOError) as error:
+    except (ResumeError, CheckpointError, TensorBoardError, WandbError, BlockingIOError) as error:
         stop(1, f"error: {error}")
     except torch.OutOfMemoryError:
         hint = "the device is out of memory: try a smaller --batch-size, or --accumulate"

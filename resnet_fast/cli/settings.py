@@ -51,7 +51,7 @@ def help_text(setting: Setting) -> str:
         return setting.help
     if setting.name in RECIPE_FIELDS:
         return f"{setting.help} {_by_recipe(setting.name)}"
-    if setting.default is None or setting.name == "time_budget":
+    if setting.default in (None, "") or setting.name == "time_budget":
         return setting.help
     return f"{setting.help} [default: {_shown(setting.default)}]"
 
@@ -61,7 +61,7 @@ def option(name: str, text: str | None = None) -> Any:
     setting = SETTINGS[name]
     # The networks are too many for the left column.
     metavar = (
-        {"model": "NAME", "weights": "RUN|FILE", "mirror": "URL"}.get(name)
+        {"model": "NAME", "weights": "RUN|FILE", "mirror": "URL", "freeze": "STAGES"}.get(name)
         or choice_metavar(setting.rule.names)
         or None
     )

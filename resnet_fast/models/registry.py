@@ -28,6 +28,7 @@ class Model:
         family: those that it is built like, in a word or two.
         stems: those that it has, of STEMS; the first is what training takes unless told otherwise.
         stem_width: filters of the stem.
+        stages: modules between the stem and the last layer, in order; with the stem, those that training can freeze.
         build_plain: makes the network of plain PyTorch with the same keys: `build_plain(num_classes=…, stem=…)`; None:
             `build` with nn.BatchNorm2d.
         refused: switches of training that would do harm here, each with the reason.
@@ -38,6 +39,7 @@ class Model:
     family: str
     stems: tuple[str, ...]
     stem_width: int
+    stages: tuple[str, ...]
     build_plain: "Callable[..., nn.Module] | None" = None
     refused: Mapping[str, str] = field(default_factory=dict)
     keywords: tuple[str, ...] | None = None
@@ -67,6 +69,10 @@ def _function(name: str) -> "Callable[..., nn.Module]":
     return build
 
 
+def _layers(count: int) -> tuple[str, ...]:
+    return tuple(f"layer{i}" for i in range(1, count + 1))
+
+
 def _torchvision_model(name: str) -> Model:
     def build_plain(num_classes: int, stem: str) -> "nn.Module":
         """torchvision's network, with the stem changed as its users change it."""
@@ -82,18 +88,18 @@ def _torchvision_model(name: str) -> Model:
     own = ("weights", "progress", "num_classes", "zero_init_residual", "groups", "width_per_group")
     # torchvision takes `pretrained`, the old name of `weights`, too.
     keywords = (*own, "replace_stride_with_dilation", "norm_layer", "stem", "pretrained")
-    return Model(_function(name), "torchvision", STEMS, 64, build_plain, keywords=keywords)
+    return Model(_function(name), "torchvision", STEMS, 64, _layers(4), build_plain, keywords=keywords)
 
 
 def _cifar_model(name: str) -> Model:
     keywords = ("num_classes", "shortcut", "width", "norm_layer")
-    return Model(_function(name), "He et al.", ("cifar",), 16, keywords=keywords)
+    return Model(_function(name), "He et al.", ("cifar",), 16, _layers(3), keywords=keywords)
 
 
 def _without_skips(name: str) -> Model:
     refused = {"zero_gamma": "a block without a skip connection would let nothing pass"}
     keywords = ("num_classes", "width", "norm_layer")
-    return Model(_function(name), "He et al., plain", ("cifar",), 16, refused=refused, keywords=keywords)
+    return Model(_function(name), "He et al., plain", ("cifar",), 16, _layers(3), refused=refused, keywords=keywords)
 
 
 MODELS: dict[str, Model] = {
@@ -105,6 +111,7 @@ MODELS: dict[str, Model] = {
         "article",
         ("imagenet",),
         64,
+        tuple(f"residual_blocks.{i}" for i in range(8)),
         refused={
             "zero_gamma": "a block's one batch norm stands before its ReLU, too, and would let nothing pass there"
         },

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from resnet_fast.common.checks import shown
+from resnet_fast.common.checks import did_you_mean, shown
 from resnet_fast.data.options import DATASETS, DOWNLOADED, MAX_IMAGE_SIZE, NOT_MIRRORED
 from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem
-from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, URL, integer, one_of, settings_of
+from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, STAGES, URL, integer, one_of, settings_of
 from resnet_fast.training.paths import free_folder
 from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
 from resnet_fast.training.torchrun import world_size
@@ -93,6 +93,15 @@ class TrainConfig(Recipe):
         "Start from these weights: a run folder, a checkpoint, or a file of torchvision, timm … "
         "With another number of classes the last layer is new.",
     ] = None
+    new_head: Annotated[bool, "With weights, start the last layer anew even if the number of classes is the same."] = (
+        False
+    )
+    freeze: Annotated[
+        str,
+        STAGES,
+        "With weights, keep these stages unchanged: stem, layer1 … layer4 (CIFAR networks: layer3; article: "
+        "residual_blocks.0 … residual_blocks.7). Their batch norms use the running statistics.",
+    ] = ""
     seed: Annotated[int, integer(0), "Of weights, order and augmentation."] = 0
     device: Annotated[str, DEVICE, MAY_MOVE, "auto, cpu, cuda or cuda:N."] = "auto"
     precision: Annotated[
@@ -116,6 +125,7 @@ class TrainConfig(Recipe):
         "has as long again, and at least one epoch.",
     ] = 0.0
     tensorboard: Annotated[bool, MAY_MOVE, "Write TensorBoard events to the run folder, too."] = False
+    wandb: Annotated[bool, MAY_MOVE, "Report each epoch to Weights & Biases, too."] = False
     out: Annotated[Path, MAY_MOVE, "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]"] = FROM_RECIPE
 
     def __post_init__(self) -> None:
@@ -178,6 +188,18 @@ class TrainConfig(Recipe):
         for name in ("zero_gamma", "dirac", "whiten"):
             if self.weights is not None and getattr(self, name):
                 raise ValueError(f"{name} must be False with weights, got True: it would overwrite some of them")
+        stages = ("stem", *model.stages)
+        for stage in filter(None, self.freeze.split(",")):
+            if stage not in stages:
+                hint = did_you_mean(stage, stages, at_most=1)
+                raise ValueError(
+                    f"freeze must name stages of {self.model}, {', '.join(stages)}, got {shown(stage)}{hint}"
+                )
+        for name in ("new_head", "freeze"):
+            if getattr(self, name) and self.weights is None:
+                raise ValueError(
+                    f"{name} needs weights to start from, got weights None and {name} {getattr(self, name)}"
+                )
         if self.graph and world_size() > 1:
             raise ValueError(f"graph needs a single process, got {world_size()}")
         if self.images != "auto" and self.dataset != "folder":

@@ -37,6 +37,7 @@ from resnet_fast.training.step import bare
 from resnet_fast.training.structure import first_difference
 from resnet_fast.training.tensorboard import need_tensorboard
 from resnet_fast.training.weights import weights_file
+from resnet_fast.training.weights_and_biases import WeightsAndBiases, need_wandb
 
 # Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -60,7 +61,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
         FileExistsError: the run folder already holds something.
         ValueError: the settings do not suit the data or the processes.
         TypeError: an argument has another type.
-        TensorBoardError: `tensorboard` is asked for and not installed.
+        TensorBoardError, WandbError: `tensorboard` or `wandb` is asked for and not installed, or W&B has no login.
         DataError: the data set is not available, or damaged.
         CheckpointMismatch, CheckpointError: `weights` belong to another network, or are damaged; nothing is written.
         DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
@@ -81,8 +82,8 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     Args:
         run: what `load_run` returned, or the run folder, or a checkpoint in it.
         reporter: is told about every step and epoch.
-        moved: data_dir, device, workers, images, graph, time_budget or tensorboard, if they are others than before,
-            and `run` is a path.
+        moved: data_dir, device, workers, images, graph, time_budget, tensorboard or wandb, if they are others than
+            before, and `run` is a path.
 
     Returns:
         Result, of all epochs.
@@ -114,6 +115,8 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
     config = replace(processes.broadcast(config), data_dir=config.data_dir, workers=config.workers)
     if config.tensorboard:
         need_tensorboard()
+    if config.wandb:
+        processes.first_only(need_wandb)
     if saved is None:
         processes.first_only(lambda: check_is_free(config.out))
         if config.weights is not None:
@@ -131,6 +134,10 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
         if saved is None:
             # This looks again whether the folder is empty.
             processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
+        if config.wandb and processes.is_first:
+            board = WeightsAndBiases(run.reporter, config)
+            stack.push(board.finish)
+            run = run._replace(reporter=board)
         return _train(run, folder, saved)
 
 

@@ -1,5 +1,6 @@
 """The network of a run, by backend, and how its weights start."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -34,6 +35,33 @@ def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a network: what has a second convolution of its own, as no stem has."""
     return [module for module in model.modules() if isinstance(getattr(module, "conv2", None), nn.Conv2d)]
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Return the last linear layer, which gives the logits, and its name.
+
+    Raises:
+        ValueError: the network has none.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(f"the network must have an nn.Linear as its last layer, {type(model).__name__} has none")
+    return layers[-1]
+
+
+def freeze(model: nn.Module, frozen: str, stages: Sequence[str]) -> None:
+    """Take the parameters of some stages out of the training; `TrainingStep` then leaves their batch norms alone, too.
+
+    Args:
+        model: the network, with its own names.
+        frozen: "stem,layer1": stages and "stem", which is everything before the first of them.
+        stages: all that the network has.
+    """
+    children = [name for name, _ in model.named_children()]
+    stem = children[: children.index(stages[0].partition(".")[0])]
+    for stage in filter(None, frozen.split(",")):
+        for name in stem if stage == "stem" else [stage]:
+            model.get_submodule(name).requires_grad_(False)
 
 
 def zero_gamma(model: nn.Module) -> None:

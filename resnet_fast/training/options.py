@@ -14,7 +14,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from resnet_fast.common.checks import URL_RULE, check_choice, check_integer, check_path, check_url, is_number, shown
+from resnet_fast.common.checks import (
+    URL_RULE,
+    check_choice,
+    check_integer,
+    check_path,
+    check_url,
+    is_number,
+    is_text,
+    shown,
+)
 from resnet_fast.data.options import is_alpha, is_probability
 
 MAY_MOVE = "where a run goes on, not what it computes: a resumed run may have another"
@@ -56,6 +65,12 @@ def _check_switch(name: str, value: Any) -> bool:
     return value
 
 
+def _check_stages(name: str, value: Any) -> str:
+    if not is_text(value):
+        raise ValueError(f"{name} must be names of stages with commas between them, got {shown(value)}")
+    return ",".join(dict.fromkeys(filter(None, (stage.strip() for stage in value.split(",")))))
+
+
 def _check_device(name: str, value: Any) -> str:
     text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", text):
@@ -69,6 +84,7 @@ FRACTION = number("in [0, 1)", lambda value: 0 <= value < 1)
 URL = Rule(URL_RULE, check_url)
 PROBABILITY = number("in [0, 1]", is_probability)
 ALPHA = number("0 or in [0.01, 100]", is_alpha)
+STAGES = Rule("names with commas between them", _check_stages)
 DEVICE = Rule("auto, cpu, cuda, cuda:N", _check_device)
 BY_TYPE = {bool: Rule("on or off", _check_switch), Path: Rule("a path", check_path)}
 

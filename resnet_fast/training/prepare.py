@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.common.checks import difference
 from resnet_fast.data import Augmentation, DataError, ImageDataset, Loader, load_dataset
+from resnet_fast.models.registry import MODELS
 from resnet_fast.nn import convert_sync_batchnorm
 from resnet_fast.training.background import Background
 from resnet_fast.training.config import TrainConfig
-from resnet_fast.training.network import make_network, whiten_stem
+from resnet_fast.training.network import freeze, make_network, whiten_stem
 from resnet_fast.training.processes import Processes
 from resnet_fast.training.random_state import seed_everything
 from resnet_fast.training.reporter import Reporter
@@ -96,11 +96,13 @@ def prepare(
     origin = None
     if config.weights is not None and (saved is None or saved.checkpoint is None):
         # DistributedDataParallel gives them to the other processes.
-        origin = processes.first_only(partial(first_weights, model, config.weights, config.model, saved))
+        origin = processes.first_only(partial(first_weights, model, config, saved))
     seed_everything(config.seed, rank)  # each process draws its own dropout
     if config.sync_bn:
         convert = convert_sync_batchnorm if config.backend == "fused" else nn.SyncBatchNorm.convert_sync_batchnorm
         model = convert(model)
+    if config.freeze:
+        freeze(model, config.freeze, MODELS[config.model].stages)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = model
     if size > 1:
@@ -122,9 +124,10 @@ def prepare(
     return Run(config, own, loader, step, tested, processes, reporter, Background(), origin)
 
 
-def first_weights(model: nn.Module, path: Path, model_name: str, saved: SavedRun | None) -> Origin:
+def first_weights(model: nn.Module, config: TrainConfig, saved: SavedRun | None) -> Origin:
     """Load the weights that a run starts from; raise ResumeError if it started from others before."""
-    origin = load_weights(model, path, model_name)
+    assert config.weights is not None
+    origin = load_weights(model, config.weights, config.model, config.new_head)
     if saved is not None and saved.description.get("weights_sha256") != origin.sha256:
         raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 is another")
     return origin

@@ -52,6 +52,9 @@ class Recipe:
         POSITIVE,
         "Learning rate of the batch norms' biases, in units of lr; their weight decay is divided by it.",
     ] = FROM_RECIPE
+    body_lr: Annotated[
+        float, POSITIVE, "Learning rate of everything before the last layer, in units of lr; less than 1 to fine-tune."
+    ] = FROM_RECIPE
     label_smoothing: Annotated[
         float, FRACTION, "Share of the target that all classes get (Szegedy et al. 2016, arXiv:1512.00567)."
     ] = FROM_RECIPE
@@ -129,6 +132,7 @@ _BASELINE = Recipe(
     nesterov=False,
     weight_decay=5e-4,
     bn_bias_lr=1.0,
+    body_lr=1.0,
     label_smoothing=0.0,
     clip_norm=0.0,
     crop=None,

@@ -21,9 +21,13 @@ from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.recipes import RECIPES
 
-# Settings that there were not when format 2 began.
-ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")} | {
-    name: getattr(RECIPES["baseline"], name) for name in ("trivial_augment", "random_erasing", "mixup", "cutmix")
+# Settings that there were not when format 2 began. Those of recipes were as in the first recipe.
+ADDED = {
+    name: getattr(RECIPES["baseline"], name, SETTINGS[name].default)
+    for name in (
+        *("weights", "skip_unreadable", "mirror", "new_head", "freeze", "body_lr", "wandb"),
+        *("trivial_augment", "random_erasing", "mixup", "cutmix"),
+    )
 }
 METRICS = {field.name for field in fields(EpochMetrics)}
 ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has

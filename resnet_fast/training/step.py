@@ -36,6 +36,7 @@ from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import MakeGraph, graphed
 from resnet_fast.training.loss_scale import check_scale, has_overflowed, load_scale, make_scaler
+from resnet_fast.training.network import find_head
 from resnet_fast.training.options import settings_of
 from resnet_fast.training.recipes import Recipe
 from resnet_fast.training.schedule import SCHEDULES
@@ -123,7 +124,8 @@ class TrainingStep:
             loss, n_correct = step(batch)
 
     Args:
-        model: in channels_last, on its device; DistributedDataParallel for several processes.
+        model: in channels_last, on its device; DistributedDataParallel for several processes. Parameters with
+            `requires_grad=False` are not trained, and batch norms whose weight is one of them stay in evaluation mode.
         recipe: optimizer, schedule, label smoothing, clipping and averaging.
         augmentation: what is done to the images.
         n_steps: of the whole run, which the schedule spans.
@@ -135,8 +137,9 @@ class TrainingStep:
         make_graph: records a function.
 
     Raises:
-        ValueError: an unknown precision, n_steps below 1, a model without parameters, a recipe whose field breaks its
-            rule, or a graph with several processes, or of a model on a CPU.
+        ValueError: an unknown precision, n_steps below 1, a model without parameters that need a gradient, a recipe
+            whose field breaks its rule or needs a last layer that is not there, or a graph with several processes, or
+            of a model on a CPU.
         TypeError: an argument has another type.
 
     A recorded step has the bits of one that is not. Between steps weights may be changed in place, not replaced.
@@ -176,14 +179,17 @@ class TrainingStep:
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         for name, setting in settings_of(Recipe).items():
             setting.check(getattr(recipe, name))
-        if next(model.parameters(), None) is None:
-            raise ValueError(f"model must have parameters, {type(model).__name__} has none")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"model must have parameters to train, {type(model).__name__} has none")
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
         # DistributedDataParallel exchanges gradients as they come, and a compiler places casts itself.
         if precision != "fp32" and forward is None and not isinstance(model, DistributedDataParallel):
             self.forward = cast_weights(model, DTYPES[precision])
+        # Fine-tuners keep the statistics of a frozen batch norm, too: those of its weights.
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.frozen_norms = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.n_done = 0
@@ -224,6 +230,8 @@ class TrainingStep:
         n_images = len(batch.plan) if n_images is None else n_images
         if not bare(self.model).training:  # an evaluation has left it so
             self.model.train()
+        for norm in self.frozen_norms:  # which train() puts back
+            norm.eval()
         size = len(batch.plan)
         is_short = size < self.largest_batch and size != self.last_batch
         self.largest_batch, self.last_batch = max(size, self.largest_batch), size
@@ -327,30 +335,31 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer, in one fused pass over the parameters, with its state there and zero.
 
     The learning rate is a tensor, which a CUDA graph reads anew in each replay; a group's `lr_scale` is what the
-    schedule's value is multiplied by.
+    schedule's value is multiplied by. Parameters that need no gradient are left out.
     """
-    biases = [m.bias for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.bias is not None]
+    biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if recipe.bn_bias_lr == 1:
-        biases = []
-    ids = {id(bias) for bias in biases}
-    device = next(model.parameters()).device
-    groups = []
-    for parameters, scale in (
-        ([parameter for parameter in model.parameters() if id(parameter) not in ids], 1.0),
-        (biases, recipe.bn_bias_lr),
-    ):
-        if parameters:
-            decay = recipe.weight_decay / scale
+        biases = set()
+    head = set(map(id, find_head(model)[1].parameters())) if recipe.body_lr != 1 else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # as in all checkpoints
+        bias_scale = recipe.bn_bias_lr if id(parameter) in biases else 1.0
+        scale = bias_scale * (1.0 if id(parameter) in head else recipe.body_lr)
+        decay = recipe.weight_decay / bias_scale
+        if (scale, decay) not in groups:
             lr = torch.tensor(0.0, device=device)
-            groups.append({"params": parameters, "lr": lr, "lr_scale": scale, "weight_decay": decay})
+            groups[scale, decay] = {"params": [], "lr": lr, "lr_scale": scale, "weight_decay": decay}
+        groups[scale, decay]["params"].append(parameter)
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+        optimizer = torch.optim.Adam([*groups.values()], fused=True, capturable=device.type == "cuda")
     else:
         nesterov = recipe.nesterov and recipe.momentum > 0  # torch rejects nesterov without momentum
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+        optimizer = torch.optim.SGD([*groups.values()], lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
     # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there. Made by a step
     # that overflows, momentum would be what was in memory: fused SGD allocates it, and then fills nothing in.
-    for parameter in model.parameters():
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """The weights that a run starts from: another run's, or those of a file."""
 
+import copy
 import hashlib
 import re
 import warnings
@@ -11,7 +12,10 @@ from torch import nn
 from resnet_fast.checkpoints import CheckpointMismatch, Loaded, load_checkpoint
 from resnet_fast.common.checks import few
 from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
+from resnet_fast.training.network import find_head
 from resnet_fast.training.run_folder import CHECKPOINT
+
+HUB_WEIGHTS = "model.safetensors"  # as huggingface_hub calls the file
 
 
 class Origin(NamedTuple):
@@ -20,41 +24,46 @@ class Origin(NamedTuple):
     Args:
         path: the file.
         sha256: the digest of its bytes.
-        n_there, n_here: numbers of classes of the file, 0 if it has no last layer, and of the run; if they differ, the
-            last layer is new.
+        n_there, n_here: numbers of classes of the file, 0 if it has no last layer, and of the run.
+        new_head: whether the last layer is new.
     """
 
     path: Path
     sha256: str
     n_there: int
     n_here: int
+    new_head: bool
 
     def __str__(self) -> str:
         line = f"weights of {self.path}"
-        if self.n_there != self.n_here:
+        if self.new_head:
             line += f"; new last layer: {self.n_there or 'no'} classes there, {self.n_here} here"
         return line
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file of weights that `path` names: itself, or the checkpoint of a run folder.
+    """Return the file of weights that `path` names: itself, the checkpoint of a run folder, or model.safetensors of a
+    folder from the Hugging Face Hub.
 
     Raises:
         ValueError: there is none.
     """
     file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file() and (path / HUB_WEIGHTS).is_file():
+        file = path / HUB_WEIGHTS
     if not file.is_file():
         raise ValueError(f"weights must be a run folder or a file of weights, {file} is no file")
     return file
 
 
-def load_weights(model: nn.Module, path: Path, model_name: str) -> Origin:
+def load_weights(model: nn.Module, path: Path, model_name: str, new_head: bool = False) -> Origin:
     """Put the weights and running statistics of a run or a file into a new network.
 
     Args:
         model: a network of any family. Its last layer stays unchanged if the file has none, or one of other classes.
         path: a run folder, or what `load_checkpoint` reads.
         model_name: the name of the network.
+        new_head: leave the last layer unchanged, whatever the file has for it.
 
     Raises:
         ValueError: there is no such file, or a run of another network wrote it.
@@ -64,8 +73,8 @@ def load_weights(model: nn.Module, path: Path, model_name: str) -> Origin:
     """
     path = weights_file(path)
     _check_network(path, model_name)
-    *_, (name, head) = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    n_there = head.out_features
+    name, head = find_head(model)
+    n_there, before = head.out_features, copy.deepcopy(head.state_dict())
     try:
         try:
             loaded = _load(model, path)
@@ -74,6 +83,8 @@ def load_weights(model: nn.Module, path: Path, model_name: str) -> Origin:
             model.set_submodule(name, nn.Linear(head.in_features, n_there) if n_there else nn.Identity())
             loaded = _load(model, path)
             model.set_submodule(name, head)
+        if new_head:
+            head.load_state_dict(before)
         if loaded.not_finite:
             raise ValueError(f"{path} holds values that are not finite: {few(loaded.not_finite, 3)}")
         with open(path, "rb") as file:
@@ -82,7 +93,7 @@ def load_weights(model: nn.Module, path: Path, model_name: str) -> Origin:
         raise
     except (ValueError, ModuleNotFoundError) as error:
         raise CheckpointError(str(error)) from error
-    return Origin(path, digest, n_there, head.out_features)
+    return Origin(path, digest, n_there, head.out_features, new_head or n_there != head.out_features)
 
 
 def _check_network(path: Path, model_name: str) -> None:

@@ -1,0 +1,129 @@
+"""Networks on the Hugging Face Hub, by huggingface_hub's own mixin; needs the extra `hub`.
+
+    HubModel.from_run("runs/…").push_to_hub("me/resnet18-cifar10")
+    model = HubModel.from_pretrained("me/resnet18-cifar10")
+
+A class of its own, because the mixin keeps the arguments of the class it is mixed into, and those of the networks'
+classes (blocks, norm layers) are no JSON; the networks would also need huggingface_hub to be imported.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from resnet_fast.inference import load_trained
+from resnet_fast.models import get_model
+from resnet_fast.training.paths import CHECKPOINT
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ModuleNotFoundError as error:
+    if error.name != "huggingface_hub":
+        raise
+    message = "huggingface_hub is not installed; pip install 'resnet-fast[hub]'"
+    raise ModuleNotFoundError(message, name=error.name) from None
+
+CARD = """---
+{{ card_data }}
+---
+
+A network of resnet_fast. `config.json` holds its name, classes, image size, and the mean and std with which images in
+[0, 1] are normalized.
+
+```python
+from resnet_fast.hub import HubModel
+
+model = HubModel.from_pretrained("{{ repo_id | default("…", true) }}")
+logits = model(images)  # [N, 3, H, W], normalized
+```
+"""
+
+
+class HubModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="resnet_fast",
+    pipeline_tag="image-classification",
+    tags=["resnet"],
+    model_card_template=CARD,
+):
+    """A network by its name, with `save_pretrained`, `push_to_hub` and `from_pretrained` of huggingface_hub's mixin.
+
+    The weights are in model.safetensors, under the network's own names with "model." before them, which
+    `load_checkpoint` and `resnet-fast train --weights` take, too.
+
+    Args:
+        name: one of `list_models()`.
+        classes: the name of each logit, if known.
+        mean, std: per channel, of images in [0, 1], to normalize with, if known.
+        image_size: pixels, in height and width, that it was trained on, if known.
+        kwargs: those of `get_model`, such as `num_classes` and `stem`; JSON keeps all but `norm_layer`.
+
+    Input [N, 3, H, W], normalized; output [N, num_classes]. The network itself is `.model`.
+
+    Raises:
+        ValueError: there is no such network, or `classes` are not as many as it has logits.
+        TypeError: the network takes no such keyword.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.model = get_model(name, **kwargs)
+        n_logits = len([*self.model.parameters()][-1])
+        if classes is not None and len(classes) != n_logits:
+            raise ValueError(f"classes must be as many as the network has logits, {n_logits}, got {len(classes)}")
+        self.classes, self.mean, self.std = (None if x is None else tuple(x) for x in (classes, mean, std))
+        self.image_size = image_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    @classmethod
+    def from_run(cls, run: Path | str) -> Self:
+        """Return the network of a run folder or a checkpoint, in evaluation mode.
+
+        Raises:
+            ValueError, CheckpointError: as for `load_trained`.
+        """
+        trained = load_trained(run)
+        model = cls(
+            trained.config["model"],
+            classes=trained.classes,
+            mean=trained.mean,
+            std=trained.std,
+            image_size=trained.image_size,
+            num_classes=len(trained.classes),
+            stem=trained.config["stem"],
+        )
+        model.model.load_state_dict(trained.model.state_dict())
+        return model.eval()
+
+    def save_pretrained(self, save_directory: Path | str, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and README.md, as the mixin does.
+
+        Raises:
+            ValueError: the folder is that of a run, whose config.json would be lost.
+        """
+        if (Path(save_directory) / CHECKPOINT).exists():
+            raise ValueError(
+                f"save_directory must be no run folder, whose config.json is another, got {save_directory}"
+            )
+        return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Self:
+        """Refuse what the mixin would pass over: a repository of something else, and weights that are missing."""
+        if "name" not in kwargs:
+            raise ValueError(f"{model_id} must have a config.json with a network's name, as HubModel writes it")
+        return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
