@@ -1,0 +1,84 @@
+"""No launch of a training step would be refused by a driver, and plans launch what Triton does.
+
+On the stub driver (benchmarks/stub_driver/), which checks shared memory, registers, threads, grids, pointers and tensor
+maps by the GPU's limits, and executes nothing. Each in a process of its own, where nothing is interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("stub_step.py")
+TWO_PASSES = {"statistics_kernel", "normalize_kernel", "reduce_kernel", "input_gradients_kernel"}
+COMBINE = {"combine_statistics_kernel", "combine_gradients_kernel"}
+SINGLE_READ = {"single_read_forward_kernel", "single_read_backward_kernel"}
+CONVOLUTIONS = {"conv3x3_kernel", "conv3x3_data_gradient_kernel"}
+REFUSED = {
+    "grid": "a grid of 1, 65536, 1",
+    "threads": "2048 threads",
+    "registers": "registers of 1024 threads",
+    "other threads": "512 threads, compiled for 256",
+    "shared memory without the attribute": "49153 bytes of shared memory, allowed are 49152",
+    "shared memory": "shared memory, Required: 360512, Hardware limit: 232448",
+    "programs that wait for each other": "1000 programs cannot run at once",
+    "null pointer": "parameter 0 is a null pointer",
+    "machine code": "machine code is for 100, the GPU is 90",
+    "address of a tensor map": "the address is null or no multiple of 16",
+    "block of a tensor map": "a block is not in 1 to 256",
+    "stride of a tensor map": "a stride is no multiple of 16",
+}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(SCRIPT.parents[1])}
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], env=env, capture_output=True, text=True)
+
+
+def launched(*arguments: object) -> dict:
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "batch_sizes"),
+    [(90, "bf16", [128])]
+    + [
+        pytest.param(capability, precision, [128, 512], marks=pytest.mark.slow)
+        for capability in (120, 100, 90, 89, 86, 80, 75, 70)
+        for precision in ("fp32", "fp16", "bf16")
+    ],
+)
+def test_a_training_step(capability: int, precision: str, batch_sizes: list[int]):
+    """And an evaluation. In bf16 also on GPUs without its instructions, for whoever asks for it."""
+    kernels = launched(capability, "step", precision, *batch_sizes)
+    assert kernels.keys() == TWO_PASSES | COMBINE | {"augment_kernel"}
+    assert kernels["normalize_kernel"] == (17 + 17) * len(batch_sizes), kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", (128, 512))
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_what_tune_may_choose(precision: str, batch_size: int):
+    kernels = launched(90, "chosen", precision, batch_size)
+    assert TWO_PASSES | CONVOLUTIONS <= kernels.keys()
+    assert (SINGLE_READ <= kernels.keys()) == (batch_size == 128), kernels
+
+
+def test_a_plan_launches_what_triton_does():
+    assert launched(90, "plans").keys() == TWO_PASSES | COMBINE
+
+
+def test_another_parameter_shows():
+    done = run(90, "plans", "--wrong")
+    assert done.returncode != 0 and "AssertionError: none, False" in done.stderr
+
+
+def test_what_a_driver_refuses_is_refused():
+    answers = launched(90, "refused")
+    assert answers.keys() == REFUSED.keys()
+    assert [name for name, reason in REFUSED.items() if reason not in answers[name]] == [], answers
