@@ -2,6 +2,9 @@
 
 python tests/stub_step.py 90 step bf16 128 512      # a training step of ResNet-18, by Triton, then by plans
 python tests/stub_step.py 90 chosen bf16 128        # what `resnet-fast tune` may choose: convolutions, single read
+python tests/stub_step.py 90 training bf16          # the training command's steps, by every recipe
+python tests/stub_step.py 90 doctor                 # the self-check
+python tests/stub_step.py 90 predictions            # benchmarks/first_predictions.py: the registers of each kernel
 python tests/stub_step.py 90 plans                  # operations by Triton and by plans, with the same parameters
 python tests/stub_step.py 90 refused                # what no GPU takes
 """
@@ -40,10 +43,21 @@ def batch_of(n_images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return augment(images, labels, plan, (0.5,) * 3, (0.5,) * 3, dtype=dtype)
 
 
+def write_labels() -> None:
+    """Have all labels be 0: what the kernel would write could be any number, and a loss refuses most."""
+    from resnet_fast.ops import augment_launch
+
+    launch = augment_launch.augment
+
+    def augment(*arguments: Any) -> tuple[Tensor, Tensor]:
+        images, labels = launch(*arguments)
+        return images, labels.zero_()
+
+    augment_launch.augment = augment
+
+
 def training_step(network: torch.nn.Module, dtype: torch.dtype, n_images: int) -> None:
-    images, _ = batch_of(n_images, dtype)
-    # Labels of another call: nothing has written what the kernel would have.
-    labels = torch.zeros(n_images, dtype=torch.int64)
+    images, labels = batch_of(n_images, dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # of the linear layer
         loss = F.cross_entropy(network.train()(images), labels)
         with torch.no_grad():
@@ -115,6 +129,55 @@ def plans(*options: str) -> dict[str, int]:
         assert by_plan == by_triton, f"{join}, {fork}, {shape}: {by_plan} instead of {by_triton}"
         found.update(launch.kernel for launch in by_plan)
     return found
+
+
+def doctor() -> dict[str, int]:
+    """The self-check, whose results are wrong."""
+    from resnet_fast.doctor import parity
+
+    limits = {"SECONDS_FOR_CASES": 1e9, "SECONDS_BEFORE_STEP": 1e9}
+    with mock.patch.multiple(parity, **limits), stub_driver.recorded() as launches:
+        assert len(parity.self_check(torch.device("cpu"), torch.bfloat16)) == parity.N_CHECKS
+    return Counter(launch.kernel for launch in launches)
+
+
+def training(precision: str) -> dict[str, int]:
+    """Steps of the training command, of a small network, batches that are not full among them."""
+    from thin_resnet import thin_resnet
+
+    from resnet_fast.data import Augmentation, Loader, TensorSplit
+    from resnet_fast.models import resnet
+    from resnet_fast.training import RECIPES, TrainingStep
+
+    split = TensorSplit(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
+    augmentation = Augmentation((0.5,) * 3, (0.5,) * 3, crop=2, padding="reflect", flip="random", cutout=4)
+    found: Counter[str] = Counter()
+    for recipe in RECIPES.values():
+        step = TrainingStep(thin_resnet(resnet).train(), recipe, augmentation, n_steps=3, precision=precision)
+        with stub_driver.recorded() as launches:
+            for batch in Loader(split, augmentation, 8).epoch(1):
+                step(batch)
+        found.update(launch.kernel for launch in launches)
+    return found
+
+
+def predictions() -> dict[str, int]:
+    """What benchmarks/first_predictions.py times, cuDNN's apart."""
+    from benchmarks import first_predictions
+
+    shape = (2, 64, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    inputs = first_predictions.make_inputs(shape[0], torch.device("cpu"), generator)
+    big = [image((first_predictions.BATCH, *shape[1:]), torch.bfloat16) for _ in range(3)]
+    inputs = inputs._replace(x=big[0], dy=big[1], y=big[2], saved=inputs.saved._replace(x=big[0]))
+    registers = {}
+    for (kernel, variant), case in first_predictions.cases():
+        if kernel in first_predictions.REDUCTIONS:
+            with stub_driver.recorded() as launches:
+                case.run(inputs)
+            assert [launch.kernel for launch in launches] == [kernel]
+            registers[f"{kernel}, {variant}"] = launches[0].registers
+    return registers
 
 
 class Operation(NamedTuple):
@@ -219,5 +282,7 @@ def refused() -> dict[str, str]:
 if __name__ == "__main__":
     capability, mode, *rest = sys.argv[1:]
     stub_driver.put_in_place(int(capability))
+    write_labels()
     torch.set_num_threads(1)
-    print(json.dumps({"step": step, "chosen": chosen, "plans": plans, "refused": refused}[mode](*rest)))
+    modes = (step, training, chosen, plans, doctor, predictions, refused)
+    print(json.dumps({function.__name__: function for function in modes}[mode](*rest)))

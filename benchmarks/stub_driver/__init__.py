@@ -54,6 +54,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    registers: int
     parameters: tuple[int | bytes, ...]
 
 
@@ -61,6 +62,7 @@ WATCHER = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,
     ctypes.POINTER(ctypes.c_uint),  # CUlaunchConfig begins with grid, block and shared memory
+    ctypes.c_uint,
     ctypes.c_uint,
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.POINTER(ctypes.c_uint),
@@ -151,14 +153,15 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     @WATCHER
-    def note(name, config, n_parameters, places, sizes, spaces) -> None:
+    def note(name, config, registers, n_parameters, places, sizes, spaces) -> None:
         values = [ctypes.string_at(places[i], sizes[i]) for i in range(n_parameters)]
         parameters = tuple(
             int.from_bytes(value, sys.byteorder) if spaces[i] == GLOBAL_SPACE else value
             for i, value in enumerate(values)
         )
         x, y, z, *block, shared = config[:7]
-        launches.append(Launch(name.decode(), (x, y, z), block[0] * block[1] * block[2], shared, parameters))
+        threads = block[0] * block[1] * block[2]
+        launches.append(Launch(name.decode(), (x, y, z), threads, shared, registers, parameters))
 
     assert _library is not None, "put_in_place comes first"
     watcher = ctypes.c_void_p.in_dll(_library, "stub_watcher")

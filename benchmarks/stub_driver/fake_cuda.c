@@ -25,8 +25,10 @@ struct kernel {
   int dynamic_shared; /* that it may have */
 };
 
-/* Called at every launch that is not refused: with the parameters' number, places, sizes, and spaces. */
-void (*stub_watcher)(const char *, const CUlaunchConfig *, unsigned, void **, const unsigned *, const unsigned *);
+/* Called at every launch that is not refused: with the kernel's registers, and its parameters' number, places, sizes, and
+   spaces. */
+void (*stub_watcher)(
+    const char *, const CUlaunchConfig *, unsigned, unsigned, void **, const unsigned *, const unsigned *);
 
 static int context;
 static __thread char reason[512] = "refused";
@@ -206,6 +208,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   for (unsigned i = 0; i + SCRATCH_POINTERS < kernel->parameters; i++)
     if (kernel->spaces[i] == GLOBAL_SPACE && *(const uint64_t *)arguments[i] == 0)
       return refuse(CUDA_ERROR_INVALID_VALUE, "%s: parameter %u is a null pointer", name, i);
-  if (stub_watcher) stub_watcher(name, config, kernel->parameters, arguments, kernel->sizes, kernel->spaces);
+  if (stub_watcher)
+    stub_watcher(name, config, kernel->registers, kernel->parameters, arguments, kernel->sizes, kernel->spaces);
   return CUDA_SUCCESS;
 }
