@@ -6,6 +6,7 @@ maps by the GPU's limits, and executes nothing. Each in a process of its own, wh
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,36 @@ def test_what_tune_may_choose(precision: str, batch_size: int):
     kernels = launched(90, "chosen", precision, batch_size)
     assert TWO_PASSES | CONVOLUTIONS <= kernels.keys()
     assert (SINGLE_READ <= kernels.keys()) == (batch_size == 128), kernels
+
+
+@pytest.mark.slow
+def test_the_training_command():
+    assert launched(90, "training", "bf16").keys() >= TWO_PASSES | {"augment_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", (90, 75))
+def test_the_self_check(capability):
+    assert launched(capability, "doctor").keys() == TWO_PASSES
+
+
+@pytest.mark.slow
+def test_the_first_predictions():
+    """With registers as asked for: the compiler takes more where it may."""
+    registers = launched(90, "predictions")
+    assert registers["statistics_kernel, as launched"] <= 124 < registers["statistics_kernel, no limit"]
+    assert registers["statistics_kernel, at most 128 registers"] <= 128 and len(registers) == 6
+
+
+@pytest.mark.slow
+def test_the_tests_marked_gpu_have_few_kernels():
+    """A GPU compiles 2 of them a second on a core, and `make gpu` has little time. CUDA graphs come in addition."""
+    command = [sys.executable, "-O", "-m", "pytest", "--assert=plain", "-p", "stub_plugin", "-m", "gpu", "-q"]
+    root = SCRIPT.parents[1]
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=root, env=env, capture_output=True, text=True)
+    assert "stub driver" not in done.stdout and "OutOfResources" not in done.stdout, done.stdout
+    assert 100 < int(re.findall(r"kernels loaded: (\d+)", done.stdout)[0]) <= 300, done.stdout
 
 
 def test_a_plan_launches_what_triton_does():
