@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  every test, also the slow ones"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
+	@echo "make gpu       test and measure on an NVIDIA GPU, in ten minutes [ARGS=--dry-run]"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
 	@echo "make depth     train with skip connections and without, write docs/skip.* [minutes]"
 	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
@@ -38,6 +39,9 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks --quick $(ARGS)
 
+gpu: .venv/dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
 
@@ -53,4 +57,4 @@ kernels: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test test-all test-slow lint bench numerics depth kernels
+.PHONY: help train test test-all test-slow lint bench gpu numerics depth kernels
