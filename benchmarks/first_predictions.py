@@ -181,45 +181,52 @@ def _launch() -> Any:
     return launch
 
 
-def main(results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
-    """Measure what the speed model predicts of an H200: reductions by registers, and cuDNN's convolution."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        raise typer.BadParameter("an NVIDIA GPU is needed, and torch sees none")
-    device = torch.device("cuda", torch.cuda.current_device())
+def measure(device: torch.device, gpu: Gpu | None) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the rows of what is right, and what is wrong; predictions are those of `gpu`, if the model knows it."""
     generator = torch.Generator(device).manual_seed(torch.seed())
     first = make_inputs(BATCH, device, generator)
     sets = [first, *(make_inputs(BATCH, device, generator) for _ in range(rotation(first.x.nbytes, device) - 1))]
-    timed, turn = {}, itertools.cycle(sets)
+    timed, wrong, turn = {}, [], itertools.cycle(sets)
     for name, case in cases():
         found, exact = case.results(first)
         allowed = Tolerance(case.rounding, 2, BATCH * WIDTH**2)
         try:
             check(", ".join(name), errors(found, exact), dict.fromkeys(exact, 0.0), exact, allowed)
+            timed[name] = lambda case=case: case.run(next(turn))
         except WrongProviderError as error:
-            print(f"error: {error}")
-            continue
-        timed[name] = lambda case=case: case.run(next(turn))
-    times = alternate(timed, device, ROUNDS, WARM_UP, hide_launches=True)
-    gpu = next((gpu for gpu in GPUS.values() if gpu.name in torch.cuda.get_device_name(device)), None)
+            wrong.append(str(error))
     rows, flops = [], 2 * 9 * CHANNELS**2 * WIDTH**2 * BATCH
-    print(f"{'64x32x32, batch 512, bf16':22}{'':24}{'measured':>14}{'predicted':>18}")
-    for (name, variant), milliseconds in times.items():
-        p20, p50, p80 = (1000 * value for value in percentiles(milliseconds))
+    for (name, variant), times in alternate(timed, device, ROUNDS, WARM_UP, hide_launches=True).items():
+        p20, p50, p80 = (1000 * value for value in percentiles(times))
         measured, unit, predicted = p50, "us", ""
-        if name in REDUCTIONS:
-            us = predicted_us(name, variant, gpu) if gpu else None
-            predicted = "" if us is None else f"{us:.1f}"
-        else:
+        if name in CONVOLUTIONS:
             measured, unit = flops / p50 / 1e6, "TFLOP/s"
-            predicted = "{:.0f} to {:.0f}".format(*CUDNN_TFLOPS) if gpu is GPUS["h200"] else ""
-        print(f"{name:22}{variant:24}{measured:8.1f} {unit:7}{predicted:>16}")
+            predicted = "{:.0f} to {:.0f}".format(*CUDNN_TFLOPS) if gpu == GPUS["h200"] else ""
+        elif gpu and (us := predicted_us(name, variant, gpu)) is not None:
+            predicted = f"{us:.1f}"
         row = {"name": name, "variant": variant, "p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}"}
         row |= {"measured": f"{measured:.1f}", "unit": unit, "predicted": predicted}
         rows.append(row | machine_columns(device))
+    return rows, wrong
+
+
+def main(results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
+    """Measure what the speed model predicts of an H200: reductions by registers, and cuDNN's convolution."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        typer.echo("error: no NVIDIA GPU that torch can use", err=True)
+        raise typer.Exit(2)
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = next((gpu for gpu in GPUS.values() if gpu.name in torch.cuda.get_device_name(device)), None)
+    rows, wrong = measure(device, gpu)
+    print(f"{'64x32x32, batch 512, bf16':46}{'measured':>16}{'predicted':>18}")
+    for row in rows:
+        measured = f"{row['measured']:>8} {row['unit']:7}"
+        print(f"{row['name']:22}{row['variant']:24}{measured}{row['predicted']:>18}")
     if rows:
         replace_rows(results / device_slug(device) / "first_predictions.csv", rows, ("name", "variant"))
-    if len(times) < len(list(cases())):
-        raise typer.Exit(1)
+    for complaint in wrong:
+        print(f"error: {complaint}")
+    raise typer.Exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
