@@ -57,8 +57,9 @@ def test_a_stage_that_fails_does_not_stop_the_others(run, tmp_path):
     assert log.count("figure: ") == 2 * 2 and "two: echo no; exit 3" in log  # each with its command
 
 
-def test_all_passed(run):
-    done, rows = run(stage("one", "{python} -c 'print(f\"figure: {{6 * 7}}\")'"))
+def test_all_passed_and_a_stages_row_is_there_when_it_has_ended(run):
+    first = stage("one", "{python} -c 'print(f\"figure: {{6 * 7}}\")'")
+    done, rows = run(first, stage("two", "grep --quiet one,.*,42, {results}/summary.csv"))
     assert done.exit_code == 0 and rows["one"]["figure"] == "42"
 
 
@@ -102,6 +103,9 @@ def test_an_old_table_is_not_the_figure_of_a_stage_that_failed(run, tmp_path):
     assert profile.figure(tmp_path / "made-up", "") == "fused: combine 0.0%, idle 100.0%"
     _, rows = run(profile._replace(command="echo broken; exit 1"))
     assert rows["profile"]["figure"] == "broken"
+    (tmp_path / "made-up" / "profile.csv").write_text("provider,kernel\nfused,x\n")
+    _, rows = run(profile._replace(command="true"))
+    assert rows["profile"]["figure"] == "not readable: KeyError('ms_per_step')"
 
 
 def test_without_a_gpu_it_says_so():

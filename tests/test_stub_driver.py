@@ -2,6 +2,9 @@
 
 On the stub driver (benchmarks/stub_driver/), which checks shared memory, registers, threads, grids, pointers and tensor
 maps by the GPU's limits, and executes nothing. Each in a process of its own, where nothing is interpreted.
+
+The launches of `make gpu` are among them: of its stages step and profile (a training step), doctor, train, tests,
+predictions and tune. Recording a CUDA graph needs a GPU; the kernels in one are those of a step.
 """
 
 import json
