@@ -13,6 +13,7 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      build the documentation into build/site, strictly"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
+	@echo "make gpu       test and measure on an NVIDIA GPU, in ten minutes [ARGS=--dry-run]"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
 	@echo "make depth     train with skip connections and without, write docs/skip.* [minutes]"
 	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
@@ -43,6 +44,9 @@ docs: .venv/dev
 	$(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
+gpu: .venv/dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 numerics: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/numerics_page.py $(ARGS)
 
@@ -58,4 +62,4 @@ kernels: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(@F)]'
 	@touch $@
 
-.PHONY: help train test test-all test-slow lint docs bench numerics depth kernels
+.PHONY: help train test test-all test-slow lint docs bench gpu numerics depth kernels

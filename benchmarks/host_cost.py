@@ -38,7 +38,7 @@ class NoConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.x, ctx.weight = x.detach(), weight.detach()
         n_images, _, height, width = x.shape
-        y = torch.ones(n_images, height // stride, width // stride, len(weight))
+        y = torch.ones(n_images, height // stride, width // stride, len(weight), dtype=x.dtype)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -47,7 +47,8 @@ class NoConvolution(torch.autograd.Function):
 
 
 def without_convolutions(network: nn.Module) -> nn.Module:
-    """Replace every convolution's weight, [C_out, ...], by one of [C_out, 1, 1, 1], and what it computes."""
+    """Replace every convolution's weight, [C_out, ...], by one of [C_out, 1, 1, 1], and what any computes."""
+    nn.Conv2d.forward = lambda self, x: NoConvolution.apply(x, self.weight, self.stride[0])  # type: ignore[method-assign]
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight = nn.Parameter(torch.ones(module.out_channels, 1, 1, 1))
@@ -93,7 +94,6 @@ def networks() -> Iterator[tuple[str, Sides]]:
     # isort: split
     from torchvision.models import resnet18 as torchvision_resnet18
 
-    nn.Conv2d.forward = lambda self, x: NoConvolution.apply(x, self.weight, self.stride[0])  # type: ignore[method-assign]
     theirs = torchvision_resnet18(num_classes=10)
     give_cifar_stem(theirs)
     networks = [without_convolutions(network) for network in (theirs, resnet18(num_classes=10, stem="cifar"))]

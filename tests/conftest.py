@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,23 @@ else:
 from resnet_fast import functional  # noqa: E402
 
 # Interpreted kernels have no deadline, and the phase "explain" would trace each of their lines. Another profile is
-# chosen by --hypothesis-profile=long, or =gpu for few kernels to compile.
+# chosen by --hypothesis-profile=long, and by -m gpu, for few kernels to compile.
 PROFILE = {"deadline": None, "print_blob": True, "phases": tuple(phase for phase in Phase if phase != Phase.explain)}
 settings.register_profile("default", max_examples=20, derandomize=True, **PROFILE)
 settings.register_profile("gpu", max_examples=5, derandomize=True, **PROFILE)
 settings.register_profile("long", max_examples=20_000, derandomize=False, **PROFILE)
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "gpu" and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` imports the files that have such tests: others take time, and packages that a GPU's machine may lack."""
+    is_file = collection_path.suffix == ".py" and config.option.markexpr == "gpu"
+    return True if is_file and "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
 @pytest.fixture(scope="session")

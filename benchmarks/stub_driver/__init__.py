@@ -1,7 +1,7 @@
 """A CUDA driver that executes nothing, in front of which Triton compiles, binds and launches kernels on CPU tensors.
 
-What it is for: what a launch costs the host (host_cost.py), and whether a launch would be refused. It has to be put in
-place before the kernels are imported, in a process of its own.
+It measures what a launch costs the host (host_cost.py), and tells which launches a real driver would refuse
+(tests/stub_step.py). It has to be put in place before the kernels are imported, in a process of its own.
 """
 
 import atexit
@@ -10,12 +10,66 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+
+
+class Gpu(NamedTuple):
+    """What a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+
+    shared_per_program, shared: bytes of shared memory. threads, programs: resident. multiprocessors: of one GPU.
+    """
+
+    shared_per_program: int
+    shared: int
+    threads: int
+    programs: int
+    multiprocessors: int
+
+
+GPUS = {
+    70: Gpu(96 << 10, 96 << 10, 2048, 32, 80),  # V100
+    75: Gpu(64 << 10, 64 << 10, 1024, 16, 40),  # T4
+    80: Gpu(163 << 10, 164 << 10, 2048, 32, 108),  # A100
+    86: Gpu(99 << 10, 100 << 10, 1536, 16, 82),  # RTX 3090
+    89: Gpu(99 << 10, 100 << 10, 1536, 24, 128),  # RTX 4090
+    90: Gpu(227 << 10, 228 << 10, 2048, 32, 132),  # H200
+    100: Gpu(227 << 10, 228 << 10, 2048, 32, 148),  # B200
+    120: Gpu(99 << 10, 100 << 10, 1536, 24, 170),  # RTX 5090
+}
+
+
+class Launch(NamedTuple):
+    """A launch as the driver got it; of the parameters a pointer is its address, any other one its bytes."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    registers: int
+    parameters: tuple[int | bytes, ...]
+
+
+WATCHER = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),  # CUlaunchConfig begins with grid, block and shared memory
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+)
+GLOBAL_SPACE = 4  # of a parameter that is a pointer
+_library: ctypes.CDLL | None = None
 
 
 def build(folder: Path) -> None:
@@ -47,13 +101,15 @@ def build(folder: Path) -> None:
 
 
 def put_in_place(capability: int = 90) -> None:
-    """Have Triton launch on the stub driver, and resnet_fast take CPU tensors for a GPU's of this capability."""
+    """Have Triton launch on the stub driver, and resnet_fast take CPU tensors for those of a GPU of GPUS."""
+    global _library
     folder = Path(mkdtemp(prefix="stub-driver-"))
     atexit.register(shutil.rmtree, folder)
     build(folder)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["TRITON_INTERPRET"] = "0"
-    ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    _library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    (ctypes.c_int * 6).in_dll(_library, "stub_gpu")[:] = (capability, *GPUS[capability])
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
@@ -78,12 +134,39 @@ def put_in_place(capability: int = 90) -> None:
             pass
 
     driver.set_active(StubDriver())
-    from resnet_fast.ops import backend, launch
+    from resnet_fast.ops import backend, launch, single_read
 
+    why_not = backend.why_not_triton
     for module, name, value in (
-        (backend, "why_not_triton", lambda device: None),
+        (backend, "why_not_triton", lambda device: None if device.type == "cpu" else why_not(device)),
         (launch, "nvidia_capability", lambda device: capability),
         (launch, "has_pdl", lambda device: capability >= 90),
+        (single_read, "multiprocessors", lambda device: GPUS[capability].multiprocessors),
     ):
         mock.patch.object(module, name, value).start()
     torch.version.cuda = torch.version.cuda or "13.0"
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect the launches that the driver accepts inside the context."""
+    launches: list[Launch] = []
+
+    @WATCHER
+    def note(name, config, registers, n_parameters, places, sizes, spaces) -> None:
+        values = [ctypes.string_at(places[i], sizes[i]) for i in range(n_parameters)]
+        parameters = tuple(
+            int.from_bytes(value, sys.byteorder) if spaces[i] == GLOBAL_SPACE else value
+            for i, value in enumerate(values)
+        )
+        x, y, z, *block, shared = config[:7]
+        threads = block[0] * block[1] * block[2]
+        launches.append(Launch(name.decode(), (x, y, z), threads, shared, registers, parameters))
+
+    assert _library is not None, "put_in_place comes first"
+    watcher = ctypes.c_void_p.in_dll(_library, "stub_watcher")
+    watcher.value = ctypes.cast(note, ctypes.c_void_p).value
+    try:
+        yield launches
+    finally:
+        watcher.value = None
