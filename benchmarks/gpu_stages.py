@@ -132,7 +132,8 @@ STAGES = [
     ),
     Stage(
         "tune",
-        "XDG_CACHE_HOME={scratch} {python} -m resnet_fast.cli tune --batch-size 512 --rounds 10 --time-budget 2m; code=$?; "
+        "XDG_CACHE_HOME={scratch} {python} -m resnet_fast.cli tune --batch-size 512 --rounds 10 --time-budget 2m; "
+        "code=$?; "
         "cp {scratch}/resnet_fast/choices-*.json {results}/choices.json; exit $code",
         150,
         "optional kernels are right; which are faster",
