@@ -1,12 +1,12 @@
 """The command line's frame, and what its commands share."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from resnet_fast.cli.extra import stop_without
 from resnet_fast.common.terminal import clean, clean_output
@@ -26,6 +26,22 @@ class CleanGroup(TyperGroup):
                 stop_without(error)
 
 
+class Command(TyperCommand):
+    """A command whose help has its options in groups, those of the same `rich_help_panel` together."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                title = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 # Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
 app = typer.Typer(name="resnet-fast", cls=CleanGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
@@ -33,6 +49,11 @@ app = typer.Typer(name="resnet-fast", cls=CleanGroup, add_completion=False, no_a
 @app.callback()
 def main() -> None:
     """Fast ResNets for images like CIFAR-10."""
+
+
+def command(summary: str, example: str, name: str | None = None) -> Callable[[Any], Any]:
+    """Make a function a command of the app; `summary` is its line in the list of commands, 65 characters at most."""
+    return app.command(name, cls=Command, short_help=summary, epilog=f"Example: resnet-fast {example}")
 
 
 def choice_metavar(names: object) -> str:

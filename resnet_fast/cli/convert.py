@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.app import command, stop
 from resnet_fast.common.checks import did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ANYTHING = (Exception, SystemExit)
 
 
-@app.command()
+@command("Show what `convert` makes of a model, and check its results.", "convert torchvision.models:resnet50")
 def convert(
     model: Annotated[
         str,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.app import command, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.training.config import TrainConfig, find_device
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from resnet_fast.doctor import Finding
 
 
-@app.command()
+@command("Say what runs here, and check that it computes right.", "doctor")
 def doctor(
     device: Annotated[str, option("device")] = TrainConfig.device,
 ) -> None:

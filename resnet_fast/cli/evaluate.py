@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, choice_metavar, refusals, stop
+from resnet_fast.cli.app import choice_metavar, command, refusals, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, fit, head
 from resnet_fast.common.checks import check_choice, check_path, difference
@@ -26,7 +26,7 @@ MAX_MATRIX = 10  # classes of a confusion matrix in 80 columns
 NAME_WIDTH = 24
 
 
-@app.command("eval")
+@command("Test a trained network: accuracy, confusion, mistakes.", "eval runs/digits", "eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
     data_dir: Annotated[

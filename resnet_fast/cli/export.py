@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choice_metavar, refusals, stop
+from resnet_fast.cli.app import choice_metavar, command, refusals, stop
 from resnet_fast.common.checks import check_choice, check_path
 from resnet_fast.training.paths import find_checkpoint
 
@@ -18,7 +18,7 @@ FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 N_REAL = 16
 
 
-@app.command()
+@command("Write a trained network as ONNX and for torch.export.", "export runs/digits --format onnx")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
     format: Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.cells import cell_len
 
-from resnet_fast.cli.app import app, complain, refusals, stop
+from resnet_fast.cli.app import command, complain, refusals, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.cli.text import WIDTH, can_show, fit, fit_path
 from resnet_fast.common.terminal import clean
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BAR = 30  # columns
 
 
-@app.command()
+@command("Classify image files.", "predict runs/pets cat.png dog.jpg --top 3")
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
     images: Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.app import command, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.common.checks import check_path
 from resnet_fast.profiling import profile_config
@@ -13,7 +13,7 @@ from resnet_fast.training.config import IMAGE_SIZE, TrainConfig
 from resnet_fast.training.paths import check_is_free
 
 
-@app.command()
+@command("Show where the time of a training step goes.", "profile --model resnet18 --batch-size 512")
 def profile(
     model: Annotated[str, option("model")] = TrainConfig.model,
     stem: Annotated[str | None, option("stem")] = None,

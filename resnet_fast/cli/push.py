@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, refusals, stop
+from resnet_fast.cli.app import command, refusals, stop
 from resnet_fast.common.checks import one_line
 from resnet_fast.training.paths import find_checkpoint
 
 
-@app.command()
+@command("Write a trained network to the Hugging Face Hub.", "push runs/digits me/digits-resnet18 --private")
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
     repo_id: Annotated[

@@ -11,6 +11,15 @@ from resnet_fast.training.config import SETTINGS
 from resnet_fast.training.options import Setting
 from resnet_fast.training.recipes import RECIPE_FIELDS, RECIPES
 
+GROUPS = {
+    "Network": ("model", "stem", "backend", "weights", "new_head", "freeze"),
+    "Data": (
+        *("dataset", "data_dir", "mirror", "image_size", "images", "skip_unreadable", "holdout", "workers"),
+        *("crop", "padding", "flip", "cutout", "trivial_augment", "random_erasing", "mixup", "cutmix", "normalize"),
+    ),
+    "Recipe": ("recipe", *RECIPE_FIELDS),
+}
+GROUP_OF = {name: group for group, names in reversed(GROUPS.items()) for name in names}  # the first one counts
 NAMES = (*(name for name in SETTINGS if name not in RECIPE_FIELDS), *RECIPE_FIELDS)  # the recipe before what it gives
 
 
@@ -69,13 +78,20 @@ def option(name: str, text: str | None = None) -> Any:
     return typer.Option(flag, help=help_text(setting) if text is None else text, metavar=metavar, show_default=False)
 
 
+def in_group(name: str) -> Any:
+    """Return `option` with its place in the help of `resnet-fast train`."""
+    typers = option(name)
+    typers.rich_help_panel = GROUP_OF.get(name, "Run")
+    return typers
+
+
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, which takes them as `**settings`, an option for every setting; None: it is not given."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     for name in NAMES:
         kind: Any = str if name == "time_budget" else SETTINGS[name].kind
-        hint = Annotated[kind | None, option(name)]
+        hint = Annotated[kind | None, in_group(name)]
         own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
     command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in own}

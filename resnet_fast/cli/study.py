@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.app import Command, app, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.common.checks import check_path
 from resnet_fast.study import full_study, small_study
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resnet_fast.study.folder import StudyFolder
 
 study_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Experiments on what makes networks train.")
-app.add_typer(study_app, name="study")
+app.add_typer(study_app, name="study", short_help="Experiments on what makes networks train.")
 
 
 @study_app.callback()
@@ -25,7 +25,9 @@ def study() -> None:
     """Experiments on what makes networks train."""  # with a callback the one command keeps its name
 
 
-@study_app.command()
+@study_app.command(
+    cls=Command, short_help="Train with skip connections and without.", epilog="Example: resnet-fast study skip"
+)
 def skip(
     full: Annotated[
         bool, typer.Option("--full", help="The paper's: CIFAR-10, 16 channels, 64k iterations. For a GPU.")

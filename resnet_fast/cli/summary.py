@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, stop
+from resnet_fast.cli.app import command, stop
 from resnet_fast.cli.settings import option
 from resnet_fast.models.registry import MODELS, check_name, check_stem, get_model
 from resnet_fast.training.config import IMAGE_SIZE, SETTINGS, TrainConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 N_CLASSES = 10
 
 
-@app.command()
+@command("Print the layers of a network.", "summary resnet20 --num-classes 100")
 def summary(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=SETTINGS["model"].help)] = TrainConfig.model,
     stem: Annotated[str | None, option("stem")] = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnet_fast.cli.app import app, stop, stop_all
+from resnet_fast.cli.app import command, stop, stop_all
 from resnet_fast.cli.settings import parse_seconds, with_settings
 from resnet_fast.common.checks import check_path
 from resnet_fast.training.config import MOVABLE, SETTINGS, TrainConfig
@@ -22,7 +22,7 @@ def _flags(names: Iterable[str]) -> str:
     return ", ".join(SETTINGS[name].flag if name in SETTINGS else f"--{name}" for name in names)
 
 
-@app.command()
+@command("Train a network, or resume a run.", "train --dataset cifar10 --recipe fast94 --out runs/first")
 @with_settings
 def train(
     context: typer.Context,
@@ -33,11 +33,16 @@ def train(
             help="Go on with a run that was stopped, after its last finished epoch, or with a checkpoint named in its "
             f"folder. Its settings stay; beside this only {_flags(BESIDE_RESUME)} may be given.",
             show_default=False,
+            rich_help_panel="Run",
         ),
     ] = None,
     repeat: Annotated[
         int,
-        typer.Option(min=1, help="Train so many times, with --seed, --seed + 1, …, and report mean and deviation."),
+        typer.Option(
+            min=1,
+            help="Train so many times, with --seed, --seed + 1, …, and report mean and deviation.",
+            rich_help_panel="Run",
+        ),
     ] = 1,
     **settings: Any,
 ) -> None:

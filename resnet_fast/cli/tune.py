@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resnet_fast.cli.app import app, choice_metavar, stop
+from resnet_fast.cli.app import choice_metavar, command, stop
 from resnet_fast.cli.settings import option, parse_seconds
 from resnet_fast.common.checks import check_choice, check_integer
 from resnet_fast.models.registry import MODELS, check_name, check_stem
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from resnet_fast.tuning import Outcome
 
 
-@app.command()
+@command("Choose the fastest kernels for this GPU.", "tune --batch-size 512")
 def tune(
     model: Annotated[str, option("model")] = TrainConfig.model,
     stem: Annotated[str | None, option("stem")] = None,
