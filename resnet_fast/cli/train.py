@@ -22,7 +22,7 @@ def _flags(names: Iterable[str]) -> str:
     return ", ".join(SETTINGS[name].flag if name in SETTINGS else f"--{name}" for name in names)
 
 
-@command("Train a network, or resume a run.", "train --dataset cifar10 --recipe fast94 --out runs/first")
+@command("Train a network, or resume a run.", "train --dataset cifar10 --out runs/first")
 @with_settings
 def train(
     context: typer.Context,
