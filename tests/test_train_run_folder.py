@@ -126,7 +126,7 @@ def test_config_json_is_there_before_the_first_epoch_and_complete(config: TrainC
     assert (values["epochs"], values["batch_size"], values["lr"]) == (config.epochs, config.batch_size, config.lr)
     assert values["versions"]["torch"] == torch.__version__ and "resnet_fast" in values["versions"]
     assert [name for name, value in values.items() if value == "auto"] == ["images"]  # as the memory allows
-    assert [name for name, value in values.items() if value is None] == ["weights"]
+    assert [name for name, value in values.items() if value is None] == ["mirror", "weights"]
 
 
 def test_an_epoch_leaves_four_files(config: TrainConfig, no_pictures: None):

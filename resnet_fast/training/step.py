@@ -313,13 +313,14 @@ class TrainingStep:
 @contextmanager
 def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
     """Have cuDNN time its algorithms for each shape that is new, or not; never where they must be deterministic."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = enabled and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    library: Any = torch._C  # torch.backends.cudnn refuses its own flags once torch's test suite has been imported
+    before = library._get_cudnn_benchmark()
+    library._set_cudnn_benchmark(enabled and not is_deterministic)
     try:
         yield
     finally:
-        cudnn.benchmark = before
+        library._set_cudnn_benchmark(before)
 
 
 def _total(parts: list[Tensor]) -> Tensor:
