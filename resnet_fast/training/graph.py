@@ -1,7 +1,7 @@
 """A function as a CUDA graph: recorded once, replayed by one launch instead of the hundreds that a step takes."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -13,10 +13,11 @@ class CudaGraph(Generic[T]):
 
     `run` must read its inputs from tensors that stay, and leave its results in such: a replay runs the same kernels on
     the same addresses. Before it is recorded it is run a few times, for compilation, cuDNN's choice of algorithms and
-    whatever else happens once; recording runs nothing.
+    whatever else happens once; recording runs nothing. Graphs that never run at once may share a memory `pool`
+    (torch.cuda.graph_pool_handle()).
     """
 
-    def __init__(self, run: Callable[[], T], n_warm_up: int = 3) -> None:
+    def __init__(self, run: Callable[[], T], n_warm_up: int = 3, pool: Any = None) -> None:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         sync_mode = torch.cuda.get_sync_debug_mode()
@@ -32,7 +33,7 @@ class CudaGraph(Generic[T]):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a recording that fails leaves its own stream as the current one
             # Other threads, such as the one that pins what a DataLoader read, may go on allocating meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self) -> T:
