@@ -52,6 +52,10 @@ OPTIONS = {
     "momentum": 0.5,
     "weight_decay": 0.01,
     "bn_bias_lr": 64.0,
+    "muon_lr": 0.3,
+    "muon_momentum": 0.8,
+    "bn_momentum": 0.4,
+    "sizes": "16,24,32",
     "label_smoothing": 0.2,
     "clip_norm": 1.0,
     "crop": 3,
@@ -62,7 +66,8 @@ OPTIONS = {
     "ema": 0.99,
 }
 SWITCHES = dict.fromkeys(
-    ("nesterov", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "skip_unreadable"), True
+    ("nesterov", "rescale_filters", "zero_gamma", "dirac", "whiten", "deterministic", "tensorboard", "skip_unreadable"),
+    True,
 )
 
 
@@ -78,6 +83,7 @@ def test_options_reach_the_config(configs: list[TrainConfig]):
         (["--no-nesterov"], {"nesterov": False}),
         (["--no-graph"], {"graph": False}),
         (["--sync-bn"], {"sync_bn": True}),
+        (["--lookahead"], {"lookahead": True}),
         (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
         (["--weights", "runs/one"], {"weights": Path("runs/one")}),
         (["--time-budget", "90"], {"time_budget": 90.0}),
@@ -92,7 +98,17 @@ def test_so_do_these(args: list, settings: dict, configs: list[TrainConfig]):
 
 
 def test_every_setting_has_an_option():
-    known = {*OPTIONS, *SWITCHES, "graph", "sync_bn", "ghost_batch_size", "time_budget", "weights", "mirror"}
+    known = {
+        *OPTIONS,
+        *SWITCHES,
+        "graph",
+        "sync_bn",
+        "ghost_batch_size",
+        "time_budget",
+        "weights",
+        "mirror",
+        "lookahead",
+    }
     assert known == {field.name for field in fields(TrainConfig)} == set(NAMES)
 
 

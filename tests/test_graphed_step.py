@@ -48,6 +48,20 @@ class Small(nn.Module):
         return self.fc(self.dropout(self.bn(self.conv(x)).relu().mean((2, 3))))
 
 
+class Deeper(Small):
+    """With a convolution behind the first, as Muon needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.further = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.further(self.bn(self.conv(x)).relu()).mean((2, 3)))
+
+
+MUON = replace(PLAIN, optimizer="muon", rescale_filters=True, bn_bias_lr=64.0, lookahead=True)
+
+
 class Branching(Small):
     """Every second forward is another, as Python decides."""
 
@@ -123,6 +137,8 @@ CASES: dict[str, tuple[Recipe, dict]] = {
     "fp16, clipping and moving average": (replace(PLAIN, clip_norm=0.1, ema=0.9), {"precision": "fp16"}),
     "fp16, Adam in two parts": (replace(PLAIN, optimizer="adam"), {"precision": "fp16", "accumulate": 2}),
     "dropout": (PLAIN, {"make": lambda: Small(dropout=0.5)}),
+    "Muon and lookahead": (MUON, {"make": Deeper}),
+    "fp16, Muon and clipping": (replace(MUON, clip_norm=0.1), {"precision": "fp16", "make": Deeper}),
 }
 
 
@@ -204,6 +220,21 @@ def test_the_batches_of_the_caller_stay_as_they_are():
     assert equal(batches, before)
 
 
+def test_each_size_is_recorded_once():
+    """Of three sizes each has two batches of 8 and maybe a short one: the last of them is replayed."""
+    recipe, n_epochs = replace(PLAIN, sizes="8,10,12"), 6
+    splits = make_split()
+    split = TensorSplit(torch.nn.functional.pad(splits.images, (2, 2, 2, 2)), splits.labels)
+    plain, graphed = (make_step(recipe, graph) for graph in (False, True))
+    for step in (plain, graphed):
+        step.n_steps = step.sizes.n_steps = 3 * n_epochs
+    for epoch in range(1, n_epochs + 1):
+        for batch in Loader(split, AUGMENTATION, BATCH).epoch(epoch):
+            assert equal(list(graphed(batch)), list(plain(batch)))
+            assert equal(state_of(graphed), state_of(plain))
+    assert n_recorded(graphed) == 3
+
+
 def test_another_split_on_the_device_is_recorded_anew():
     plain, graphed = (make_step(PLAIN, graph) for graph in (False, True))
     first = make_split()
@@ -246,8 +277,9 @@ def test_the_network_itself(on_aten: None):
     assert equal(state_of(graphed), state_of(plain))
 
 
-def test_a_resumed_step_goes_on():
-    straight, stopped, resumed = (make_step(replace(PLAIN, ema=0.9), graph=True) for _ in range(3))
+@pytest.mark.parametrize("recipe", [replace(PLAIN, ema=0.9), MUON], ids=["average", "Muon and lookahead"])
+def test_a_resumed_step_goes_on(recipe: Recipe):
+    straight, stopped, resumed = (make_step(recipe, graph=True, make=Deeper) for _ in range(3))
     batches = [batch for epoch in (1, 2) for batch in Loader(make_split(), AUGMENTATION, BATCH).epoch(epoch)]
     for batch in batches[:3]:
         straight(batch)
@@ -331,7 +363,7 @@ def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, m
 
 def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():
     for recipe in RECIPES.values():
-        groups = make_optimizer(Small(), recipe).param_groups
+        groups = make_optimizer(Deeper(), recipe).param_groups
         assert all(torch.is_tensor(group["lr"]) for group in groups)
 
 

@@ -234,7 +234,17 @@ def test_the_full_study_is_the_papers():
     rate = SCHEDULES[config.schedule]
     rates = [config.lr * rate(step, n_steps) for step in (0, 31_999, 32_100, 47_999, 48_100, n_steps - 1)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    off = ("label_smoothing", "clip_norm", "ema", "zero_gamma", "dirac", "whiten", "ghost_batch_size")
+    off = (
+        "label_smoothing",
+        "clip_norm",
+        "ema",
+        "zero_gamma",
+        "dirac",
+        "whiten",
+        "ghost_batch_size",
+        "lookahead",
+        "sizes",
+    )
     assert not any(getattr(config, name) for name in off)
 
 

@@ -68,6 +68,7 @@ OTHER_SETTINGS = [
     {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
     {"normalize": "half", "holdout": 7},
     {"precision": "fp16", "ema": 0.9},
+    {"lookahead": True, "bn_momentum": 0.4, "schedule": "linear"},
 ]
 
 

@@ -19,9 +19,13 @@ from resnet_fast.common.checks import few, is_integer, is_number, is_text, one_l
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
+from resnet_fast.training.recipes import RECIPES
 
-# Settings that there were not when format 2 began.
-ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")}
+# Settings that there were not when format 2 began; those of recipes were as in the first recipe.
+ADDED = {name: SETTINGS[name].default for name in ("weights", "skip_unreadable", "mirror")} | {
+    name: getattr(RECIPES["baseline"], name)
+    for name in ("muon_lr", "muon_momentum", "rescale_filters", "lookahead", "bn_momentum", "sizes")
+}
 METRICS = {field.name for field in fields(EpochMetrics)}
 ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has
 LARGE = 1e300  # a larger number may overflow when it is added or shown
