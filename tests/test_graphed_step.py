@@ -266,9 +266,13 @@ def test_a_step_trains_after_an_evaluation():
     assert step.model.training
 
 
-def test_the_network_itself(on_aten: None):
+@pytest.mark.parametrize(
+    "recipe",
+    [replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2), replace(RECIPES["faster94"], batch_size=BATCH)],
+    ids=["average", "faster94"],
+)
+def test_the_network_itself(recipe: Recipe, on_aten: None):
     """Of ATen's operators: of Triton's kernels only those of an operator would be seen, and slowly."""
-    recipe = replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2)
     plain, graphed = (make_step(recipe, graph, lambda: thin_resnet(resnet)) for graph in (False, True))
     loader = Loader(make_split(), AUGMENTATION, BATCH)
     for batch in loader.epoch(1):

@@ -26,7 +26,7 @@ WRONG_SETTINGS = [
     ({"sync_bn": True, "backend": "eager", "device": "cpu"}, "sync_bn with backend eager needs GPUs"),
     (
         {"recipe": "fast"},
-        "recipe must be one of baseline, fast94, fast95, article, folder, digits, got 'fast'",
+        "recipe must be one of baseline, fast94, fast95, faster94, faster95, article, folder, digits, got 'fast'",
     ),
     ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, muon, got 'lion'"),
     ({"schedule": "cyclic"}, f"schedule must be one of {SCHEDULE_NAMES}, got 'cyclic'"),
