@@ -118,15 +118,15 @@ def ablations(model: str, image_size: int) -> dict[str, dict[str, Any]]:
     return variants
 
 
-def link_images(data_dir: Path, n_images: int, folder: Path) -> None:
-    """Make `folder` of links: `n_images` in all of each class's first ones to train on, and all to test on."""
-    (folder / "test").symlink_to((data_dir / "test").resolve())
-    classes = sorted(path for path in (data_dir / "train").resolve().iterdir() if path.is_dir())
-    for number, path in enumerate(classes):
-        (folder / "train" / path.name).mkdir(parents=True)
-        share = n_images // len(classes) + (number < n_images % len(classes))
-        for image in sorted(path.iterdir())[:share]:
-            (folder / "train" / path.name / image.name).symlink_to(image)
+def link_images(data_dir: Path, n_images: Mapping[str, int | None], folder: Path) -> None:
+    """Make `folder` of links to the first images of each class, `n_images` of "train" and of "test"; None: all."""
+    for part, count in n_images.items():
+        classes = sorted(path for path in (data_dir / part).resolve().iterdir() if path.is_dir())
+        for number, path in enumerate(classes):
+            (folder / part / path.name).mkdir(parents=True)
+            share = None if count is None else count // len(classes) + (number < count % len(classes))
+            for image in sorted(path.iterdir())[:share]:
+                (folder / part / path.name / image.name).symlink_to(image)
 
 
 def measure(
@@ -290,6 +290,9 @@ def main(
     train_images: Annotated[
         int | None, typer.Option(min=10, help="Of a folder: train on so many, the first of each class.")
     ] = None,
+    test_images: Annotated[
+        int | None, typer.Option(min=10, help="Of a folder: test on so many, the first of each class.")
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0, help="No run begins that would end later; 0: no limit.")] = 0,
     device: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "auto",
     results: Annotated[Path, typer.Option(help="The folder that holds a folder for each device.")] = RESULTS,
@@ -302,10 +305,10 @@ def main(
     backends = BACKENDS if chosen.type == "cuda" else {k: v for k, v in BACKENDS.items() if not k.endswith("graph")}
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     with tempfile.TemporaryDirectory(prefix="accuracy-images-") as folder:
-        if train_images is not None:
+        if train_images is not None or test_images is not None:
             if dataset != "folder":
-                raise typer.BadParameter(f"--train-images is for --dataset folder, got {dataset}")
-            link_images(data_dir, train_images, Path(folder))
+                raise typer.BadParameter(f"--train-images and --test-images are for --dataset folder, got {dataset}")
+            link_images(data_dir, {"train": train_images, "test": test_images}, Path(folder))
             base["data_dir"] = Path(folder)
         variants = {"fused": {}} | ablations(model, image_size)
         measure(variants, range(ablation_seeds), base, data, out, deadline)

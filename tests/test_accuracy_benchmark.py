@@ -88,7 +88,7 @@ def test_fewer_images_are_links_to_the_first_of_each_class(tmp_path: Path):
             for i in range(4):
                 Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
     (tmp_path / "few").mkdir()
-    accuracy.link_images(tmp_path / "all", 7, tmp_path / "few")
+    accuracy.link_images(tmp_path / "all", {"train": 7, "test": None}, tmp_path / "few")
     dataset = load_dataset("folder", tmp_path / "few", image_size=8)
     labels = torch.cat([labels for _, labels in dataset.train.batches(4)]).tolist()
     assert [labels.count(label) for label in range(3)] == [3, 2, 2]
