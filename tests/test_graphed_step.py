@@ -22,6 +22,7 @@ from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training import step as step_module
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import Graphed
+from resnet_fast.training.resizing import Sizes
 from resnet_fast.training.step import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,18 +221,25 @@ def test_the_batches_of_the_caller_stay_as_they_are():
     assert equal(batches, before)
 
 
-def test_each_size_is_recorded_once():
-    """Of three sizes each has two batches of 8 and maybe a short one: the last of them is replayed."""
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+def test_each_size_is_recorded_once(device: str):
+    """On a GPU the three graphs share their memory, which must not show."""
     recipe, n_epochs = replace(PLAIN, sizes="8,10,12"), 6
-    splits = make_split()
-    split = TensorSplit(torch.nn.functional.pad(splits.images, (2, 2, 2, 2)), splits.labels)
-    plain, graphed = (make_step(recipe, graph) for graph in (False, True))
+    small = make_split()
+    split = TensorSplit(torch.nn.functional.pad(small.images, (2, 2, 2, 2)), small.labels).to(torch.device(device))
+    settings = {"make_graph": CudaGraph} if device == "cuda" else {}
+    plain, graphed = (make_step(recipe, graph, device=device, **settings) for graph in (False, True))
     for step in (plain, graphed):
-        step.n_steps = step.sizes.n_steps = 3 * n_epochs
-    for epoch in range(1, n_epochs + 1):
-        for batch in Loader(split, AUGMENTATION, BATCH).epoch(epoch):
-            assert equal(list(graphed(batch)), list(plain(batch)))
-            assert equal(state_of(graphed), state_of(plain))
+        step.sizes = Sizes(recipe.sizes, 3 * n_epochs)
+        step.n_steps = 3 * n_epochs
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        for epoch in range(1, n_epochs + 1):
+            for batch in Loader(split, AUGMENTATION, BATCH).epoch(epoch):
+                assert equal(list(graphed(batch)), list(plain(batch)))
+                assert equal(state_of(graphed), state_of(plain))
     assert n_recorded(graphed) == 3
 
 
@@ -352,7 +360,7 @@ def test_the_stand_in_runs_nothing_while_it_records():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@ON_GPU
 @pytest.mark.parametrize(("recipe", "settings"), CASES.values(), ids=CASES)
 def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # with the kernel that augments
