@@ -1,15 +1,18 @@
 """`python -m benchmarks.accuracy`: accuracy and time of a recipe, fused against eager, and of its switches, one by one.
 
 Every run is `resnet_fast.training.train`: the same loop for all. The variants take turns, seed by seed, so that drift
-meets all of them alike. Rows are kept as they come (accuracy.csv: a row per run; accuracy_epochs.csv: per epoch), and a
-second call measures only what is missing. accuracy.md and accuracy.png are made of them.
+meets all of them alike; the most valuable ones come first, for a call with a limit of time. Rows are kept as they come
+(accuracy.csv: a row per run; accuracy_epochs.csv: per epoch), and a second call measures only what is missing.
+accuracy.md and accuracy.png are made of them.
 """
 
 import csv
 import io
+import math
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +23,10 @@ from matplotlib.axes import Axes
 from benchmarks.results import RESULTS, device_slug, machine_columns, read_rows, replace_rows
 from benchmarks.style import color_of, new_figure, save, tidy
 from resnet_fast.common.files import whole_file
-from resnet_fast.training import Result, TrainConfig, train
-from resnet_fast.training.config import choose_device
+from resnet_fast.models.registry import MODELS
+from resnet_fast.training import RECIPES, Result, TrainConfig, train
+from resnet_fast.training.config import N_WHITENING, choose_device
+from resnet_fast.training.recipes import RECIPE_FIELDS
 from resnet_fast.training.repeat import Spread
 
 # What is compared: names of variants and the settings in which they differ from the recipe.
@@ -31,21 +36,31 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "eager, tuned, graph": {"backend": "eager"},
     "compile, graph": {"backend": "compile"},
 }
+_FAST94, _FASTER94 = RECIPES["fast94"], RECIPES["faster94"]
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "batch 128, lr 0.1": {"batch_size": 128, "lr": 0.1},
-    "momentum not Nesterov's": {"nesterov": False},
-    "one-cycle schedule": {"schedule": "one-cycle"},
-    "cosine schedule": {"schedule": "cosine"},
-    "random flip": {"flip": "random"},
-    "crop sees black": {"padding": "zero"},
-    "no cutout": {"cutout": 0},
-    "label smoothing 0.1": {"label_smoothing": 0.1},
-    "average of weights, 0.995": {"ema": 0.995},
-    "zero gamma": {"zero_gamma": True},
+    "all that faster94 adds": {
+        name: getattr(_FASTER94, name)
+        for name in RECIPE_FIELDS
+        if name != "epochs" and getattr(_FASTER94, name) != getattr(_FAST94, name)
+    },
+    "Muon": {"optimizer": "muon", "rescale_filters": True},
+    "Lookahead": {"lookahead": True, "bn_momentum": 0.4},
+    "batch norm biases 64 times faster": {"bn_bias_lr": 64.0},
     "identity initialization": {"dirac": True},
     "whitened stem": {"whiten": True},
-    "batch norm biases 16 times faster": {"bn_bias_lr": 16.0},
+    "label smoothing 0.2": {"label_smoothing": 0.2},
+    "smaller images first": {"sizes": "16,24,32"},
+    "average of weights, 0.995": {"ema": 0.995},
     "ghost batches of 32": {"ghost_batch_size": 32},
+    "zero gamma": {"zero_gamma": True},
+    "no cutout": {"cutout": 0},
+    "one-cycle schedule": {"schedule": "one-cycle"},
+    "cosine schedule": {"schedule": "cosine"},
+    "linear schedule": {"schedule": "linear"},
+    "batch 128, lr 0.1": {"batch_size": 128, "lr": 0.1},
+    "momentum not Nesterov's": {"nesterov": False},
+    "random flip": {"flip": "random"},
+    "crop sees black": {"padding": "zero"},
 }
 KEY = ("data", "recipe", "epochs", "variant", "seed")
 EPOCH_KEY = (*KEY, "epoch")
@@ -89,10 +104,44 @@ def epoch_rows(result: Result, data: str, variant: str) -> list[dict[str, str]]:
     return rows
 
 
+def ablations(model: str, image_size: int) -> dict[str, dict[str, Any]]:
+    """Return ABLATIONS for a network and a size of images: narrow stems cannot be whitened."""
+    variants = {}
+    for variant, settings in ABLATIONS.items():
+        settings = dict(settings)
+        if MODELS[model].stem_width < N_WHITENING:
+            settings.pop("whiten", None)
+        if "sizes" in settings:
+            settings["sizes"] = f"{image_size // 2},{3 * image_size // 4},{image_size}"
+        if settings:
+            variants[variant] = settings
+    return variants
+
+
+def link_images(data_dir: Path, n_images: Mapping[str, int | None], folder: Path) -> None:
+    """Make `folder` of links to the first images of each class, `n_images` of "train" and of "test"; None: all."""
+    for part, count in n_images.items():
+        classes = sorted(path for path in (data_dir / part).resolve().iterdir() if path.is_dir())
+        for number, path in enumerate(classes):
+            (folder / part / path.name).mkdir(parents=True)
+            share = None if count is None else count // len(classes) + (number < count % len(classes))
+            for image in sorted(path.iterdir())[:share]:
+                (folder / part / path.name / image.name).symlink_to(image)
+
+
 def measure(
-    variants: Mapping[str, Mapping[str, Any]], seeds: Iterable[int], base: Mapping[str, Any], data: str, out: Path
+    variants: Mapping[str, Mapping[str, Any]],
+    seeds: Iterable[int],
+    base: Mapping[str, Any],
+    data: str,
+    out: Path,
+    deadline: float = math.inf,
 ) -> None:
-    """Train every variant with every seed, but for those whose rows are there, and add their rows."""
+    """Train every variant with every seed, but for those whose rows are there, and add their rows.
+
+    None begins that would end after the `deadline`, by time.monotonic(), if it took as long as the longest before it.
+    """
+    longest = 0.0
     columns = [*run_columns(), *machine_columns(choose_device(base.get("device", "auto")))]
     done = {tuple(row[name] for name in KEY) for row in read_rows(out / "accuracy.csv", columns)}
     for seed in seeds:
@@ -102,8 +151,13 @@ def measure(
                 config = TrainConfig(**{**base, **settings, "seed": seed, "out": folder / "run"})
                 if (data, config.recipe, str(config.epochs), variant, str(seed)) in done:
                     continue
+                began = time.monotonic()
+                if began + longest > deadline:
+                    typer.echo(f"{variant}, seed {seed}, and all behind it: left out, no time")
+                    return
                 machine = machine_columns(choose_device(config.device))
                 result = train(config)
+                longest = max(longest, time.monotonic() - began)
             finally:
                 shutil.rmtree(folder)
             row = run_row(result, data, variant)
@@ -228,18 +282,37 @@ def main(
     data_dir: Annotated[Path, typer.Option(help="As of resnet-fast train.")] = Path("data"),
     recipe: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "fast94",
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Of fused and eager.")] = 5,
+    seeds: Annotated[int, typer.Option(min=0, help="Of fused and eager; 0: none.")] = 5,
     ablation_seeds: Annotated[int, typer.Option(min=0, help="Of the recipe's switches; 0: none of them.")] = 3,
+    model: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "resnet18",
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    image_size: Annotated[int, typer.Option(help="As of resnet-fast train.")] = 32,
+    train_images: Annotated[
+        int | None, typer.Option(min=10, help="Of a folder: train on so many, the first of each class.")
+    ] = None,
+    test_images: Annotated[
+        int | None, typer.Option(min=10, help="Of a folder: test on so many, the first of each class.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="No run begins that would end later; 0: no limit.")] = 0,
     device: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "auto",
     results: Annotated[Path, typer.Option(help="The folder that holds a folder for each device.")] = RESULTS,
 ) -> None:
     """Measure accuracy and time of a recipe, by backend and by switch; write accuracy.csv, .md and .png."""
     chosen = choose_device(device)
     base = {"dataset": dataset, "data_dir": data_dir, "recipe": recipe, "epochs": epochs, "device": device}
+    base |= {"model": model, "batch_size": batch_size, "image_size": image_size}
     out = results / device_slug(chosen)
     backends = BACKENDS if chosen.type == "cuda" else {k: v for k, v in BACKENDS.items() if not k.endswith("graph")}
-    measure(backends, range(seeds), base, data, out)
-    measure(ABLATIONS, range(ablation_seeds), base, data, out)
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+    with tempfile.TemporaryDirectory(prefix="accuracy-images-") as folder:
+        if train_images is not None or test_images is not None:
+            if dataset != "folder":
+                raise typer.BadParameter(f"--train-images and --test-images are for --dataset folder, got {dataset}")
+            link_images(data_dir, {"train": train_images, "test": test_images}, Path(folder))
+            base["data_dir"] = Path(folder)
+        variants = {"fused": {}} | ablations(model, image_size)
+        measure(variants, range(ablation_seeds), base, data, out, deadline)
+        measure(backends, range(seeds), base, data, out, deadline)
     write_page(out)
     typer.echo(f"{out / 'accuracy.md'}")
 

@@ -4,10 +4,12 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_run import use_tiny
 
 from benchmarks import accuracy
+from resnet_fast.data import load_dataset
 from resnet_fast.training import TrainConfig
 
 BASE = {"dataset": "digits", "epochs": 2, "batch_size": 8, "device": "cpu", "precision": "fp32"}
@@ -50,6 +52,47 @@ def test_every_variant_is_trained_once_with_every_seed_and_shown(tmp_path: Path,
 def test_every_variant_is_a_setting_of_a_run():
     for settings in (accuracy.BACKENDS | accuracy.ABLATIONS).values():
         TrainConfig(recipe="fast94", device="cpu", out="x", **settings)
+
+
+def test_no_run_begins_that_would_end_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first takes 10 s; at the second 15 s are left, at the third 5."""
+    now = [0.0]
+
+    def train(config: TrainConfig, train=accuracy.train):
+        now[0] += 10.0
+        return train(config)
+
+    monkeypatch.setattr(accuracy.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(accuracy, "train", train)
+    accuracy.measure(VARIANTS, range(2), BASE, "tiny images", tmp_path, deadline=25.0)
+    assert [(row["variant"], row["seed"]) for row in rows_of(tmp_path / "accuracy.csv")] == [
+        ("fused", "0"),
+        ("no average", "0"),
+    ]
+
+
+def test_other_networks_and_sizes_have_the_ablations_that_they_can_have():
+    narrow = accuracy.ablations("resnet20", 24)
+    assert narrow.keys() == accuracy.ABLATIONS.keys() - {"whitened stem"}
+    assert narrow["smaller images first"] == {"sizes": "12,18,24"}
+    for settings in narrow.values():
+        TrainConfig(recipe="fast94", model="resnet20", image_size=24, device="cpu", out="x", **settings)
+    assert accuracy.ablations("resnet18", 32) == accuracy.ABLATIONS
+
+
+def test_fewer_images_are_links_to_the_first_of_each_class(tmp_path: Path):
+    for part in ("train", "test"):
+        for name in ("a", "b", "c"):
+            folder = tmp_path / "all" / part / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    (tmp_path / "few").mkdir()
+    accuracy.link_images(tmp_path / "all", {"train": 7, "test": None}, tmp_path / "few")
+    dataset = load_dataset("folder", tmp_path / "few", image_size=8)
+    labels = torch.cat([labels for _, labels in dataset.train.batches(4)]).tolist()
+    assert [labels.count(label) for label in range(3)] == [3, 2, 2]
+    assert len(dataset.test) == 12
 
 
 def test_every_ablation_changes_the_recipe():

@@ -222,11 +222,14 @@ def test_a_run_of_an_earlier_version_goes_on(broken: Path):
     content = json.loads((broken / "config.json").read_text())
     checkpoint = torch.load(broken / "checkpoint.pt", weights_only=True)
     del checkpoint["format"]
-    for name in ("weights", "skip_unreadable", "trivial_augment", "random_erasing", "mixup", "cutmix"):
+    mixing = ("trivial_augment", "random_erasing", "mixup", "cutmix")
+    added = "muon_lr", "muon_momentum", "rescale_filters", "lookahead", "bn_momentum", "sizes"
+    for name in ("weights", "skip_unreadable", *mixing, *added):
         del content[name], checkpoint["config"][name]
     write_config(broken, content)
     write_signed(broken, checkpoint)
     config = resume(broken).config
     assert config.weights is None and config.skip_unreadable is False
     assert (config.trivial_augment, config.random_erasing, config.mixup, config.cutmix) == (False, 0, 0, 0)
+    assert [getattr(config, name) for name in added] == [0.12, 0.6, False, False, 0.1, ""]
     assert load_trained(broken).epoch == 3

@@ -53,6 +53,10 @@ OPTIONS = {
     "weight_decay": 0.01,
     "bn_bias_lr": 64.0,
     "body_lr": 0.1,
+    "muon_lr": 0.3,
+    "muon_momentum": 0.8,
+    "bn_momentum": 0.4,
+    "sizes": "16,24,32",
     "label_smoothing": 0.2,
     "clip_norm": 1.0,
     "crop": 3,
@@ -68,6 +72,7 @@ OPTIONS = {
 SWITCHES = dict.fromkeys(
     (
         "nesterov",
+        "rescale_filters",
         "trivial_augment",
         "zero_gamma",
         "dirac",
@@ -93,6 +98,7 @@ def test_options_reach_the_config(configs: list[TrainConfig]):
         (["--no-nesterov"], {"nesterov": False}),
         (["--no-graph"], {"graph": False}),
         (["--sync-bn"], {"sync_bn": True}),
+        (["--lookahead"], {"lookahead": True}),
         (["--ghost-batch-size", 32], {"ghost_batch_size": 32}),
         (["--weights", "runs/one"], {"weights": Path("runs/one")}),
         (
@@ -122,6 +128,7 @@ def test_every_setting_has_an_option():
         "mirror",
         "freeze",
         "new_head",
+        "lookahead",
     }
     assert known == {field.name for field in fields(TrainConfig)} == set(NAMES)
 

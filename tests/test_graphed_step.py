@@ -30,6 +30,7 @@ from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training import step as step_module
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import Graphed
+from resnet_fast.training.resizing import Sizes
 from resnet_fast.training.step import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +56,20 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.dropout(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
+class Deeper(Small):
+    """With a convolution behind the first, as Muon needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.further = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.further(self.bn(self.conv(x)).relu()).mean((2, 3)))
+
+
+MUON = replace(PLAIN, optimizer="muon", rescale_filters=True, bn_bias_lr=64.0, lookahead=True)
 
 
 class Branching(Small):
@@ -139,6 +154,8 @@ CASES: dict[str, tuple[Recipe, dict]] = {
     "dropout": (PLAIN, {"make": lambda: Small(dropout=0.5)}),
     "mixed": (replace(PLAIN, label_smoothing=0.1), {"augmentation": MIXED}),
     "mixed, bf16, in two parts": (PLAIN, {"augmentation": MIXED, "precision": "bf16", "accumulate": 2}),
+    "Muon and lookahead": (MUON, {"make": Deeper}),
+    "fp16, Muon and clipping": (replace(MUON, clip_norm=0.1), {"precision": "fp16", "make": Deeper}),
 }
 
 
@@ -220,6 +237,28 @@ def test_the_batches_of_the_caller_stay_as_they_are():
     assert equal(batches, before)
 
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+def test_each_size_is_recorded_once(device: str):
+    """On a GPU the three graphs share their memory, which must not show."""
+    recipe, n_epochs = replace(PLAIN, sizes="8,10,12"), 6
+    small = make_split()
+    split = TensorSplit(torch.nn.functional.pad(small.images, (2, 2, 2, 2)), small.labels).to(torch.device(device))
+    settings = {"make_graph": CudaGraph} if device == "cuda" else {}
+    plain, graphed = (make_step(recipe, graph, device=device, **settings) for graph in (False, True))
+    for step in (plain, graphed):
+        step.sizes = Sizes(recipe.sizes, 3 * n_epochs)
+        step.n_steps = 3 * n_epochs
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        for epoch in range(1, n_epochs + 1):
+            for batch in Loader(split, AUGMENTATION, BATCH).epoch(epoch):
+                assert equal(list(graphed(batch)), list(plain(batch)))
+                assert equal(state_of(graphed), state_of(plain))
+    assert n_recorded(graphed) == 3
+
+
 def test_another_split_on_the_device_is_recorded_anew():
     plain, graphed = (make_step(PLAIN, graph) for graph in (False, True))
     first = make_split()
@@ -251,9 +290,13 @@ def test_a_step_trains_after_an_evaluation():
     assert step.model.training
 
 
-def test_the_network_itself(on_aten: None):
+@pytest.mark.parametrize(
+    "recipe",
+    [replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2), replace(RECIPES["faster94"], batch_size=BATCH)],
+    ids=["average", "faster94"],
+)
+def test_the_network_itself(recipe: Recipe, on_aten: None):
     """Of ATen's operators: of Triton's kernels only those of an operator would be seen, and slowly."""
-    recipe = replace(PLAIN, bn_bias_lr=64.0, ema=0.9, label_smoothing=0.2)
     plain, graphed = (make_step(recipe, graph, lambda: thin_resnet(resnet)) for graph in (False, True))
     loader = Loader(make_split(), AUGMENTATION, BATCH)
     for batch in loader.epoch(1):
@@ -262,8 +305,9 @@ def test_the_network_itself(on_aten: None):
     assert equal(state_of(graphed), state_of(plain))
 
 
-def test_a_resumed_step_goes_on():
-    straight, stopped, resumed = (make_step(replace(PLAIN, ema=0.9), graph=True) for _ in range(3))
+@pytest.mark.parametrize("recipe", [replace(PLAIN, ema=0.9), MUON], ids=["average", "Muon and lookahead"])
+def test_a_resumed_step_goes_on(recipe: Recipe):
+    straight, stopped, resumed = (make_step(recipe, graph=True, make=Deeper) for _ in range(3))
     batches = [batch for epoch in (1, 2) for batch in Loader(make_split(), AUGMENTATION, BATCH).epoch(epoch)]
     for batch in batches[:3]:
         straight(batch)
@@ -332,7 +376,7 @@ def test_the_stand_in_runs_nothing_while_it_records():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@ON_GPU
 @pytest.mark.parametrize(("recipe", "settings"), CASES.values(), ids=CASES)
 def test_a_cuda_graph_has_the_bits_of_the_step(recipe: Recipe, settings: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # with the kernel that augments
@@ -462,7 +506,7 @@ def test_a_graph_has_barrier_words_of_its_own_and_keeps_them(monkeypatch: pytest
 
 def test_the_optimizer_of_a_step_has_rates_that_a_graph_reads():
     for recipe in RECIPES.values():
-        groups = make_optimizer(Small(), recipe).param_groups
+        groups = make_optimizer(Deeper(), recipe).param_groups
         assert all(torch.is_tensor(group["lr"]) for group in groups)
 
 

@@ -8,6 +8,7 @@ from resnet_fast.profiling import ProfileError, profile_config, profile_steps
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LOSS, NORM, OPTIMIZER, OTHER, category_of
 from resnet_fast.profiling.providers import checked_steps, eager
 from resnet_fast.profiling.recording import BETWEEN, IDLE, STEP, exclusive_times, parts_of, record
+from resnet_fast.training.step import make_optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_CPU, ON_GPU = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
@@ -61,6 +62,24 @@ def test_little_of_a_real_step_is_other(recorded: EventList):
     known = ("detach", "div", "mean", "sum", "view", "flatten", "pool", "squeeze", "expand", "fill", "empty", "zero")
     names = {part.operator for part in parts if part.category == OTHER and part.ms > 0.001 * ms}
     assert all(any(word in name for word in known) for name in names), names
+
+
+def test_newton_schulz_is_the_optimizers():
+    model = eager(profile_config(device="cpu", precision="fp32", optimizer="muon"))
+    optimizer = make_optimizer(model, profile_config(device="cpu", precision="fp32", optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    products = [event for event in profiler.events() if event.name in ("aten::bmm", "aten::baddbmm")]
+    # 3 iterations of 3 products, for 64x64x3x3, and of 128, 256 and 512: the first, the others, and the shortcut's.
+    assert len({(event.time_range.start, event.name) for event in products}) == 3 * 3 * (1 + 3 * 3)
+    for event in products:
+        names, ancestor = [], event
+        while ancestor is not None:
+            names.append(ancestor.name)
+            ancestor = ancestor.cpu_parent
+        assert category_of(names) == OPTIMIZER
 
 
 def test_a_real_steps_counts_are_those_of_resnet18(recorded: EventList):

@@ -42,6 +42,12 @@ OTHER = {
     "weight_decay": 0.0,
     "bn_bias_lr": 64.0,
     "body_lr": 0.1,
+    "muon_lr": 0.24,
+    "muon_momentum": 0.9,
+    "rescale_filters": True,
+    "lookahead": True,
+    "bn_momentum": 0.4,
+    "sizes": "16,24,32",
     "label_smoothing": 0.2,
     "clip_norm": 1.0,
     "crop": 2,
@@ -75,6 +81,16 @@ def test_a_setting_of_a_recipe_has_a_rule():
 
 def test_every_data_set_has_a_recipe():
     assert set(DEFAULT_RECIPES) == set(DATASETS) and set(DEFAULT_RECIPES.values()) <= set(RECIPES)
+
+
+def test_the_faster_recipes_put_the_levers_together():
+    """KellerJordan/cifar10-airbench, airbench94_muon.py: also the momentum of Muon, and its rate at batch 2000."""
+    for name in ("faster94", "faster95"):
+        recipe = RECIPES[name]
+        assert recipe.whiten and recipe.dirac and recipe.lookahead and recipe.rescale_filters
+        assert (recipe.optimizer, recipe.muon_momentum, recipe.label_smoothing) == ("muon", 0.6, 0.2)
+        assert (recipe.bn_bias_lr, recipe.bn_momentum) == (64, 0.4)
+        assert recipe.muon_lr == pytest.approx(0.24 * (recipe.batch_size / 2000) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(

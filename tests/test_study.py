@@ -236,6 +236,7 @@ def test_the_full_study_is_the_papers():
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     off = ("label_smoothing", "clip_norm", "ema", "zero_gamma", "dirac", "whiten", "ghost_batch_size")
     off += ("trivial_augment", "random_erasing", "mixup", "cutmix")
+    off += ("lookahead", "sizes")
     assert not any(getattr(config, name) for name in off)
 
 

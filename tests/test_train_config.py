@@ -14,7 +14,7 @@ from resnet_fast.training.config import choose_precision
 from resnet_fast.training.recipes import DEFAULT_RECIPES, RECIPE_FIELDS
 
 NAN = float("nan")
-SCHEDULE_NAMES = "one-cycle, triangular, cosine, steps, constant"
+SCHEDULE_NAMES = "one-cycle, triangular, cosine, linear, steps, constant"
 
 
 WRONG_SETTINGS = [
@@ -24,8 +24,11 @@ WRONG_SETTINGS = [
     ({"backend": "triton"}, "backend must be one of fused, eager, compile, got 'triton'"),
     ({"dataset": "mnist"}, "dataset must be one of cifar10, cifar100, svhn, digits, folder, got 'mnist'"),
     ({"sync_bn": True, "backend": "eager", "device": "cpu"}, "sync_bn with backend eager needs GPUs"),
-    ({"recipe": "fast"}, "recipe must be one of baseline, fast94, fast95, article, folder, digits, got 'fast'"),
-    ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
+    (
+        {"recipe": "fast"},
+        "recipe must be one of baseline, fast94, fast95, faster94, faster95, article, folder, digits, got 'fast'",
+    ),
+    ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, muon, got 'lion'"),
     ({"schedule": "cyclic"}, f"schedule must be one of {SCHEDULE_NAMES}, got 'cyclic'"),
     ({"padding": "edge"}, "padding must be one of zero, reflect, got 'edge'"),
     ({"flip": "up"}, "flip must be one of none, random, alternating, got 'up'"),
@@ -52,6 +55,19 @@ WRONG_SETTINGS = [
     ({"clip_norm": -1}, "clip_norm must be a finite number, 0 or more, got -1"),
     ({"time_budget": -1}, "time_budget must be a finite number, 0 or more, got -1"),
     ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ({"muon_lr": 0}, "muon_lr must be a positive finite number, got 0"),
+    ({"muon_momentum": 1}, r"muon_momentum must be in \[0, 1\), got 1"),
+    ({"rescale_filters": 1}, "rescale_filters must be True or False, got 1"),
+    ({"lookahead": 1}, "lookahead must be True or False, got 1"),
+    ({"lookahead": True, "ema": 0.99}, "lookahead and ema exclude each other: .*, got ema 0.99"),
+    ({"bn_momentum": 0}, r"bn_momentum must be in \(0, 1\], got 0"),
+    *(
+        (
+            {"sizes": value},
+            f"sizes must be two or more ascending integers of at least 8 .*, got {re.escape(shown(value))}",
+        )
+        for value in ("32", "24,16,32", "16,16,32", "4,32", "16;32", "16,,32", "a,b", [16, 32], 32, b"16,32")
+    ),
     ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
     ({"label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
     ({"cutout": -1}, "cutout must be an integer of at least 0, got -1"),

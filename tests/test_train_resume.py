@@ -69,6 +69,7 @@ OTHER_SETTINGS = [
     {"normalize": "half", "holdout": 7},
     {"precision": "fp16", "ema": 0.9},
     {"trivial_augment": True, "random_erasing": 0.5, "cutout": 2, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
+    {"lookahead": True, "bn_momentum": 0.4, "schedule": "linear"},
 ]
 
 

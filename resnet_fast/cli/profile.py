@@ -23,6 +23,9 @@ def profile(
     image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
     precision: Annotated[str, option("precision")] = TrainConfig.precision,
     device: Annotated[str, option("device")] = TrainConfig.device,
+    optimizer: Annotated[
+        str, option("optimizer", "muon shows what Newton-Schulz costs, beside sgd. [default: sgd]")
+    ] = "sgd",
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
@@ -36,7 +39,7 @@ def profile(
     try:
         if out is not None:
             check_is_free(check_path("out", out))
-        config = profile_config(model, stem, batch_size, precision, device, image_size, out)
+        config = profile_config(model, stem, batch_size, precision, device, image_size, out, optimizer)
     except (ValueError, OSError) as error:
         stop(2, f"error: {error}")
 

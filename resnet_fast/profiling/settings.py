@@ -20,6 +20,7 @@ def profile_config(
     device: str = "auto",
     image_size: int = 32,
     out: Path | None = None,
+    optimizer: str = "sgd",
 ) -> TrainConfig:
     """Return the settings of the step, checked and filled in: the stem that training takes; batch_size 32 on a CPU, 128
     on a GPU.
@@ -34,6 +35,7 @@ def profile_config(
         precision=precision,
         device=device,
         image_size=image_size,
+        optimizer=optimizer,
         lr=LEARNING_RATE,
         out=free_folder(f"profile-{model}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out,
     )

@@ -18,6 +18,7 @@ __all__ = [
     "DivergedError",
     "EpochMetrics",
     "EpochProgress",
+    "Muon",
     "Recipe",
     "Reporter",
     "Result",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from resnet_fast.training.evaluation import Scores, evaluate
     from resnet_fast.training.loop import resume, train
     from resnet_fast.training.metrics import EpochMetrics, Result
+    from resnet_fast.training.muon import Muon
     from resnet_fast.training.recipes import RECIPES, Recipe
     from resnet_fast.training.reporter import EpochProgress, Reporter
     from resnet_fast.training.saved_run import ResumeError, SavedRun, load_run

@@ -11,7 +11,14 @@ from resnet_fast.data.options import DATASETS, DOWNLOADED, MAX_IMAGE_SIZE, NOT_M
 from resnet_fast.models.registry import MODELS, STEMS, check_name, check_stem
 from resnet_fast.training.options import DEVICE, MAY_MOVE, NOT_NEGATIVE, STAGES, URL, integer, one_of, settings_of
 from resnet_fast.training.paths import free_folder
-from resnet_fast.training.recipes import DEFAULT_RECIPES, FROM_RECIPE, RECIPE_FIELDS, RECIPES, Recipe
+from resnet_fast.training.recipes import (
+    DEFAULT_RECIPES,
+    FROM_RECIPE,
+    RECIPE_FIELDS,
+    RECIPES,
+    Recipe,
+    check_together,
+)
 from resnet_fast.training.torchrun import world_size
 
 if TYPE_CHECKING:
@@ -165,6 +172,7 @@ class TrainConfig(Recipe):
             self._set(name, value)
 
     def _check_combinations(self) -> None:
+        check_together(self)
         if self.accumulate > self.batch_size // 2:
             raise ValueError(
                 f"accumulate must leave 2 images to each part of a batch of {self.batch_size}, got {self.accumulate}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ class CudaGraph(Generic[T]):
 
     `run` must read its inputs from tensors that stay, and leave its results in such: a replay runs the same kernels on
     the same addresses. Before it is recorded it is run a few times, for compilation, cuDNN's choice of algorithms and
-    whatever else happens once; recording runs nothing.
+    whatever else happens once; recording runs nothing. Graphs that never run at once may share a memory `pool`
+    (torch.cuda.graph_pool_handle()).
     """
 
-    def __init__(self, run: Callable[[], T], n_warm_up: int = 3) -> None:
+    def __init__(self, run: Callable[[], T], n_warm_up: int = 3, pool: Any = None) -> None:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         sync_mode = torch.cuda.get_sync_debug_mode()
@@ -45,7 +46,7 @@ class CudaGraph(Generic[T]):
         with _barrier_words(stream) as self.barrier_words, torch.cuda.stream(current):
             # Torch's default is one stream for all graphs, on the device of the first. Other threads, such as the one
             # that pins what a DataLoader read, may go on allocating meanwhile.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self) -> T:

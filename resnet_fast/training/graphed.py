@@ -105,6 +105,9 @@ class Graphed:
         self.step, self.state, self.fallback, self.make_graph = step, state, fallback, make_graph
         self.name = getattr(step, "__qualname__", type(step).__name__)
         self.device: torch.device | None = None  # until the first call
+        # One call runs at a time, and what a recording returns and leaves behind is held by it: all others can use the
+        # memory of its intermediate results.
+        self.pool: Any = None
         self.why_not: str | None = None
         self.recorded: dict[Any, _Recorded] = {}
         self.seen: set[tuple] = set()
@@ -159,6 +162,12 @@ class Graphed:
             return None
         return recorded
 
+    def _make(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        if self.make_graph is not CudaGraph:
+            return self.make_graph(run)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        return CudaGraph(run, pool=self.pool)
+
     def _is_first(self, kind: tuple) -> bool:
         """Whether there was no such call yet; warn if there never seem to be two of a kind."""
         if kind in self.seen:
@@ -200,7 +209,7 @@ class Graphed:
         try:
             with Snapshot(state) as snapshot, device_guard(snapshot.values[0].tensor):
                 rates = snapshot.make_rates_tensors()
-                graph = self.make_graph(run)
+                graph = self._make(run)
                 left = [parameter.grad for parameter in state.parameters]
                 snapshot.check_nothing_is_replaced()
                 has_grown = snapshot.has_new_state()
@@ -222,7 +231,7 @@ class Graphed:
         else:
             gradients = []
         recorded = _Recorded(graph, static, rates, gradients, left, state.addresses(), (static_args, static_kwargs))
-        if len(self.recorded) == MOST_RECORDINGS:  # each has memory of its own
+        if len(self.recorded) == MOST_RECORDINGS:  # each holds what it returns, and gradients
             del self.recorded[next(iter(self.recorded))]
         self.recorded[kind] = recorded
         return recorded

@@ -25,6 +25,9 @@ def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
         model = MODELS[config.model].make(n_classes, config.stem, norm)
     else:
         model = MODELS[config.model].make(n_classes, config.stem)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = config.bn_momentum
     if config.zero_gamma:
         zero_gamma(model)
     if config.dirac:

@@ -71,6 +71,26 @@ def _check_stages(name: str, value: Any) -> str:
     return ",".join(dict.fromkeys(filter(None, (stage.strip() for stage in value.split(",")))))
 
 
+def sizes_in(text: str) -> list[int]:
+    """Return the sizes in "16,24,32"; raise ValueError if one is no integer."""
+    return [int(size) for size in text.split(",")]
+
+
+def _check_sizes(name: str, value: Any) -> str:
+    rule = "two or more ascending integers of at least 8 with commas between them, or empty"
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+    if value == "":
+        return ""
+    try:
+        sizes = sizes_in(value)
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or sizes[0] < 8 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+    return ",".join(map(str, sizes))
+
+
 def _check_device(name: str, value: Any) -> str:
     text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", text):
@@ -81,6 +101,8 @@ def _check_device(name: str, value: Any) -> str:
 POSITIVE = number("a positive finite number", lambda value: value > 0)
 NOT_NEGATIVE = number("a finite number, 0 or more", lambda value: value >= 0)
 FRACTION = number("in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = number("in (0, 1]", lambda value: 0 < value <= 1)
+SIZES = Rule("ascending integers, 8 or more", _check_sizes)
 URL = Rule(URL_RULE, check_url)
 PROBABILITY = number("in [0, 1]", is_probability)
 ALPHA = number("0 or in [0.01, 100]", is_alpha)

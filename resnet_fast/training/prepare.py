@@ -23,6 +23,7 @@ from resnet_fast.training.network import freeze, make_network, whiten_stem
 from resnet_fast.training.processes import Processes
 from resnet_fast.training.random_state import seed_everything
 from resnet_fast.training.reporter import Reporter
+from resnet_fast.training.resizing import Sizes
 from resnet_fast.training.run_folder import run_settings
 from resnet_fast.training.saved_run import ResumeError, SavedRun
 from resnet_fast.training.step import TrainingStep
@@ -145,6 +146,8 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
         raise ValueError(f"crop must leave something of images of {height}x{width} pixels, got {crop}")
     if config.cutout >= min(height, width):
         raise ValueError(f"cutout must be below the images' {min(height, width)} pixels, got {config.cutout}")
+    if config.sizes:
+        Sizes(config.sizes, 1).check(height, width)
     return Augmentation(
         mean,
         std,

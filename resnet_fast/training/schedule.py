@@ -14,6 +14,10 @@ cosine (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts), per step,
 
     f(s) = (1 + cos(π·s/N)) / 2
 
+linear (KellerJordan/cifar10-airbench, airbench94_muon), without warm-up:
+
+    f(s) = 1 - s/N                        s in [0, N - 1]
+
 steps (He et al. 2015, arXiv:1512.03385, section 4.2, whose drops are after 32k and 48k of 64k steps):
 
     f(s) = 1, 0.1, 0.01                   s in [0, N/2), [N/2, 3N/4), [3N/4, N)
@@ -45,6 +49,11 @@ def cosine(step: int, n_steps: int) -> float:
     return _cosine(1.0, 0.0, min(step / n_steps, 1.0))
 
 
+def linear(step: int, n_steps: int) -> float:
+    """Return the fraction of the peak learning rate at `step` of 0 … n_steps - 1."""
+    return max(1 - step / n_steps, 0.0)
+
+
 def steps(step: int, n_steps: int) -> float:
     """Return the fraction of the peak learning rate at `step` of 0 … n_steps - 1."""
     if step < n_steps / 2:
@@ -65,6 +74,7 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "one-cycle": one_cycle,
     "triangular": triangular,
     "cosine": cosine,
+    "linear": linear,
     "steps": steps,
     "constant": constant,
 }

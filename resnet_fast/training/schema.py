@@ -27,6 +27,7 @@ ADDED = {
     for name in (
         *("weights", "skip_unreadable", "mirror", "new_head", "freeze", "body_lr", "wandb"),
         *("trivial_augment", "random_erasing", "mixup", "cutmix"),
+        *("muon_lr", "muon_momentum", "rescale_filters", "lookahead", "bn_momentum", "sizes"),
     )
 }
 METRICS = {field.name for field in fields(EpochMetrics)}

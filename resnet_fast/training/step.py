@@ -2,6 +2,8 @@
 
     step = augment, mix -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
+A recipe may reduce the images between the first two (resizing.py), and have Lookahead follow every fifth step.
+
 `TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch and replayed from then on
 (graphed.py); the short batch at the end of an epoch runs outside of the graph. `training_step` is its middle, from
 images that are augmented to the optimizer, which profile and benchmarks compare.
@@ -35,12 +37,17 @@ from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import MakeGraph, graphed
+from resnet_fast.training.lookahead import Lookahead
 from resnet_fast.training.loss_scale import check_scale, has_overflowed, load_scale, make_scaler
+from resnet_fast.training.muon import Muon, split_filters
 from resnet_fast.training.network import find_head
 from resnet_fast.training.options import settings_of
-from resnet_fast.training.recipes import Recipe
+from resnet_fast.training.recipes import Recipe, check_together
+from resnet_fast.training.resizing import Sizes, fresh_statistics, resized
 from resnet_fast.training.schedule import SCHEDULES
 from resnet_fast.training.structure import copy_into, first_difference
+
+MUON_ITERATIONS = 3  # of Newton-Schulz, as in airbench94_muon; torch.optim.Muon has 5
 
 
 def training_step(
@@ -126,7 +133,7 @@ class TrainingStep:
     Args:
         model: in channels_last, on its device; DistributedDataParallel for several processes. Parameters with
             `requires_grad=False` are not trained, and batch norms whose weight is one of them stay in evaluation mode.
-        recipe: optimizer, schedule, label smoothing, clipping and averaging.
+        recipe: optimizer, schedule, label smoothing, clipping, averaging and sizes.
         augmentation: what is done to the images.
         n_steps: of the whole run, which the schedule spans.
         precision: "fp32", "bf16" or "fp16".
@@ -179,6 +186,7 @@ class TrainingStep:
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         for name, setting in settings_of(Recipe).items():
             setting.check(getattr(recipe, name))
+        check_together(recipe)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"model must have parameters to train, {type(model).__name__} has none")
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
@@ -192,6 +200,8 @@ class TrainingStep:
         self.frozen_norms = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
+        self.lookahead = Lookahead(bare(model)) if recipe.lookahead else None
+        self.sizes = Sizes(recipe.sizes, n_steps) if recipe.sizes else None
         self.n_done = 0
         self.largest_batch, self.last_batch = 0, 0  # images
         if graph and world_size > 1:
@@ -201,7 +211,7 @@ class TrainingStep:
         self._n_skipped = torch.zeros((), dtype=torch.int64, device=device)
         if graph and make_graph is CudaGraph and device.type != "cuda":
             raise ValueError(f"graph needs a model on a CUDA device, got {device}")
-        self.graphed: Callable[[Batch, int], StepOutput] | None = None
+        self.graphed: Callable[..., StepOutput] | None = None
         if graph:
             averages = [] if self.average is None else self.average.tensors()
             run: Any = weakref.WeakMethod(self._run)  # a step that nobody has is gone, and its memory with it
@@ -237,11 +247,21 @@ class TrainingStep:
         self.largest_batch, self.last_batch = max(size, self.largest_batch), size
         run = self._run if is_short or self.graphed is None else self.graphed
         with device_guard(batch.plan), _cudnn_benchmark(not is_short):
-            output = run(batch, n_images)
+            output = run(batch, n_images) if self.sizes is None else self._run_reduced(run, batch, n_images, self.sizes)
         self.n_done += 1
+        if self.lookahead is not None:
+            self.lookahead.update(self.n_done, self.n_steps)
         return output
 
-    def _run(self, batch: Batch, n_images: int) -> StepOutput:
+    def _run_reduced(self, run: Callable[..., StepOutput], batch: Batch, n_images: int, sizes: Sizes) -> StepOutput:
+        """Run a step on images of the size that it has."""
+        sizes.check(*batch.images.shape[2:])
+        size = sizes.at(self.n_done)
+        is_new = self.n_done > 0 and size != sizes.at(self.n_done - 1)
+        with fresh_statistics(self.model) if is_new else nullcontext():
+            return run(batch, n_images, size)
+
+    def _run(self, batch: Batch, n_images: int, size: int | None = None) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
         # As many parts in all processes, whose synchronized batch norms meet in each: as the smallest share allows.
         n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
@@ -249,6 +269,8 @@ class TrainingStep:
         losses, correct = [], []
         for i, plan in enumerate(plans):
             images, labels, mixture = batch._replace(plan=plan).mixed(self.augmentation, DTYPES[self.precision])
+            if size is not None and size != images.shape[-1]:
+                images = resized(images, size)
             is_last = i == len(plans) - 1
             with nullcontext() if is_last else self._without_exchange():
                 smoothing = self.recipe.label_smoothing
@@ -288,6 +310,8 @@ class TrainingStep:
         state = {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done}
         if self.average is not None:
             state["average"] = self.average.state_dict()
+        if self.lookahead is not None:
+            state["lookahead"] = self.lookahead.state_dict()
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
         return state
@@ -308,6 +332,8 @@ class TrainingStep:
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.lookahead is not None:
+            copy_into(own["lookahead"], saved["lookahead"])
 
 
 @contextmanager
@@ -353,6 +379,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             lr = torch.tensor(0.0, device=device)
             groups[scale, decay] = {"params": [], "lr": lr, "lr_scale": scale, "weight_decay": decay}
         groups[scale, decay]["params"].append(parameter)
+    if recipe.optimizer == "muon":
+        return _make_muon([*groups.values()], model, recipe)
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam([*groups.values()], fused=True, capturable=device.type == "cuda")
     else:
@@ -368,4 +396,23 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         for value in state.values():
             if isinstance(value, Tensor):
                 value.zero_()
+    return optimizer
+
+
+def _make_muon(groups: list[dict[str, Any]], model: nn.Module, recipe: Recipe) -> Muon:
+    """Take Muon's weights out of the groups into groups of their own, with the rate and momentum that they have."""
+    filters = {id(weight) for weight in split_filters(model)[0]}
+    split = []
+    for group in groups:
+        for use_muon in (False, True):
+            own = [weight for weight in group["params"] if (id(weight) in filters) == use_muon]
+            settings = {**group, "params": own, "use_muon": use_muon, "lr": group["lr"].clone()}
+            if use_muon:
+                settings["lr_scale"] = group["lr_scale"] * recipe.muon_lr / recipe.lr
+                settings |= {"momentum": recipe.muon_momentum, "n_iterations": MUON_ITERATIONS}
+            split += [settings] if own else []
+    optimizer = Muon(split, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, rescale=recipe.rescale_filters)
+    for group in split:
+        for weight in group["params"]:
+            optimizer.momentum_of(weight)
     return optimizer
