@@ -101,16 +101,18 @@ class Tiny(tiny_run.Tiny):
 
 
 class Killed(Reporter):
-    """Kills its process in the second epoch."""
+    """Kills its process in the second epoch, when the checkpoint of the first is written."""
 
-    def __init__(self) -> None:
-        self.epoch = 0
+    def __init__(self, out: Path) -> None:
+        self.epoch, self.checkpoint = 0, out / "checkpoint.pt"
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
         self.epoch = epoch
 
     def step(self, done: int, progress: object) -> None:
         if (self.epoch, done) == (2, 3):
+            while not self.checkpoint.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -263,7 +265,7 @@ def run_resumed(folder: Path) -> None:
 
     for name, n_first, n_then in (("2 straight", 2, 0), ("2 then 2", 2, 2)):
         out = folder / name / "run"
-        launch(folder / name / "first", n_first, lambda _, out=out, n=n_then: begin(out, Killed() if n else None), 9)
+        launch(folder / name / "first", n_first, lambda _, out=out, n=n_then: begin(out, Killed(out) if n else None), 9)
         if n_then:
             launch(folder / name / "then", n_then, lambda _, out=out: returned(resume(out)))
 
@@ -272,7 +274,7 @@ def run_resumed(folder: Path) -> None:
 
         def begin_double(out: Path, killed: bool, n_train: int = n_train) -> object:
             use_double(n_train)
-            return begin(out, Killed() if killed else None, sync_bn=True, ema=0.9)
+            return begin(out, Killed(out) if killed else None, sync_bn=True, ema=0.9)
 
         def go_on(out: Path, n_train: int = n_train) -> object:
             use_double(n_train)
