@@ -22,12 +22,12 @@ from torch.nn.grad import conv2d_input
 
 from benchmarks.bench_conv import Norm, through
 from benchmarks.correctness import Tolerance, WrongProviderError, check, errors
-from benchmarks.networks import cudnn_benchmark
 from benchmarks.results import RESULTS, device_slug, machine_columns, replace_rows
 from benchmarks.speed_model.gpus import GPUS, Gpu
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import reference
 from resnet_fast.ops.arguments import BatchNormArgs, Saved, arguments_of
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.pairs import library_gradients
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import alternate, percentiles, rotation

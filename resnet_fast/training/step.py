@@ -18,8 +18,8 @@ torch.amp.GradScaler, its forward has moved the running statistics and their cou
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation.logits import DTYPES, autocast
-from resnet_fast.ops.backend import device_guard
+from resnet_fast.ops.backend import cudnn_benchmark, device_guard
 from resnet_fast.ops.regions import Mixture
 from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
@@ -246,7 +246,7 @@ class TrainingStep:
         is_short = size < self.largest_batch and size != self.last_batch
         self.largest_batch, self.last_batch = max(size, self.largest_batch), size
         run = self._run if is_short or self.graphed is None else self.graphed
-        with device_guard(batch.plan), _cudnn_benchmark(not is_short):
+        with device_guard(batch.plan), cudnn_benchmark(not is_short):
             output = run(batch, n_images) if self.sizes is None else self._run_reduced(run, batch, n_images, self.sizes)
         self.n_done += 1
         if self.lookahead is not None:
@@ -334,19 +334,6 @@ class TrainingStep:
             self.average.load_state_dict(state["average"])
         if self.lookahead is not None:
             copy_into(own["lookahead"], saved["lookahead"])
-
-
-@contextmanager
-def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Have cuDNN time its algorithms for each shape that is new, or not; never where they must be deterministic."""
-    is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    library: Any = torch._C  # torch.backends.cudnn refuses its own flags once torch's test suite has been imported
-    before = library._get_cudnn_benchmark()
-    library._set_cudnn_benchmark(enabled and not is_deterministic)
-    try:
-        yield
-    finally:
-        library._set_cudnn_benchmark(before)
 
 
 def _total(parts: list[Tensor]) -> Tensor:
