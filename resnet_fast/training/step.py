@@ -56,7 +56,7 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     precision: str,
-    scaler: GradScaler | None = None,
+    scaler: GradScaler,
 ) -> tuple[Tensor, Tensor]:
     """Run one step on a batch that is augmented already; the gradients stay to be looked at until the next.
 
@@ -66,20 +66,17 @@ def training_step(
         images: [N, 3, H, W], normalized.
         labels: [N], int64.
         precision: "fp32", "bf16" or "fp16".
-        scaler: of the loss, as fp16 needs it (`make_scaler`). An optimizer that is not fused has it wait for the GPU.
+        scaler: of the loss (`make_scaler`), disabled unless the precision is fp16. With an optimizer that is not fused,
+            an enabled one waits for the GPU.
 
     Returns:
         The mean loss, [], in fp32, and the logits, without their graph.
     """
     optimizer.zero_grad(set_to_none=True)
     loss, logits = forward_loss(model, images, labels, precision)
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     return loss.detach(), logits.detach()
 
 
