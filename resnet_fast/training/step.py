@@ -38,7 +38,7 @@ from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import MakeGraph, graphed
 from resnet_fast.training.lookahead import Lookahead
-from resnet_fast.training.loss_scale import check_scale, has_overflowed, load_scale, make_scaler
+from resnet_fast.training.loss_scale import has_overflowed, load_scale, make_scaler
 from resnet_fast.training.muon import Muon, split_filters
 from resnet_fast.training.network import find_head
 from resnet_fast.training.options import settings_of
@@ -322,9 +322,7 @@ class TrainingStep:
         own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
         if unlike := first_difference(own, saved, "step"):
             raise ValueError(f"the state does not fit the model and its recipe: {unlike}")
-        if self.scaler.is_enabled():
-            check_scale(self.scaler, state["scaler"], "step.scaler")
-            load_scale(self.scaler, state["scaler"])
+        load_scale(self.scaler, state.get("scaler", {}))
         copy_into(own["optimizer"], saved["optimizer"])
         self.n_done = state["n_done"]
         if self.average is not None:
