@@ -20,6 +20,7 @@ torch.amp.GradScaler, its forward has moved the running statistics and their cou
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -98,12 +99,11 @@ def forward_loss(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, mixture: Mixture | None) -> Tensor:
+    """Return the mean cross entropy, [], of logits, [N, classes], and labels, [N], as in `forward_loss`."""
+    loss = partial(F.cross_entropy, logits, label_smoothing=label_smoothing)
     if mixture is None:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    own, other = (
-        F.cross_entropy(logits, of, label_smoothing=label_smoothing, reduction="none")
-        for of in (labels, mixture.others)
-    )
+        return loss(labels)
+    own, other = loss(labels, reduction="none"), loss(mixture.others, reduction="none")
     return (mixture.share * own + (1 - mixture.share) * other).mean()
 
 
