@@ -15,7 +15,8 @@ from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.loss_scale import make_scaler
-from resnet_fast.training.step import make_optimizer, training_step
+from resnet_fast.training.optimizer import make_optimizer
+from resnet_fast.training.step import training_step
 
 N_CLASSES = 10
 N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
