@@ -144,17 +144,16 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
 def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     """Train what is left to train, and test after every epoch; a thread writes while the next one trains."""
     config, processes, step = run.config, run.processes, run.step
-    history: list[EpochMetrics] = []
-    if saved is not None and saved.checkpoint is not None:
-        history = _restore(run, saved.checkpoint)
+    checkpoint = None if saved is None else saved.checkpoint
+    history = [] if checkpoint is None else _restore(run, checkpoint)
     if saved is not None:
         processes.first_only(folder.clean)
     if run.origin is not None:
         run.reporter.note(str(run.origin))
     run.reporter.start(config, folder.dataset)
     start = begin = time.perf_counter()
-    if saved is not None and saved.checkpoint is not None:
-        begin -= saved.checkpoint["seconds"]
+    if checkpoint is not None:
+        begin -= checkpoint["seconds"]
         processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
         run.reporter.resume(history)
