@@ -136,7 +136,7 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
             processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
         if config.wandb and processes.is_first:
             board = WeightsAndBiases(run.reporter, config)
-            stack.push(board.finish)
+            stack.push(board.close)
             run = run._replace(reporter=board)
         return _train(run, folder, saved)
 
