@@ -74,7 +74,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
     """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
 
-    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (but for times) are
+    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (except times) are
     bit-identical to those of a run that was never stopped. With another number of processes the order of the images
     stays; sums are rounded differently and, without sync_bn, batch norm sees other shares. A run that is finished only
     gets its table and curves written once more.
@@ -160,7 +160,7 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     n_before, epoch_seconds = len(history), 0.0
     with run.writing as writing:
         for epoch in range(n_before + 1, config.epochs + 1):
-            # The first epoch always begins, of a run that goes on, too: else it would never end.
+            # The first epoch always begins, also in a resumed run; otherwise it would never end.
             if config.time_budget and epoch > n_before + 1:
                 if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
                     break

@@ -105,7 +105,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, mixtur
 
 
 class StepOutput(NamedTuple):
-    """Of one step, without waiting for a GPU; the next step overwrites it.
+    """What a step returns. Reading it waits for the GPU; the next step overwrites it.
 
     Args:
         loss: [], fp32, the mean over this process's images, smoothed labels included.
