@@ -1,6 +1,5 @@
 """`python -m benchmarks.figures`: the figures of the README and docs/results.md, from the committed CSV files."""
 
-import csv
 import hashlib
 import io
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, ROOT
+from benchmarks.results import RESULTS, ROOT, read_csv
 from benchmarks.style import DARK, color_of, new_figure, tidy
 from resnet_fast.common.files import whole_file
 
@@ -49,8 +48,7 @@ def draw_passes() -> Figure:
 
 def draw_step() -> Figure:
     """The predicted step: batch norms' time by bytes and by launches, and everything else."""
-    with STEPS.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
+    rows = [row for row in read_csv(STEPS) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
     figure = new_figure(8.2, 2.9, "")
     for axes, batch in zip(figure.subplots(1, 2), ("128", "512"), strict=True):
         for place, provider in enumerate(("eager", "compile", "fused")):
@@ -75,8 +73,7 @@ def draw_step() -> Figure:
 
 
 def draw_host() -> Figure:
-    with HOST.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(HOST)
     figure = new_figure(8.2, 2.4, "")
     axes = figure.subplots()
     for place, row in enumerate(rows):

@@ -52,6 +52,12 @@ def commit(root: Path = ROOT) -> str:
     return head if changes == "" else f"{head}-dirty"
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file by their columns' names; raise OSError if it is not there."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a file, none if it is not there.
 
