@@ -25,6 +25,13 @@ def device_slug(device: torch.device) -> str:
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
 
 
+def no_gpu() -> str | None:
+    """Return why nothing can be measured on an NVIDIA GPU here, or None."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no NVIDIA GPU that torch can use; `resnet-fast doctor` says why"
+    return None
+
+
 def machine_columns(device: torch.device) -> dict[str, str]:
     """Return what a row says about where, with what and when it was measured."""
     return {
