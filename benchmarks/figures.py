@@ -9,12 +9,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, ROOT, read_csv
+from benchmarks.speed_model.gpus import GPUS
 from benchmarks.style import DARK, color_of, new_figure, tidy
 from resnet_fast.common.files import whole_file
 
 STEPS = ROOT / "benchmarks/predicted/steps.csv"
 HOST = RESULTS / "amd-epyc-1-threads/host_cost.csv"
-LAUNCH_US = 2.5  # as in benchmarks/predicted/README.md
 # Bytes per element in 16-bit types that each kernel moves for relu(bn(x) + residual), whose output has two readers
 # (kernels/README.md, "Bytes moved per element").
 PASSES = {
@@ -53,7 +53,7 @@ def draw_step() -> Figure:
     for axes, batch in zip(figure.subplots(1, 2), ("128", "512"), strict=True):
         for place, provider in enumerate(("eager", "compile", "fused")):
             row = next(row for row in rows if (row["provider"], row["batch_size"]) == (provider, batch))
-            launches = int(row["launches"]) * LAUNCH_US / 1e3
+            launches = int(row["launches"]) * GPUS["h200"].launch_us / 1e3
             norms, step = float(row["batch_norm_us"]) / 1e3, float(row["step_ms"])
             parts = {"BN + add + ReLU": norms - launches, "launches": launches, "the rest": step - norms}
             at, colors = 0.0, (color_of(provider), "#6b7280", "#e5e7eb")
