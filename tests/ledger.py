@@ -27,7 +27,7 @@ class Account:
 
     @property
     def what(self) -> str:
-        """What kernels/README.md counts it as; a convolution's images, moved by descriptors, and its weights are apart."""
+        """What kernels/README.md counts it as; what a convolution moves by descriptors, and weights, are apart."""
         if self.name.endswith("_desc"):
             return "operands"
         if self.itemsize == 1:
