@@ -10,6 +10,7 @@ help:
 	@echo "               [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
 	@echo "make test      set up .venv, prove every promise once"
 	@echo "make test-all  every test, also the slow ones"
+	@echo "make test-slow the slow ones alone"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      build the documentation into build/site, strictly"
 	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"

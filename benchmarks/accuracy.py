@@ -6,7 +6,6 @@ meets all of them alike; the most valuable ones come first, for a call with a li
 accuracy.md and accuracy.png are made of them.
 """
 
-import csv
 import io
 import math
 import shutil
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from matplotlib.axes import Axes
 
-from benchmarks.results import RESULTS, device_slug, machine_columns, read_rows, replace_rows
+from benchmarks.results import RESULTS, device_slug, machine_columns, read_csv, read_rows, replace_rows
 from benchmarks.style import color_of, new_figure, save, tidy
 from resnet_fast.common.files import whole_file
 from resnet_fast.models.registry import MODELS
@@ -211,8 +210,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def write_page(out: Path) -> None:
     """Make accuracy.md and accuracy.png of the rows in `out`."""
-    runs = _read(out / "accuracy.csv")
-    epochs = _read(out / "accuracy_epochs.csv")
+    runs = read_csv(out / "accuracy.csv")
+    epochs = read_csv(out / "accuracy_epochs.csv")
     text = ["# Accuracy and time", ""]
     groups = list(dict.fromkeys((row["data"], row["recipe"], row["epochs"]) for row in runs))
     for data, recipe, n_epochs in groups:
@@ -268,11 +267,6 @@ def _line(rows: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
     half_an_image = 0.005  # of 10,000, so that an error of 0 has a place on a logarithmic axis
     errors = [max(100 * (1 - float(row["accuracy"])), half_an_image) for row in rows]
     return [float(row["train_seconds"]) for row in rows], errors
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @app.command()

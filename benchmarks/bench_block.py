@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
-from benchmarks.limits import DTYPES, precisions
-from benchmarks.networks import compiled, cudnn_benchmark, on_cuda
+from benchmarks.limits import precisions
+from benchmarks.networks import compiled, on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, flops, operation_bytes
 from resnet_fast import FusedBatchNorm2d
-from resnet_fast.evaluation import autocast
+from resnet_fast.evaluation.logits import DTYPES, autocast
 from resnet_fast.models.resnet import BasicBlock
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
 

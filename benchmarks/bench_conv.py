@@ -23,11 +23,11 @@ from torch.utils import deterministic
 
 from benchmarks.correctness import Tolerance
 from benchmarks.harness import Level, Problem, Provider, Run, Setting
-from benchmarks.networks import cudnn_benchmark
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 from resnet_fast.ops.arguments import BatchNormArgs, Join, PartialStatistics, Saved, Settings, arguments_of
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.pairs import library_gradients
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation

@@ -24,13 +24,13 @@ from benchmarks.limits import precisions
 from benchmarks.networks import on_cuda
 from benchmarks.replay import CLOCK
 from benchmarks.work import STAGES, Work, operation_bytes
+from resnet_fast.evaluation.logits import DTYPES
 from resnet_fast.functional import BatchNormArgs, batch_norm_add_relu
 from resnet_fast.ops import implementations
 from resnet_fast.ops.implementations import Choice
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import rotation
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512)}
 # Batch norm, the addition, ReLU, and the same backwards.

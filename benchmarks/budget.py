@@ -4,8 +4,8 @@ from time import perf_counter
 
 from benchmarks import STARTED
 
-# Of the 3 minutes that README.md promises. The rest is for what comes before this package is imported, and for a last
-# setting that takes longer than its share.
+# Of 3 minutes for a quick run. The rest is for what comes before this package is imported, and
+# for a last setting that takes longer than its share.
 QUICK_SECONDS = 150.0
 # Of what is left, for the next setting: the heavy ones come first, and a setting may need twice its share.
 SHARE = 1 / 3

@@ -1,6 +1,5 @@
 """`python -m benchmarks.figures`: the figures of the README and docs/results.md, from the committed CSV files."""
 
-import csv
 import hashlib
 import io
 from collections.abc import Callable, Iterator
@@ -9,13 +8,13 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, ROOT
+from benchmarks.results import RESULTS, ROOT, read_csv
+from benchmarks.speed_model.gpus import GPUS
 from benchmarks.style import DARK, color_of, new_figure, tidy
 from resnet_fast.common.files import whole_file
 
 STEPS = ROOT / "benchmarks/predicted/steps.csv"
 HOST = RESULTS / "amd-epyc-1-threads/host_cost.csv"
-LAUNCH_US = 2.5  # as in benchmarks/predicted/README.md
 # Bytes per element in 16-bit types that each kernel moves for relu(bn(x) + residual), whose output has two readers
 # (kernels/README.md, "Bytes moved per element").
 PASSES = {
@@ -49,13 +48,12 @@ def draw_passes() -> Figure:
 
 def draw_step() -> Figure:
     """The predicted step: batch norms' time by bytes and by launches, and everything else."""
-    with STEPS.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
+    rows = [row for row in read_csv(STEPS) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
     figure = new_figure(8.2, 2.9, "")
     for axes, batch in zip(figure.subplots(1, 2), ("128", "512"), strict=True):
         for place, provider in enumerate(("eager", "compile", "fused")):
             row = next(row for row in rows if (row["provider"], row["batch_size"]) == (provider, batch))
-            launches = int(row["launches"]) * LAUNCH_US / 1e3
+            launches = int(row["launches"]) * GPUS["h200"].launch_us / 1e3
             norms, step = float(row["batch_norm_us"]) / 1e3, float(row["step_ms"])
             parts = {"BN + add + ReLU": norms - launches, "launches": launches, "the rest": step - norms}
             at, colors = 0.0, (color_of(provider), "#6b7280", "#e5e7eb")
@@ -75,8 +73,7 @@ def draw_step() -> Figure:
 
 
 def draw_host() -> Figure:
-    with HOST.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(HOST)
     figure = new_figure(8.2, 2.4, "")
     axes = figure.subplots()
     for place, row in enumerate(rows):

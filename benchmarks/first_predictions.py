@@ -22,12 +22,12 @@ from torch.nn.grad import conv2d_input
 
 from benchmarks.bench_conv import Norm, through
 from benchmarks.correctness import Tolerance, WrongProviderError, check, errors
-from benchmarks.networks import cudnn_benchmark
-from benchmarks.results import RESULTS, device_slug, machine_columns, replace_rows
+from benchmarks.results import RESULTS, device_slug, machine_columns, no_gpu, replace_rows
 from benchmarks.speed_model.gpus import GPUS, Gpu
 from resnet_fast.kernels import tiles
 from resnet_fast.ops import reference
 from resnet_fast.ops.arguments import BatchNormArgs, Saved, arguments_of
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.pairs import library_gradients
 from resnet_fast.profiling.check import rounding_of
 from resnet_fast.tuning.timing import alternate, percentiles, rotation
@@ -214,8 +214,8 @@ def measure(device: torch.device, gpu: Gpu | None) -> tuple[list[dict[str, str]]
 
 def main(results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
     """Measure what the speed model predicts of an H200: reductions by registers, and cuDNN's convolution."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        typer.echo("error: no NVIDIA GPU that torch can use", err=True)
+    if reason := no_gpu():
+        typer.echo(f"error: {reason}", err=True)
         raise typer.Exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = next((gpu for gpu in GPUS.values() if gpu.name in torch.cuda.get_device_name(device)), None)

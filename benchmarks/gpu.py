@@ -25,7 +25,7 @@ import torch
 import typer
 
 from benchmarks.gpu_stages import STAGES, Stage
-from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, replace_rows
+from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, no_gpu, replace_rows
 
 BUDGET = 570  # seconds for all stages; importing, copying and the table take the rest of ten minutes
 SHORTEST = 15  # seconds; with fewer left no stage begins
@@ -76,13 +76,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         text = f"{begin}{row['figure']}".rstrip()
         lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * len(begin), break_on_hyphens=False)
     return lines
-
-
-def no_gpu() -> str | None:
-    """Why nothing can be measured here, or None."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "no NVIDIA GPU that torch can use; `resnet-fast doctor` says why"
-    return None
 
 
 def main(

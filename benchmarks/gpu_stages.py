@@ -1,11 +1,12 @@
 """The stages of `make gpu`, in the order in which they run: what each runs, for how long, and what it shows."""
 
-import csv
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.results import read_csv
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider -m gpu"
 
@@ -30,10 +31,7 @@ def last(pattern: str) -> Callable[[Path, str], str]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(path) if path.exists() else []
 
 
 def accuracies(folder: Path, output: str) -> str:

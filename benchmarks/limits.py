@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.work import Work
+from resnet_fast.evaluation.logits import DTYPES
 from resnet_fast.training.config import choose_precision
 from resnet_fast.tuning.timing import alternate, percentiles
 
@@ -12,7 +13,6 @@ from resnet_fast.tuning.timing import alternate, percentiles
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = {"cpu": 10, "cuda": 30}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": tuple(DTYPES)}  # those in which something multiplies
 # What x86 and ARM processors call their instructions for bf16, by torch.cpu.get_capabilities().
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")

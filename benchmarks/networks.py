@@ -3,7 +3,6 @@
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Level, Provider, Run, Setting
 from benchmarks.limits import precisions
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.profiling import providers
 from resnet_fast.training import TrainConfig
 from resnet_fast.training.graph import CudaGraph
@@ -37,16 +37,6 @@ def loaded(make_model: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -
 def on_cuda(setting: Setting, device: torch.device) -> str | None:
     """CUDA graphs are CUDA's, and max-autotune tunes for GPUs."""
     return None if device.type == "cuda" else "runs on CUDA alone"
-
-
-@contextmanager
-def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Whether cuDNN tries its algorithms for a new shape; a global flag, of which providers want different values."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, enabled
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:

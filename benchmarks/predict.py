@@ -5,7 +5,6 @@ training step: fused, and eager and torch.compile where `python -m benchmarks.sp
 Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has none, 2 a wrong argument.
 """
 
-import csv
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from benchmarks.results import replace_rows
+from benchmarks.results import read_csv, replace_rows
 from benchmarks.speed_model.gpus import GPUS, GpuName
 from benchmarks.work import STAGES
 
@@ -100,8 +99,7 @@ def slower(path: Path, jobs: "Sequence[Job]", key: tuple[str, ...]) -> Iterator[
     A kernel whose key has not changed needs no prediction: one is predicted to see that. Of the others those of the
     first stage are, whose tensors are the largest.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = {tuple(row[column] for column in key): row for row in csv.DictReader(file)}
+    rows = {tuple(row[column] for column in key): row for row in read_csv(path)}
     unchanged = 0
     for job in {job.key: job for job in jobs}.values():
         row = rows.get(tuple(job.name.values()))

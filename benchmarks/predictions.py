@@ -1,12 +1,12 @@
 """The predicted times of benchmarks/predicted/<gpu>.csv beside measured ones, for the report of a GPU that is known."""
 
-import csv
 from collections.abc import Sequence
 from functools import cache
 
 from benchmarks.bench_op import OPERATIONS
 from benchmarks.measured import Measurement
 from benchmarks.predict import PREDICTED
+from benchmarks.results import read_csv
 from benchmarks.speed_model.gpus import GPUS
 
 
@@ -15,8 +15,7 @@ def _rows(device: str) -> list[dict[str, str]]:
     """The rows of the GPU of that name; none if it is not one of the model's."""
     for name, gpu in GPUS.items():
         if gpu.name in device and (path := PREDICTED / f"{name}.csv").exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
+            return read_csv(path)
     return []
 
 

@@ -25,6 +25,13 @@ def device_slug(device: torch.device) -> str:
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
 
 
+def no_gpu() -> str | None:
+    """Return why nothing can be measured on an NVIDIA GPU here, or None."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no NVIDIA GPU that torch can use; `resnet-fast doctor` says why"
+    return None
+
+
 def machine_columns(device: torch.device) -> dict[str, str]:
     """Return what a row says about where, with what and when it was measured."""
     return {
@@ -50,6 +57,12 @@ def commit(root: Path = ROOT) -> str:
     tree = ("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     changes = _output("git", "--no-optional-locks", "-C", str(root), *tree)
     return head if changes == "" else f"{head}-dirty"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file by their columns' names; raise OSError if it is not there."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

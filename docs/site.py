@@ -10,19 +10,19 @@ ROOT = Path(__file__).parents[1]
 # [text](target) and ![text](target), and images within links
 LINK = re.compile(r"(\[[^\]\n]*\])\(([^)#\s]+)(#[^)\s]*)?\)")
 SHOWN = {".md", ".png", ".svg", ".csv", ".json"}
-PAGES = {"index.md": ROOT / "README.md"}  # by its name in the site
+README = ROOT / "README.md"  # index.md in the site
 
 
 def source(uri: str) -> Path:
     """Return the file of the repository that a page shows."""
     if uri.startswith("repository/"):
         return ROOT / uri.removeprefix("repository/")
-    return PAGES.get(uri, ROOT / "docs" / uri)
+    return README if uri == "index.md" else ROOT / "docs" / uri
 
 
 def name(path: Path) -> str:
     """Return what the site calls a file of the repository."""
-    if path == ROOT / "README.md":
+    if path == README:
         return "index.md"
     inside = path.relative_to(ROOT).as_posix()
     return inside.removeprefix("docs/") if inside.startswith("docs/") else f"repository/{inside}"
@@ -38,8 +38,8 @@ def resolve(page: Path, target: str) -> Path | None:
 
 def on_files(files: Files, config) -> Files:
     """Add the README, and what pages link outside of docs/."""
-    todo = [*PAGES.values(), *(source(file.src_uri) for file in files.documentation_pages())]
-    todo += [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    todo = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    todo += [source(file.src_uri) for file in files.documentation_pages()]
     seen = set()
     while todo:
         path = todo.pop()

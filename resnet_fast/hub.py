@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fast.inference import load_trained
 from resnet_fast.models import get_model
+from resnet_fast.training.network import find_head
 from resnet_fast.training.paths import CHECKPOINT
 
 try:
@@ -80,7 +81,7 @@ class HubModel(
     ) -> None:
         super().__init__()
         self.model = get_model(name, **kwargs)
-        n_logits = len([*self.model.parameters()][-1])
+        n_logits = find_head(self.model)[1].out_features
         if classes is not None and len(classes) != n_logits:
             raise ValueError(f"classes must be as many as the network has logits, {n_logits}, got {len(classes)}")
         self.classes, self.mean, self.std = (None if x is None else tuple(x) for x in (classes, mean, std))

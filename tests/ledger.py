@@ -27,7 +27,7 @@ class Account:
 
     @property
     def what(self) -> str:
-        """What the README counts it as; images that a convolution moves, by descriptors, and weights are its own."""
+        """What kernels/README.md counts it as; what a convolution moves by descriptors, and weights, are apart."""
         if self.name.endswith("_desc"):
             return "operands"
         if self.itemsize == 1:

@@ -183,7 +183,6 @@ CALLS: list[tuple[Callable, dict[str, Any], dict[str, list]]] = [
             "data_dir": [None, 3, "a\0b", b"data"],
             "image_size": [None, 0, 32.0],
             "workers": [None, -1, "2"],
-            "mirror": [3, b"http://a", "mirror.example"],
         },
     ),
     (

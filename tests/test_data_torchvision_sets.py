@@ -285,6 +285,20 @@ def test_a_mirror_is_asked_alone(mirror: str, archive: Path, tmp_path: Path, ser
     assert {path.partition("?")[0] for path, _ in server.requests} == {"/m/cifar-10-python.tar.gz"}
 
 
+@pytest.mark.parametrize("mirror", [3, b"http://a", "mirror.example"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_a_mirror_that_is_no_url_is_named(name: str, mirror: object, tmp_path: Path):
+    with pytest.raises(ValueError, match="^mirror must be an http:// or https:// URL"):
+        load_dataset(name, tmp_path, mirror=mirror)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_a_mirror_of_what_is_not_downloaded_is_refused(name: str, tmp_path: Path):
+    message = f"mirror is for cifar10, cifar100, svhn, got 'https://mirror.example/m' with {name}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_dataset(name, tmp_path, mirror="https://mirror.example/m")
+
+
 def test_cifar100_has_the_fine_classes(archive100: Path, tmp_path: Path, server: FileServer):
     serve(server, archive100)
     dataset = load_dataset("cifar100", tmp_path / "data")

@@ -30,8 +30,8 @@ from resnet_fast.training import RECIPES, Recipe, StepOutput, TrainingStep
 from resnet_fast.training import step as step_module
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import Graphed
+from resnet_fast.training.optimizer import make_optimizer
 from resnet_fast.training.resizing import Sizes
-from resnet_fast.training.step import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,9 @@ from resnet_fast.training import step as step_module
 from resnet_fast.training.console import PlainReporter
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.loss_scale import make_scaler
+from resnet_fast.training.optimizer import make_optimizer
 from resnet_fast.training.schedule import SCHEDULES
-from resnet_fast.training.step import make_optimizer, training_step
+from resnet_fast.training.step import training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from resnet_fast.models import resnet
 from resnet_fast.training import RECIPES, TrainingStep
 from resnet_fast.training import muon as muon_module
 from resnet_fast.training.muon import Muon, orthogonalize, split_filters
-from resnet_fast.training.step import make_optimizer
+from resnet_fast.training.optimizer import make_optimizer
 
 SHAPES = [(8, 4, 3, 3), (8, 4, 3, 3), (16, 3, 1, 1), (5, 7, 3, 3), (6, 10), (8, 4, 3, 3), (4, 6, 3)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

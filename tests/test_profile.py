@@ -8,7 +8,7 @@ from resnet_fast.profiling import ProfileError, profile_config, profile_steps
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LOSS, NORM, OPTIMIZER, OTHER, category_of
 from resnet_fast.profiling.providers import checked_steps, eager
 from resnet_fast.profiling.recording import BETWEEN, IDLE, STEP, exclusive_times, parts_of, record
-from resnet_fast.training.step import make_optimizer
+from resnet_fast.training.optimizer import make_optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_CPU, ON_GPU = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA

@@ -29,6 +29,7 @@ from resnet_fast.training import (
     train,
 )
 from resnet_fast.training.evaluation import evaluate
+from resnet_fast.training.loss_scale import make_scaler
 from resnet_fast.training.step import training_step
 
 # isort: split
@@ -270,7 +271,7 @@ def test_a_loss_that_is_not_finite_names_the_first_layer_that_is_not():
     nn.init.constant_(model[2].weight, 3e38)  # its output overflows, the layer before is as it should be
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
     images, labels = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
-    loss, _ = training_step(model, optimizer, images, labels, "fp32")
+    loss, _ = training_step(model, optimizer, images, labels, "fp32", make_scaler("fp32", images.device))
     with pytest.raises(DivergedError) as caught:
         divergence.check_is_finite(loss[None], 2, 0, model, 0.25, "fp32")
     assert str(caught.value) == (

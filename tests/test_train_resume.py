@@ -245,7 +245,7 @@ def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path
 
 def test_what_a_run_computes_cannot_be_changed(tmp_path: Path):
     out = stop(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match="a run keeps its settings, but for graph, .*, tensorboard, wandb; got lr"):
+    with pytest.raises(ValueError, match="a run keeps its settings, except graph, .*, tensorboard, wandb; got lr"):
         resume(out, lr=1)
 
 

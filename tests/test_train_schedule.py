@@ -7,8 +7,8 @@ from torch import nn
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.ops import augment
 from resnet_fast.training import RECIPES, TrainConfig, TrainingStep
+from resnet_fast.training.optimizer import make_optimizer
 from resnet_fast.training.schedule import SCHEDULES
-from resnet_fast.training.step import make_optimizer
 
 
 def rates(schedule: str, n_steps: int) -> list[float]:

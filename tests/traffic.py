@@ -94,5 +94,5 @@ def formula(
 
 
 def image_bytes(kernels: dict[str, Counter]) -> int:
-    """What the README's total counts: images and ReLU bits."""
+    """What the total of kernels/README.md counts: images and ReLU bits."""
     return sum(size for moved in kernels.values() for (what, _), size in moved.items() if what in ("images", "bits"))

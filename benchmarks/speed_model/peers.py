@@ -4,14 +4,13 @@ Writes predicted/peers-<gpu>.csv: a row for each kernel. The GPU need not be the
 torch.compile generates takes about three minutes for each GPU and batch size.
 """
 
-import csv
 import itertools
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.results import replace_rows
+from benchmarks.results import read_csv, replace_rows
 
 from .eager import eager_rows
 from .gpus import GPUS, GpuName
@@ -63,13 +62,10 @@ def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
     if not peers_path(gpu).exists():
         return {}
     rows: dict[str, list[Row]] = {}
-    with open(peers_path(gpu), newline="", encoding="utf-8") as file:
-        for text in csv.DictReader(file):
-            if (text["precision"], text["batch_size"]) == (precision, str(batch_size)):
-                numbers = int(text["launches"]), float(text["predicted_us"]), float(text["bytes"])
-                rows.setdefault(text["provider"], []).append(
-                    Row(text["provider"], text["group"], text["kernel"], *numbers)
-                )
+    for text in read_csv(peers_path(gpu)):
+        if (text["precision"], text["batch_size"]) == (precision, str(batch_size)):
+            numbers = int(text["launches"]), float(text["predicted_us"]), float(text["bytes"])
+            rows.setdefault(text["provider"], []).append(Row(text["provider"], text["group"], text["kernel"], *numbers))
     return {provider: add_up(own) for provider, own in rows.items()}
 
 

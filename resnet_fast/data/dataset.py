@@ -95,7 +95,7 @@ class Batch(NamedTuple):
         if augmentation.draws_more:
             if plan.shape[1:] != (N_COLUMNS,):
                 raise ValueError(f"plan must be [B, {N_COLUMNS}] for this augmentation, got {list(plan.shape)}")
-            plan = plan[:, :N_DRAWS].contiguous()
+            plan = plan[:, :N_DRAWS]
         mean, std = AS_BYTES if is_trivial else (augmentation.mean, augmentation.std)
         images, labels = augment(
             self.images,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from resnet_fast.common.checks import check_integer
 from resnet_fast.data.dataset import ImageDataset, TensorSplit, channel_statistics
-from resnet_fast.data.images import MAX_IMAGE_SIZE
+from resnet_fast.data.options import MAX_IMAGE_SIZE, NOT_MIRRORED
 
 FILE = Path(__file__).with_name("digits.npz")
 SCAN_SIZE = 8
@@ -47,7 +47,7 @@ def load_digits(image_size: int = 32) -> ImageDataset:
         mean=mean,
         std=std,
         crop_padding=round(image_size / (2 * SCAN_SIZE)),
-        flip=False,
+        flip="digits" not in NOT_MIRRORED,
     )
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from resnet_fast.common.checks import check_choice, check_integer, check_path, check_type, check_url
+from resnet_fast.common.checks import check_choice, check_integer, check_path, check_type, shown
 from resnet_fast.data.dataset import ImageDataset
 from resnet_fast.data.digits import load_digits
 from resnet_fast.data.folder import load_folder
@@ -40,8 +40,8 @@ def load_dataset(
     check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
     check_integer("workers", workers, 0)
     check_type("skip_unreadable", skip_unreadable, bool)
-    if mirror is not None:
-        check_url("mirror", mirror)
     if name in DOWNLOADING:
-        return DOWNLOADING[name](data_dir, mirror)
+        return DOWNLOADING[name](data_dir, mirror)  # which checks the mirror
+    if mirror is not None:
+        raise ValueError(f"mirror is for {', '.join(DOWNLOADING)}, got {shown(mirror)} with {name}")
     return load_digits(image_size) if name == "digits" else load_folder(data_dir, image_size, workers, skip_unreadable)

@@ -26,6 +26,7 @@ from resnet_fast.common.checks import check_path, check_url, one_line
 from resnet_fast.common.files import only_writer
 from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, channel_statistics, check_no_file
 from resnet_fast.data.download import download
+from resnet_fast.data.options import NOT_MIRRORED
 
 # Of CIFAR-10's training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -105,7 +106,9 @@ def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
         for split in (SVHN(str(data_dir), part) for part in ("train", "test"))
     )
     mean, std = channel_statistics(train.images)
-    return ImageDataset("svhn", tuple("0123456789"), train, test, mean, std, crop_padding=4, flip=False)
+    return ImageDataset(
+        "svhn", tuple("0123456789"), train, test, mean, std, crop_padding=4, flip="svhn" not in NOT_MIRRORED
+    )
 
 
 def is_there(name: str, data_dir: Path) -> bool:

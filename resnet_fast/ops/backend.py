@@ -3,7 +3,8 @@
 The modules that import triton, which launch kernels, are taken from here: without triton they are None.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,3 +95,16 @@ def is_plain(x: object) -> bool:
 def device_guard(x: Tensor):
     """Makes x's device the current one, where kernels are launched."""
     return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+
+
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Have cuDNN time its algorithms for each new shape, or not; never if they must be deterministic."""
+    is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    library: Any = torch._C  # torch.backends.cudnn refuses its own flags once torch's test suite has been imported
+    before = library._get_cudnn_benchmark()
+    library._set_cudnn_benchmark(enabled and not is_deterministic)
+    try:
+        yield
+    finally:
+        library._set_cudnn_benchmark(before)

@@ -25,7 +25,7 @@ class Mixture(NamedTuple):
     share: Tensor
 
     def dominant(self, labels: Tensor) -> Tensor:
-        """Return of each image's two labels that with the larger share, [B]; its own at equal ones."""
+        """Return the label with the larger share, [B]; an image's own if both are equal."""
         return torch.where(self.share >= 0.5, labels, self.others)
 
 

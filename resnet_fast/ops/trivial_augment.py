@@ -137,12 +137,13 @@ def _stretch(images: Tensor) -> Tensor:
 
 def _equalize(images: Tensor) -> Tensor:
     """Give each channel a flat histogram, by the integers of Pillow's ImageOps.equalize."""
-    flat = images.flatten(2).long()  # [B, 3, H·W]
+    flat = images.flatten(2).contiguous()  # [B, 3, H·W]
     n_pixels = flat.shape[2]
-    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32, device=images.device)
-    counts.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
-    of_brightest = counts.gather(2, flat.amax(2, keepdim=True))
-    step = (n_pixels - of_brightest) // 255
-    darker = counts.cumsum(2) - counts
+    # By sorting: under deterministic algorithms, counting with scatter_add_ may wait for the GPU.
+    bytes_ = torch.arange(256.0, device=images.device).expand(*flat.shape[:2], 256).contiguous()
+    darker = torch.searchsorted(flat.sort(2).values, bytes_)  # pixels below each value, [B, 3, 256]
+    flat = flat.long()
+    n_brightest = n_pixels - darker.gather(2, flat.amax(2, keepdim=True))
+    step = (n_pixels - n_brightest) // 255
     levels = ((darker + step // 2) // step.clamp(min=1)).clamp(max=255)
     return torch.where(step > 0, levels.gather(2, flat), flat).view_as(images).float()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.models.registry import MODELS
+from resnet_fast.ops.backend import cudnn_benchmark
 from resnet_fast.profiling.check import check_first_step, check_gradients, exact_logits
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.loss_scale import make_scaler
-from resnet_fast.training.step import make_optimizer, training_step
+from resnet_fast.training.optimizer import make_optimizer
+from resnet_fast.training.step import training_step
 
 N_CLASSES = 10
 N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
@@ -45,7 +47,8 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Return the loss, [], and the logits, [N, 10]."""
-        return training_step(self.model, self.optimizer, *next(self.batches), self.precision, self.scaler)
+        with cudnn_benchmark(True):
+            return training_step(self.model, self.optimizer, *next(self.batches), self.precision, self.scaler)
 
 
 def checked_steps(
@@ -70,7 +73,6 @@ def checked_steps(
     check_gradients(models, *batches[0])
     exact = exact_logits(next(iter(models.values())), batches[0][0])
 
-    torch.backends.cudnn.benchmark = True  # from here on: the checks' fp64 convolutions come once
     steps = {name: Step(model, config, batches) for name, model in models.items()}
     first = {name: step() for name, step in steps.items()}
     check_first_step(first, exact, batches[0][1], models, config)

@@ -51,7 +51,7 @@ class Average:
         return [self.weight, *self.sums.values()]
 
     def averaged(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's state dict with averages in place of what is averaged; of no update, as it is."""
+        """Return the model's state dict with the averages in it; unchanged before the first update."""
         if float(self.weight) == 0:
             return model.state_dict()
         return model.state_dict() | {name: value / self.weight for name, value in self.sums.items()}

@@ -74,7 +74,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
     """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
 
-    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (but for times) are
+    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (except times) are
     bit-identical to those of a run that was never stopped. With another number of processes the order of the images
     stays; sums are rounded differently and, without sync_bn, batch norm sees other shares. A run that is finished only
     gets its table and curves written once more.
@@ -136,7 +136,7 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
             processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
         if config.wandb and processes.is_first:
             board = WeightsAndBiases(run.reporter, config)
-            stack.push(board.finish)
+            stack.push(board.close)
             run = run._replace(reporter=board)
         return _train(run, folder, saved)
 
@@ -144,24 +144,23 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
 def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     """Train what is left to train, and test after every epoch; a thread writes while the next one trains."""
     config, processes, step = run.config, run.processes, run.step
-    history: list[EpochMetrics] = []
-    if saved is not None and saved.checkpoint is not None:
-        history = _restore(run, saved.checkpoint)
+    checkpoint = None if saved is None else saved.checkpoint
+    history = [] if checkpoint is None else _restore(run, checkpoint)
     if saved is not None:
         processes.first_only(folder.clean)
     if run.origin is not None:
         run.reporter.note(str(run.origin))
     run.reporter.start(config, folder.dataset)
     start = begin = time.perf_counter()
-    if saved is not None and saved.checkpoint is not None:
-        begin -= saved.checkpoint["seconds"]
+    if checkpoint is not None:
+        begin -= checkpoint["seconds"]
         processes.first_only(lambda: folder.write_tables(history))  # they may be an epoch behind
     if saved is not None:
         run.reporter.resume(history)
     n_before, epoch_seconds = len(history), 0.0
     with run.writing as writing:
         for epoch in range(n_before + 1, config.epochs + 1):
-            # The first epoch always begins, of a run that goes on, too: else it would never end.
+            # The first epoch always begins, also in a resumed run; otherwise it would never end.
             if config.time_budget and epoch > n_before + 1:
                 if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
                     break

@@ -29,16 +29,21 @@ def has_overflowed(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> Tens
     return overflow
 
 
-def check_scale(own: GradScaler, saved: dict[str, Any], name: str) -> None:
-    """Raise ValueError unless a saved `GradScaler.state_dict()` holds a scale and a position that `own` can have."""
+def load_scale(own: GradScaler, saved: dict[str, Any]) -> None:
+    """Load the scale and the position in the growth interval, not the settings, of a saved `GradScaler.state_dict()`.
+
+    Does nothing if `own` is disabled.
+
+    Raises:
+        ValueError: `own` cannot have that scale or that position.
+    """
+    if not own.is_enabled():
+        return
     scale, position, interval = saved["scale"], saved["_growth_tracker"], own.get_growth_interval()
     fp32 = torch.finfo(torch.float32)
     if not fp32.tiny <= scale <= fp32.max:
-        raise ValueError(f"{name}.scale must be in {fp32.tiny:.1e} … {fp32.max:.1e}, the range of fp32, got {scale}")
+        allowed = f"in {fp32.tiny:.1e} … {fp32.max:.1e}, the range of fp32"
+        raise ValueError(f"step.scaler.scale must be {allowed}, got {scale}")
     if not 0 <= position < interval:
-        raise ValueError(f"{name}._growth_tracker must be an integer, 0 … {interval - 1:,}, got {position}")
-
-
-def load_scale(own: GradScaler, saved: dict[str, Any]) -> None:
-    """Take the scale and the position in the growth interval, not the settings, from a saved state."""
-    own.load_state_dict({**own.state_dict(), **{name: saved[name] for name in ("scale", "_growth_tracker")}})
+        raise ValueError(f"step.scaler._growth_tracker must be an integer, 0 … {interval - 1:,}, got {position}")
+    own.load_state_dict({**own.state_dict(), "scale": scale, "_growth_tracker": position})

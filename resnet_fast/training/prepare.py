@@ -148,18 +148,8 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
         raise ValueError(f"cutout must be below the images' {min(height, width)} pixels, got {config.cutout}")
     if config.sizes:
         Sizes(config.sizes, 1).check(height, width)
-    return Augmentation(
-        mean,
-        std,
-        crop,
-        config.padding,
-        config.flip,
-        config.cutout,
-        trivial_augment=config.trivial_augment,
-        random_erasing=config.random_erasing,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-    )
+    same = ("padding", "flip", "cutout", "trivial_augment", "random_erasing", "mixup", "cutmix")
+    return Augmentation(mean, std, crop, **{name: getattr(config, name) for name in same})
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
 
     Args:
         path: a run folder, for its checkpoint.pt, or a checkpoint in it, such as checkpoint-previous.pt.
-        moved: what MOVABLE lists, but for `out`, if it is other than before.
+        moved: what MOVABLE lists, except `out`, if it is other than before.
 
     Raises:
         ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule or is not among them.
@@ -54,7 +54,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
     """
     kept = [name for name in moved if name not in MOVABLE or name == "out"]
     if kept:
-        raise ValueError(f"a run keeps its settings, but for {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
+        raise ValueError(f"a run keeps its settings, except {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
     target = find_resumable(path)
     out, name = target.parent, target.name
     description = _describe(out / "config.json")

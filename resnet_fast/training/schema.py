@@ -22,14 +22,11 @@ from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.recipes import RECIPES
 
 # Settings that there were not when format 2 began. Those of recipes were as in the first recipe.
-ADDED = {
-    name: getattr(RECIPES["baseline"], name, SETTINGS[name].default)
-    for name in (
-        *("weights", "skip_unreadable", "mirror", "new_head", "freeze", "body_lr", "wandb"),
-        *("trivial_augment", "random_erasing", "mixup", "cutmix"),
-        *("muon_lr", "muon_momentum", "rescale_filters", "lookahead", "bn_momentum", "sizes"),
-    )
-}
+_NEW = """
+    weights skip_unreadable mirror new_head freeze body_lr wandb trivial_augment random_erasing mixup cutmix
+    muon_lr muon_momentum rescale_filters lookahead bn_momentum sizes
+""".split()
+ADDED = {name: getattr(RECIPES["baseline"], name, SETTINGS[name].default) for name in _NEW}
 METRICS = {field.name for field in fields(EpochMetrics)}
 ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has
 LARGE = 1e300  # a larger number may overflow when it is added or shown

@@ -18,8 +18,9 @@ torch.amp.GradScaler, its forward has moved the running statistics and their cou
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,23 +32,20 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.common.checks import check_choice, check_integer, check_type
 from resnet_fast.data import Augmentation, Batch
 from resnet_fast.evaluation.logits import DTYPES, autocast
-from resnet_fast.ops.backend import device_guard
+from resnet_fast.ops.backend import cudnn_benchmark, device_guard
 from resnet_fast.ops.regions import Mixture
 from resnet_fast.training.average import Average
 from resnet_fast.training.cast_weights import cast_weights
 from resnet_fast.training.graph import CudaGraph
 from resnet_fast.training.graphed import MakeGraph, graphed
 from resnet_fast.training.lookahead import Lookahead
-from resnet_fast.training.loss_scale import check_scale, has_overflowed, load_scale, make_scaler
-from resnet_fast.training.muon import Muon, split_filters
-from resnet_fast.training.network import find_head
+from resnet_fast.training.loss_scale import has_overflowed, load_scale, make_scaler
+from resnet_fast.training.optimizer import make_optimizer
 from resnet_fast.training.options import settings_of
 from resnet_fast.training.recipes import Recipe, check_together
 from resnet_fast.training.resizing import Sizes, fresh_statistics, resized
 from resnet_fast.training.schedule import SCHEDULES
 from resnet_fast.training.structure import copy_into, first_difference
-
-MUON_ITERATIONS = 3  # of Newton-Schulz, as in airbench94_muon; torch.optim.Muon has 5
 
 
 def training_step(
@@ -56,7 +54,7 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     precision: str,
-    scaler: GradScaler | None = None,
+    scaler: GradScaler,
 ) -> tuple[Tensor, Tensor]:
     """Run one step on a batch that is augmented already; the gradients stay to be looked at until the next.
 
@@ -66,20 +64,17 @@ def training_step(
         images: [N, 3, H, W], normalized.
         labels: [N], int64.
         precision: "fp32", "bf16" or "fp16".
-        scaler: of the loss, as fp16 needs it (`make_scaler`). An optimizer that is not fused has it wait for the GPU.
+        scaler: of the loss (`make_scaler`), disabled unless the precision is fp16. With an optimizer that is not fused,
+            an enabled one waits for the GPU.
 
     Returns:
         The mean loss, [], in fp32, and the logits, without their graph.
     """
     optimizer.zero_grad(set_to_none=True)
     loss, logits = forward_loss(model, images, labels, precision)
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     return loss.detach(), logits.detach()
 
 
@@ -101,17 +96,16 @@ def forward_loss(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, mixture: Mixture | None) -> Tensor:
+    """Return the mean cross entropy, [], of logits, [N, classes], and labels, [N], as in `forward_loss`."""
+    loss = partial(F.cross_entropy, logits, label_smoothing=label_smoothing)
     if mixture is None:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    own, other = (
-        F.cross_entropy(logits, of, label_smoothing=label_smoothing, reduction="none")
-        for of in (labels, mixture.others)
-    )
+        return loss(labels)
+    own, other = loss(labels, reduction="none"), loss(mixture.others, reduction="none")
     return (mixture.share * own + (1 - mixture.share) * other).mean()
 
 
 class StepOutput(NamedTuple):
-    """Of one step, without waiting for a GPU; the next step overwrites it.
+    """What a step returns. Reading it waits for the GPU; the next step overwrites it.
 
     Args:
         loss: [], fp32, the mean over this process's images, smoothed labels included.
@@ -246,7 +240,7 @@ class TrainingStep:
         is_short = size < self.largest_batch and size != self.last_batch
         self.largest_batch, self.last_batch = max(size, self.largest_batch), size
         run = self._run if is_short or self.graphed is None else self.graphed
-        with device_guard(batch.plan), _cudnn_benchmark(not is_short):
+        with device_guard(batch.plan), cudnn_benchmark(not is_short):
             output = run(batch, n_images) if self.sizes is None else self._run_reduced(run, batch, n_images, self.sizes)
         self.n_done += 1
         if self.lookahead is not None:
@@ -325,28 +319,13 @@ class TrainingStep:
         own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
         if unlike := first_difference(own, saved, "step"):
             raise ValueError(f"the state does not fit the model and its recipe: {unlike}")
-        if self.scaler.is_enabled():
-            check_scale(self.scaler, state["scaler"], "step.scaler")
-            load_scale(self.scaler, state["scaler"])
+        load_scale(self.scaler, state.get("scaler", {}))
         copy_into(own["optimizer"], saved["optimizer"])
         self.n_done = state["n_done"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.lookahead is not None:
             copy_into(own["lookahead"], saved["lookahead"])
-
-
-@contextmanager
-def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Have cuDNN time its algorithms for each shape that is new, or not; never where they must be deterministic."""
-    is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    library: Any = torch._C  # torch.backends.cudnn refuses its own flags once torch's test suite has been imported
-    before = library._get_cudnn_benchmark()
-    library._set_cudnn_benchmark(enabled and not is_deterministic)
-    try:
-        yield
-    finally:
-        library._set_cudnn_benchmark(before)
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -356,63 +335,3 @@ def _total(parts: list[Tensor]) -> Tensor:
 def bare(model: nn.Module) -> nn.Module:
     """Return the model without DistributedDataParallel around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer, in one fused pass over the parameters, with its state there and zero.
-
-    The learning rate is a tensor, which a CUDA graph reads anew in each replay; a group's `lr_scale` is what the
-    schedule's value is multiplied by. Parameters that need no gradient are left out.
-    """
-    biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    if recipe.bn_bias_lr == 1:
-        biases = set()
-    head = set(map(id, find_head(model)[1].parameters())) if recipe.body_lr != 1 else set()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = trained[0].device
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # as in all checkpoints
-        bias_scale = recipe.bn_bias_lr if id(parameter) in biases else 1.0
-        scale = bias_scale * (1.0 if id(parameter) in head else recipe.body_lr)
-        decay = recipe.weight_decay / bias_scale
-        if (scale, decay) not in groups:
-            lr = torch.tensor(0.0, device=device)
-            groups[scale, decay] = {"params": [], "lr": lr, "lr_scale": scale, "weight_decay": decay}
-        groups[scale, decay]["params"].append(parameter)
-    if recipe.optimizer == "muon":
-        return _make_muon([*groups.values()], model, recipe)
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam([*groups.values()], fused=True, capturable=device.type == "cuda")
-    else:
-        nesterov = recipe.nesterov and recipe.momentum > 0  # torch rejects nesterov without momentum
-        optimizer = torch.optim.SGD([*groups.values()], lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
-    # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there. Made by a step
-    # that overflows, momentum would be what was in memory: fused SGD allocates it, and then fills nothing in.
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
-    return optimizer
-
-
-def _make_muon(groups: list[dict[str, Any]], model: nn.Module, recipe: Recipe) -> Muon:
-    """Take Muon's weights out of the groups into groups of their own, with the rate and momentum that they have."""
-    filters = {id(weight) for weight in split_filters(model)[0]}
-    split = []
-    for group in groups:
-        for use_muon in (False, True):
-            own = [weight for weight in group["params"] if (id(weight) in filters) == use_muon]
-            settings = {**group, "params": own, "use_muon": use_muon, "lr": group["lr"].clone()}
-            if use_muon:
-                settings["lr_scale"] = group["lr_scale"] * recipe.muon_lr / recipe.lr
-                settings |= {"momentum": recipe.muon_momentum, "n_iterations": MUON_ITERATIONS}
-            split += [settings] if own else []
-    optimizer = Muon(split, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, rescale=recipe.rescale_filters)
-    for group in split:
-        for weight in group["params"]:
-            optimizer.momentum_of(weight)
-    return optimizer

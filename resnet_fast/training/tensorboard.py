@@ -25,7 +25,12 @@ TAGS = {
     "lr": "lr",
     "images_per_second": "images_per_second",
 }
-RESULT = "accuracy/test"  # what the table of settings compares runs by
+RESULT = "test_accuracy"  # what the table of settings compares runs by
+
+
+def tags(is_holdout: bool) -> dict[str, str]:
+    """Return TAGS, with "val" in place of "test" if the tested images were held out of the training images."""
+    return {tag.replace("test", "val") if is_holdout else tag: field for tag, field in TAGS.items()}
 
 
 class TensorBoardError(RuntimeError):
@@ -56,7 +61,7 @@ class TensorBoard:
         need_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
-        self.is_holdout = bool(settings.get("holdout"))
+        self.tags = tags(bool(settings.get("holdout")))
         folder = run / FOLDER
         goes_on = bool(history) and any(folder.glob("events.out.tfevents.*"))
         done = history[-1:] if goes_on else history
@@ -70,9 +75,7 @@ class TensorBoard:
 
     def write(self, metrics: EpochMetrics) -> None:
         """Add an epoch, to be seen at once."""
-        for tag, field in TAGS.items():
-            # What is held out of the training images is not called a test.
-            tag = tag.replace("test", "val") if self.is_holdout else tag
+        for tag, field in self.tags.items():
             self.writer.add_scalar(tag, getattr(metrics, field), metrics.epoch)
         self.writer.flush()
 
@@ -93,5 +96,5 @@ class TensorBoard:
             if value is not None
         }
         assert self.writer.file_writer is not None  # until it is closed
-        for summary in hparams(plain, {RESULT.replace("test", "val") if self.is_holdout else RESULT: 0.0}):
+        for summary in hparams(plain, {tag: 0.0 for tag, field in self.tags.items() if field == RESULT}):
             self.writer.file_writer.add_summary(summary, 0)

@@ -11,7 +11,7 @@ from resnet_fast.common.checks import one_line
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.reporter import Reporter
-from resnet_fast.training.tensorboard import TAGS
+from resnet_fast.training.tensorboard import tags
 
 
 class WandbError(RuntimeError):
@@ -37,7 +37,7 @@ class WeightsAndBiases(Reporter):
     def __init__(self, beside: Reporter, config: TrainConfig) -> None:
         import wandb
 
-        self.beside, self.is_holdout = beside, bool(config.holdout)
+        self.beside, self.tags = beside, tags(bool(config.holdout))
         self.note, self.start, self.start_epoch, self.step = beside.note, beside.start, beside.start_epoch, beside.step
         begun = sorted((config.out / "wandb").glob("*run-*-*"))
         own = {"id": begun[-1].name.rpartition("-")[2], "resume": "allow"} if begun else {}
@@ -58,10 +58,9 @@ class WeightsAndBiases(Reporter):
         self._log(metrics)
         self.beside.end_epoch(metrics)
 
-    def finish(self, error_type: object, *_: object) -> None:
+    def close(self, error_type: object, *_: object) -> None:
         """End the run there, as failed if there was an error."""
         self.run.finish(exit_code=int(error_type is not None))
 
     def _log(self, metrics: EpochMetrics) -> None:
-        names = {tag.replace("test", "val") if self.is_holdout else tag: field for tag, field in TAGS.items()}
-        self.run.log({tag: getattr(metrics, field) for tag, field in names.items()}, step=metrics.epoch)
+        self.run.log({tag: getattr(metrics, field) for tag, field in self.tags.items()}, step=metrics.epoch)

@@ -6,8 +6,7 @@ A candidate that is wrong is never chosen, and neither is one that gains too lit
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from resnet_fast.ops.arguments import accumulation_type
-from resnet_fast.ops.backend import INTERPRETER, device_guard, is_interpreted, why_not_triton
+from resnet_fast.ops.backend import INTERPRETER, cudnn_benchmark, device_guard, is_interpreted, why_not_triton
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
 from resnet_fast.tuning.options import ROUNDS
 from resnet_fast.tuning.timing import alternate, percentiles
@@ -120,7 +119,7 @@ def measure(
         RuntimeError: the default does not run, or is wrong.
     """
     try:
-        with device_guard(torch.empty(0, device=device)), _as_in_training(device):
+        with device_guard(torch.empty(0, device=device)), cudnn_benchmark(True):  # as in training
             return _measure(problem, prepare(problem, device), device, rounds, clock)
     except torch.OutOfMemoryError:
         return Outcome(problem, skipped="not enough memory")
@@ -205,16 +204,3 @@ def _results(candidate: Candidate) -> dict[str, Tensor]:
         finally:
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
             deterministic.fill_uninitialized_memory = fills  # type: ignore[assignment]
-
-
-@contextmanager
-def _as_in_training(device: torch.device) -> Iterator[None]:
-    """cuDNN, where it is, chooses its algorithms as `resnet-fast train` has it choose."""
-    if device.type != "cuda":
-        yield
-        return
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
