@@ -93,8 +93,8 @@ def main(
         for one in stages:
             print(f"{one.name:13}{one.seconds:>7} s  {one.proves}")
         total = sum(one.seconds for one in stages)
-        print(f"{total} s in all; whatever they take, a stage ends {BUDGET} s after the first began")
-        print(f"error: {reason}" if reason else "A GPU is there: without --dry-run they run.")
+        print(f"limits add up to {total} s; all stages together end after {BUDGET} s")
+        print(f"note: {reason}" if reason else "A GPU is there: without --dry-run they run.")
         return
     if reason:
         typer.echo(f"error: {reason}", err=True)

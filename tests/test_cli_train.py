@@ -329,7 +329,7 @@ def test_resume_goes_on_and_shows_the_whole_table(tmp_path: Path):
 def test_resume_of_a_finished_run_says_so(finished: Path):
     result = run("--resume", finished)
     assert result.exit_code == 0
-    assert "resumed: the run was finished already, nothing is trained" in result.stdout
+    assert "nothing to resume: the run is finished" in result.stdout
     assert "test accuracy after epoch 2" in result.stdout
 
 
@@ -340,7 +340,7 @@ def test_resume_before_the_end_of_epoch_1_begins_anew_with_the_same_settings(fin
         if path.name != "config.json":
             path.unlink()
     result = run("--resume", finished)
-    assert "resumed: no epoch was finished, from the beginning" in result.stdout
+    assert "resumed from the beginning, because no epoch was finished" in result.stdout
     again = torch.load(finished / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, weights[name]) for name, value in again.items())
     assert (finished / "config.json").read_bytes() == config

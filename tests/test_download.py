@@ -123,9 +123,9 @@ def test_the_last_server_may_be_slow(server: FileServer, tmp_path: Path, monkeyp
 
 
 REFUSALS = {
-    "wrong bytes": (Answer(CONTENT[:-1] + b"?"), f"sends other bytes, their MD5 is not {MD5}"),
-    "short": (Answer(CONTENT[:-1]), f"sends other bytes, their MD5 is not {MD5}"),
-    "empty": (Answer(b""), f"sends other bytes, their MD5 is not {MD5}"),
+    "wrong bytes": (Answer(CONTENT[:-1] + b"?"), f"sends another file: its MD5 is not {MD5}"),
+    "short": (Answer(CONTENT[:-1]), f"sends another file: its MD5 is not {MD5}"),
+    "empty": (Answer(b""), f"sends another file: its MD5 is not {MD5}"),
     "404": (Answer(status=404), "HTTP Error 404: Not Found"),
     "web page": (Answer(b"<html>Log in", content_type="text/html"), "sends a web page in place of the file"),
     "circle": (Answer(status=302, location="/a"), "HTTP Error 302: .* infinite loop"),
@@ -158,7 +158,7 @@ def test_the_error_has_every_server_with_its_reason(server: FileServer, tmp_path
     first, second, third = str(caught.value).split("; ")
     assert first == f"{server.url}/a: HTTP Error 404: Not Found"
     assert second == "http://127.0.0.1:1/x: [Errno 111] Connection refused"
-    assert third == f"{server.url}/b: sends other bytes, their MD5 is not {MD5}"
+    assert third == f"{server.url}/b: sends another file: its MD5 is not {MD5}"
 
 
 def test_the_next_call_goes_on_where_the_last_one_failed(server: FileServer, tmp_path: Path):

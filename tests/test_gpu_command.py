@@ -120,7 +120,7 @@ def test_a_dry_run_lists_stages_and_limits():
     assert done.exit_code == 0
     for one in STAGES:
         assert f"{one.seconds} s  {one.proves}" in done.stdout
-    assert f"{sum(one.seconds for one in STAGES)} s in all" in done.stdout
+    assert f"limits add up to {sum(one.seconds for one in STAGES)} s" in done.stdout
 
 
 def test_an_unknown_stage_is_refused():

@@ -422,7 +422,7 @@ def test_a_failed_recording_leaves_everything_as_it_was():
     torch.manual_seed(1)
     step(*first)
     torch.manual_seed(1)
-    with pytest.warns(RuntimeWarning, match="It runs as it is"):
+    with pytest.warns(RuntimeWarning, match="The step runs without a graph"):
         step(*second)
     assert equal(state_of(model, optimizer), expected)
 
@@ -538,7 +538,7 @@ def test_the_first_error_of_a_recording_is_the_reason():
         step()
 
 
-@pytest.mark.filterwarnings("ignore:.*It runs as it is")
+@pytest.mark.filterwarnings("ignore:.*The step runs without a graph")
 def test_a_failed_recording_leaves_a_scaler_as_it_was():
     """It refuses to unscale twice, and unscales itself where nobody did."""
     found = []
@@ -577,7 +577,7 @@ def test_on_a_cpu_it_runs_as_it_is_and_says_so_once():
     (warning,) = caught
     reason = "step is not recorded as a CUDA graph: a graph needs a model on a CUDA device, and it is on cpu"
     reason = f"simple_step.<locals>.{reason}"
-    assert str(warning.message) == f"{reason}. It runs as it is." and warning.filename == __file__
+    assert str(warning.message) == f"{reason}. The step runs without a graph." and warning.filename == __file__
     assert step.why_not == reason and not loss.requires_grad
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         graphed(simple_step(model, optimizer), model, optimizer, fallback=False)(*batch)

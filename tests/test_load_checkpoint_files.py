@@ -65,7 +65,7 @@ REFUSED = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
         "is a pointer of git-lfs, not the weights",
     ),
-    "text": (b'{"message": "Not Found"}', 'is no file of torch.save or safetensors: it begins with b\'{"message"'),
+    "text": (b'{"message": "Not Found"}', 'was not written by torch.save or safetensors: it begins with b\'{"message"'),
     "cut short": (WHOLE[: len(WHOLE) // 2], "is cut short: the end of the archive is missing after"),
     "cut short, old": (OLD[: len(OLD) // 2], "is damaged or cut short"),
     "cut short, safetensors": (SAFE[: len(SAFE) // 2], "is damaged, cut short or no file of safetensors"),

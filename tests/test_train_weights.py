@@ -16,7 +16,7 @@ from trained_run import invoke
 
 from resnet_fast import CheckpointMismatch
 from resnet_fast.models.registry import MODELS
-from resnet_fast.training import Reporter, Result, prepare, resume, train
+from resnet_fast.training import Reporter, Result, ResumeError, prepare, resume, train
 from resnet_fast.training.checkpoint import CheckpointError
 from resnet_fast.training.weights import load_weights
 
@@ -91,7 +91,7 @@ def test_a_last_layer_of_more_values_than_the_file_has_bytes_is_refused(tmp_path
 
 
 def test_a_run_of_another_network_is_refused_though_its_names_fit(source: Result):
-    with pytest.raises(ValueError, match="network of the run, plain20; those of .* are of resnet18"):
+    with pytest.raises(ValueError, match="run's network, plain20; .* holds those of resnet18"):
         load_weights(Tiny(3), source.out, "plain20")
 
 
@@ -133,10 +133,19 @@ def test_a_tuned_run_is_reproducible_and_resumes_without_the_file(setting: dict,
     assert config["weights_sha256"] == hashlib.sha256((source.out / "checkpoint.pt").read_bytes()).hexdigest()
 
 
-def test_a_run_without_an_epoch_needs_the_same_file_again(source: Result, tmp_path: Path):
+def test_a_run_without_an_epoch_needs_the_same_file_again(source: Result, tmp_path: Path, monkeypatch):
+    """Also from another working directory than the one from which a relative path led to it."""
     weights = tmp_path / "weights.pt"
     weights.write_bytes((source.out / "checkpoint.pt").read_bytes())
-    out = stop(tmp_path / "run", 1, weights=weights)
+    monkeypatch.chdir(tmp_path)
+    out = stop(tmp_path / "run", 1, weights=Path("weights.pt"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    weights.rename(tmp_path / "away.pt")
+    with pytest.raises(
+        ResumeError, match="finished no epoch, so it needs the weights .*weights.pt does not exist; put"
+    ):
+        resume(out)
     torch.save(source.model.state_dict(), weights)
     with pytest.raises(Exception, match="weights.pt does not hold the weights that the run began with"):
         resume(out)
@@ -185,7 +194,7 @@ def test_a_last_layer_is_not_replaced_where_more_differs(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
-        (None, 2, "weights must be a run folder or a file of weights, {path} is no file"),
+        (None, 2, "weights must be a run folder or a file of weights, {path} does not exist"),
         (b"PK\3\4 cut", 1, "{path} is cut short"),
     ],
     ids=["missing", "cut short"],

@@ -55,7 +55,7 @@ def _read(path: Path, data: bytes) -> Any:
     if data.startswith(b"PK"):
         _check_archive(path, data)
     elif not data.startswith(b"\x80") and not _is_tar(data):
-        raise ValueError(f"{path} is no file of torch.save or safetensors: it begins with {data[:16]!r}")
+        raise ValueError(f"{path} was not written by torch.save or safetensors: it begins with {data[:16]!r}")
     return _read_torch(path, data)
 
 

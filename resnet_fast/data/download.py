@@ -86,7 +86,7 @@ def _fetch(url: str, partial: Path, md5: str, may_be_slow: bool) -> str | None:
         if check_integrity(partial, md5):
             return None
         partial.unlink()
-        reason = f"sends other bytes, their MD5 is not {md5}"
+        reason = f"sends another file: its MD5 is not {md5}"
         if not before:
             break  # else the wrong bytes may be those of before
     return reason

@@ -218,8 +218,14 @@ class TrainConfig(Recipe):
             raise ValueError(f"skip_unreadable is for dataset folder, got {self.dataset}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values that JSON and `torch.load(weights_only=True)` take."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """Return the settings as plain values that JSON and `torch.load(weights_only=True)` take.
+
+        The path of weights is absolute, because a run may be resumed in another working directory.
+        """
+        values = asdict(self)
+        if self.weights is not None:
+            values["weights"] = self.weights.absolute()
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 SETTINGS = settings_of(TrainConfig)
@@ -250,7 +256,7 @@ def find_device(name: object) -> str:
         return "cuda" if has_gpu else "cpu"
     count = torch.cuda.device_count() if has_gpu else 0
     if int(text.partition(":")[2] or 0) >= count:
-        raise ValueError(f"device '{text}' asks for a GPU that is not there: torch {torch.__version__} sees {count}")
+        raise ValueError(f"device '{text}' asks for a GPU that is not there: torch {torch.__version__} finds {count}")
     return text
 
 

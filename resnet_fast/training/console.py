@@ -117,8 +117,8 @@ def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
 def format_resumed(n_done: int, config: TrainConfig) -> list[str]:
     """Return the lines between the rows of before and those to come."""
     if n_done == config.epochs:
-        return ["resumed: the run was finished already, nothing is trained", format_train_on(config.out)]
-    return [f"resumed after epoch {n_done}" if n_done else "resumed: no epoch was finished, from the beginning"]
+        return ["nothing to resume: the run is finished", format_train_on(config.out)]
+    return [f"resumed after epoch {n_done}" if n_done else "resumed from the beginning, because no epoch was finished"]
 
 
 def wants_live_output(stream: TextIO) -> bool:

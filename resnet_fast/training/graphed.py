@@ -137,7 +137,7 @@ class Graphed:
             raise RuntimeError(why) from error
         self.why_not = why
         self.recorded.clear()
-        warnings.warn(f"{why}. It runs as it is.", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{why}. The step runs without a graph.", RuntimeWarning, stacklevel=4)
 
     def _kind(self, args: tuple, kwargs: dict, tensors: list[Tensor]) -> tuple | None:
         """Return what a recording depends on, and append the arguments' tensors."""

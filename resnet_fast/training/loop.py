@@ -82,8 +82,8 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     Args:
         run: what `load_run` returned, or the run folder, or a checkpoint in it.
         reporter: is told about every step and epoch.
-        moved: data_dir, device, workers, images, graph, time_budget, tensorboard or wandb, if they are others than
-            before, and `run` is a path.
+        moved: data_dir, mirror, device, workers, images, graph, time_budget, tensorboard or wandb, if they are others
+            than before, and `run` is a path.
 
     Returns:
         Result, of all epochs.

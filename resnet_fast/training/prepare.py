@@ -128,7 +128,15 @@ def prepare(
 def first_weights(model: nn.Module, config: TrainConfig, saved: SavedRun | None) -> Origin:
     """Load the weights that a run starts from; raise ResumeError if it started from others before."""
     assert config.weights is not None
-    origin = load_weights(model, config.weights, config.model, config.new_head)
+    try:
+        origin = load_weights(model, config.weights, config.model, config.new_head)
+    except ValueError as error:
+        if saved is None:
+            raise
+        raise ResumeError(
+            f"{config.out} finished no epoch, so it needs the weights that it started from: {error}; "
+            "put them back or start a new run"
+        ) from error
     if saved is not None and saved.description.get("weights_sha256") != origin.sha256:
         raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 is another")
     return origin

@@ -52,7 +52,8 @@ def weights_file(path: Path) -> Path:
     if not file.is_file() and (path / HUB_WEIGHTS).is_file():
         file = path / HUB_WEIGHTS
     if not file.is_file():
-        raise ValueError(f"weights must be a run folder or a file of weights, {file} is no file")
+        reason = "is no file" if file.exists() else "does not exist"
+        raise ValueError(f"weights must be a run folder or a file of weights, {file} {reason}")
     return file
 
 
@@ -103,7 +104,9 @@ def _check_network(path: Path, model_name: str) -> None:
     except CheckpointError:  # from elsewhere, or damaged, which load_checkpoint says
         return
     if theirs != model_name:
-        raise ValueError(f"weights must be of the network of the run, {model_name}; those of {path} are of {theirs}")
+        raise ValueError(
+            f"weights must be of the run's network, {model_name}; {path} holds those of {theirs}: --model {theirs}?"
+        )
 
 
 def _load(model: nn.Module, path: Path) -> Loaded:
