@@ -89,7 +89,8 @@ def assert_as_pytorch(x: Tensor, weight: Tensor) -> Tensor:
 def always_open(saved: Saved) -> Saved:
     """Of a batch norm whose ReLU is open everywhere, so that dz is the convolution's gradient itself."""
     bias = torch.full_like(saved.mean[0], 1e9)
-    return saved._replace(relu_mask=None, bias=bias, residual=None, residual_mean=None, residual_rstd=None)
+    residual = ("residual", "residual_weight", "residual_bias", "residual_mean", "residual_rstd")
+    return saved._replace(relu_mask=None, bias=bias, **dict.fromkeys(residual))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
