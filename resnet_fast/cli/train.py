@@ -30,8 +30,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="RUN_FOLDER",
-            help="Go on with a run that was stopped, after its last finished epoch, or with a checkpoint named in its "
-            f"folder. Its settings stay; beside this only {_flags(BESIDE_RESUME)} may be given.",
+            help="Resume an interrupted run from its last finished epoch. Takes a run folder or a checkpoint in one. "
+            f"The run's settings stay; beside this only {_flags(BESIDE_RESUME)} may be given.",
             show_default=False,
             rich_help_panel="Run",
         ),

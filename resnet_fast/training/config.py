@@ -76,7 +76,7 @@ class TrainConfig(Recipe):
         str | None,
         URL,
         MAY_MOVE,
-        "Download from this server: the URL of a folder with the files. [default: several known ones in turn]",
+        "Download from this server: the URL of a folder with the files, or of the archive. [default: several known ones in turn]",
     ] = None
     image_size: Annotated[
         int,
@@ -109,7 +109,7 @@ class TrainConfig(Recipe):
         "With weights, keep these stages unchanged: stem, layer1 … layer4 (CIFAR networks: layer3; article: "
         "residual_blocks.0 … residual_blocks.7). Their batch norms use the running statistics.",
     ] = ""
-    seed: Annotated[int, integer(0), "Of weights, order and augmentation."] = 0
+    seed: Annotated[int, integer(0), "Seed of the weights, the order and the augmentation."] = 0
     device: Annotated[str, DEVICE, MAY_MOVE, "auto, cpu, cuda or cuda:N."] = "auto"
     precision: Annotated[
         str,

@@ -54,9 +54,9 @@ class Recipe:
     ] = FROM_RECIPE
     lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
     schedule: Annotated[str, one_of(SCHEDULES), "How the rate moves."] = FROM_RECIPE
-    momentum: Annotated[float, FRACTION, "Of SGD."] = FROM_RECIPE
+    momentum: Annotated[float, FRACTION, "Momentum of SGD."] = FROM_RECIPE
     nesterov: Annotated[bool, "Nesterov's momentum; nothing without momentum."] = FROM_RECIPE
-    weight_decay: Annotated[float, NOT_NEGATIVE, "Of every parameter."] = FROM_RECIPE
+    weight_decay: Annotated[float, NOT_NEGATIVE, "Weight decay of all parameters."] = FROM_RECIPE
     bn_bias_lr: Annotated[
         float,
         POSITIVE,
@@ -66,7 +66,7 @@ class Recipe:
         float, POSITIVE, "Learning rate of everything before the last layer, in units of lr; less than 1 to fine-tune."
     ] = FROM_RECIPE
     muon_lr: Annotated[float, POSITIVE, "Peak learning rate of Muon's weights."] = FROM_RECIPE
-    muon_momentum: Annotated[float, FRACTION, "Of Muon's weights."] = FROM_RECIPE
+    muon_momentum: Annotated[float, FRACTION, "Momentum of Muon's weights."] = FROM_RECIPE
     rescale_filters: Annotated[
         bool,
         "Give each of Muon's weights the norm √C_out before every step; for networks with a batch norm behind each "
@@ -102,7 +102,7 @@ class Recipe:
     mixup: Annotated[
         float,
         ALPHA,
-        "Mix pairs of images and their labels, in shares drawn from Beta(mixup, mixup); 0: not (Zhang et al. 2018, "
+        "Mix pairs of images and their labels, in shares drawn from Beta(mixup, mixup); 0: off (Zhang et al. 2018, "
         "arXiv:1710.09412).",
     ] = FROM_RECIPE
     cutmix: Annotated[
