@@ -76,7 +76,8 @@ class TrainConfig(Recipe):
         str | None,
         URL,
         MAY_MOVE,
-        "Download from this server: the URL of a folder with the files, or of the archive. [default: several known ones in turn]",
+        "Download from this server: the URL of a folder with the files, or of the archive. "
+        "[default: several known ones in turn]",
     ] = None
     image_size: Annotated[
         int,
