@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from pages import DOCS
+from pages import DOCS, run_example
 from torchvision.models import resnet18
 
 import resnet_fast
@@ -67,6 +67,11 @@ def test_the_readmes_python_runs(on_aten):
     assert torch.equal(names["y"], torch.relu(norm(x) + residual))
     with pytest.warns(RuntimeWarning, match="not recorded"):
         assert names["step"](torch.randn(2, 3, 32, 32)).isfinite()
+
+
+def test_the_layers_page_runs():
+    names = run_example(DOCS / "networks.md")
+    assert torch.equal(names["y"] > 0, names["y"] != 0) and names["y"].shape == names["x"].shape
 
 
 def test_the_figures_show_the_committed_files():
