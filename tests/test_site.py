@@ -75,6 +75,15 @@ def test_the_layers_page_runs():
     torch.testing.assert_close(names["y"], expected)
 
 
+def test_the_passes_are_those_of_the_table():
+    """Of BN+add+ReLU, forked: column B of kernels/README.md, bytes per element, forward + backward."""
+    lines = (ROOT / "kernels/README.md").read_text(encoding="utf-8").splitlines()
+    for name, row in (("eager", "| eager ATen |"), ("fused", "| two passes, ")):
+        (line,) = (line for line in lines if line.startswith(row))
+        sums = (sum(figures.PASSES[f"{name}, {direction}"].values()) for direction in ("forward", "backward"))
+        assert line.split("|")[3].strip() == " + ".join(f"{int(10 * n_bytes) / 10:g}" for n_bytes in sums)
+
+
 def test_the_figures_show_the_committed_files():
     for name in figures.FIGURES:
         figure = (DOCS / name).read_bytes()
