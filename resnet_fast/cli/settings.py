@@ -14,9 +14,9 @@ from resnet_fast.training.recipes import RECIPE_FIELDS, RECIPES
 GROUPS = {
     "Network": ("model", "stem", "backend", "weights", "new_head", "freeze"),
     "Data": (
-        *("dataset", "data_dir", "mirror", "image_size", "images", "skip_unreadable", "holdout", "workers"),
-        *("crop", "padding", "flip", "cutout", "trivial_augment", "random_erasing", "mixup", "cutmix", "normalize"),
-    ),
+        "dataset data_dir mirror image_size images skip_unreadable holdout workers crop padding flip cutout "
+        "trivial_augment random_erasing mixup cutmix normalize"
+    ).split(),
     "Recipe": ("recipe", *RECIPE_FIELDS),
 }
 GROUP_OF = {name: group for group, names in reversed(GROUPS.items()) for name in names}  # the first one counts
