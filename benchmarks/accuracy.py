@@ -1,9 +1,9 @@
-"""`python -m benchmarks.accuracy`: accuracy and time of a recipe, fused against eager, and of its switches, one by one.
+"""`python -m benchmarks.accuracy`: accuracy and time of a recipe by backend, and with one switch changed at a time.
 
-Every run is `resnet_fast.training.train`: the same loop for all. The variants take turns, seed by seed, so that drift
-meets all of them alike; the most valuable ones come first, for a call with a limit of time. Rows are kept as they come
-(accuracy.csv: a row per run; accuracy_epochs.csv: per epoch), and a second call measures only what is missing.
-accuracy.md and accuracy.png are made of them.
+Every run calls `resnet_fast.training.train`. The variants alternate, seed by seed, so drift of the machine affects each
+alike. The most valuable ones come first, for a call with a time limit. Each finished run adds a row to accuracy.csv and
+a row per epoch to accuracy_epochs.csv. A second call measures only what is missing. The page and the pictures are made
+from these files.
 """
 
 import io
@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ import typer
 from matplotlib.axes import Axes
 
 from benchmarks.results import RESULTS, device_slug, machine_columns, read_csv, read_rows, replace_rows
-from benchmarks.style import color_of, new_figure, save, tidy
+from benchmarks.style import DARK, color_of, new_figure, save, tidy
 from resnet_fast.common.files import whole_file
 from resnet_fast.models.registry import MODELS
 from resnet_fast.training import RECIPES, Result, TrainConfig, train
@@ -28,7 +28,7 @@ from resnet_fast.training.config import N_WHITENING, choose_device
 from resnet_fast.training.recipes import RECIPE_FIELDS
 from resnet_fast.training.repeat import Spread
 
-# What is compared: names of variants and the settings in which they differ from the recipe.
+# Variants by name: the settings in which each differs from the recipe.
 BACKENDS: dict[str, dict[str, Any]] = {
     "fused": {"backend": "fused"},
     "eager, tuned": {"backend": "eager", "graph": False},
@@ -51,6 +51,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "smaller images first": {"sizes": "16,24,32"},
     "average of weights, 0.995": {"ema": 0.995},
     "ghost batches of 32": {"ghost_batch_size": 32},
+    "mixup 0.2": {"mixup": 0.2},
+    "CutMix 1": {"cutmix": 1.0},
+    "random erasing 0.25": {"random_erasing": 0.25},
+    "TrivialAugment": {"trivial_augment": True},
     "zero gamma": {"zero_gamma": True},
     "no cutout": {"cutout": 0},
     "one-cycle schedule": {"schedule": "one-cycle"},
@@ -68,9 +72,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def run_row(result: Result, data: str, variant: str) -> dict[str, str]:
-    """A row of accuracy.csv: of the last epoch, and of the time for all of them."""
+    """Return a row of accuracy.csv: the accuracy after the last epoch, and the times."""
     history, config = result.history, result.config
-    # The first epoch compiles, captures and lets cuDNN choose: it is in train_seconds, not in epoch_seconds.
+    # The first epoch includes compilation, capture and cuDNN's choices: it counts in train_seconds alone.
     typical = statistics.median(epoch.seconds for epoch in history[1:] or history)
     mirrored = result.mirrored_accuracy
     return {
@@ -92,7 +96,7 @@ def run_row(result: Result, data: str, variant: str) -> dict[str, str]:
 
 
 def epoch_rows(result: Result, data: str, variant: str) -> list[dict[str, str]]:
-    """The rows of accuracy_epochs.csv: seconds of training up to the end of each epoch, and accuracy there."""
+    """Return the rows of accuracy_epochs.csv: the training time up to the end of each epoch, and the accuracy there."""
     rows, seconds = [], 0.0
     for epoch in result.history:
         seconds += epoch.seconds
@@ -104,7 +108,7 @@ def epoch_rows(result: Result, data: str, variant: str) -> list[dict[str, str]]:
 
 
 def ablations(model: str, image_size: int) -> dict[str, dict[str, Any]]:
-    """Return ABLATIONS for a network and a size of images: narrow stems cannot be whitened."""
+    """Return ABLATIONS adapted to a network and an image size: narrow stems cannot be whitened."""
     variants = {}
     for variant, settings in ABLATIONS.items():
         settings = dict(settings)
@@ -118,7 +122,7 @@ def ablations(model: str, image_size: int) -> dict[str, dict[str, Any]]:
 
 
 def link_images(data_dir: Path, n_images: Mapping[str, int | None], folder: Path) -> None:
-    """Make `folder` of links to the first images of each class, `n_images` of "train" and of "test"; None: all."""
+    """Fill `folder` with links to the first images of each class, `n_images` for "train" and for "test"; None: all."""
     for part, count in n_images.items():
         classes = sorted(path for path in (data_dir / part).resolve().iterdir() if path.is_dir())
         for number, path in enumerate(classes):
@@ -136,9 +140,9 @@ def measure(
     out: Path,
     deadline: float = math.inf,
 ) -> None:
-    """Train every variant with every seed, but for those whose rows are there, and add their rows.
+    """Train every variant with every seed, except those that have rows already, and add their rows.
 
-    None begins that would end after the `deadline`, by time.monotonic(), if it took as long as the longest before it.
+    A run does not start if, taking as long as the longest one so far, it would end after `deadline` (time.monotonic()).
     """
     longest = 0.0
     columns = [*run_columns(), *machine_columns(choose_device(base.get("device", "auto")))]
@@ -173,14 +177,29 @@ def run_columns() -> list[str]:
     return [*KEY, *names, "batch_size", "precision", "graph"]
 
 
+def _accuracies(rows: Sequence[Mapping[str, str]], variant: str) -> dict[str, float]:
+    """Return a variant's accuracy in percent by seed."""
+    return {row["seed"]: 100 * float(row["accuracy"]) for row in rows if row["variant"] == variant}
+
+
+def _differences(rows: Sequence[Mapping[str, str]], variant: str, base: str) -> list[float]:
+    """Return, in points, how much more accurate a variant is than `base`, for each seed that both have."""
+    own, others = _accuracies(rows, variant), _accuracies(rows, base)
+    return [accuracy - others[seed] for seed, accuracy in own.items() if seed in others]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean, std = Spread.of(values)
+    return f"{mean:{form}} ± {std:{form.lstrip('+')}}" if len(values) > 1 else f"{mean:{form}}"
+
+
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Mean ± standard deviation over the seeds of each variant, and of its difference from the first, seed by seed."""
+    """Return a table: each variant's mean ± standard deviation over its seeds, and its difference from the first."""
     lines = [
         "| variant | seeds | accuracy (%) | difference | flip TTA (%) | s per epoch | images/s | s of training |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    base = {row["seed"]: 100 * float(row["accuracy"]) for row in rows if row["variant"] == variants[0]}
     for variant in variants:
         own = [row for row in rows if row["variant"] == variant]
 
@@ -188,17 +207,14 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
             values = [scale * float(row[name]) for row in own if row[name]]
             if not values:
                 return ""
-            mean, std = Spread.of(values)
-            return f"{mean:,.{digits}f} ± {std:,.{digits}f}"
+            return _spread(values, f",.{digits}f")
 
-        # Of pairs of runs with the same seed.
-        differences = [100 * float(row["accuracy"]) - base[row["seed"]] for row in own if row["seed"] in base]
-        difference = Spread.of(differences) if differences and variant != variants[0] else None
+        differences = _differences(rows, variant, variants[0])
         cells = [
             variant,
             str(len(own)),
             spread("accuracy", 100),
-            "" if difference is None else f"{difference.mean:+.2f} ± {difference.std:.2f}",
+            _spread(differences, "+.2f") if differences and variant != variants[0] else "",
             spread("mirrored_accuracy", 100),
             spread("epoch_seconds", digits=3),
             spread("images_per_second", digits=0),
@@ -209,13 +225,14 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def write_page(out: Path) -> None:
-    """Make accuracy.md and accuracy.png of the rows in `out`."""
+    """Make accuracy.md, accuracy.png (if there is more than one backend) and switches.png from the rows in `out`."""
     runs = read_csv(out / "accuracy.csv")
     epochs = read_csv(out / "accuracy_epochs.csv")
     text = ["# Accuracy and time", ""]
     groups = list(dict.fromkeys((row["data"], row["recipe"], row["epochs"]) for row in runs))
-    for data, recipe, n_epochs in groups:
-        own = [row for row in runs if (row["data"], row["recipe"], row["epochs"]) == (data, recipe, n_epochs)]
+    for group in groups:
+        data, recipe, n_epochs = group
+        own = [row for row in runs if (row["data"], row["recipe"], row["epochs"]) == group]
         text += [f"## {recipe}, {n_epochs} epochs, {data}", "", *table(own), ""]
         machines = dict.fromkeys(
             f"{row['device']}, torch {row['torch']}, triton {row['triton'] or 'none'}, commit {row['commit']}, "
@@ -224,21 +241,56 @@ def write_page(out: Path) -> None:
         )
         text += [*(f"{machine}; `python -m benchmarks.accuracy`." for machine in machines), ""]
     text += [
-        "Accuracy after the last epoch, mean ± standard deviation over the seeds; seconds per epoch: the median "
-        "without the first, input included, evaluation and files not.",
-        "",
-        "![Accuracy by seconds of training](accuracy.png)",
+        "Accuracy after the last epoch, mean ± standard deviation over seeds. Difference: from the first row, by seed. "
+        "Seconds per epoch: the median without the first epoch, input included, evaluation and files excluded.",
     ]
+    own = [row for row in runs if (row["data"], row["recipe"], row["epochs"]) == groups[0]]
+    variants = {row["variant"] for row in own}
+    if len(variants & BACKENDS.keys()) > 1:
+        _save(out / "accuracy.png", lambda file: draw(file, epochs, groups[0]))
+        text += ["", "![Test error by seconds of training, for each backend](accuracy.png)"]
+    if variants & ABLATIONS.keys():
+        _save(out / "switches.png", lambda file: draw_switches(file, own))
+        text += ["", "![Accuracy gained or lost by each switch](switches.png)"]
     with whole_file(out / "accuracy.md") as file:
         file.write(("\n".join(text) + "\n").encode())
+
+
+def _save(path: Path, draw_into: Callable[[io.BytesIO], None]) -> None:
     picture = io.BytesIO()
-    draw(picture, epochs, groups[0])
-    with whole_file(out / "accuracy.png") as file:
+    draw_into(picture)
+    with whole_file(path) as file:
         file.write(picture.getvalue())
 
 
+def draw_switches(file: io.BytesIO, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a PNG: how much more accurate the recipe is with each switch; a dot per seed and a bar for the mean."""
+    base, *variants = dict.fromkeys(row["variant"] for row in rows if row["variant"] not in list(BACKENDS)[1:])
+    gains = {variant: _differences(rows, variant, base) for variant in variants}
+    gains = {variant: gain for variant, gain in gains.items() if gain}
+    order = sorted(gains, key=lambda variant: statistics.mean(gains[variant]), reverse=True)
+    accuracies = list(_accuracies(rows, base).values())
+    first = rows[0]
+    figure = new_figure(8, 1.3 + 0.25 * len(order), f"{first['data']}, {first['epochs']} epochs: one switch at a time")
+    axes: Axes = figure.subplots()
+    for place, variant in enumerate(order):
+        axes.barh(place, statistics.mean(gains[variant]), color="#f5c3ab", height=0.7)
+        axes.plot(gains[variant], [place] * len(gains[variant]), "o", color=color_of("fused"), markersize=3.5)
+    mean, std = Spread.of(accuracies)
+    axes.axvspan(-std, std, color="#e5e7eb", zorder=0)
+    axes.axvline(0, color=DARK, linewidth=0.8)
+    axes.set_yticks(range(len(order)), order, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"test accuracy compared with {first['recipe']} ({mean:.1f} ± {std:.1f} %), points; bar: mean, dots: seeds",
+        fontsize=9,
+    )
+    tidy(axes, "x")
+    save(figure, file, "accuracy.csv")
+
+
 def draw(file: io.BytesIO, epochs: Sequence[Mapping[str, str]], group: tuple[str, str, str]) -> None:
-    """Write a PNG: error by seconds of training, the backends' seeds as thin lines and their means as thick ones."""
+    """Write a PNG: test error by seconds of training for each backend; thin lines: seeds, thick: their mean."""
     data, recipe, n_epochs = group
     figure = new_figure(9, 4.6, f"{recipe}, {n_epochs} epochs, {data}: test error by seconds of training")
     axes: Axes = figure.subplots()
@@ -264,34 +316,34 @@ def draw(file: io.BytesIO, epochs: Sequence[Mapping[str, str]], group: tuple[str
 
 
 def _line(rows: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    half_an_image = 0.005  # of 10,000, so that an error of 0 has a place on a logarithmic axis
+    half_an_image = 0.005  # percent of 10,000 images: an error of 0 needs a place on a logarithmic axis
     errors = [max(100 * (1 - float(row["accuracy"])), half_an_image) for row in rows]
     return [float(row["train_seconds"]) for row in rows], errors
 
 
 @app.command()
 def main(
-    data: Annotated[str, typer.Option(help="What the images are called in the tables, as in 'CIFAR-10 (JPEG copy)'.")],
-    dataset: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "cifar10",
-    data_dir: Annotated[Path, typer.Option(help="As of resnet-fast train.")] = Path("data"),
-    recipe: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "fast94",
+    data: Annotated[str, typer.Option(help="Name of the images in the tables, for example 'CIFAR-10 (JPEG copy)'.")],
+    dataset: Annotated[str, typer.Option(help="As for resnet-fast train.")] = "cifar10",
+    data_dir: Annotated[Path, typer.Option(help="As for resnet-fast train.")] = Path("data"),
+    recipe: Annotated[str, typer.Option(help="As for resnet-fast train.")] = "fast94",
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    seeds: Annotated[int, typer.Option(min=0, help="Of fused and eager; 0: none.")] = 5,
-    ablation_seeds: Annotated[int, typer.Option(min=0, help="Of the recipe's switches; 0: none of them.")] = 3,
-    model: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "resnet18",
+    seeds: Annotated[int, typer.Option(min=0, help="Number of seeds for each backend; 0: none.")] = 5,
+    ablation_seeds: Annotated[int, typer.Option(min=0, help="Number of seeds for each switch; 0: none.")] = 3,
+    model: Annotated[str, typer.Option(help="As for resnet-fast train.")] = "resnet18",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    image_size: Annotated[int, typer.Option(help="As of resnet-fast train.")] = 32,
+    image_size: Annotated[int, typer.Option(help="As for resnet-fast train.")] = 32,
     train_images: Annotated[
-        int | None, typer.Option(min=10, help="Of a folder: train on so many, the first of each class.")
+        int | None, typer.Option(min=10, help="Folders only: train on this many images, the first of each class.")
     ] = None,
     test_images: Annotated[
-        int | None, typer.Option(min=10, help="Of a folder: test on so many, the first of each class.")
+        int | None, typer.Option(min=10, help="Folders only: test on this many images, the first of each class.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="No run begins that would end later; 0: no limit.")] = 0,
-    device: Annotated[str, typer.Option(help="As of resnet-fast train.")] = "auto",
+    minutes: Annotated[float, typer.Option(min=0, help="Start no run that would end later; 0: no limit.")] = 0,
+    device: Annotated[str, typer.Option(help="As for resnet-fast train.")] = "auto",
     results: Annotated[Path, typer.Option(help="The folder that holds a folder for each device.")] = RESULTS,
 ) -> None:
-    """Measure accuracy and time of a recipe, by backend and by switch; write accuracy.csv, .md and .png."""
+    """Measure accuracy and time of a recipe for each backend and each switch; write CSV files, a page and pictures."""
     chosen = choose_device(device)
     base = {"dataset": dataset, "data_dir": data_dir, "recipe": recipe, "epochs": epochs, "device": device}
     base |= {"model": model, "batch_size": batch_size, "image_size": image_size}

@@ -46,7 +46,26 @@ def test_every_variant_is_trained_once_with_every_seed_and_shown(tmp_path: Path,
     mean, difference = sum(found) / 2, abs(found[0] - found[1])
     assert "## digits, 2 epochs, tiny images" in text
     assert f"| fused | 2 | {mean:.2f} ± {difference / 2**0.5:.2f} |" in text
-    assert Image.open(tmp_path / "accuracy.png").size[0] > 600
+    assert not (tmp_path / "accuracy.png").exists()  # one backend
+    assert not (tmp_path / "switches.png").exists()  # "no average" is no switch of the benchmark
+
+
+def test_the_page_shows_backends_and_the_gain_of_each_switch(tmp_path: Path):
+    variants = {"fused": {}, "eager, tuned": {"backend": "eager", "graph": False}, "zero gamma": {"zero_gamma": True}}
+    accuracy.measure(variants, range(1), BASE | {"epochs": 1}, "tiny images", tmp_path)
+    rows = rows_of(tmp_path / "accuracy.csv")
+    found = dict(zip(variants, ("0.5", "0.5", "0.625"), strict=True))
+    accuracy.replace_rows(
+        tmp_path / "accuracy.csv",
+        [row | {"accuracy": found[row["variant"]], "seed": seed} for row in rows for seed in "01"],
+        accuracy.KEY,
+    )
+    accuracy.write_page(tmp_path)
+    text = (tmp_path / "accuracy.md").read_text()
+    assert "| zero gamma | 2 | 62.50 ± 0.00 | +12.50 ± 0.00 |" in text
+    for name in ("accuracy.png", "switches.png"):
+        assert f"]({name})" in text
+        assert Image.open(tmp_path / name).size[0] > 600
 
 
 def test_every_variant_is_a_setting_of_a_run():
