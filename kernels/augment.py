@@ -1,12 +1,12 @@
 """A training batch from bytes in one pass: gather -> crop -> mirror -> cutout -> normalize -> cast.
 
-images are [n_images, height, width, 3] in memory, uint8, and y, of a floating type, is [n_batch, height, width, 3]:
-both channels_last. Of each image of the batch `plan` holds six int32: its index, the crop's shift_y and shift_x in
-0 … 2·padding, mirror (0 or 1), and the upper left corner cut_y, cut_x of the cutout. For the pixel (i, j) of y:
+images is [n_images, height, width, 3] in memory (channels_last), uint8; y is [n_batch, height, width, 3] in memory, of
+a floating type. `plan` has six int32 for each image of the batch: its index, the crop's shift_y and shift_x in
+0 … 2·padding, mirror (0 or 1), and the cutout's upper left corner cut_y, cut_x. For the pixel (i, j) of y:
 
     (A1)  row = i + shift_y - padding,   column = (mirror ? width - 1 - j : j) + shift_x - padding
-    (A2)  outside of the image: black, or the row and column mirrored at the edge (-1 is 1, height is height - 2)
-    (A3)  y = (x - 255·mean) · 1/(255·std), in fp32 and rounded once; 0 in the square of side `cutout`
+    (A2)  outside the image: black, or the row and column reflected at the edge (-1 -> 1, height -> height - 2)
+    (A3)  y = (x - 255·mean) · 1/(255·std) in fp32, rounded once; 0 in the cutout, a square of side `cutout`
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def reflect(at, size):
-    """-1 -> 1, size -> size - 2; `at` is at most size - 1 away from the image."""
+    """Reflect an index at the edges: -1 -> 1, size -> size - 2. It must be less than `size` away from the image."""
     at = tl.abs(at)
     return tl.where(at < size, at, 2 * (size - 1) - at)
 
@@ -45,7 +45,7 @@ def augment_kernel(
     REFLECT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """BLOCK_P pixels of one image (A1-A3); the first of its programs also gathers the label."""
+    """Compute BLOCK_P pixels of one image (A1-A3); the first program of each image also gathers its label."""
     n_pixels = height * width
     n_tiles = tl.cdiv(n_pixels, BLOCK_P)
     image = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -61,7 +61,7 @@ def augment_kernel(
         tl.store(batch_labels_ptr + image, tl.load(labels_ptr + index))
 
     pixel = (tile * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
-    channel = tl.arange(0, 4)[None, :]  # three, and one that is masked off: a tile's sides are powers of two
+    channel = tl.arange(0, 4)[None, :]  # three and a masked one: a tile's sides are powers of two
     i, j = pixel // width, pixel % width
     row = i + shift_y - padding
     column = tl.where(mirror != 0, width - 1 - j, j) + shift_x - padding

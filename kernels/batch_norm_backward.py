@@ -1,9 +1,9 @@
 """Batch norm + residual + ReLU, backward: reduce -> combine -> input gradients. Derivation: README.md beside this file.
 
-dy is the gradient of y and dy_alias that of its second handle (the fork); dz is their sum behind ReLU, the gradient of
-the pre-activation. The sums of a batch norm are those of dz, of dz·x̂ and, in the bn join, of dz times the residual's
-x̂: N_SUMS of them. Partial ones are [N_SUMS, n_splits, n_channels], those of a pass [N_SUMS, n_groups, n_channels].
-Other shapes and arithmetic as in batch_norm_forward.py.
+dy is the gradient of y, and dy_alias the gradient of y's second handle (the fork). dz, the gradient of the
+pre-activation, is their sum where ReLU's output is not 0, else 0. A batch norm needs N_SUMS sums: of dz, of dz·x̂ and,
+in the bn join, of dz times the residual's x̂. Partial sums are [N_SUMS, n_splits, n_channels], the sums of a pass
+[N_SUMS, n_groups, n_channels]. Other shapes and the arithmetic are as in batch_norm_forward.py.
 """
 
 import triton
@@ -28,13 +28,13 @@ from .tile_access import (
 
 @triton.jit
 def recompute_relu_mask(x, y_type: tl.constexpr, mean, scale, bias):
-    """Where ReLU closed, from x: the forward's expression and rounding (B1)."""
+    """Return where ReLU's output is 0, from x, by the forward's expression and rounding (B1)."""
     return normalize(x, mean, scale, bias).to(y_type).to(x.dtype) <= 0.0
 
 
 @triton.jit
 def x_hat(x, mean, rstd):
-    """x̂ = (x - mean)·rstd."""
+    """Return x̂ = (x - mean)·rstd."""
     return (x - mean[None, :]) * rstd[None, :]
 
 
@@ -52,13 +52,13 @@ def preactivation_gradient(
     BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dz, in the accumulation type, from the gradients of y and, with a FORK, of its second handle.
+    """Return dz in the accumulation type, from dy and, with FORK, dy_alias.
 
-    Where ReLU closed say the `packed` bits or, without BITS, it is recomputed from x.
+    With BITS, ReLU's mask is unpacked from `packed`; without, it is recomputed from x.
     """
     dz = dy.to(mean.dtype)
     if FORK:
-        # Rounded to the data type, as autograd rounds the sum of two gradients.
+        # Round to the data type, as autograd rounds the sum of two gradients.
         dz = (dz + dy_alias.to(mean.dtype)).to(dy.dtype).to(mean.dtype)
     if RELU:
         if BITS:
@@ -71,7 +71,7 @@ def preactivation_gradient(
 
 @triton.jit
 def store_sums(partial_ptrs, stride, mask_c, sum_dz, sum_dz_xhat, sum_dz_rhat):
-    """The sums of one split, of [P, BLOCK_C] each, to the partial results; `sum_dz_rhat` may be None."""
+    """Reduce a split's sums, [P, BLOCK_C] each, to [BLOCK_C] and store them; `sum_dz_rhat` may be None."""
     tl.store(partial_ptrs, tl.sum(sum_dz, axis=0), mask=mask_c)
     tl.store(partial_ptrs + stride, tl.sum(sum_dz_xhat, axis=0), mask=mask_c)
     if sum_dz_rhat is not None:
@@ -102,10 +102,10 @@ def reduce_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sums over one split of rows: dz, dz·x̂ with x̂ = (x - mean)·rstd and, for the bn join, the residual's (B2).
+    """Sum dz, dz·x̂ and, in the bn join, dz times the residual's x̂ over one split of rows (B2).
 
-    `dz_ptr`, where given, receives dz: with a residual it is the residual's gradient, and behind a fork it saves the
-    input-gradient pass one of two reads.
+    `dz_ptr`, if given, receives dz. In the add join dz is the residual's gradient. After a fork or with ReLU's bits, it
+    also spares the input-gradient pass a second input.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
@@ -165,7 +165,7 @@ def sum_splits(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """Partial sums of a group -> N_SUMS times [BLOCK_C], always in the same order. `n_steps` as in `merge_splits`."""
+    """Add up a group's partial sums in a fixed order: N_SUMS times [BLOCK_C]. `n_steps` is as in `merge_splits`."""
     totals = ()
     for _ in tl.static_range(N_SUMS):
         totals += (tl.zeros([BLOCK_S, offs_c.shape[0]], partials_ptr.dtype.element_ty),)
@@ -185,7 +185,7 @@ def sum_splits(
 
 @triton.jit
 def store_gradients(sums, dweight_ptr, dbias_ptr, dresidual_weight_ptr, dresidual_bias_ptr, offs_c, mask_c):
-    """The parameters' gradients from the sums of all rows: dbias = Σ dz, dweight = Σ dz·x̂ (B3)."""
+    """Store the parameters' gradients, given the sums over all rows: dbias = Σ dz, dweight = Σ dz·x̂ (B3)."""
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs_c, sums[0], mask=mask_c)
     if dweight_ptr is not None:
@@ -214,9 +214,9 @@ def combine_gradients_kernel(
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The sums of every group, for dx, and the parameters' gradients, the groups' sums added up in order (B3).
+    """Store each group's sums, for dx, and the parameters' gradients: the groups' sums, added up in order (B3).
 
-    `group_splits` are those of a whole group; the last may have fewer of the `n_splits`.
+    A full group has `group_splits` of the `n_splits` splits; the last group may have fewer.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
@@ -239,7 +239,7 @@ def combine_gradients_kernel(
 
 @triton.jit
 def input_gradient(dz, x, mean, rstd, weight, mean_dz, mean_dz_xhat, TRAINING: tl.constexpr):
-    """dx of one batch norm from dz (B4 with batch statistics, B5 with frozen ones)."""
+    """Return dx of one batch norm, from dz (B4 with batch statistics, B5 with frozen ones)."""
     scale = (rstd * weight)[None, :]
     if TRAINING:
         dx = scale * (dz - mean_dz[None, :] - x_hat(x, mean, rstd) * mean_dz_xhat[None, :])
@@ -281,10 +281,10 @@ def input_gradients_kernel(
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dx and, for the bn join, dresidual. RELU: `dz_ptr` is dy, and ReLU's sign is recomputed from x.
+    """Compute dx and, in the bn join, dresidual. With RELU `dz_ptr` is dy, and ReLU's mask is recomputed from x.
 
-    With `partials_ptr` every program sums up the partial results of its channels, and the first ones store the
-    parameters' gradients; without, the sums are read.
+    With `partials_ptr`, each program adds up its channels' partial sums, and the programs of the first rows store the
+    parameters' gradients. Without, the sums are read from `sums_ptr`.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty

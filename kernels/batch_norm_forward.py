@@ -1,11 +1,11 @@
 """Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
 
-x, residual, y are [n_rows, n_channels] in channels_last or NCHW order; per-channel vectors are [n_channels], those of
-the pass, mean and rstd, [n_groups, n_channels] (tile_access.py: groups). Partial results are
+x, residual and y are [n_rows, n_channels] in channels_last or NCHW order. Per-channel vectors are [n_channels]; the
+mean and rstd of a pass are [n_groups, n_channels] (groups: see tile_access.py). Partial results are
 [n_groups + n_splits, n_channels, 2]: the pivot of each group, then shift and M2 of each split. Arithmetic is in fp32,
 or in fp64 if x is fp64.
 
-Few partial results are merged by the programs of `normalize_kernel`, each for itself, many by a launch of their own.
+`normalize_kernel` merges the partial results if one group has few splits, otherwise `combine_statistics_kernel`.
 """
 
 import triton
@@ -29,8 +29,8 @@ from .tile_access import (
     wide,
 )
 
-# Where a square overflows, statistics are computed once more, of x · UNIT: 2^31 squares of fp32's maximum fit then.
-# In fp64 those of values up to 2^600 do.
+# If a square overflows, statistics are recomputed from x · UNIT. Then 2^31 squares of fp32's maximum fit, and in fp64
+# the squares of values up to about 2^600.
 UNIT = tl.constexpr(2.0**-100)
 
 
@@ -46,7 +46,7 @@ def add_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def add_differences(x, pivot, unit, mask, total, squares):
-    """Add x·unit - pivot, and its square, to the sums (S1); elements outside `mask` are left out."""
+    """Add x·unit - pivot and its square to the sums (S1), except for elements outside `mask`."""
     difference = tl.fma(x.to(unit.dtype), tl.broadcast_to(unit, x.shape), tl.broadcast_to(-pivot[None, :], x.shape))
     if mask is not None:
         difference = tl.where(mask, difference, 0.0)
@@ -60,9 +60,9 @@ def add_and_range(sum_a, highest_a, lowest_a, sum_b, highest_b, lowest_b):
 
 @triton.jit
 def load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE: tl.constexpr):
-    """Rows from all parts of a group, for `find_pivot`; of few rows some are taken more than once."""
+    """Load rows from all over a group, for `find_pivot`; from a small group some are loaded more than once."""
     N_ROWS: tl.constexpr = 32 if TILE.block_m > 64 else TILE.block_m // 2
-    # Multiples of the golden ratio: equal steps, of whole images, would meet the same pixel of each.
+    # Multiples of the golden ratio: equal steps, of whole images, would hit the same pixel of every image.
     share = tl.arange(0, N_ROWS) * 40503 % 65536
     row = (start + (share * wide(end - start) >> 16))[:, None]
     if TILE.channels_last:
@@ -74,10 +74,10 @@ def load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE: tl.const
 
 @triton.jit
 def find_pivot(rows, acc_type: tl.constexpr):
-    """Return [BLOCK_C], the mean of the rows without the highest and the lowest value; 0 if one is Inf or NaN.
+    """Return the rows' mean without the highest and the lowest value, [BLOCK_C]; 0 if a value is Inf or NaN.
 
-    It is near the mean of all rows, so that little cancels in M2, and one outlier does no harm. In a constant channel
-    it is the constant, and M2 is 0.
+    This pivot is near the mean of all rows, even with one outlier, so little cancels in M2. In a constant channel it is
+    the constant, and M2 is 0.
     """
     N_ROWS: tl.constexpr = rows.shape[0]
     x = rows.to(acc_type) * (1 / N_ROWS)  # so that no sum overflows
@@ -88,44 +88,44 @@ def find_pivot(rows, acc_type: tl.constexpr):
 
 @triton.jit
 def shift_and_m2(total, squares, n_rows):
-    """[BLOCK_C], how far the mean of `n_rows` rows is from the pivot, and M2, from [P, BLOCK_C] sums of differences."""
+    """Return shift (mean of `n_rows` rows minus pivot) and M2, [BLOCK_C], from [P, BLOCK_C] sums of differences."""
     total, squares = tl.reduce((total, squares), 0, add_pairs)
     shift = total * divide(1.0, tl.full([], 0.0, total.dtype) + n_rows)
     m2 = tl.fma(-total, shift, squares)
-    return shift, tl.where(m2 < 0, 0.0, m2)  # rounding can leave less than 0; NaN stays
+    return shift, tl.where(m2 < 0, 0.0, m2)  # rounding can give less than 0; NaN is kept
 
 
 @triton.jit
 def inverse(unit):
-    """1/unit, exactly: a unit is 1 or UNIT, a power of two."""
+    """Return 1/unit, exact because a unit is 1 or UNIT, a power of two."""
     return tl.where(unit < 1, 1 / UNIT, 1.0)
 
 
 @triton.jit
 def in_units(m2, unit):
-    """A stored partial M2 in units of 1/unit²."""
+    """Return a stored partial M2 in units of 1/unit²."""
     factor = tl.where(m2 < 0, unit * (1 / UNIT), unit)
     return tl.abs(m2) * factor * factor
 
 
 @triton.jit
 def any_overflow(m2, mask_c, unit):
-    """Return whether a channel's M2 is not finite, and is to be computed once more, of x·UNIT."""
+    """Return whether a channel's M2 is not finite and must be recomputed from x·UNIT."""
     return (tl.max((mask_c & (is_finite(m2) == 0)).to(tl.int32), axis=0) > 0) & (unit == 1)
 
 
 @triton.jit
 def split_statistics(x_ptr, start, end, first_row, n_own, offs_c, mask_c, n_spatial, unit, TILE: tl.constexpr):
-    """[BLOCK_C]: the pivot of the rows from `start` to `end`; shift and M2 of x·unit over `n_own` rows (S1).
+    """Return [BLOCK_C]: the pivot of the rows from `start` to `end`, and shift and M2 of x·unit over `n_own` rows (S1).
 
-    Each thread has N_TILES loads on their way.
+    Each thread has N_TILES loads in flight.
     """
     STEP: tl.constexpr = TILE.n_tiles * TILE.block_m
-    whole_rows = n_own // STEP * STEP  # of steps that need no mask
+    whole_rows = n_own // STEP * STEP  # in full steps, which need no mask
     total = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     squares = tl.zeros([TILE.block_m, TILE.block_c], unit.dtype)
     pivot_rows = load_pivot_rows(x_ptr, start, end, offs_c, mask_c, n_spatial, TILE)
-    tl.debug_barrier()  # keeps ptxas from moving this load behind the others, where the pivot would wait for them
+    tl.debug_barrier()  # keeps ptxas from moving this load after the others: the pivot would wait for them
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
         pointers = tile_pointers(x_ptr, first_row + k * TILE.block_m, offs_c, n_spatial, TILE)
@@ -133,7 +133,7 @@ def split_statistics(x_ptr, start, end, first_row, n_own, offs_c, mask_c, n_spat
     pivot = find_pivot(pivot_rows, unit.dtype)
     for row in range(STEP, whole_rows + STEP, STEP):
         ahead = ()
-        for k in tl.static_range(TILE.n_tiles):  # each tile is used, and the next one loaded into its registers
+        for k in tl.static_range(TILE.n_tiles):  # use a tile, then load the next one into its registers
             total, squares = add_differences(tiles[k], pivot * unit, unit, None, total, squares)
             pointers = tile_pointers(x_ptr, first_row + row + k * TILE.block_m, offs_c, n_spatial, TILE)
             ahead += (tl.load(pointers, mask=(row < whole_rows) & mask_c[None, :], other=0.0),)
@@ -155,11 +155,11 @@ def store_pair(partial_ptrs, shift, m2, mask):
 
 @triton.jit
 def store_partial(partial_ptrs, shift, m2, unit, mask_c):
-    """Store a split's shift and M2 of x·unit; return whether to compute them once more, of x·UNIT.
+    """Store a split's shift and M2 of x·unit; return whether to recompute them from x·UNIT.
 
-    The second time only channels are stored whose M2 was not finite. A negative M2 is in units of 1/UNIT².
+    The second time, store only the channels whose M2 was not finite. A negative M2 is in units of 1/UNIT².
     """
-    is_again = tl.where(unit < 1, 1, 0) > 0  # of integers: the interpreter takes a comparison of fp32 for fp32
+    is_again = tl.where(unit < 1, 1, 0) > 0  # compares integers: in the interpreter, comparing fp32 gives fp32
     stored = tl.load(partial_ptrs + 1, mask=mask_c & is_again, other=float("inf"))
     store_pair(partial_ptrs, shift * inverse(unit), tl.where(unit < 1, -m2, m2), mask_c & (is_finite(stored) == 0))
     return any_overflow(m2, mask_c, unit)
@@ -177,7 +177,7 @@ def statistics_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Shift and centered M2 of one split of rows about its group's pivot, which the first split of a group stores."""
+    """Compute shift and centered M2 of one split of rows about its group's pivot; the first split stores the pivot."""
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     split, channel_tile = part_of_program(TILE)
@@ -189,7 +189,7 @@ def statistics_kernel(
 
     unit = tl.full([], 1.0, acc_type)
     again = tl.full([], 1, tl.int1)
-    while again:  # twice where a square has overflowed, or x holds Inf or NaN
+    while again:  # twice if a square overflows, or x holds Inf or NaN
         rows = (first_row, n_own, offs_c, mask_c, n_spatial, unit)
         pivot, shift, m2 = split_statistics(x_ptr, start, end, *rows, TILE)
         store_pair(pivot_ptrs, pivot, m2, mask_c & (first_row == start))
@@ -210,9 +210,9 @@ def merge_splits(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """[BLOCK_C] shift and M2 of x·unit over a group's rows (S2).
+    """Return [BLOCK_C] shift and M2 of x·unit over a group's rows (S2).
 
-    `n_steps` are those of BLOCK_S splits; where it is a constant 1 there is no loop, and no load waits for another.
+    Each of `n_steps` steps merges BLOCK_S splits. A constant 1 compiles to no loop, so no load waits for another.
     """
     full_rows = tl.full([], 0.0, unit.dtype) + rows_per_split
     last_rows = tl.full([], 0.0, unit.dtype) + (n_rows - wide(n_splits - 1) * rows_per_split)
@@ -245,7 +245,7 @@ def group_statistics(
     n_steps,
     BLOCK_S: tl.constexpr,
 ):
-    """[BLOCK_C] mean of a group, biased variance in units of 1/unit², and unit: 1 where that does not overflow."""
+    """Return [BLOCK_C] mean of a group, biased variance in units of 1/unit², and unit: 1 unless M2 overflows."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     pivot = load_channel(pivot_ptr, 2 * offs_c, mask_c, 0.0, acc_type)
     mean = tl.zeros(offs_c.shape, acc_type)
@@ -268,9 +268,9 @@ def group_statistics(
 
 @triton.jit
 def inverse_std(var, eps, units):
-    """1/sqrt(variance + eps), of a variance in units of 1/units². Root and quotient are correctly rounded."""
+    """Return 1/sqrt(variance + eps) for a variance in units of 1/units². Root and quotient are correctly rounded."""
     x = var + tl.full([], eps, var.dtype) * units * units
-    if var.dtype == tl.float64:  # there tl.sqrt is, too
+    if var.dtype == tl.float64:  # where tl.sqrt is correctly rounded, too
         std = tl.sqrt(x)
     else:
         std = tl.sqrt_rn(x)
@@ -279,7 +279,7 @@ def inverse_std(var, eps, units):
 
 @triton.jit
 def updated_running(running_mean, running_var, mean, var, units, n_rows, momentum):
-    """Running statistics with those of one more batch (S3); `var` is biased and in units of 1/units²."""
+    """Return the running statistics after one more batch (S3); `var` is biased and in units of 1/units²."""
     share = tl.full([], momentum, mean.dtype)
     rest = tl.full([], 1.0 - momentum, mean.dtype)
     count = tl.full([], 0.0, var.dtype) + n_rows
@@ -309,10 +309,10 @@ def combine_statistics_kernel(
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """mean and rstd of the pass from the partial results; updates the running statistics.
+    """Merge the partial results into mean and rstd of the pass, and update the running statistics.
 
-    These take one group after the other, in the accumulation type, as if each were a batch (S3). `group_splits` are
-    those of a whole group. `var_ptr` receives the biased variance; in fp64 that of huge values fits.
+    Each group updates them like a batch of its own, in order and in the accumulation type (S3). A full group has
+    `group_splits` splits. `var_ptr` receives the biased variance; in fp64 the variance of huge values fits.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
@@ -362,8 +362,8 @@ def pass_statistics(
 ):
     """Return [BLOCK_C] mean and rstd: from partial results if given, else from running statistics if given, else read.
 
-    The first program of a group and tile of channels stores what the others find, too, and updates the running
-    statistics.
+    If they are not read, the first program of each group and channel tile stores them. If they come from partial
+    results, it also updates the running statistics.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     group_offs_c = group * N_CHANNELS + offs_c
@@ -395,9 +395,9 @@ def pass_statistics(
 
 @triton.jit
 def relu_and_bits(z, y_ptr, relu_mask_ptr, row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
-    """relu(z) in the data type; stores the bits of where it closed, if they are wanted (N3).
+    """Return relu(z) in the data type (N3), and store ReLU's bits if `relu_mask_ptr` is given.
 
-    The one rounding. ReLU looks at the rounded value and lets NaN through, as torch does.
+    This is the only rounding. ReLU tests the rounded value and passes NaN on, as in torch.
     """
     y = z.to(y_ptr.dtype.element_ty)
     relu_mask = y.to(z.dtype) <= 0.0
@@ -442,11 +442,11 @@ def normalize_kernel(
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = relu(bn(x) + residual) (N1-N3): no residual, a residual, or a residual with a batch norm of its own.
+    """Compute y = relu(bn(x) + residual) (N1-N3): no residual, a residual, or one with its own batch norm.
 
-    With a residual and ReLU the signs go to `relu_mask_ptr`, one bit each; without a residual the backward recomputes
-    them from x, for less traffic than a mask. Two norms with the same running statistics must both take them from
-    batches, or neither: no program waits until another has read what it updates.
+    With a residual and ReLU, ReLU's bits are stored. Without a residual the backward recomputes them from x, which
+    moves fewer bytes than a mask. If two norms share running statistics, both or neither must use batch statistics: a
+    program that updates running statistics does not wait until others have read them.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty

@@ -1,10 +1,10 @@
-"""Batch norm + residual + ReLU with every image read once: a program keeps its tiles in registers across a barrier.
+"""Batch norm + residual + ReLU that reads each image once: programs keep their tiles in registers across a barrier.
 
-A program has one tile of channels and one split of rows, [N_TILES · BLOCK_M, BLOCK_C], which it holds as a tuple of
-tiles in the 16-bit data type. The splits of a channel tile exchange their partial results, wait for each other, and
-each merges them for itself, in the same order. So they must all run at once: launched as a cooperative grid
-(tiles.py: choose_single_read_tiles). Equations, shapes and arithmetic as in batch_norm_forward.py and
-batch_norm_backward.py; channels_last, one group, batch statistics.
+A program has one tile of channels and one split of rows, [N_TILES · BLOCK_M, BLOCK_C], and holds it as a tuple of tiles
+in the 16-bit data type. The splits of a channel tile store their partial results and wait for each other; then each
+program merges all of them in the same order. All programs must run at the same time, so the grid is cooperative
+(tiles.py: choose_single_read_tiles). Tensors are channels_last, in one group, with batch statistics. Equations, shapes
+and arithmetic are as in batch_norm_forward.py and batch_norm_backward.py.
 """
 
 import triton
@@ -47,17 +47,17 @@ TOP_BIT = tl.constexpr(-(2**31))  # of an int32
 
 @triton.jit
 def wait_for_splits(barrier_ptr, split, n_splits):
-    """Wait until all splits of a channel tile have arrived; then each sees what the others have stored.
+    """Wait until all splits of a channel tile have arrived; then each sees the others' stores.
 
-    `barrier_ptr` points to one int32, whose bits except the top one are 0. The arrivals add up to the top bit: they
-    flip it and leave the other bits 0 for the next launch. Return those bits, a 0 that no compiler can predict.
+    `barrier_ptr` points to an int32 in which only the top bit may be set. The arrivals add up to the top bit: they flip
+    it and leave the other bits 0 for the next launch. Return those other bits, a 0 that no compiler can predict.
     """
-    tl.debug_barrier()  # the one thread that arrives does so behind the stores of all
+    tl.debug_barrier()  # all threads have stored before one of them arrives
     arrival = tl.where(split == 0, TOP_BIT - (n_splits - 1), 1)
     before = tl.atomic_add(barrier_ptr, arrival, sem="acq_rel", scope="gpu")
     now = before
     while ((now ^ before) & TOP_BIT) == 0:
-        # Acquiring empties this multiprocessor's L1, so that plain loads then see what others have stored.
+        # Acquiring invalidates this multiprocessor's L1 cache, so that plain loads see the others' stores.
         now = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
     return now & ~TOP_BIT
@@ -65,10 +65,10 @@ def wait_for_splits(barrier_ptr, split, n_splits):
 
 @triton.jit
 def afresh(x, zero):
-    """Return x unchanged, as a value that the compilers take for a new one.
+    """Return x unchanged, as a value that the compilers treat as new.
 
-    Otherwise they would keep its fp32 conversion through a loop or across the barrier, in twice the registers. `zero`:
-    the barrier's, which ptxas cannot predict; or a literal, which hides x from LLVM alone: ptxas drops the instruction.
+    Otherwise they would keep its fp32 conversion through a loop or across the barrier, in twice the registers. `zero`
+    is the barrier's, which ptxas cannot predict, or a literal. A literal hides x only from LLVM: ptxas drops the xor.
     """
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
     zero = tl.cast(zero, tl.int16 if BITS == 16 else tl.int32)
@@ -79,7 +79,7 @@ def afresh(x, zero):
 
 @triton.jit
 def store_statistics(x_ptr, tiles, split, n_own, n_rows, offs_c, mask_c, partials_ptr, TILE: tl.constexpr):
-    """Store shift and M2 of the program's rows as `statistics_kernel` does, and the first split the pivot (S1)."""
+    """Store shift and M2 of the program's rows, as `statistics_kernel` does; the first split stores the pivot (S1)."""
     acc_type: tl.constexpr = partials_ptr.dtype.element_ty
     partial_ptrs = partials_ptr + 2 * ((1 + split) * TILE.n_channels + offs_c)
     pivot_rows = load_pivot_rows(x_ptr, 0, n_rows, offs_c, mask_c, 1, TILE)
@@ -129,9 +129,9 @@ def single_read_forward_kernel(
     RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """y = relu(bn(x) + residual) with batch statistics, and all that the forward returns (S1-S3, N1-N3).
+    """Compute y = relu(bn(x) + residual) with batch statistics, and the forward's other results (S1-S3, N1-N3).
 
-    The residual of the add join is read behind the barrier; that of the bn join is held as x is.
+    The residual is read after the barrier in the add join; in the bn join it is held in registers, like x.
     """
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     ROWS_PER_SPLIT: tl.constexpr = TILE.n_tiles * TILE.block_m
@@ -217,7 +217,7 @@ def single_read_backward_kernel(
     RELU: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dx, the parameters' gradients, and the residual's: dz of the add join, that of the bn join (B1-B4)."""
+    """Compute dx, the parameters' gradients and the residual's: dz in the add join, else dresidual (B1-B4)."""
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty
     ROWS_PER_SPLIT: tl.constexpr = TILE.n_tiles * TILE.block_m
     FORK: tl.constexpr = dy_alias_ptr is not None

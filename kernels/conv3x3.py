@@ -1,9 +1,9 @@
 """3x3 convolution, stride 1, padding 1, with a batch norm's sums in its epilogue. Equations: README.md in this folder.
 
-Images are [N, H, W, C] in memory (channels_last), maps are square, their width a power of two: a tile of consecutive
-pixels is a box of whole lines, of one image or of several whole ones. A tensor descriptor loads that box shifted by a
-tap; what lies outside of the image arrives as zeros, which is the padding. weight is [C_out, 9, C_in] in memory.
-Products accumulate in fp32, and the sum is rounded once.
+Images are [N, H, W, C] in memory (channels_last). Maps are square and their width is a power of two, so a tile of
+consecutive pixels is a box: whole lines of one image, or several whole images. A tensor descriptor loads the box
+shifted by a tap, and fills pixels outside the image with zeros, which is the padding. weight is [C_out, 9, C_in] in
+memory. Products accumulate in fp32, and the sum is rounded once.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .tile_access import channels_of, load_bits, load_channel, load_tile, part_o
 
 @triton.jit
 def box_of(first_row, WIDTH: tl.constexpr):
-    """Image and line of a row, the first of a box."""
+    """Return the image and the line of a box's first row."""
     return first_row // (WIDTH * WIDTH), first_row // WIDTH % WIDTH
 
 
@@ -32,11 +32,11 @@ def convolve(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_C] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
+    """Return [BLOCK_M, BLOCK_C] in fp32: nine shifted matrix products (C1), or those of the data gradient (C2).
 
-    The matrix unit's rows are output channels, and the pixels its columns. `weight_desc` has two axes so that its
-    block, without a reshape, goes to the matrix unit from shared memory, not by way of registers. Where the last block
-    of a tap reaches into the next tap, x is zero.
+    The rows of the matrix products are channels, and their columns pixels. `weight_desc` has two axes: without a
+    reshape, its block goes to the matrix unit from shared memory, not through registers. If the last block of a tap
+    reaches into the next tap, x is zero there.
     """
     image, line = box_of(first_row, WIDTH)
     N_BLOCKS: tl.constexpr = (SUMMED_CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -56,7 +56,7 @@ def convolve(
 
 @triton.jit
 def merged_with_tile(y, valid, count, n_own, mean, m2, unit):
-    """Mean and, in units of 1/unit², M2 of the rows so far, `count` of them, and of the tile's, `n_own`, merged."""
+    """Return mean, and M2 in units of 1/unit², of the `count` rows so far and the tile's `n_own` rows together."""
     share = n_own / (count + n_own)
     x = tl.where(valid, y * unit, 0.0)
     tile_mean = tl.sum(x, axis=0) / n_own
@@ -68,7 +68,7 @@ def merged_with_tile(y, valid, count, n_own, mean, m2, unit):
 
 @triton.jit
 def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr):
-    """Mean and M2, [BLOCK_C], of the rows from `start`, with the tile's added: y, [BLOCK_M, BLOCK_C] in fp32.
+    """Return mean and M2, [BLOCK_C], of the rows from `start` to the end of the tile y, [BLOCK_M, BLOCK_C] in fp32.
 
     A negative M2 stands for its magnitude in units of 1/UNIT², as in `statistics_kernel`.
     """
@@ -76,7 +76,7 @@ def merge_tile(y, first_row, start, end, mean, m2, BLOCK_M: tl.constexpr):
     count = (first_row - start).to(tl.float32)
     n_own = tl.minimum(end - first_row, BLOCK_M).to(tl.float32)
     new_mean, new_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, 1.0)
-    not_finite = is_finite(new_m2) == 0  # a square has overflowed, or y holds Inf or NaN
+    not_finite = is_finite(new_m2) == 0  # a square overflows, or y holds Inf or NaN
     if tl.max(not_finite.to(tl.int32), axis=0) > 0:
         rescued_mean, rescued_m2 = merged_with_tile(y, valid, count, n_own, mean, m2, UNIT)
         new_mean = tl.where(not_finite, rescued_mean, new_mean)
@@ -97,7 +97,7 @@ def conv3x3_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y, and the mean and centered M2 of its rounded values over the rows of each program; their pivot is 0."""
+    """Compute y, and mean and centered M2 of its rounded values over each program's rows; the pivot is 0."""
     part, channel_tile = part_of_program(TILE)
     offs_c, mask_c = channels_of(channel_tile, TILE.n_channels, TILE.block_c)
     first_channel = channel_tile * TILE.block_c
@@ -140,10 +140,10 @@ def conv3x3_data_gradient_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the convolution's input y = relu(bn(x) + residual), plus that of y's other consumer (the fork),
-    taken through ReLU: the batch norm's dz, and its sums over the rows of each program (B1, B2, as `reduce_kernel`'s).
+    """Compute dz of the batch norm before the convolution, and its sums over each program's rows (B1, B2).
 
-    The channels that are summed over are here the convolution's output channels.
+    The convolution's input is y = relu(bn(x) + residual). Its gradient (C2, summed over the convolution's output
+    channels) plus the gradient of y's other consumer (the fork) gives dz, as in `reduce_kernel`.
     """
     FORK: tl.constexpr = dy_alias_ptr is not None
     BITS: tl.constexpr = relu_mask_ptr is not None
@@ -164,7 +164,7 @@ def conv3x3_data_gradient_kernel(
         n_own = end - first_row
         at = (row, n_own, offs_c, mask_c, WIDTH * WIDTH)
         dy_alias = load_tile(dy_alias_ptr, *at, TILE)
-        # Vectors are loaded for every tile, from a cache, lest they take registers from the products.
+        # Load the vectors for every tile, from a cache: kept, they would take registers from the products.
         mean = load_channel(mean_ptr, offs_c, mask_c, 0.0, tl.float32)
         rstd = load_channel(rstd_ptr, offs_c, mask_c, 0.0, tl.float32)
         scale = rstd * load_channel(weight_ptr, offs_c, mask_c, 1.0, tl.float32)

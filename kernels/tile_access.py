@@ -1,8 +1,8 @@
-"""What the forward and the backward kernels share: where a tile lies in memory, its channel vectors, the ReLU bits.
+"""Access to tiles, channel vectors and ReLU bits in memory, for the forward and the backward kernels.
 
-With ghost batches, rows fall into groups of `rows_per_group`, the last of which may be smaller; None stands for one
-group of all rows, and compiles to code that knows nothing of groups. Parts of the rows, tiles or splits, are counted
-group after group, and none crosses the end of its group.
+With ghost batches, rows form groups of `rows_per_group`; the last group may be smaller. None means one group of all
+rows, and compiles to code without groups. Parts of the rows (tiles or splits) are numbered group after group, and no
+part crosses the end of its group.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 def wait_for_previous_kernel(PDL: tl.constexpr):
     """Wait until the previous kernel has ended and its results are visible, then let the next one start.
 
-    With programmatic dependent launch kernels overlap: no memory may be accessed before this call.
+    With programmatic dependent launch, kernels overlap: a kernel must not access memory before this call.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -22,15 +22,15 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def wide(n):
-    """Return n as int64, even if it is 1, which Triton turns into a constant."""
+    """Return n as int64, even an n of 1, which Triton turns into a constant."""
     return tl.full([], 0, tl.int64) + n
 
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded. On a GPU `/` is so in fp64 alone; in fp32 it is up to 2 ulp off.
+    """Return a / b, correctly rounded. On a GPU `/` is correctly rounded only in fp64; in fp32 it is up to 2 ulp off.
 
-    It calls a subroutine, across which registers must be kept: not where loads of a tile are on their way.
+    Do not use it while loads of a tile are in flight: it calls a subroutine, across which registers must be kept.
     """
     if b.dtype == tl.float64:
         quotient = a / b
@@ -41,7 +41,7 @@ def divide(a, b):
 
 @triton.jit
 def group_of_rows(group, n_rows, rows_per_group):
-    """First row of a group of rows, and the row behind its last."""
+    """Return the first row of a group, and the row after its last."""
     if rows_per_group is None:
         start = 0
         end = n_rows
@@ -53,7 +53,7 @@ def group_of_rows(group, n_rows, rows_per_group):
 
 @triton.jit
 def locate(part, rows_per_part, n_rows, rows_per_group):
-    """A part of the rows: its group, first row (int64), and how many rows it has."""
+    """Return the group of a part of the rows, its first row (int64) and its number of rows."""
     if rows_per_group is None:
         group = 0
         first_row = wide(part) * rows_per_part
@@ -68,7 +68,7 @@ def locate(part, rows_per_part, n_rows, rows_per_group):
 
 @triton.jit
 def channels_of(channel_tile, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels of a tile of channels, and which of them exist."""
+    """Return the channels of a channel tile, and which of them exist."""
     offs_c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     if N_CHANNELS % BLOCK_C == 0:
         mask_c = tl.full([BLOCK_C], 1, tl.int1)
@@ -79,9 +79,9 @@ def channels_of(channel_tile, N_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def part_of_program(TILE: tl.constexpr, REVERSED: tl.constexpr = False):
-    """Return the part of the rows and the tile of channels of a program; tiles of channels vary fastest.
+    """Return a program's part of the rows and its channel tile; channel tiles vary fastest.
 
-    REVERSED counts from the last program, so that a second pass begins with what the first left in the L2 cache.
+    REVERSED counts from the last program, so that a second pass begins with the rows that are still in the L2 cache.
     """
     index = tl.program_id(0)
     if REVERSED:
@@ -92,16 +92,16 @@ def part_of_program(TILE: tl.constexpr, REVERSED: tl.constexpr = False):
 
 @triton.jit
 def tile_pointers(ptr, first_row, offs_c, n_spatial, TILE: tl.constexpr):
-    """Pointers [BLOCK_M, BLOCK_C] to the rows from `first_row` (int64) and the channels `offs_c`.
+    """Return pointers [BLOCK_M, BLOCK_C] to the rows from `first_row` (int64) and the channels `offs_c`.
 
     Row m is pixel m mod H·W of image m div H·W, in both layouts.
     """
     offs_m = tl.arange(0, TILE.block_m)
     if TILE.channels_last:
-        # Counted in 32 bits from the tile's first element, by numbers that all tiles share.
+        # 32-bit offsets from the tile's first element, the same for every tile.
         pointers = ptr + first_row * TILE.n_channels + (offs_m[:, None] * TILE.n_channels + offs_c[None, :])
     else:
-        # One 64-bit division per tile; the rows inside it are counted from their first image in 32 bits.
+        # One 64-bit division per tile; inside it, pixels are counted in 32 bits from the first image.
         first_image = first_row // n_spatial
         pixels = (first_row % n_spatial).to(tl.int32) + offs_m
         rows = (first_image + pixels // n_spatial) * TILE.n_channels * n_spatial + pixels % n_spatial
@@ -111,13 +111,13 @@ def tile_pointers(ptr, first_row, offs_c, n_spatial, TILE: tl.constexpr):
 
 @triton.jit
 def tile_mask(n_own, mask_c, TILE: tl.constexpr):
-    """Which elements [BLOCK_M, BLOCK_C] exist of a tile with `n_own` rows."""
+    """Return which elements [BLOCK_M, BLOCK_C] of a tile with `n_own` rows exist."""
     return (tl.arange(0, TILE.block_m) < n_own)[:, None] & mask_c[None, :]
 
 
 @triton.jit
 def load_tile(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr, LAST_USE: tl.constexpr = False):
-    """[BLOCK_M, BLOCK_C] from `first_row` on; rows behind the first `n_own` are 0. Without `ptr` just 0."""
+    """Load [BLOCK_M, BLOCK_C] from `first_row` on; rows after the first `n_own` are 0. Without `ptr`, return 0."""
     if ptr is None:
         tile = 0
     else:
@@ -129,7 +129,7 @@ def load_tile(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constex
 
 @triton.jit
 def load_tiles(ptr, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.constexpr, LAST_USE: tl.constexpr = False):
-    """N_TILES tiles, all of which are on their way before the first is used."""
+    """Load N_TILES tiles; all loads are in flight before the first tile is used."""
     tiles = ()
     for k in tl.static_range(TILE.n_tiles):
         row = k * TILE.block_m
@@ -145,7 +145,7 @@ def store_tile(ptr, tile, first_row, n_own, offs_c, mask_c, n_spatial, TILE: tl.
 
 @triton.jit
 def load_channel(ptr, offs_c, mask_c, default: tl.constexpr, acc_type: tl.constexpr):
-    """A per-channel vector in the accumulation type; `default` where the layer has no such vector."""
+    """Load a per-channel vector in the accumulation type; return `default` for each channel if the layer has none."""
     if ptr is None:
         value = tl.full(offs_c.shape, default, acc_type)
     else:
@@ -155,17 +155,17 @@ def load_channel(ptr, offs_c, mask_c, default: tl.constexpr, acc_type: tl.conste
 
 @triton.jit
 def normalize(x, mean, scale, bias):
-    """(x - mean)·scale + bias (N1). Written once, with an explicit fma: the backward recomputes ReLU's sign from it."""
+    """Return (x - mean)·scale + bias (N1). With an explicit fma, the backward recomputes ReLU's sign exactly."""
     return tl.fma(x - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape))
 
 
 @triton.jit
 def bit_offsets(first_row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
-    """Byte offsets (int64) and validity of a tile's ReLU bits; tiles start at multiples of eight rows and channels.
+    """Return byte offsets (int64) of a tile's ReLU bits, and which exist; tiles start at multiples of 8.
 
-    channels_last: [n_rows, ceil(n_channels / 8)] bytes, bit i of a byte is its channel 8·byte + i.
-    NCHW:          [n_channels, ceil(n_rows / 8)] bytes, bit i of a byte is its row 8·byte + i. Of groups, whose rows
-                   may be no multiple of eight, each has such bytes of its own rows, one group after the other.
+    channels_last: [n_rows, ceil(n_channels / 8)] bytes; bit i of a byte is channel 8·byte + i.
+    NCHW:          [n_channels, ceil(n_rows / 8)] bytes; bit i of a byte is row 8·byte + i. Each group has such an
+                   array of its own, one after the other, because its rows need not be a multiple of eight.
     """
     if TILE.channels_last:
         N_BYTES: tl.constexpr = (TILE.n_channels + 7) // 8
@@ -187,7 +187,7 @@ def bit_offsets(first_row, n_own, channel_tile, group, n_rows, rows_per_group, T
 
 @triton.jit
 def load_bits(ptr, first_row, n_own, channel_tile, group, n_rows, rows_per_group, TILE: tl.constexpr):
-    """The packed ReLU bits of a tile. Without `ptr` just 0."""
+    """Load a tile's packed ReLU bits. Without `ptr`, return 0."""
     if ptr is None:
         packed = 0
     else:
@@ -198,7 +198,7 @@ def load_bits(ptr, first_row, n_own, channel_tile, group, n_rows, rows_per_group
 
 @triton.jit
 def pack_bits(relu_mask, TILE: tl.constexpr):
-    """[BLOCK_M, BLOCK_C], true where ReLU closed -> uint8, eight neighbours along the contiguous axis to a byte."""
+    """Pack [BLOCK_M, BLOCK_C], true where ReLU's output is 0, into uint8: eight neighbours on the contiguous axis."""
     if TILE.channels_last:
         bits = tl.reshape(relu_mask.to(tl.int32), [TILE.block_m, TILE.block_c // 8, 8])
         packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
@@ -210,7 +210,7 @@ def pack_bits(relu_mask, TILE: tl.constexpr):
 
 @triton.jit
 def unpack_bits(packed, TILE: tl.constexpr):
-    """The inverse of `pack_bits`: truth values [BLOCK_M, BLOCK_C]."""
+    """Return the mask [BLOCK_M, BLOCK_C] that `pack_bits` packed."""
     if TILE.channels_last:
         bits = packed[:, :, None].to(tl.int32) >> tl.arange(0, 8)[None, None, :]
     else:

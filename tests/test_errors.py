@@ -89,7 +89,7 @@ CASES = {
     "running_mean to learn": (
         {"running_mean": VECTOR.clone().requires_grad_()},
         RuntimeError,
-        "running_mean must not require a gradient, there is none for it",
+        "running_mean must not require a gradient, got requires_grad=True",
     ),
     "negative eps": ({"eps": -1.0}, ValueError, "eps must be non-negative, got -1.0"),
     "eps of 0 when training": ({"eps": 0.0, "training": True}, ValueError, "eps must be positive when training"),

@@ -255,7 +255,7 @@ def test_synchronized_statistics_are_refused(monkeypatch):
     module = FusedSyncBatchNorm2d(4, ghost_batch_size=2)
     module(torch.randn(4, 4, 2, 2))  # of one process it is FusedBatchNorm2d
     monkeypatch.setattr(FusedSyncBatchNorm2d, "group", lambda self: object())
-    message = "ghost_batch_size must be None where statistics are those of several processes"
+    message = "ghost_batch_size must be None if several processes share batch statistics, got "
     assert_refuses(module, ValueError, message, torch.randn(4, 4, 2, 2))
 
 

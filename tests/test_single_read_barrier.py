@@ -75,7 +75,9 @@ def test_a_grid_that_would_not_run_at_once_is_refused(cut, device):
     with (
         mock.patch.object(tiles, "choose_single_read_tiles", lambda *_: cut),
         mock.patch.object(launch, "launch_kernel") as run,
-        pytest.raises(RuntimeError, match=r"must run at once.*: \d+ cannot hold the batch norm of 128 rows and 64"),
+        pytest.raises(
+            RuntimeError, match=r"must run at once.*: \d+ multiprocessors cannot hold the batch norm of 128 rows and 64"
+        ),
     ):
         single_read.forward(*arguments_of(x, NORM))
     run.assert_not_called()

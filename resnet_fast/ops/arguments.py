@@ -5,14 +5,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# How the residual enters: not at all, as it is (identity shortcut), or behind a batch norm of its own (projection).
+# How the residual enters: not at all, unchanged (identity shortcut), or through its own batch norm (projection).
 Join = Literal["none", "add", "bn"]
 
 
 class BatchNormArgs(NamedTuple):
-    """What one batch norm brings besides its input, in the order of `torch.nn.functional.batch_norm`.
+    """The arguments of one batch norm besides its input, in the order of `torch.nn.functional.batch_norm`.
 
-    Vectors have shape [C]. `training` selects batch statistics, which also update the running ones where there are any.
+    Args:
+        running_mean, running_var, weight, bias: [C] or None, all of the input's type or, for fp16 and bf16, all fp32.
+        training: whether to use batch statistics, which also update the running statistics if given.
+        momentum: share of the batch in the updated running statistics.
+        eps: added to the variance; may be 0 only without `training`.
     """
 
     running_mean: Tensor | None
@@ -24,14 +28,11 @@ class BatchNormArgs(NamedTuple):
     eps: float = 1e-5
 
 
-NO_NORM = BatchNormArgs(None, None)  # in the place of the residual's, where it has none
+NO_NORM = BatchNormArgs(None, None)  # for a residual without a batch norm
 
 
 class Settings(NamedTuple):
-    """Hold what a pass depends on besides tensors and momenta.
-
-    `ghost_batch_size`: images per group of batch statistics; 0 for all.
-    """
+    """The settings of a pass; `ghost_batch_size`: images per group of batch statistics, 0 for one group of all."""
 
     join: Join
     relu: bool
@@ -43,7 +44,7 @@ class Settings(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors and momenta of a pass; the first six may have gradients. Vectors have shape [C]."""
+    """The tensors and momenta of a pass; the first six can have gradients. Vectors have shape [C]."""
 
     x: Tensor
     residual: Tensor | None
@@ -67,7 +68,7 @@ class Inputs(NamedTuple):
 
 
 def join_of(residual: object, residual_norm: object) -> Join:
-    """Return how a residual, if there is one, enters."""
+    """Return how the residual enters, "none" if there is no residual."""
     return "none" if residual is None else "add" if residual_norm is None else "bn"
 
 
@@ -79,7 +80,7 @@ def arguments_of(
     relu: bool = True,
     ghost_batch_size: int = 0,
 ) -> tuple[Inputs, Settings]:
-    """Return the inputs and the settings of a pass, from the arguments of `batch_norm_add_relu`."""
+    """Convert the arguments of `batch_norm_add_relu` to the inputs and the settings of a pass."""
     mean, var, weight, bias, training, momentum, eps = norm
     other_mean, other_var, other_weight, other_bias, other_training, other_momentum, other_eps = (
         residual_norm or NO_NORM
@@ -92,9 +93,9 @@ def arguments_of(
 
 
 class PartialStatistics(NamedTuple):
-    """Partial results of `statistics_kernel`, [n_groups + n_splits, C, 2].
+    """The partial results of `statistics_kernel`, [n_groups + n_splits, C, 2].
 
-    First each group's pivot, then each split's shift (its mean is pivot + shift) and centered M2.
+    They are each group's pivot, and then each split's shift (its mean is pivot + shift) and centered M2.
     """
 
     partials: Tensor
@@ -102,10 +103,10 @@ class PartialStatistics(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """mean and rstd of the pass, [n_groups, C], as `normalize_kernel` takes them.
+    """The statistics that `normalize_kernel` uses: mean and rstd of the pass, [n_groups, C], and their sources.
 
-    It reads them; or stores them there, from running statistics or, with few `partials`, [1 + n_splits, C, 2], merged
-    from these, and then updates the running ones.
+    With few `partials`, [1 + n_splits, C, 2], the kernel merges them, stores mean and rstd, and updates the running
+    statistics. With running statistics alone it computes mean and rstd from them. With neither it reads mean and rstd.
     """
 
     mean: Tensor
@@ -116,13 +117,11 @@ class Statistics(NamedTuple):
     rows_per_split: int = 1
 
 
-NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]  # of the residual, where it has no batch norm
+NO_STATISTICS = Statistics(None, None)  # type: ignore[arg-type]  # for a residual without a batch norm
 
 
 class Outputs(NamedTuple):
-    """What the forward returns. `mean` and `rstd` of the pass, [n_groups, C] ([C] of several processes), are in the
-    accumulation type.
-    """
+    """The results of a forward; mean and rstd, [n_groups, C] ([C] over several processes), in the accumulation type."""
 
     y: Tensor
     relu_mask: Tensor | None
@@ -133,7 +132,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: the first six `Inputs`, `residual` for the bn join alone, and the `Outputs` except y."""
+    """The tensors that the backward reads: six `Inputs`, the residual only in the bn join, and `Outputs` except y."""
 
     x: Tensor
     residual: Tensor | None
@@ -149,13 +148,13 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, settings: Settings, outputs: Outputs) -> "Saved":
-        """Return what a forward leaves for its backward."""
+        """Return the tensors that a forward saves for its backward."""
         residual = inputs.residual if settings.join == "bn" else None
         return cls(inputs.x, residual, *inputs[2:6], *outputs[1:])
 
 
 class Gradients(NamedTuple):
-    """Hold those of the first six `Inputs`; None for an absent input, or where dresidual is dy itself."""
+    """The gradients of the first six `Inputs`; None for an absent input, or if dresidual is dy itself."""
 
     dx: Tensor
     dresidual: Tensor | None
@@ -166,5 +165,5 @@ class Gradients(NamedTuple):
 
 
 def accumulation_type(x: Tensor) -> torch.dtype:
-    """fp64 for fp64 data, else fp32: the type of statistics and sums."""
+    """Return the type of statistics and sums: fp64 for fp64 data, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

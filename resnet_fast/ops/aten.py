@@ -1,4 +1,4 @@
-"""The same operation as eager PyTorch runs it: what CPU tensors get, and what a caller gets by naming "aten"."""
+"""The backend "aten": batch norm + residual + ReLU in eager PyTorch, the default for CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ def batch_norm_add_relu(
     relu: bool,
     ghost_batch_size: int = 0,
 ) -> Tensor:
-    """relu(bn(x) + residual), differentiable by torch itself; in place where torchvision's blocks are.
+    """Compute relu(bn(x) + residual) with differentiable operators, in place wherever torchvision's blocks are.
 
-    `ghost_batch_size`: images per group of batch statistics, a group after the other; 0 for all.
+    `ghost_batch_size`: images per group of batch statistics, in order; 0 for one group of all images.
     """
     if 0 < ghost_batch_size < len(x):
         groups = x.split(ghost_batch_size)
@@ -32,5 +32,5 @@ def batch_norm_add_relu(
 
 
 def _batch_norm(x: Tensor, mean, var, weight, bias, training: bool, momentum: float, eps: float) -> Tensor:
-    """F.batch_norm without its check of the size, which has been made."""
+    """Compute F.batch_norm without its check of the size, which has been made already."""
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)

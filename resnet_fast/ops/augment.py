@@ -1,6 +1,6 @@
 """A training batch from bytes: gather, crop, mirror, cutout, normalize and cast, in one kernel or in plain PyTorch.
 
-Equations A1 to A3: kernels/augment.py. Both ways give the same bits.
+Equations A1 to A3: kernels/augment.py. The two implementations are bit-identical.
 """
 
 from functools import cache
@@ -31,19 +31,19 @@ def augment(
         images: [N, 3, H, W], uint8, channels_last.
         labels: [N], int64.
         plan: [B, 6], int32, on the device of the images: index, shift_y, shift_x, mirror, cut_y, cut_x.
-        mean, std: of images in [0, 1], per channel.
-        padding: pixels that a crop may reach beyond each edge; 0 for no crop.
-        reflect: whether it sees the image mirrored at the edge there, instead of black.
-        cutout: side of the square that is set to 0 (the mean color), in pixels; 0 for none.
-        dtype: of the result.
+        mean, std: the statistics of each channel, for pixels in [0, 1].
+        padding: how many pixels a crop may reach beyond each edge; 0 for no crop.
+        reflect: whether pixels beyond the edge are reflected, instead of black.
+        cutout: the side of the square that is set to 0 (the mean color), in pixels; 0 for none.
+        dtype: the type of the result.
 
     Returns:
-        [B, 3, H, W] in `dtype`, channels_last, and the labels, [B], int64.
+        The images, [B, 3, H, W] in `dtype`, channels_last, and their labels, [B], int64.
 
     Raises:
-        ValueError: images, labels or plan are not as above, or `reflect` with a padding of H or W and more.
+        ValueError: `images`, `labels` or `plan` are not as above, or with `reflect` the padding is not below H and W.
 
-    DeVries and Taylor 2017, arXiv:1708.04552, for the cutout.
+    Cutout is from DeVries and Taylor 2017, arXiv:1708.04552.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N, 3, H, W], torch.uint8, got {list(images.shape)}, {images.dtype}")
@@ -69,7 +69,7 @@ def augment(
 
 @cache
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C], fp32; once for each device, because a GPU waits for such a copy, and no graph can hold one."""
+    """Return [C], fp32. Copy once per device: a GPU waits for such a copy, and a CUDA graph cannot contain it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -85,7 +85,7 @@ def _augment(
     cutout: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`augment_launch.augment` in plain PyTorch."""
+    """Compute `augment_launch.augment` in plain PyTorch."""
     height, width = images.shape[2:]
     index, shift_y, shift_x, mirror, cut_y, cut_x = plan.long()[:, :, None].unbind(1)  # [B, 1] each
     i, j = torch.arange(height, device=plan.device), torch.arange(width, device=plan.device)

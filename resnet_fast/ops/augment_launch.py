@@ -1,4 +1,4 @@
-"""Launches the kernel that augments (kernels/augment.py). Imports triton."""
+"""The launch of the augmentation kernel (kernels/augment.py). Imports triton."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def augment(
     cutout: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The batch that `plan` describes, and its labels."""
+    """Return the batch that `plan` describes, and its labels."""
     n_batch, (height, width) = len(plan), images.shape[2:]
     y = torch.empty(n_batch, 3, height, width, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     batch_labels = labels.new_empty(n_batch)

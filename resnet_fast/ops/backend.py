@@ -1,6 +1,6 @@
-"""The one choice between the Triton kernels and ATen, and the one guarded import of triton.
+"""The only choice between the Triton kernels and ATen, and the only guarded import of triton.
 
-The modules that import triton, which launch kernels, are taken from here: without triton they are None.
+Import the modules that launch kernels from here: without triton they are None.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Backend = Literal["triton", "aten"]
-# A tensor without the wrapper that a transform of torch.func which has ended may have left around it.
+# Removes the wrapper that a finished torch.func transform may have left around a tensor.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # type: ignore[attr-defined]
 INTERPRETER = "TRITON_INTERPRET"  # the environment variable that Triton reads when kernels are imported
 
@@ -35,7 +35,7 @@ else:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """None where the Triton kernels run for tensors on `device`, else the reason why they do not."""
+    """Return None if the Triton kernels run for tensors on `device`, else the reason why they do not."""
     if _TRITON_MISSING is not None:
         return _TRITON_MISSING
     if device.type in ("cuda", "xpu"):  # ROCm calls its devices cuda, too
@@ -48,29 +48,29 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, which is for tests, and slow."""
+    """Return whether kernels run in Triton's interpreter, which is slow and meant for tests."""
     return _INTERPRETED
 
 
 def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
-    """The backend for x: the requested one, or Triton wherever it runs and there is something to compute, else ATen.
+    """Return the backend for x: the requested one, or else Triton if it runs here and x has elements, else ATen.
 
-    torch.export gets ATen, whose operators have gradients and run where this library is not installed, and so do the
-    transforms of torch.func, which need operators that transform.
+    torch.export uses ATen, whose operators have gradients and run where this library is not installed. The transforms
+    of torch.func also use it, because they need operators with transform rules.
 
     Raises:
-        ValueError: `requested` is no backend.
-        RuntimeError: `requested` is "triton" and cannot run x; a named choice never falls back in silence.
+        ValueError: `requested` is neither a backend nor None.
+        RuntimeError: `requested` is "triton", which cannot run x; an explicit choice never falls back silently.
     """
     if requested is not None and requested not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {requested!r}")
     if requested == "aten":
         return "aten"
-    # What torch.compiler.is_exporting() returns, which torch 2.11's compiler takes for true in torch.compile, too.
+    # The value of torch.compiler.is_exporting(), which torch 2.11's compiler assumes to be true in torch.compile, too.
     if torch.compiler._is_exporting_flag:
-        reason = "torch.export keeps ATen operators alone"
-    elif torch._C._are_functorch_transforms_active():  # as torch.autograd.Function asks
-        reason = "torch.func transforms ATen operators alone"
+        reason = "torch.export needs ATen operators"
+    elif torch._C._are_functorch_transforms_active():  # the check of torch.autograd.Function
+        reason = "torch.func needs ATen operators"
     else:
         reason = why_not_triton(x.device) if x.numel() > 0 else "x has no elements"
     if requested == "triton" and reason is not None:
@@ -79,7 +79,7 @@ def choose_backend(x: Tensor, requested: Backend | None = None) -> Backend:
 
 
 def is_plain(x: object) -> bool:
-    """Whether x is a tensor of which nothing traces, transforms or watches operators, as far as one can know."""
+    """Return whether x is a plain tensor and nothing that can be detected traces, transforms or watches operators."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
@@ -93,15 +93,15 @@ def is_plain(x: object) -> bool:
 
 
 def device_guard(x: Tensor):
-    """Makes x's device the current one, where kernels are launched."""
+    """Return a context in which x's device is the current one, on which kernels are launched."""
     return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
 
 
 @contextmanager
 def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Have cuDNN time its algorithms for each new shape, or not; never if they must be deterministic."""
+    """Turn cuDNN's timing of algorithms for each new shape on or off; it stays off if they must be deterministic."""
     is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    library: Any = torch._C  # torch.backends.cudnn refuses its own flags once torch's test suite has been imported
+    library: Any = torch._C  # torch.backends.cudnn rejects changes once torch's test suite has been imported
     before = library._get_cudnn_benchmark()
     library._set_cudnn_benchmark(enabled and not is_deterministic)
     try:

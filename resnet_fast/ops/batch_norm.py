@@ -1,8 +1,8 @@
 """The two operators on the Triton kernels: schemas, implementations and fakes.
 
-`torch.ops.resnet_fast.batch_norm_add_relu` and its `_backward` take flat arguments, because a schema knows no tuples,
-and return empty tensors for what there is not. `ghost_batch_size` is the number of images that share batch statistics,
-0 for all. Users call resnet_fast.functional, the only caller of these.
+`torch.ops.resnet_fast.batch_norm_add_relu` and its `_backward` have flat arguments, because schemas have no named
+tuples, and return an empty tensor for each absent result. `ghost_batch_size` is the number of images that share batch
+statistics, 0 for all. Only resnet_fast.functional, the public interface, calls these operators.
 """
 
 from typing import Any
@@ -43,28 +43,28 @@ _LIBRARY.define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dresidual_weight, Tensor dresidual_bias)",
 )
 
-# Autograd has no business with the operators: the gradient is the autograd.Function's in functional.py.
+# Autograd skips the operators: the autograd.Function in functional.py computes the gradient.
 for _name in ("batch_norm_add_relu", "batch_norm_add_relu_backward"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
-# The overloads themselves: looking them up costs more than calling them.
+# The overloads, looked up once: the lookup costs more than the call.
 forward_op = torch.ops.resnet_fast.batch_norm_add_relu.default
 backward_op = torch.ops.resnet_fast.batch_norm_add_relu_backward.default
 
 
 def _unpack(kind: Any, arguments: tuple) -> tuple[Any, Settings]:
-    """Return the inputs, or what is saved, and the settings, of an operator's flat arguments."""
+    """Split an operator's flat arguments into `Inputs` or `Saved` (`kind`), and the settings."""
     n = len(kind._fields)
     return kind(*arguments[:n]), Settings(*arguments[n:])
 
 
 def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors: an empty one stands for None."""
+    """Replace None by an empty tensor, because an operator can only return tensors."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 def _choose(operation: Operation, x: Tensor, settings: Settings, fork: bool = False) -> str:
-    """The implementation that runs: what the table names, unless it cannot run here."""
+    """Return the implementation that the table names, or `TWO_PASSES` if there is none or it cannot run here."""
     n_images, n_channels, height, width = x.shape
     if choices.is_empty(x.device) or x.dtype not in DTYPES or height != width:
         return TWO_PASSES
@@ -80,8 +80,8 @@ def _choose(operation: Operation, x: Tensor, settings: Settings, fork: bool = Fa
 
 
 def forward(inputs: Inputs, settings: Settings, statistics: PartialStatistics | None = None) -> Outputs:
-    """relu(bn(x) + residual) by the implementation that is chosen; `statistics`: of x, if they need no pass."""
-    choose_backend(inputs.x, "triton")  # or raise, with the reason
+    """Compute relu(bn(x) + residual) by the chosen implementation; `statistics` of x, if given, spare a pass."""
+    choose_backend(inputs.x, "triton")  # raises if Triton cannot run
     x = dense(inputs.x)
     inputs = inputs._replace(x=x, residual=None if inputs.residual is None else dense(inputs.residual, like=x))
     with device_guard(x):
@@ -113,8 +113,8 @@ def _forward_fake(*arguments) -> tuple[Tensor, ...]:
 
 
 def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings) -> Gradients:
-    """Its gradients by the implementation that is chosen."""
-    choose_backend(saved.x, "triton")  # or raise, with the reason
+    """Compute the gradients of `forward` by the chosen implementation."""
+    choose_backend(saved.x, "triton")  # raises if Triton cannot run
     x = dense(saved.x)
     dy_alias, residual = (t if t is None else dense(t, like=x) for t in (dy_alias, saved.residual))
     dy, saved = dense(dy, like=x), saved._replace(x=x, residual=residual)
@@ -131,7 +131,7 @@ def _backward(dy: Tensor, dy_alias: Tensor | None, *arguments) -> tuple[Tensor, 
 
 
 def recompute_y(saved: Saved, settings: Settings) -> Tensor:
-    """The forward's bn(x) before ReLU, of a pass without a residual, rounded as there."""
+    """Recompute bn(x) of a pass without a residual: before ReLU, rounded as in the forward."""
     inputs = Inputs(saved.x, None, saved.weight, saved.bias, None, None, None, None, 0.0, None, None, 0.0)
     statistics, shape = Statistics(saved.mean, saved.rstd), launch.Shape.of(saved.x, settings.ghost_batch_size)
     with device_guard(saved.x):

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `batch_norm_add_relu`, as F.batch_norm makes them, and in its order."""
+"""Checks of the arguments of `batch_norm_add_relu`, as in F.batch_norm and in the same order."""
 
 import math
 from numbers import Real
@@ -10,7 +10,7 @@ from . import distributed
 from .arguments import BatchNormArgs
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # what torch takes for a float, NumPy's among them
+NUMBERS = (float, int, Real, Tensor, torch.SymFloat, torch.SymInt)  # torch accepts these, also NumPy's, as a float
 VECTORS = BatchNormArgs._fields[:4]  # running_mean, running_var, weight, bias
 
 
@@ -22,7 +22,7 @@ def check_arguments(
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> None:
-    """Raise what `batch_norm_add_relu` documents, in the order of F.batch_norm."""
+    """Raise the errors that `batch_norm_add_relu` documents, in the order of F.batch_norm."""
     check_ghost_batch_size(ghost_batch_size)
     if residual_norm is not None and not isinstance(residual_norm, BatchNormArgs):
         raise TypeError(f"residual_norm must be a BatchNormArgs, got {type(residual_norm).__name__}")
@@ -51,12 +51,11 @@ def check_arguments(
 
 
 def _check_batch_size(x: Tensor, group: distributed.Group | None, ghost_batch_size: int | None) -> None:
-    """Raise unless there is something to take batch statistics of; an x without dimensions is refused later."""
+    """Raise if a group has one value per channel, which has no variance; an x without dimensions fails later."""
     if group is not None:
         if ghost_batch_size is not None:
             raise ValueError(
-                "ghost_batch_size must be None where statistics are those of several processes, which it would take "
-                f"apart, got {ghost_batch_size}"
+                f"ghost_batch_size must be None if several processes share batch statistics, got {ghost_batch_size}"
             )
         return
     if not isinstance(x, Tensor) or x.dim() == 0:
@@ -69,7 +68,7 @@ def _check_batch_size(x: Tensor, group: distributed.Group | None, ghost_batch_si
 
 
 def check_ghost_batch_size(value: int | None) -> None:
-    """Raise unless it is a number of images, or None."""
+    """Raise unless the value is a positive number of images, or None."""
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
@@ -79,18 +78,18 @@ def check_ghost_batch_size(value: int | None) -> None:
 
 
 def count_groups(x: Tensor, ghost_batch_size: int | None) -> int:
-    """How many groups of images have batch statistics of their own; as for torch, no images are a batch, too."""
+    """Return the number of groups with batch statistics of their own; as in torch, no images still make one batch."""
     return 1 if ghost_batch_size is None else max(1, -(-x.shape[0] // ghost_batch_size))
 
 
 def _group_sizes(x: Tensor, ghost_batch_size: int | None) -> tuple[int, int]:
-    """The number of images in the first and in the last group, the largest and the smallest."""
+    """Return the number of images in the first and in the last group, the largest and the smallest."""
     first = x.shape[0] if ghost_batch_size is None else min(ghost_batch_size, x.shape[0])
     return first, x.shape[0] - (count_groups(x, ghost_batch_size) - 1) * first
 
 
 def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
-    """Check the numbers, and that vectors are tensors; `prefix` names their norm."""
+    """Check the numbers, and that vectors are tensors; messages begin with `prefix`, the norm's name."""
     if not isinstance(norm.eps, NUMBERS):
         raise TypeError(f"{prefix}eps must be a number, got {norm.eps!r}")
     if norm.training and norm.eps <= 0:
@@ -105,7 +104,7 @@ def _check_settings(prefix: str, norm: BatchNormArgs) -> None:
 
 
 def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
-    """Check the vectors against x; `prefix` names their norm."""
+    """Check the vectors against x; messages begin with `prefix`, the norm's name."""
     n_channels = x.shape[1] if x.dim() > 1 else 0
     given = {name: vector for name, vector in zip(VECTORS, norm[:4], strict=True) if vector is not None}
     for name, vector in given.items():
@@ -114,7 +113,7 @@ def _check_vectors(prefix: str, x: Tensor, norm: BatchNormArgs) -> None:
         if vector.device != x.device:
             raise RuntimeError(f"{prefix}{name} must be on x's device {x.device}, got {vector.device}")
         if name.startswith("running") and vector.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{prefix}{name} must not require a gradient, there is none for it")
+            raise RuntimeError(f"{prefix}{name} must not require a gradient, got requires_grad=True")
     if norm.training and (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given both or neither")
     if not norm.training and x.numel() > 0 and (norm.running_mean is None or norm.running_var is None):

@@ -1,13 +1,13 @@
-"""Which implementation runs where there are several, by operation, type and shape, as `resnet-fast tune` measured it.
+"""The table of choices: the fastest implementation by operation, type and shape, as `resnet-fast tune` measured it.
 
-Without an entry convolutions are cuDNN's and a batch norm takes two passes over its input (kernels/README.md). Each GPU
-name has one file, $XDG_CACHE_HOME/resnet_fast/choices-<gpu>.json or ~/.cache/resnet_fast/choices-<gpu>.json:
+Without an entry, cuDNN computes convolutions, and a batch norm makes two passes over its input (kernels/README.md).
+Each GPU name has a file, $XDG_CACHE_HOME/resnet_fast/choices-<gpu>.json or ~/.cache/resnet_fast/choices-<gpu>.json:
 
     {"environment": {"gpu": …, "torch": …, "triton": …, "cudnn": …, "resnet_fast": …, "kernels": …},
      "entries": [{"problem": {…}, "choice": {"implementation": …, "tiles": null or {…}}}, …]}
 
-It counts only in the environment in which it was measured. A file may hold anything, so every field is checked. A file
-that does not count is one warning; nothing here stops a training.
+A file counts only in the environment in which it was measured. It may hold anything, so every field is checked. A file
+that does not count gives one warning; no error here stops a training run.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ from resnet_fast.common.machine import device_name, slug, triton_version
 from .arguments import Join
 from .implementations import CONV3X3, DEFAULTS, DTYPES, IMPLEMENTATIONS, Choice, Problem, tiles_of
 
-SWITCH = "RESNET_FAST_TUNED"  # the environment variable: "0" turns tables off
+SWITCH = "RESNET_FAST_TUNED"  # environment variable; "0" turns tables off
 AGAIN = "delete it or run `resnet-fast tune` again"
 KERNELS = Path(__file__).parents[1] / "kernels"
-MAX_BYTES = 2**24  # a table of thousands of entries takes a tenth
+MAX_BYTES = 2**24  # ten times as much as thousands of entries need
 
 Entries = Mapping[Problem, Choice]
-Environment = dict[str, Any]  # what a measurement depends on, by name
+Environment = dict[str, Any]  # everything that a measurement depends on, by name
 _replaced: list[Entries] = []
 
 
@@ -47,12 +47,12 @@ def choose(problem: Problem, device: torch.device) -> Choice:
 
 
 def is_empty(device: torch.device) -> bool:
-    """Whether every choice is the default."""
+    """Return whether every choice is the default."""
     return not table(device)
 
 
 def is_replaced() -> bool:
-    """Whether the entries are those of `using`."""
+    """Return whether `using` has replaced the entries."""
     return bool(_replaced)
 
 
@@ -63,7 +63,7 @@ def table(device: torch.device) -> Entries:
 
 @contextmanager
 def using(entries: Entries) -> Iterator[None]:
-    """Have these entries, and no others, count in the whole process inside the context: only one thread may use it."""
+    """Replace all entries inside the context, for the whole process. Only one thread may use it at a time."""
     _replaced.append(entries)
     try:
         yield
@@ -72,13 +72,13 @@ def using(entries: Entries) -> Iterator[None]:
 
 
 def is_off() -> bool:
-    """Whether tables are turned off, so that the defaults run."""
+    """Return whether tables are turned off, so that the defaults run."""
     return os.environ.get(SWITCH) == "0"
 
 
 def environment_of(device: torch.device) -> Environment:
     """Return the environment in which a table for this GPU would be measured now."""
-    # As text, the sources of the kernels do not depend on their line ends.
+    # Read as text, the sources do not depend on line endings.
     sources = [f"{path.name}\n{path.read_text(encoding='utf-8')}\0" for path in sorted(KERNELS.glob("*.py"))]
     return {
         "gpu": device_name(device),
@@ -91,9 +91,9 @@ def environment_of(device: torch.device) -> Environment:
 
 
 def find_table(environment: Environment) -> tuple[Path | None, Entries, str]:
-    """Return the file of the environment's GPU, its entries, and why they do not count, or "".
+    """Return the path for the environment's GPU, its entries, and why they do not count ("" if they do).
 
-    The file need not exist. It is None if the system names no home.
+    The file need not exist. The path is None if there is no home directory.
     """
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -108,17 +108,17 @@ def find_table(environment: Environment) -> tuple[Path | None, Entries, str]:
 
 
 def read(path: Path, environment: Environment) -> dict[Problem, Choice]:
-    """Return the entries of a table; none if there is no file.
+    """Return the entries of a table; none if the file does not exist.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no table of this environment; the message names the rule and the value.
+        ValueError: the file is no table of this environment; the message names the rule and the value.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    if not stat.S_ISREG(mode):  # a pipe would be waited for
+    if not stat.S_ISREG(mode):  # reading a pipe would block
         raise ValueError(f"it must be a regular file, got {stat.filemode(mode)}")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
@@ -139,13 +139,13 @@ def read(path: Path, environment: Environment) -> dict[Problem, Choice]:
 
 
 def add(path: Path, environment: Environment, entries: Entries) -> None:
-    """Put entries into a table and keep those of other problems; replace a file that does not count.
+    """Add entries to a table, keeping those of other problems, or replace a file that does not count.
 
     The file is written as a whole and without a lock. If two processes add at once, the last one wins: the other's
     entries may be missing until it adds again. `resnet-fast tune` adds all its entries after each problem.
 
     Raises:
-        OSError: the file cannot be read or written; it stays what it was.
+        OSError: the file cannot be read or written; it is left unchanged.
     """
     try:
         there = read(path, environment)
@@ -164,7 +164,7 @@ def _load(device: torch.device) -> Entries:
         return {}
     try:
         path, entries, problem = find_table(environment_of(device))
-    except Exception as error:  # whatever a broken driver or disk raises
+    except Exception as error:  # a broken driver or disk can raise anything
         path, entries, problem = "the table of choices", {}, one_line(error)
     if problem:
         warnings.warn(f"{path} is not used, the defaults run: {problem}; {AGAIN}", stacklevel=2)

@@ -1,6 +1,6 @@
 """Launches of the 3x3 convolution and its data gradient (kernels/conv3x3.py). Imports triton.
 
-Tensors arrive checked (pairs.py): [N, C, H, W] in channels_last, on one device, in one type.
+Callers (pairs.py) have checked the tensors: [N, C, H, W] in channels_last, on one device, of one type.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .arguments import Gradients, PartialStatistics, Saved
 
 
 def fits(tiling: ConvTiles, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a multiprocessor has the shared memory that a program takes; in the interpreter there is no limit."""
+    """Return whether a program fits in a multiprocessor's shared memory; the interpreter has no limit."""
     if device.type != "cuda":
         return True
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -24,35 +24,36 @@ def fits(tiling: ConvTiles, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def is_pipelined(device: torch.device) -> bool:
-    """Whether blocks are loaded while others are multiplied: by TMA, since sm_90. Without it descriptors become
-    addresses, and Triton loads blocks of 16-bit types one after the other.
+    """Return whether blocks are loaded while others are multiplied, which needs TMA (sm_90 and newer).
+
+    Without TMA, descriptors become addresses, and Triton loads blocks of 16-bit types one after the other.
     """
     return device.type != "cuda" or (launch.nvidia_capability(device) or 0) >= 90
 
 
 def box(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
-    """x: [N, C, H, W] as [N, H, W, C], of which a block is `n_pixels` pixels, whole lines, by `n_channels` channels."""
+    """View x: [N, C, H, W] as [N, H, W, C]; a block is `n_pixels` pixels, in whole lines, by `n_channels` channels."""
     width = x.shape[3]
     n_lines = min(n_pixels // width, width)
     pixels, n_x = x.permute(0, 2, 3, 1), x.shape[1]
-    strides = [width * width * n_x, width * n_x, n_x, 1]  # of one image, x may have others
+    strides = [width * width * n_x, width * n_x, n_x, 1]  # x's own may differ if N is 1
     return TensorDescriptor(
         pixels, list(pixels.shape), strides, [n_pixels // (n_lines * width), n_lines, width, n_channels]
     )
 
 
 def rows(x: Tensor, n_pixels: int, n_channels: int) -> TensorDescriptor:
-    """x: [N, C, H, W] as [N·H·W, C]."""
+    """View x: [N, C, H, W] as [N·H·W, C]."""
     return TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1).flatten(0, 2), [n_pixels, n_channels])
 
 
 def taps(weight: Tensor, block: list[int]) -> TensorDescriptor:
-    """weight: [C_out, C_in, 3, 3] in channels_last as [C_out, 9·C_in]."""
+    """View weight: [C_out, C_in, 3, 3], channels_last, as [C_out, 9·C_in]."""
     return TensorDescriptor.from_tensor(weight.permute(0, 2, 3, 1).flatten(1), block)
 
 
 def parts_of(x: Tensor, tiling: ConvTiles) -> tuple[int, int, int]:
-    """Rows of x, rows of a part, and how many parts there are."""
+    """Return the number of rows of x, of rows per part, and of parts."""
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     rows_per_part = tiling.block_m * tiling.per_program
     return n_rows, rows_per_part, -(-n_rows // rows_per_part)
@@ -80,7 +81,7 @@ def launch_kernel(kernel, tiling: ConvTiles, x: Tensor, out: Tensor, **arguments
 
 
 def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, PartialStatistics]:
-    """The convolution of x: [N, C_in, H, W] with weight: [C_out, C_in, 3, 3], and its result's statistics, in parts."""
+    """Convolve x: [N, C_in, H, W] with weight: [C_out, C_in, 3, 3]; return the result and its partial statistics."""
     _, rows_per_part, n_parts = parts_of(x, tiling)
     y = empty_output(x, len(weight))
     partials = torch.empty(1 + n_parts, len(weight), 2, dtype=torch.float32, device=x.device)
@@ -100,9 +101,9 @@ def forward(x: Tensor, weight: Tensor, tiling: ConvTiles) -> tuple[Tensor, Parti
 def data_gradient(
     dout: Tensor, conv_weight: Tensor, tiling: ConvTiles, saved: Saved, dy_alias: Tensor | None
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """dz, its sums [2 or 3, 1, C_in], and the vectors' gradients, of the batch norm that saved `saved`.
+    """Return dz, its sums, [2 or 3, 1, C_in], and the vectors' gradients of the batch norm that saved `saved`.
 
-    Its output y, relu(bn(x) + residual), is the convolution's input; `dy_alias` is the gradient of y's other consumer.
+    Its output y = relu(bn(x) + residual) is the convolution's input. `dy_alias` is the gradient of y's other consumer.
     """
     _, _, n_parts = parts_of(dout, tiling)
     n_channels = conv_weight.shape[1]

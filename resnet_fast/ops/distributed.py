@@ -1,8 +1,8 @@
-"""Batch norm over the batches of several processes, on the Triton kernels or in plain PyTorch where ATen is chosen.
+"""Batch norm over the batches of several processes, on the Triton kernels or, if ATen is chosen, in plain PyTorch.
 
-Forward: mean and variance of the own rows, one all_gather, Chan's formula (S2) in fp64, then the normalization.
-Backward: the sums of the own rows (B2), one all_reduce, then dx (B4). The processes' batches may differ in size, and
-one may be empty.
+Forward: mean and variance of this process's rows, one all_gather, Chan's formula (S2) in fp64, then the normalization.
+Backward: the sums over this process's rows (B2), one all_reduce, then dx (B4). Batches may differ in size between
+processes, and may be empty.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from .layout import dense
 
 
 class Group(NamedTuple):
-    """The processes whose batches are normalized together, and the layer, which their errors name."""
+    """The processes that normalize their batches together, and the layer's name, for error messages."""
 
     processes: dist.ProcessGroup
     layer: str
@@ -41,7 +41,7 @@ class Group(NamedTuple):
         return gathered
 
     def add_up(self, tensor: Tensor) -> None:
-        """Put the sum over all processes in place of the own values."""
+        """Replace the tensor by its sum over all processes."""
         self._wait_for_all(dist.all_reduce, tensor)
 
     def _wait_for_all(self, collective: Callable, *tensors) -> None:
@@ -55,9 +55,9 @@ class Group(NamedTuple):
 
 
 def forward(inputs: Inputs, settings: Settings, group: Group) -> tuple[Outputs, Tensor]:
-    """relu(bn(x) + residual) with the statistics of all processes' batches, and how many rows those have.
+    """Compute relu(bn(x) + residual) with the statistics of all processes' batches; also return their number of rows.
 
-    On ATen `relu_mask` is a bool tensor like x, given wherever there is ReLU.
+    On ATen `relu_mask` is a bool tensor like x, and present with every ReLU.
     """
     x = inputs.x
     on_triton = choose_backend(x) == "triton"
@@ -76,7 +76,7 @@ def forward(inputs: Inputs, settings: Settings, group: Group) -> tuple[Outputs, 
 def backward(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, total_rows: Tensor, group: Group
 ) -> Gradients:
-    """dx as one process would compute it on the joint batch; the parameters' gradients are the own rows' part."""
+    """Compute dx as for the joint batch; the parameters' gradients are sums over this process's rows alone."""
     dy = dense(dy, like=saved.x)
     dy_alias = None if dy_alias is None else dense(dy_alias, like=saved.x)
     with device_guard(saved.x):
@@ -86,12 +86,12 @@ def backward(
         dz, partials, n_splits = launch.partial_sums(dy, dy_alias, saved, settings, shape)
         sums, gradients = launch.combine_gradients(partials, 1, n_splits, saved)
         group.add_up(sums)
-        sums *= shape.n_rows / total_rows  # the kernel divides by the own rows
+        sums *= shape.n_rows / total_rows  # the kernel divides by this process's rows
         return launch.input_gradients(dy, dz, saved, settings, shape, gradients, sums)
 
 
 def _moments(x: Tensor, on_triton: bool) -> Tensor:
-    """Mean and biased variance of the own rows, [2, C] in fp64, where squares of huge values fit; 0 without rows."""
+    """Return mean and biased variance of x's rows, [2, C], 0 without rows; in fp64 squares of huge values fit."""
     moments = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     if on_triton:
         moments[0] = launch.moments(x, var=moments[1])
@@ -101,7 +101,7 @@ def _moments(x: Tensor, on_triton: bool) -> Tensor:
 
 
 def _gather(x: Tensor, own: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all processes' rows, [tensors, 2, C], and their number, in fp64, by one collective."""
+    """Return mean and variance of all processes' rows, [tensors, 2, C], and their number, by one collective in fp64."""
     count = torch.full((1,), len(x) * x.shape[2:].numel(), dtype=torch.float64, device=x.device)
     packed = torch.cat([count, *(moments.flatten() for moments in own)])
     gathered = group.gather(packed)
@@ -114,14 +114,14 @@ def _gather(x: Tensor, own: list[Tensor], group: Group) -> tuple[Tensor, Tensor]
 
 
 def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Tensor) -> Statistics:
-    """mean and rstd of the pass; the running statistics are updated, or used in place of `moments`."""
+    """Return mean and rstd of the pass; update the running statistics, or use them if they are frozen."""
     mean, var = moments
     running_mean, running_var = norm.running_mean, norm.running_var
     if running_mean is not None and running_var is not None:
         if norm.training:
             unbiased = var * (total_rows / (total_rows - 1))
             for running, new in ((running_mean, mean), (running_var, unbiased)):
-                # A joint batch of one row has no variance, one without rows no mean: it leaves the statistics alone.
+                # Without rows there is no mean, and with one row no variance: leave the running statistics unchanged.
                 running.lerp_(new.to(running.dtype).where(total_rows > 1, running), norm.momentum)
         else:
             mean, var = running_mean.double(), running_var.double()
@@ -130,7 +130,7 @@ def _statistics(x: Tensor, norm: BatchNormArgs, moments: Tensor, total_rows: Ten
 
 
 def _normalize(inputs: Inputs, settings: Settings, statistics: Statistics, residual_statistics: Statistics) -> Outputs:
-    """`launch.normalize` in plain PyTorch."""
+    """Compute `launch.normalize` in plain PyTorch."""
     x, residual, weight, bias, residual_weight, residual_bias = inputs[:6]
     mean, rstd, residual_mean, residual_rstd = *statistics[:2], *residual_statistics[:2]
     z = reference.normalize(x.to(mean.dtype), mean, rstd, weight, bias)
@@ -147,7 +147,7 @@ def _normalize(inputs: Inputs, settings: Settings, statistics: Statistics, resid
 def _backward(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, total_rows: Tensor, group: Group
 ) -> Gradients:
-    """`backward` in plain PyTorch; the collective is that of the kernels, since another process may run on them."""
+    """Compute `backward` in plain PyTorch, with the kernels' collective: other processes may run on the kernels."""
     dresidual = dy if dy_alias is None else dy + dy_alias
     if saved.relu_mask is not None:
         dresidual = dresidual.masked_fill(saved.relu_mask, 0)
@@ -184,7 +184,7 @@ def _backward(
 
 
 def differentiable_statistics(x: Tensor, total_rows: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all processes' rows, for derivatives of any order."""
+    """Return mean and biased variance of all processes' rows, with derivatives of any order."""
     mean = _AllReduce.apply(x.sum(reference.PER_CHANNEL), group) / total_rows.to(x.dtype)
     centered = x - mean[None, :, None, None]
     return mean, _AllReduce.apply(centered.square().sum(reference.PER_CHANNEL), group) / total_rows.to(x.dtype)

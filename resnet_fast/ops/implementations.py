@@ -1,4 +1,4 @@
-"""What there is to choose among: operations, their implementations, and the block sizes of these."""
+"""The operations that have several implementations, these implementations, and their block sizes."""
 
 from typing import Literal, NamedTuple
 
@@ -7,13 +7,13 @@ import torch
 from resnet_fast.kernels.conv_tiles import ConvTiles, conv_candidates
 
 Operation = Literal["convolution", "data gradient", "batch norm", "batch norm backward"]
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # others have no choice
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # other types always use the default
 
 
 class Problem(NamedTuple):
-    """What is chosen for. Convolutions are 3x3, stride 1, padding 1; maps are square; the layout is channels_last.
+    """An operation with its type and shape. Convolutions are 3x3, stride 1, padding 1; maps square and channels_last.
 
-    `join` and `fork` are those of a batch norm; of a data gradient, those of the batch norm whose sums it computes.
+    `join` and `fork` belong to the batch norm; for a data gradient, to the batch norm whose sums it computes.
     """
 
     operation: Operation
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """An implementation by its name, below; `tiles` are those of conv3x3."""
+    """An implementation by its name in `IMPLEMENTATIONS`; only conv3x3 has `tiles`."""
 
     implementation: str
     tiles: ConvTiles | None = None
@@ -35,8 +35,8 @@ class Choice(NamedTuple):
 
 CUDNN, CONV3X3 = "cudnn", "conv3x3"
 TWO_PASSES, REVERSED, SINGLE_READ = "two passes", "two passes, reversed", "single read"
-# By operation, in the order in which they are tuned: conv3x3 is compared with cuDNN and the batch norm that was chosen.
-# The default is the first.
+# The implementations of each operation; the first is the default. Operations are tuned in this order, because conv3x3
+# is compared with cuDNN and the chosen batch norm.
 IMPLEMENTATIONS: dict[Operation, tuple[str, ...]] = {
     "batch norm": (TWO_PASSES, REVERSED, SINGLE_READ),
     "batch norm backward": (TWO_PASSES, REVERSED, SINGLE_READ),
@@ -47,7 +47,7 @@ DEFAULTS: dict[Operation, Choice] = {operation: Choice(names[0]) for operation, 
 
 
 def tiles_of(problem: Problem) -> list[ConvTiles]:
-    """The block sizes of conv3x3 that there are for a problem."""
+    """Return the candidate block sizes of conv3x3 for a problem."""
     n_in, n_out, n_rows = problem.in_channels, problem.out_channels, problem.n_images * problem.width**2
     if problem.operation == "data gradient":
         return conv_candidates(n_out, n_in, n_rows, with_sums=True)

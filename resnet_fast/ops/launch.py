@@ -1,6 +1,6 @@
-"""Allocates outputs and partial results, chooses grids and launches the kernels of the batch norm. Imports triton.
+"""Launches of the batch norm's kernels: allocation of results and buffers, grids, compiler options. Imports triton.
 
-Tensors arrive checked: 4-D, on one device, dense, and all image-shaped ones in the layout of x.
+Callers have checked the tensors: 4-D, dense, on one device, and those with the shape of x in its layout.
 """
 
 from functools import cache, lru_cache
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     n_channels: int
     n_spatial: int
     channels_last: bool
-    rows_per_group: int  # those of `ghost_batch_size` images, or all
+    rows_per_group: int  # rows of `ghost_batch_size` images, or all rows
 
     @classmethod
     def of(cls, x: Tensor, ghost_batch_size: int = 0) -> "Shape":
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """As the kernels take them, to which None says that there is one group."""
+        """The kernels' size arguments; `rows_per_group` is None for one group."""
         return {
             "n_rows": self.n_rows,
             "n_spatial": self.n_spatial,
@@ -73,7 +73,7 @@ class Shape(NamedTuple):
 
 
 def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /, **arguments) -> None:
-    """The one place where a kernel is launched; `options` of its compiler instead of `compiler_options`."""
+    """Launch a kernel; every launch goes through here. `options` replace those of `compiler_options`."""
     if options is None:
         first = next(iter(arguments.values()))  # a tensor
         options = compiler_options(arguments, nvidia_capability(first.device))
@@ -81,13 +81,13 @@ def launch_kernel(kernel, grid: tuple, options: dict[str, Any] | None = None, /,
 
 
 def pointers(kernel, tensors: Any, prefix: str = "") -> dict[str, Tensor | None]:
-    """The tensors of a NamedTuple that the kernel takes, by its names: `weight` as weight_ptr."""
+    """Return the fields of a NamedTuple that are arguments of the kernel, named as there: `weight` as weight_ptr."""
     named = {f"{prefix}{name}_ptr": tensor for name, tensor in tensors._asdict().items()}
     return {name: tensor for name, tensor in named.items() if name in kernel.arg_names}
 
 
 def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[str, Any]:
-    """How a kernel with these arguments is compiled and launched; `capability`: as of `nvidia_capability`."""
+    """Return the options to compile and launch a kernel with these arguments; `capability`: see `nvidia_capability`."""
     tile = arguments.get("TILE")
     options: dict[str, Any] = {"num_warps": tile.num_warps if tile else tiles.NUM_WARPS}
     if capability is not None:
@@ -100,7 +100,7 @@ def compiler_options(arguments: dict[str, Any], capability: int | None) -> dict[
 
 @cache
 def nvidia_capability(device: torch.device) -> int | None:
-    """The compute capability, 90 for 9.0; None where `device` is no GPU of NVIDIA's."""
+    """Return the compute capability, 90 for 9.0; None if `device` is not an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -109,22 +109,22 @@ def nvidia_capability(device: torch.device) -> int | None:
 
 @cache
 def has_pdl(device: torch.device) -> bool:
-    """Whether kernels on `device` can be started while the one before runs: programmatic dependent launch."""
-    # CUDA graphs can record such launches since the driver of CUDA 12.3.
+    """Return whether `device` has programmatic dependent launch: a kernel can start while the previous one runs."""
+    # CUDA graphs can record such launches with drivers of CUDA 12.3 and newer.
     return (nvidia_capability(device) or 0) >= 90 and torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
 
 
-_choose_tiles = lru_cache(1024)(tiles.choose_tiles)  # every launch asks for its tiles
+_choose_tiles = lru_cache(1024)(tiles.choose_tiles)  # called at every launch
 
 
 def choose_tiles(shape: Shape, x: Tensor, n_tensors: int, reduction_programs: int = 0) -> tiles.Tiles:
-    """The tiles of a kernel that reads `n_tensors` like x: of a reduction by so many programs, or of a pass."""
+    """Return the tiles of a kernel that reads `n_tensors` like x; see `tiles.choose_tiles`."""
     tile_bytes = tiles.THREAD_ELEMENTS * x.element_size() * n_tensors
     return _choose_tiles(*shape, tile_bytes, reduction_programs)
 
 
 def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
-    """The partial results of `statistics_kernel`."""
+    """Launch `statistics_kernel` and return its partial results."""
     tiling = choose_tiles(shape, x, 1, tiles.STATISTICS_PROGRAMS)
     partials = torch.empty(
         shape.n_groups + tiling.n_parts, shape.n_channels, 2, dtype=accumulation_type(x), device=x.device
@@ -146,9 +146,9 @@ def partial_statistics(x: Tensor, shape: Shape) -> PartialStatistics:
 def combine_statistics(
     partial: PartialStatistics, norm: BatchNormArgs, shape: Shape, var: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """mean and rstd [n_groups, C] of the pass; the running statistics are updated in place.
+    """Merge partial results into mean and rstd, [n_groups, C]; update the running statistics in place.
 
-    `var`: [n_groups, C] in fp64, receives the batch's biased variance.
+    `var`, [n_groups, C] in fp64, receives the batch's biased variance.
     """
     partials, rows_per_split = partial
     group_splits = -(-shape.rows_per_group // rows_per_split)
@@ -179,7 +179,7 @@ def combine_statistics(
 
 
 def moments(x: Tensor, var: Tensor) -> Tensor:
-    """Return the mean, [C], of all rows; `var`: [C] in fp64, receives their biased variance."""
+    """Return the mean of all rows, [C]; `var`, [C] in fp64, receives their biased variance."""
     shape = Shape.of(x)
     return combine_statistics(partial_statistics(x, shape), NO_NORM, shape, var)[0][0]
 
@@ -187,11 +187,11 @@ def moments(x: Tensor, var: Tensor) -> Tensor:
 def find_statistics(
     x: Tensor, norm: BatchNormArgs, shape: Shape, partial: PartialStatistics | None = None
 ) -> Statistics:
-    """Mean and rstd of the pass, or what `normalize_kernel` takes them from. `partial`: of x, if they need no pass."""
+    """Return mean and rstd, or their sources for `normalize_kernel`. `partial` results of x, if given, spare a pass."""
     running = (norm.running_mean, norm.running_var)
     if not norm.training:
         return Statistics(*empty_statistics(x, shape), *running)
-    # A convolution's partial results have other splits than the residual's, and one launch merges one kind.
+    # A convolution's partial results have other splits than the residual's, and `normalize_kernel` supports one kind.
     is_combined = partial is not None or shape.n_groups > 1
     partial = partial or partial_statistics(x, shape)
     if is_combined or len(partial.partials) - 1 > tiles.FEW_SPLITS:
@@ -207,10 +207,10 @@ def empty_statistics(like: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 def forward(
     inputs: Inputs, settings: Settings, reverse: bool = False, partial: PartialStatistics | None = None
 ) -> Outputs:
-    """relu(bn(x) + residual); ReLU's bits are written where there is a residual.
+    """Compute relu(bn(x) + residual), and ReLU's bits if there is a residual.
 
-    `reverse`: whether the second pass walks from the last tile to the first. `partial`: statistics of x, if they need
-    no pass.
+    `reverse`: whether the second pass goes from the last tile to the first. `partial`: partial statistics of x, which
+    spare a pass.
     """
     shape = Shape.of(inputs.x, settings.ghost_batch_size)
     norm, residual_norm = inputs.norms(settings)
@@ -228,7 +228,7 @@ def normalize(
     shape: Shape,
     reverse: bool = False,
 ) -> Outputs:
-    """`forward` with the statistics of x and, in the bn join, of the residual."""
+    """Compute `forward`, given the statistics of x and, in the bn join, of the residual."""
     x, residual = inputs.x, inputs.residual
     merged = statistics.partials if statistics.partials is not None else residual_statistics.partials
     n_splits = 1 if merged is None else len(merged) - 1
@@ -239,7 +239,7 @@ def normalize(
     launch_kernel(
         kernel,
         (tiling.n_programs,),
-        **pointers(kernel, inputs) | merged_pointers,  # running statistics only where this launch updates them
+        **pointers(kernel, inputs) | merged_pointers,  # running statistics only if this launch updates or reads them
         y_ptr=y,
         relu_mask_ptr=relu_mask,
         **shape.sizes,
@@ -259,14 +259,14 @@ def normalize(
 
 
 def empty_outputs(inputs: Inputs, settings: Settings, shape: Shape) -> tuple[Tensor, Tensor | None]:
-    """y, and ReLU's bits where there are any."""
+    """Allocate y and, if they are needed, ReLU's bits."""
     has_mask = settings.relu and inputs.residual is not None
     relu_mask = torch.empty(shape.relu_mask, dtype=torch.uint8, device=inputs.x.device) if has_mask else None
     return torch.empty_like(inputs.x), relu_mask
 
 
 def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, reverse: bool = False) -> Gradients:
-    """Gradients of relu(bn(x) + residual): one pass for the sums, one for dx (and the bn join's dresidual)."""
+    """Compute the gradients of relu(bn(x) + residual): one pass for the sums, one for dx and a bn join's dresidual."""
     shape = Shape.of(saved.x, settings.ghost_batch_size)
     dz, partials, group_splits = partial_sums(dy, dy_alias, saved, settings, shape)
     if shape.n_groups == 1 and group_splits <= tiles.FEW_SPLITS:
@@ -279,11 +279,11 @@ def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settin
 def partial_sums(
     dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings, shape: Shape
 ) -> tuple[Tensor | None, Tensor, int]:
-    """dz where the second pass reads it, the sums of every split, [2 or 3, n_splits, C], and the splits of a group.
+    """Return dz if the second pass reads it, the sums of each split, [2 or 3, n_splits, C], and the splits per group.
 
-    The sums are those of dz, dz·x̂ and, in the bn join, the residual's.
+    The sums are Σ dz, Σ dz·x̂ and, in the bn join, Σ dz times the residual's x̂.
     """
-    # Behind a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
+    # With a mask or a fork the second pass would read more than dz; else it reads dy and recomputes ReLU from x.
     writes_dz = saved.relu_mask is not None or dy_alias is not None
     is_bn_join = settings.join == "bn"
     tiling = choose_tiles(shape, saved.x, 2 + (dy_alias is not None) + is_bn_join, tiles.REDUCE_PROGRAMS)
@@ -317,9 +317,7 @@ def empty_gradients(saved: Saved) -> Gradients:
 
 
 def combine_gradients(partials: Tensor, n_groups: int, group_splits: int, saved: Saved) -> tuple[Tensor, Gradients]:
-    """The sums of every group, [2 or 3, n_groups, C], of the partial ones, [2 or 3, n_splits, C], and the gradients of
-    the vectors, [C].
-    """
+    """Add up the partial sums: return each group's, [2 or 3, n_groups, C], and the vectors' gradients, [C]."""
     gradients = empty_gradients(saved)
     n_sums, n_splits, n_channels = partials.shape
     sums = partials.new_empty(n_sums, n_groups, n_channels)
@@ -353,12 +351,13 @@ def input_gradients(
     partials: Tensor | None = None,
     reverse: bool = False,
 ) -> Gradients:
-    """Add dx and dresidual to the gradients: from the `sums` of every group; or from few `partials`, and then the
-    gradients of the vectors are stored, too.
+    """Add dx and dresidual to the gradients, from the `sums` of each group or from few `partials`.
+
+    With `partials` the kernel also stores the vectors' gradients.
     """
     n_splits = 1 if partials is None else partials.shape[1]
     is_bn_join = settings.join == "bn"
-    # In the bn join more tiles than those of five tensors would have do not fit into the registers.
+    # In the bn join only as many tiles fit in the registers as five tensors would have.
     tiling = choose_tiles(shape, saved.x, 5 if is_bn_join else 2)
     dx, dresidual = torch.empty_like(saved.x), torch.empty_like(saved.x) if is_bn_join else None
     kernel = batch_norm_backward.input_gradients_kernel

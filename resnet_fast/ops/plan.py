@@ -1,12 +1,12 @@
-"""Launch plans: the launches of a batch norm's passes, recorded once for a kind of arguments and then repeated.
+"""Launch plans: the launches of a batch norm's passes, recorded once for each kind of arguments and then repeated.
 
 A launch by Triton's `kernel[grid](...)` binds and looks up some twenty arguments, and choosing tiles and allocating
-buffers takes as long. All of it depends on the kind of the arguments alone. So the first pass of a kind is recorded:
-the compiled kernels, their grids and arguments. From these a Python function is written. It takes new tensors, makes
-results and one workspace, and launches the same kernels with the new addresses.
+buffers takes as long again. All of this depends only on the kind of the arguments. So the first pass of a kind is
+recorded: the compiled kernels, their grids and arguments. From the record a Python function is written. It accepts
+new tensors, allocates results and one workspace, and launches the same kernels with the new addresses.
 
-Triton compiles for pointers that are multiples of 16, for integers that are 1 or multiples of 16, and for types.
-Integers and types are in the caller's key; the function checks addresses. If somebody watches launches (a profiler's
+Triton specializes kernels for pointers that are multiples of 16, for integers that are 1 or multiples of 16, and for
+types. Integers and types are in the caller's key; the function checks addresses. If launches are watched (a profiler's
 hooks, TRITON_DEBUG), or a kernel or one of its globals has changed, the function leaves the launches to Triton.
 """
 
@@ -24,20 +24,20 @@ from triton.runtime import driver
 from .arguments import Gradients, Inputs, Outputs, Saved, Settings
 from .layout import layout
 
-ALIGNMENT = 16  # of pointers, for which kernels are compiled
-PADDING = 128  # of the buffers in a workspace: a line
-# Compiled kernels of these versions are known to be launched as a written function launches them.
+ALIGNMENT = 16  # kernels are compiled for pointers with this alignment
+PADDING = 128  # buffers in a workspace start at cache lines
+# In these versions compiled kernels are launched as a written function launches them.
 KNOWN_TRITON = ((3, 6), (3, 7))
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# The tensors of a launch that its own pass makes and nobody else reads, or that the forward keeps for the backward.
+# Tensors that a pass allocates for itself, or that the forward saves for the backward.
 BUFFERS = {
     "partials_ptr", "sums_ptr", "dz_ptr", "mean_ptr", "rstd_ptr", "relu_mask_ptr",
     "residual_partials_ptr", "residual_mean_ptr", "residual_rstd_ptr",
 }  # fmt: skip
 BACKWARD_INPUTS = ("dy", "dy_alias", *Inputs._fields[:6], "workspace")
 
-_local = threading.local()  # launches: those of this thread while they are recorded
+_local = threading.local()  # launches: the list of this thread's launches while they are recorded
 
 
 class Launched(NamedTuple):
@@ -49,7 +49,7 @@ class Launched(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Launched]]:
-    """Note the launches of this thread inside the context."""
+    """Record the launches of this thread inside the context."""
     _local.launches = launches = []
     try:
         yield launches
@@ -58,7 +58,7 @@ def recorded() -> Iterator[list[Launched]]:
 
 
 def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
-    """Note a launch, if this thread records."""
+    """Record a launch, if this thread records launches."""
     launches = getattr(_local, "launches", None)
     if launches is not None:
         launches.append(Launched(kernel, grid, arguments, compiled))
@@ -76,7 +76,7 @@ def is_watched() -> bool:
 
 
 def distinct(values: Sequence[Any]) -> list[Any]:
-    """Return the values, no object twice: by its identity an argument of a launch is known again."""
+    """Return the values as distinct objects, so that a launch's arguments can be recognized by identity."""
     found, seen = [], set()
     for value in values:
         if isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def distinct(values: Sequence[Any]) -> list[Any]:
 
 
 def can_repeat(launches: Sequence[Launched], device: torch.device) -> bool:
-    """Return whether these launches depend on nothing but their inputs, and can be made again from here."""
+    """Return whether these launches depend only on their inputs, and can be repeated."""
     tensors = [value for launched in launches for value in launched.arguments.values() if isinstance(value, Tensor)]
     active: Any = driver.active if launches and launches[0].compiled is not None else None
     return (
@@ -103,14 +103,14 @@ def can_repeat(launches: Sequence[Launched], device: torch.device) -> bool:
 
 
 class Writer:
-    """Writes the function that repeats launches.
+    """The writer of the function that repeats launches.
 
     Args:
-        launches: as `recorded` noted them.
-        inputs: the function's arguments, by name: tensors, numbers, or None where there is nothing.
-        kept: buffers of the forward's workspace, their offsets by id.
+        launches: the list from `recorded`.
+        inputs: the function's arguments, by name: tensors, numbers, or None if absent.
+        kept: offsets of buffers in the forward's workspace, by id.
 
-    Every other tensor of a launch is a result, made like an input, or a buffer of the workspace.
+    Every other tensor of a launch is a result, allocated like an input, or a buffer of the workspace.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Writer:
         `returned` is an expression of result0, result1, … and the workspace, `buffers`. `otherwise` is called with the
         same arguments if the launches cannot be repeated.
 
-        None if no input has a result's shape, strides and type, or a launch gets a tensor that is no known buffer.
+        Return None if no input has a result's shape, strides and type, or a tensor of a launch is not in `BUFFERS`.
         """
         body = [f"{name}_ptr = {name}.data_ptr()" for name in self.tensors]
         pointers = [f"{name}_ptr" for name in self.tensors]
@@ -211,7 +211,7 @@ class Writer:
         grid = f"{n_programs}, 1, 1, stream, function{number}"
         if type(run).__name__ != "CudaLauncher" or run.global_scratch_size or run.profile_scratch_size:
             return f"run{number}({grid}, metadata{number}, None, None, None, {', '.join(texts)})"
-        # What CudaLauncher.__call__ does, in Python, for a kernel without scratch memory.
+        # For a kernel without scratch memory, call what CudaLauncher.__call__ calls, without its Python code.
         self.values[f"run{number}"] = run.launch
         grid += f", {run.launch_cooperative_grid}, {run.launch_pdl}"
         if VERSION == (3, 6):
@@ -234,14 +234,14 @@ class Kept(NamedTuple):
 
 
 class Plan:
-    """relu(bn(x) + residual) and its gradients for one kind of arguments, which the caller tells apart.
+    """relu(bn(x) + residual) and its gradients for one kind of arguments, which the caller distinguishes.
 
     Args:
-        settings: of the passes.
-        forward, backward: compute them by Triton, as those of ops/batch_norm.py.
+        settings: the settings of the passes.
+        forward, backward: functions that compute the passes by Triton, such as those of ops/batch_norm.py.
 
-    `forward` takes what `Inputs` holds. It returns y, and in a tuple what the backward needs besides the inputs: one
-    workspace, or five tensors as long as nothing is recorded.
+    The method `forward` accepts the fields of `Inputs`. It returns y and a tuple of the other tensors that the backward
+    needs besides the inputs: one workspace, or five tensors until a forward has been recorded.
     """
 
     def __init__(
@@ -252,14 +252,14 @@ class Plan:
     ) -> None:
         self._settings, self._forward, self._backward = settings, forward, backward
         self.forward: Callable[..., tuple[Tensor, tuple]] = self._run_forward
-        self._repeat_backward: dict[bool, Callable | None] = {}  # by whether there is a gradient of an alias
-        self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd; none: not recorded
+        self._repeat_backward: dict[bool, Callable | None] = {}  # by whether dy_alias is given
+        self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd; empty: not recorded
         self._workspace_bytes = 0
         self._strides: tuple[int, ...] = ()
         self._layout = torch.contiguous_format
 
     def _run_forward(self, *inputs: Any) -> tuple[Tensor, tuple]:
-        """Run the forward by Triton, and record it if it is not yet."""
+        """Run the forward by Triton, and record it if it has not been recorded."""
         given = Inputs._make(distinct(inputs))
         with recorded() as launches:
             outputs = self._forward(given, self._settings)
@@ -273,7 +273,7 @@ class Plan:
                 self.forward = forward
         if not self._kept:
             return outputs.y, outputs[1:]
-        # As a repetition leaves it: activation checkpointing wants the same of every forward.
+        # As a repetition returns them: activation checkpointing needs the same saved tensors from every forward.
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=outputs.y.device)
         for kept, tensor in zip(self._kept, outputs[1:], strict=True):
             if kept is not None and tensor is not None:
@@ -281,14 +281,14 @@ class Plan:
         return outputs.y, (workspace,)
 
     def saved(self, tensors: Sequence[Any]) -> Saved:
-        """Return what a forward has saved: the first six `Inputs`, and then what `forward` returned besides y."""
+        """Return a forward's saved tensors, from the first six `Inputs` and the tuple that `forward` returned."""
         if len(tensors) == len(Saved._fields):
             return Saved._make(tensors)
         *inputs, workspace = tensors
         return Saved(*inputs, *(one and one.view(workspace) for one in self._kept))  # type: ignore[arg-type]
 
     def backward(self, dy: Tensor, dy_alias: Tensor | None, tensors: Sequence[Any]) -> Sequence[Tensor | None]:
-        """Return the gradients in the order of `Gradients`; `tensors` are those of `saved`."""
+        """Return the gradients in the order of `Gradients`; `tensors` are the arguments of `saved`."""
         if len(tensors) == len(Saved._fields):
             return self._backward(dy, dy_alias, self.saved(tensors), self._settings)
         strides = self._strides
@@ -303,11 +303,11 @@ class Plan:
         return repeat(dy, dy_alias, *tensors)
 
     def _is_image(self, tensor: Any, dy: Tensor) -> bool:
-        """Return whether a saved tensor is as it was: hooks may have changed it."""
+        """Return whether a saved tensor has the forward's strides and type: hooks may have replaced it."""
         return tensor.stride() == self._strides and tensor.dtype == dy.dtype
 
     def _run_backward(self, *inputs: Any) -> Gradients:
-        """Run the backward by Triton, and record it if it is not yet."""
+        """Run the backward by Triton, and record it if it has not been recorded."""
         dy, dy_alias, *tensors = given = distinct(inputs)
         saved, fork = self.saved(tensors), dy_alias is not None
         with recorded() as launches:

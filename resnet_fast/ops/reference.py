@@ -1,9 +1,9 @@
 """The specification: batch norm + residual + ReLU and its gradients in plain PyTorch, one line per equation.
 
-The equations S, N and B are derived in kernels/README.md. With ghost batches they hold for each group of images by
-itself, `x.split(ghost_batch_size)`, but for dweight and dbias, which are the sums over the groups. Everything here is
-differentiable, in any floating type. The kernels are tested against it in fp64, and second derivatives are those of
-`statistics` and `normalize`.
+The equations S, N and B are derived in kernels/README.md. With ghost batches they hold for each group of images,
+`x.split(ghost_batch_size)`, separately; only dweight and dbias are sums over the groups. All functions are
+differentiable, in any floating type. The kernels are tested against them in fp64, and second derivatives are computed
+by `statistics` and `normalize`.
 """
 
 import torch
@@ -13,18 +13,18 @@ PER_CHANNEL = (0, 2, 3)  # reduce x: [N, C, H, W] to [C]
 
 
 def _channels(vector: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1]."""
+    """View [C] as [1, C, 1, 1]."""
     return vector[None, :, None, None]
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel (S1, S2)."""
+    """Return mean and biased variance of x: [N, C, H, W] per channel (S1, S2)."""
     mean = x.mean(PER_CHANNEL)
     return mean, (x - _channels(mean)).square().mean(PER_CHANNEL)
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) · rstd · weight + bias (N1)."""
+    """Return (x - mean) · rstd · weight + bias (N1)."""
     scale = rstd if weight is None else rstd * weight
     z = (x - _channels(mean)) * _channels(scale)
     return z if bias is None else z + _channels(bias)
@@ -40,7 +40,7 @@ def forward(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
-    """relu(bn(x) + residual) (N1-N3); batch statistics unless `mean` and `var`, [C], are given.
+    """Compute relu(bn(x) + residual) (N1-N3), with batch statistics unless `mean` and `var`, [C], are given.
 
     The bn join is `forward(x, ..., residual=forward(shortcut, ..., relu=False))`.
     """
@@ -53,7 +53,7 @@ def forward(
 
 
 def gradient_sums(dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ dz and Σ dz·x̂ (B2), which are dbias and dweight (B3); `dz` is the gradient behind ReLU."""
+    """Return Σ dz and Σ dz·x̂ (B2), which are dbias and dweight (B3); `dz` is the gradient of the pre-activation."""
     return dz.sum(PER_CHANNEL), (dz * normalize(x, mean, rstd, None, None)).sum(PER_CHANNEL)
 
 
@@ -67,7 +67,7 @@ def input_gradient(
     mean_dz_xhat: Tensor,
     training: bool,
 ) -> Tensor:
-    """dx from the sums of B2 over M (B4), or with frozen statistics (B5)."""
+    """Return dx, from the sums of B2 divided by M (B4), or with frozen statistics (B5)."""
     if training:
         dz = dz - _channels(mean_dz) - normalize(x, mean, rstd, None, None) * _channels(mean_dz_xhat)
     return _channels(rstd if weight is None else rstd * weight) * dz
@@ -76,16 +76,16 @@ def input_gradient(
 def backward(
     dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias of one batch norm."""
+    """Return dx, dweight and dbias of one batch norm."""
     dbias, dweight = gradient_sums(dz, x, mean, rstd)
     n_rows = x.numel() // x.shape[1]
     return input_gradient(dz, x, mean, rstd, weight, dbias / n_rows, dweight / n_rows, training), dweight, dbias
 
 
 def unpack_relu_mask(relu_mask: Tensor, x: Tensor, ghost_batch_size: int = 0) -> Tensor:
-    """The kernels' ReLU bits as a bool tensor, true where ReLU closed; x: [N, C, H, W] gives shape and layout.
+    """Unpack the kernels' ReLU bits to a bool tensor with the shape and layout of x: true where ReLU's output is 0.
 
-    `ghost_batch_size`: images per group, whose bits start a byte of their own in NCHW; 0 for one group.
+    `ghost_batch_size`: images per group, 0 for one group; in NCHW the bits of each group start a new byte.
     """
     n_images, n_channels, height, width = x.shape
     bits = ((relu_mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1).bool()

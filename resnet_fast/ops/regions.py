@@ -1,10 +1,10 @@
-"""Rectangles of a batch's images that are erased, or mixed with another image's, in plain PyTorch.
+"""Erase rectangles of a batch's images, or mix them with another image's, in plain PyTorch.
 
-    mixed = weight · x + (1 - weight) · x'   in the rectangle, x elsewhere;   x' is the image before it in the batch
+    mixed = weight · x + (1 - weight) · x'   in the rectangle, x elsewhere;   x' is the previous image in the batch
     share = 1 - (1 - weight) · area of the rectangle / area of the image      of x in mixed, and of its label
 
-The batch is taken as a ring: the first image is mixed with the last. mixup is a rectangle as large as the image, CutMix
-one of weight 0. No shape depends on a value, so a CUDA graph can hold all of it.
+The first image of the batch is mixed with the last. In mixup the rectangle is the whole image; in CutMix its weight is
+0. No shape depends on a value, so a CUDA graph can record every operation.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Mixture(NamedTuple):
-    """What a mixed image shows beside its own label.
+    """The labels of mixed images, besides their own.
 
     Args:
         others: [B], int64, the labels of the images that were mixed in.
@@ -25,7 +25,7 @@ class Mixture(NamedTuple):
     share: Tensor
 
     def dominant(self, labels: Tensor) -> Tensor:
-        """Return the label with the larger share, [B]; an image's own if both are equal."""
+        """Return the label with the larger share, [B]; an image's own label if the shares are equal."""
         return torch.where(self.share >= 0.5, labels, self.others)
 
 
@@ -34,7 +34,7 @@ def is_inside(regions: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         regions: [B, 4], integers: top, left, height, width.
-        height, width: of the images.
+        height, width: the size of the images.
     """
     top, left, tall, wide = regions[:, :, None].unbind(1)  # [B, 1] each
     i, j = torch.arange(height, device=regions.device), torch.arange(width, device=regions.device)
@@ -51,14 +51,14 @@ def erase(images: Tensor, regions: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Mixture]:
-    """Return each image mixed with the one before it, and what it shows then.
+    """Return each image mixed with the previous one, and the labels that it then shows.
 
     Args:
         images: [B, 3, H, W], fp32.
         labels: [B], int64.
         draws: [B, 5], int32: weight (the bits of an fp32), top, left, height, width.
 
-    Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899.
+    mixup: Zhang et al. 2018, arXiv:1710.09412. CutMix: Yun et al. 2019, arXiv:1905.04899.
     """
     height, width = images.shape[2:]
     weight, regions = draws[:, 0].contiguous().view(torch.float32), draws[:, 1:]

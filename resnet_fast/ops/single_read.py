@@ -1,8 +1,8 @@
-"""Launches the batch norm that reads every image once (kernels/batch_norm_single_read.py). Imports triton.
+"""Launches of the batch norm that reads every image once (kernels/batch_norm_single_read.py). Imports triton.
 
-`forward` and `backward` return what those of launch.py do, and either's forward goes with either's backward.
-Tensors arrive checked, as there. A launch needs words in memory for its barrier, and all of its programs at once on the
-device; `fits` tells where it can have both.
+`forward` and `backward` return the same as in launch.py, and can be combined with those. Callers have checked the
+tensors, as there. A launch needs words in memory for its barrier, and the device must run all of its programs at the
+same time; `fits` tells whether both are possible.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from .launch import Shape
 
 PRETENDED_MULTIPROCESSORS = 4  # of a CPU, in the interpreter
 
-# Words for the launches of all CUDA graphs that others record, 256 KB, and of each launch: a line of 128 bytes. So
-# launches do not wait for each other's lines, and pointers are aligned as those of warm-up: for another alignment
-# Triton would compile another kernel, and load it, which no recording allows. ResNet-18 has 40 launches a step at most.
+# Words for the launches in all CUDA graphs that are recorded outside `recording`: 256 KB, and per launch a line of 128
+# bytes. So launches do not compete for lines, and pointers have the same alignment as in warm-up. For another alignment
+# Triton would compile and load another kernel, which no recording allows. ResNet-18 has at most 40 launches per step.
 GRAPH_WORDS = 1 << 16
 LINE = 32
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, one on each; of other GPUs than NVIDIA's it is not known: none."""
+    """Return the number of multiprocessors, each of which runs one program; 0 if unknown (GPUs not from NVIDIA)."""
     if device.type == "cpu":
         return PRETENDED_MULTIPROCESSORS
     if device.type != "cuda" or not torch.version.cuda:
@@ -38,17 +38,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class BarrierWords:
-    """The words of one device. Each launch leaves its own ready for another one, of whatever size.
+    """The barrier words of one device. Each launch leaves its words ready for another launch of any size.
 
-    Launches on one stream follow each other, so that they share the stream's words. So do those that are recorded into
-    a CUDA graph inside `recording`, on its stream: their words belong to the graph, since a replay may run beside
-    anything. A launch that others record gets words for ever, from a block that was allocated outside of a recording.
+    Launches on one stream run one after the other, so they share the stream's words. Launches that are recorded into a
+    CUDA graph inside `recording` share words that belong to the graph, because a replay may run in parallel with other
+    launches. A launch that is recorded without `recording` keeps its words, from a block allocated beforehand.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.of_streams: dict[int, Tensor] = {}
-        self.of_recordings: dict[int, Tensor] = {}  # by their streams: the backward of one runs in another thread
+        self.of_recordings: dict[int, Tensor] = {}  # by stream, because a recording's backward runs in another thread
         self.of_graphs = self._zeros(0)
         self.lock = Lock()
 
@@ -60,7 +60,7 @@ class BarrierWords:
 
     @contextmanager
     def recording(self, stream: int) -> Iterator[Tensor]:
-        """Have launches that are recorded on a stream share words, which must live as long as the graph does."""
+        """Let launches that are recorded on a stream share words, which must live as long as the graph."""
         words = self.of_recordings[stream] = self._zeros(multiprocessors(self.device))
         try:
             yield words
@@ -68,20 +68,20 @@ class BarrierWords:
             del self.of_recordings[stream]
 
     def reserve(self, n_words: int) -> bool:
-        """Whether the current stream can have so many words; outside of a recording it then has."""
+        """Return whether the current stream has `n_words` words; allocate them first unless it is recording."""
         with self.lock:
             if self._is_recording():
                 return len(self.of_recordings.get(self._stream(), self.of_graphs)) >= n_words
             if not self.of_streams:
                 self.of_graphs = self._zeros(GRAPH_WORDS)
                 if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)  # they are zero for any stream, and from now on
+                    torch.cuda.synchronize(self.device)  # from now on, every stream sees zeros
             if self._stream() not in self.of_streams:
                 self.of_streams[self._stream()] = self._zeros(multiprocessors(self.device))
             return len(self.of_streams[self._stream()]) >= n_words
 
     def take(self, n_words: int) -> Tensor:
-        """The words of the next launch on the current stream, for which `reserve` has said yes."""
+        """Return the words of the next launch on the current stream, after `reserve` has returned True."""
         if not self._is_recording():
             return self.of_streams[self._stream()][:n_words]
         with self.lock:
@@ -114,9 +114,9 @@ def choose_tiles(shape: Shape, operation: Operation, join: Join, device: torch.d
 
 
 def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0) -> bool:
-    """Whether the operation runs here: one group of a 16-bit type in channels_last, all of which fits on the device.
+    """Return whether the operation can run: one group of a 16-bit type in channels_last, small enough for the device.
 
-    The first time on a device and on a stream it allocates words for the barrier, and waits for the device once.
+    The first call on a stream allocates words for the barrier; the first on a device also waits for the device.
     """
     shape = Shape.of(x, ghost_batch_size)
     if x.dtype not in DTYPES or not shape.channels_last or shape.n_groups > 1:
@@ -126,30 +126,30 @@ def fits(x: Tensor, operation: Operation, join: Join, ghost_batch_size: int = 0)
 
 
 def plan_launch(x: Tensor, operation: Operation, join: Join) -> tuple[tiles.Tiles, Tensor]:
-    """The tiles and the barrier's words of a launch.
+    """Return the tiles and the barrier's words of a launch.
 
     Raises:
-        RuntimeError: its programs would not all run at once, or there are no words: see `fits`.
+        RuntimeError: the programs cannot all run at the same time, or there are no words left; see `fits`.
     """
     shape = Shape.of(x)
     tiling = choose_tiles(shape, operation, join, x.device)
     n_programs = multiprocessors(x.device)
     if tiling is None or tiling.n_programs > n_programs:
         raise RuntimeError(
-            "all programs of a single-read batch norm must run at once, one on each multiprocessor: "
-            f"{n_programs} cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
+            f"all programs of a single-read batch norm must run at once, one per multiprocessor: {n_programs} "
+            f"multiprocessors cannot hold the {operation} of {shape.n_rows} rows and {shape.n_channels} channels"
         )
     words = words_of(x.device)
     if not words.reserve(tiling.n_channel_tiles):
         raise RuntimeError(
-            f"a single-read batch norm needs {tiling.n_channel_tiles} words for its barrier, and there are none left "
-            "for CUDA graphs, or the first single-read batch norm of the process is recorded into one"
+            f"a single-read batch norm needs {tiling.n_channel_tiles} words for its barrier: none are left for CUDA "
+            "graphs, or the first single-read batch norm of the process is being recorded into one"
         )
     return tiling, words.take(tiling.n_channel_tiles)
 
 
 def forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """relu(bn(x) + residual) with batch statistics."""
+    """Compute relu(bn(x) + residual) with batch statistics."""
     x = inputs.x
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm", settings.join)
@@ -182,7 +182,7 @@ def forward(inputs: Inputs, settings: Settings) -> Outputs:
 
 
 def backward(dy: Tensor, dy_alias: Tensor | None, saved: Saved, settings: Settings) -> Gradients:
-    """Gradients of relu(bn(x) + residual) with batch statistics, of x and, in the bn join, of the residual."""
+    """Compute the gradients of relu(bn(x) + residual), with batch statistics for x and the bn join's residual."""
     x, join = saved.x, settings.join
     shape = Shape.of(x)
     tiling, words = plan_launch(x, "batch norm backward", join)

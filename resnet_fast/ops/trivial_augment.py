@@ -1,8 +1,8 @@
-"""TrivialAugment: one operation an image, drawn with its strength, for a whole batch in plain PyTorch.
+"""TrivialAugment: one operation per image, drawn with its strength, for a whole batch in plain PyTorch.
 
 Equations and constants are those of torchvision.transforms.v2.TrivialAugmentWide with nearest pixels and black outside
-(Müller and Hutter 2021, arXiv:2103.10158). Each operation is computed for every image, and chosen after: no shape
-depends on a value, so a CUDA graph can hold all of it.
+(Müller and Hutter 2021, arXiv:2103.10158). Every operation is computed for every image before one is selected: no shape
+depends on a value, so a CUDA graph can record every operation.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 N_STRENGTHS = 31
-# The greatest magnitude of each operation, at strength 30. Those with a sign go both ways.
+# The largest magnitude of each operation that has a sign, at strength 30.
 SIGNED = {
     "ShearX": 0.99,
     "ShearY": 0.99,
@@ -30,15 +30,15 @@ N_OPERATIONS = len(OPERATIONS)
 
 
 def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Return the images after one operation each.
+    """Apply one operation to each image.
 
     Args:
         images: [B, 3, H, W], fp32, whole numbers 0 … 255.
-        draws: [B, 2], integers: the operation's number in OPERATIONS, and its strength, -30 … 30; the sign counts in
-            SIGNED ones alone.
+        draws: [B, 2], integers: the operation's index in OPERATIONS, and its strength, -30 … 30; the sign counts only
+            for operations in SIGNED.
 
     Returns:
-        [B, 3, H, W], fp32, whole numbers 0 … 255.
+        The images, [B, 3, H, W], fp32, whole numbers 0 … 255.
     """
     operation, strength = draws.long().unbind(1)
     rows = _table(*images.shape[2:], images.device)[operation, strength + N_STRENGTHS - 1]  # [B, 8]
@@ -54,22 +54,22 @@ def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
         "AutoContrast": _stretch(images),
         "Equalize": _equalize(images),
     }
-    y = _warp(images, rows[:, :6])  # of operations that move nothing, by the identity
+    y = _warp(images, rows[:, :6])  # by the identity for operations that move no pixel
     for name, result in results.items():
         y = torch.where((operation == OPERATIONS.index(name))[:, None, None, None], result, y)
     return y
 
 
 def _whole(x: Tensor) -> Tensor:
-    """Return what a byte holds of it."""
+    """Clamp to 0 … 255 and round down, like a conversion to bytes."""
     return x.clamp(0, 255).floor()
 
 
 @cache
 def _table(height: int, width: int, device: torch.device) -> Tensor:
-    """[14, 61, 8], fp32, for each operation and strength: 6 of the map from a pixel to its source, value, 1 - value.
+    """Return [14, 61, 8], fp32: for each operation and strength the 6 numbers of `_source`, value and 1 - value.
 
-    Once for each size and device, because a GPU waits for such a copy, and no graph can hold one.
+    Copy once per size and device: a GPU waits for such a copy, and a CUDA graph cannot contain it.
     """
     rows = []
     for name in OPERATIONS:
@@ -79,7 +79,7 @@ def _table(height: int, width: int, device: torch.device) -> Tensor:
             source = _source(name, magnitude, height, width)
             value = 1 + magnitude if name in SIGNED else 0.0
             if name == "Posterize":
-                value = 2.0 ** round(abs(strength) / ((N_STRENGTHS - 1) / 6))  # bits is 8 minus it
+                value = 2.0 ** round(abs(strength) / ((N_STRENGTHS - 1) / 6))  # bits is 8 minus the exponent
             elif name == "Solarize":
                 value = 255 * torch.linspace(1, 0, N_STRENGTHS)[abs(strength)].item()
             rows.append([*source, value, 1 - value])
@@ -89,8 +89,8 @@ def _table(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _source(name: str, magnitude: float, height: int, width: int) -> tuple[float, ...]:
-    """Return a … f of (x, y) -> (a·x + b·y + c, d·x + e·y + f), in pixels from the centre: where a pixel is from."""
-    if name == "ShearX":  # the upper edge stays
+    """Return a … f of (x, y) -> (a·x + b·y + c, d·x + e·y + f), from a pixel to its source; (0, 0) is the center."""
+    if name == "ShearX":  # the upper edge does not move
         return 1, magnitude, magnitude * height / 2, 0, 1, 0
     if name == "ShearY":
         return 1, 0, 0, magnitude, 1, magnitude * width / 2
@@ -104,13 +104,13 @@ def _source(name: str, magnitude: float, height: int, width: int) -> tuple[float
 
 
 def _warp(images: Tensor, source: Tensor) -> Tensor:
-    """Return the images with every pixel taken from where `source`, [B, 6], says; black from outside."""
+    """Move the pixels of the images by the maps `source`, [B, 6], of `_source`; pixels from outside are black."""
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) + (1 - width) / 2
     y = (torch.arange(height, device=images.device) + (1 - height) / 2)[:, None]
     a, b, c, d, e, f = source[:, :, None, None].unbind(1)  # [B, 1, 1] each
-    # In units of half the image, by these operations in this order, as torchvision does: a pixel halfway between two
-    # is then taken from the same one.
+    # In units of half the image, with torchvision's operations in the same order, so that a source halfway between two
+    # pixels is rounded to the same pixel.
     half_x, half_y = width / 2, height / 2
     grid_x = x * (a / half_x) + y * (b / half_x) + c / half_x
     grid_y = x * (d / half_y) + y * (e / half_y) + f / half_y
@@ -119,7 +119,7 @@ def _warp(images: Tensor, source: Tensor) -> Tensor:
 
 
 def _sharpen(images: Tensor, rest: Tensor) -> Tensor:
-    """Move away from, or towards, the mean of 3x3 pixels in which the middle one counts 5 of 13; edges stay."""
+    """Move inner pixels away from, or towards, the weighted mean of their 3x3 pixels (weight 5 of 13 in the middle)."""
     inner = images[:, :, 1:-1, 1:-1]
     if inner.numel() == 0:
         return images
@@ -139,7 +139,7 @@ def _equalize(images: Tensor) -> Tensor:
     """Give each channel a flat histogram, by the integers of Pillow's ImageOps.equalize."""
     flat = images.flatten(2).contiguous()  # [B, 3, H·W]
     n_pixels = flat.shape[2]
-    # By sorting: under deterministic algorithms, counting with scatter_add_ may wait for the GPU.
+    # Sort to count: with deterministic algorithms, scatter_add_ may wait for the GPU.
     bytes_ = torch.arange(256.0, device=images.device).expand(*flat.shape[:2], 256).contiguous()
     darker = torch.searchsorted(flat.sort(2).values, bytes_)  # pixels below each value, [B, 3, 256]
     flat = flat.long()
