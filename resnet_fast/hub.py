@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "huggingface_hub":
         raise
-    message = "huggingface_hub is not installed; pip install 'resnet-fast[hub]'"
+    message = "huggingface_hub is not installed: pip install huggingface_hub safetensors (or the extra 'hub')"
     raise ModuleNotFoundError(message, name=error.name) from None
 
 CARD = """---

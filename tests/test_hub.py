@@ -144,4 +144,5 @@ def test_what_cannot_be_pushed_is_told(repo_id, code, message, run, monkeypatch:
 def test_without_the_package_the_extra_is_named():
     script = "import sys; sys.modules['huggingface_hub'] = None; import resnet_fast; resnet_fast.hub"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stderr.endswith("huggingface_hub is not installed; pip install 'resnet-fast[hub]'\n")
+    message = "huggingface_hub is not installed: pip install huggingface_hub safetensors (or the extra 'hub')"
+    assert done.stderr.endswith(f"{message}\n")

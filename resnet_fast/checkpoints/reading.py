@@ -85,7 +85,8 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, torch.Tensor]:
         from safetensors.torch import load
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path} is a file of safetensors, which is not installed: pip install safetensors", name="safetensors"
+            f"{path} needs safetensors, which is not installed: pip install safetensors (or the extra 'safetensors')",
+            name="safetensors",
         ) from error
     try:
         return load(data)

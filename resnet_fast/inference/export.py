@@ -149,15 +149,16 @@ def export_program(
 
 
 def need_onnx() -> None:
-    """Raise ExportError unless the packages are there that `export_onnx` needs."""
+    """Raise ExportError unless the packages that `export_onnx` needs can be imported."""
+    install = f"pip install {' '.join(ONNX_PACKAGES)} (or the extra 'export')"
     for name in ONNX_PACKAGES:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             missing = error.name or name
-            raise ExportError(f"{missing} is not installed; pip install 'resnet-fast[export]'") from error
+            raise ExportError(f"{missing} is not installed: {install}") from error
         except ImportError as error:
-            raise ExportError(f"{name} cannot be imported ({error}); pip install 'resnet-fast[export]'") from error
+            raise ExportError(f"{name} cannot be imported ({error}): {install}") from error
 
 
 def metadata_of(trained: Trained) -> dict[str, Any]:
