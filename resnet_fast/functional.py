@@ -83,7 +83,7 @@ def batch_norm_add_relu(
         TypeError: x, residual or a vector is not a Tensor; residual has another type; residual_norm is not a
             BatchNormArgs; momentum or eps is not a number; ghost_batch_size is not an int; relu or fork is not a bool.
 
-        If F.batch_norm refuses the arguments, too, its type of exception is raised.
+    If F.batch_norm refuses the same arguments, the type of its exception is raised.
 
     Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2; for ghost batches, Hoffer et
     al. 2017, arXiv:1705.08741, algorithm 1.

@@ -18,7 +18,7 @@ _pass = threading.local()  # batches: num_batches_tracked of a norm -> the numbe
 
 
 def count_together() -> AbstractContextManager[None]:
-    """Return a context that updates the batch counters of its norms in one launch, at its end, also after an error.
+    """Return a context that counts the batches of all norms run inside in one launch, at its end, even after an error.
 
     Do not read a counter inside. A norm with momentum=None counts at once, because it divides by its counter.
     """
@@ -86,7 +86,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         self.ghost_batch_size = ghost_batch_size
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return bn(input) + residual, behind ReLU if the module has `relu`; all [N, C, H, W].
+        """Return bn(input) + residual, followed by ReLU if `self.relu`; all tensors are [N, C, H, W].
 
         Raises the errors of `batch_norm_add_relu`. Raises ValueError if the input is not 4-D, or if ghost batches
         update running statistics while momentum is None.

@@ -143,11 +143,7 @@ def _unlike(name: str, value: Tensor, own: Tensor) -> tuple[str, str, str] | Non
     if value.layout != own.layout or value.is_meta:
         return name, "no values" if value.is_meta else str(value.layout), str(own.layout)
     if value.is_complex() != own.is_complex() or (own.is_floating_point() and not value.is_floating_point()):
-        return (
-            name,
-            str(value.dtype),
-            str(own.dtype),
-        )  # such as quantized weights, which mean nothing without their scale
+        return name, str(value.dtype), str(own.dtype)  # such as quantized weights, meaningless without their scale
     # PyTorch before 0.4 had vectors of one element in place of scalars; load_state_dict accepts them, too.
     if value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):
         return name, str(list(value.shape)), str(list(own.shape))

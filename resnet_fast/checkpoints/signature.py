@@ -2,7 +2,7 @@
 
     comment = b"resnet_fast sha256 " + SHA-256 of all bytes before the comment
 
-torch.load reads such an archive as any other. It checks no checksum, so it does not notice changed bits in a weight.
+torch.load reads such an archive as any other. It verifies no checksum, so it does not notice changed bits in a weight.
 """
 
 import hashlib

@@ -46,7 +46,7 @@ class _Fused:
     settings: tuple[Setting, ...]
 
     def holds(self, inputs: tuple[Any, ...]) -> bool:
-        """Return whether the fused forward computes what the module's own would; runs in every step, so it is fast."""
+        """Return whether the fused forward computes what the module's own would; this runs at every step."""
         if len(inputs) != self.n_inputs or any(isinstance(x, fx.Proxy) or not isinstance(x, Tensor) for x in inputs):
             return False
         if nn.modules.module._has_any_global_hook() or any(map(has_own_hook, self.within)):
@@ -162,9 +162,10 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
     """Fuse the batch norms of any model with the additions and ReLUs that follow them, in place.
 
     The model may be torchvision's, timm's or your own. A batch norm is fused with its followers only if the structure
-    of the model, traced by torch.fx, proves that nothing else depends on the steps in between. Everything else stays
-    unchanged, and so do parameters, buffers, keys, hooks, modes and results. `restore` undoes it. Apply `torch.compile`
-    and DistributedDataParallel afterwards. The memory format stays unchanged, too; channels_last is the fast one.
+    of the model, traced by torch.fx, proves that nothing else depends on the steps in between. Otherwise it becomes a
+    fused module alone, or is left. Parameters, buffers, keys, hooks, modes and results stay unchanged. `restore` undoes
+    it. Apply `torch.compile` and DistributedDataParallel afterwards. The memory format also stays; channels_last is the
+    fast one.
 
     Numerics: as `batch_norm_add_relu`, which rounds once; eager PyTorch rounds after each step.
 

@@ -53,9 +53,10 @@ class FoldedConv2d(nn.Conv2d):
         self.register_buffer("ones", torch.ones_like(bias), persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return relu(conv(input) + bias + residual), each [N, C, H, W], in the weight's type or under autocast.
+        """Return conv(input) + bias + residual, followed by ReLU if `self.relu`.
 
-        A residual with another shape or type than the convolution's output is added as in eager PyTorch.
+        `input` and `residual` are [N, C, H, W], in the weight's type or under autocast. A residual with another shape
+        or type than the convolution's output is added as in eager PyTorch.
         """
         # On ATen the convolution adds the bias, which would otherwise need its own pass.
         in_one_pass = functional.choose_backend(input) == "triton"

@@ -1,4 +1,4 @@
-"""Replace each site in the graph of a forward by one fused operation."""
+"""Replace each site in the graph of a forward with one fused operation."""
 
 import operator
 from typing import Any
@@ -73,7 +73,7 @@ def _fits(norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any) -> 
 
 
 def fuse(graph: fx.Graph, root: nn.Module, sites: list[Site]) -> None:
-    """Replace each site by one call of `fused_steps`; if it has two readers, each gets a handle of its own."""
+    """Replace each site with one call of `fused_steps`; if it has two readers, each gets a handle of its own."""
     fused = [_replace(graph, site) for site in sites]
     modules = dict(root.named_modules(remove_duplicate=False))
     for node in fused:

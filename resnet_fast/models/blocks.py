@@ -1,8 +1,8 @@
 """The fused blocks that all models share, and the conditions under which a block or a network is fused.
 
 BasicBlock and Bottleneck subclass torchvision's, so constructors, initialization, checkpoint keys and module names are
-the same. Only the forward pass differs: a block runs the fused operation over its submodules. If something may observe
-or has replaced a step inside (hooks, torch.fx, other layers, patched forwards), the block runs torchvision's forward
+the same. Only the forward pass differs: a block runs the fused operation over its submodules. If a step inside may be
+observed or has been replaced (hooks, torch.fx, other layers, patched forwards), the block runs torchvision's forward
 step by step, with the same results. Hooks and patches of the whole module do not matter, because they see no step.
 """
 

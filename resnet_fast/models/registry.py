@@ -28,7 +28,7 @@ class Model:
         family: the networks that it resembles, in a word or two.
         stems: its stems, among STEMS; the first is the default in training.
         stem_width: number of filters in the stem.
-        stages: names of the modules between the stem and the last layer, in order. Training can freeze them.
+        stages: names of the modules between stem and last layer, in order. Training can freeze these and the stem.
         build_plain: builds the plain PyTorch network with the same keys: `build_plain(num_classes=…, stem=…)`. None:
             `build` with nn.BatchNorm2d.
         refused: training options that would harm this network, each with the reason.
