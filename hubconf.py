@@ -1,4 +1,4 @@
-"""Every network of resnet_fast by its name, for torch.hub.
+"""The networks of resnet_fast by name, for torch.hub.
 
 torch.hub.load("OWNER/resnet_fast", "resnet18", num_classes=10, stem="cifar")
 torch.hub.load("path/to/a/checkout", "resnet20", source="local")
@@ -11,7 +11,7 @@ from resnet_fast import models as _models
 
 dependencies = ["numpy", "PIL", "torch", "torchvision"]
 
-# GitHub's archives, which torch.hub downloads, have a text file in place of the link resnet_fast/kernels.
+# torch.hub downloads GitHub's archives, in which the link resnet_fast/kernels is a text file.
 if not (_Path(_package.__path__[0]) / "kernels").is_dir():
     _package.__path__.append(str(_Path(__file__).parent))
 

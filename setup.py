@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: found packages, and one whose files are elsewhere.
+"""Packaging that pyproject.toml cannot express: found packages, and one package in another folder.
 
-The kernels are real files in kernels/, imported as resnet_fast.kernels: a top-level package of that name would collide
-with another project's. Where git makes no links, resnet_fast/kernels is a text file.
+The kernels are real files in kernels/, imported as resnet_fast.kernels, because a top-level package `kernels` would
+collide with another project's. If git creates no symbolic links, resnet_fast/kernels is a text file.
 """
 
 from setuptools import find_packages, setup

@@ -37,54 +37,56 @@ def batch_norm_add_relu(
     backend: Backend | None = None,
     ghost_batch_size: int | None = None,
 ) -> Any:
-    """Batch norm, the residual added, ReLU, as one operation; the first eight arguments are those of F.batch_norm.
+    """Apply batch norm, add a residual and apply ReLU in one operation.
 
         y = max(0, bn(x) + r),   bn(x) = (x - mean) / sqrt(var + eps) * weight + bias
 
-    where r is nothing, `residual`, or bn(residual) with the statistics and parameters of `residual_norm`.
+    r is 0, `residual`, or bn(residual) with the statistics and parameters of `residual_norm`. The first eight arguments
+    are those of F.batch_norm.
 
-    Numerics: fp32 arithmetic (fp64 for fp64 x) and one rounding, of y. Batch variances are merged by Chan's formula,
-    never as E[x²] - E[x]²; normalization uses the biased variance, running_var receives the unbiased one. Two runs give
-    the same bits. On ATen it is eager PyTorch's steps, each rounded.
+    Numerics: fp32 arithmetic (fp64 for fp64 x); y is rounded once. Batch variances are merged by Chan's formula, never
+    computed as E[x²] - E[x]². Normalization uses the biased variance; running_var receives the unbiased one. Repeated
+    runs are bit-identical. The ATen backend runs eager PyTorch's steps and rounds after each.
 
     Args:
-        x: [N, C, ...], usually [N, C, H, W], fp16/bf16/fp32/fp64, any strides; y has its type, and its layout where
-            that is channels_last (4-D) or channels_last_3d (5-D), the fast ones; else y is contiguous.
-        running_mean, running_var: [C] or both None; updated in place when `training`, used when not.
-        weight, bias: [C] or None (1 and 0). Vectors have the type of x, or fp32 beside fp16 and bf16.
-        training: normalize with the statistics of this batch.
-        momentum: share of this batch in the running statistics.
-        eps: added to the variance; 0 only where not `training`.
-        residual: in the shape and on the device of x, taken in the type of x.
-        residual_norm: the batch norm of the residual (the projection shortcut's), a
-            `resnet_fast.functional.BatchNormArgs`; its vectors as those of x.
+        x: [N, C, ...], usually [N, C, H, W], fp16/bf16/fp32/fp64, any strides. y has the same type. It keeps the fast
+            layouts, channels_last (4-D) and channels_last_3d (5-D); otherwise it is contiguous.
+        running_mean, running_var: [C], updated in place if `training`, else used; both None only if `training`.
+        weight, bias: [C], or None for 1 and 0. All vectors have the type of x; for fp16 and bf16 x all may be fp32.
+        training: whether to normalize with the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance; positive if `training`, else at least 0.
+        residual: fp16/bf16/fp32/fp64, with the shape and device of x; cast to the type of x.
+        residual_norm: the batch norm of the residual (of a projection shortcut), a
+            `resnet_fast.functional.BatchNormArgs`. Its vectors follow the same rules.
         relu: whether to end in ReLU.
-        fork: return (y, alias of y), one for each of two consumers. The backward kernel then adds their two gradients
-            in registers, where autograd would take a pass over memory. Neither handle alone sees the whole gradient of
-            y, and neither may be changed in place.
-        backend: "triton" or "aten" by name; None takes Triton wherever it runs.
-        ghost_batch_size: with batch statistics, normalize every `ghost_batch_size` images, in order, by their own (the
-            last group may be smaller), as if the function were called on each group and the results were concatenated:
-            running statistics are updated group after group. None: all images together.
+        fork: whether to return (y, alias of y), one handle for each of two consumers. The backward kernel then adds the
+            two gradients in registers; autograd would need a pass over memory. Each handle sees only its own gradient.
+            Modify neither in place.
+        backend: "triton", "aten", or None for Triton wherever it runs.
+        ghost_batch_size: if batch statistics are used, normalize each group of this many consecutive images with its
+            own statistics; the last group may be smaller. The result is as if the function were called on each group in
+            order and the outputs concatenated, so each group updates the running statistics. None: one group.
 
     Returns:
-        y, or (y, alias) with `fork`.
+        y, or (y, alias) with `fork`. If x has no elements, neither has y; gradients are zero and the running statistics
+        stay unchanged.
 
-    An x without elements gives a y without elements, gradients of zero, and leaves the running statistics alone.
+    Raises:
+        ValueError: training with one value per channel (in any group), with eps <= 0, or with only one running
+            statistic; eps < 0; ghost_batch_size < 1; residual_norm without residual; a residual whose shape or device
+            is not x's; an NCHW image of nearly 2^31 pixels or more; an unknown backend.
+        RuntimeError: x has fewer than two dimensions; a vector's shape is not [C], its device is not x's, or the rule
+            above excludes its type; a running statistic is missing when not training, or requires a gradient; "triton"
+            is requested but cannot run here.
+        NotImplementedError: x has another type; forward-mode differentiation on the Triton kernels.
+        TypeError: x, residual or a vector is not a Tensor; residual has another type; residual_norm is not a
+            BatchNormArgs; momentum or eps is not a number; ghost_batch_size is not an int; relu or fork is not a bool.
 
-    Raises (the exceptions of F.batch_norm, for what F.batch_norm refuses):
-        ValueError: training with one value per channel (in any group) or with eps <= 0, eps < 0, one running statistic
-            of two when training; ghost_batch_size < 1; the residual of another shape than x or on another device, an
-            image of 2^31 pixels or nearly so in NCHW, or an unknown backend.
-        RuntimeError: x has fewer than two dimensions; a vector of another shape than [C], type than the rule above
-            allows, or device than x's; running statistics missing when not training, or requiring a gradient; or the
-            backend asked for cannot run here.
-        NotImplementedError: x is not of a type above.
-        TypeError: x, the residual or a vector is no tensor, the residual not of a type above, residual_norm no
-            BatchNormArgs, momentum is None, or ghost_batch_size is no int.
+    If F.batch_norm refuses the same arguments, the type of its exception is raised.
 
-    Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2; Hoffer et al. 2017,
-    arXiv:1705.08741, algorithm 1, for ghost batches.
+    Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2015, arXiv:1512.03385, figure 2; for ghost batches, Hoffer et
+    al. 2017, arXiv:1705.08741, algorithm 1.
     """
     check_type("relu", relu, bool)
     check_type("fork", fork, bool)
@@ -103,8 +105,9 @@ def find_call(
     group: distributed.Group | None = None,
     ghost_batch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Check the arguments and return the function that computes the operation from (x, norm, residual, residual_norm,
-    fork). Arguments of a kind that has been seen are not checked again. `group`: whose batch statistics are joint.
+    """Check the arguments and return a function of (x, norm, residual, residual_norm, fork) that runs the operation.
+
+    Arguments like those of an earlier call are not checked again. `group`: the processes that share batch statistics.
     """
     key = call = None
     if (
@@ -125,15 +128,15 @@ def find_call(
     return call
 
 
-# What runs for arguments that have been checked, by their kind: shapes, layouts, types and devices.
+# The functions for arguments that passed the checks, by their shapes, layouts, types and devices.
 _calls: dict[tuple, Callable[..., Any]] = {}
 MAX_CALLS = 4096
 
 
 def _look_up(x: Tensor, norm, residual, residual_norm, relu: bool, ghost_batch_size) -> tuple[tuple | None, Any]:
-    """Return the key of these arguments and the function stored under it; None and None if one has a wrong type.
+    """Return the key of these arguments and the function stored under it, or (None, None) if a type is wrong.
 
-    The key holds everything that is checked or compiled for, except addresses.
+    The key holds everything that the checks and the compiled kernels depend on, except addresses.
     """
     try:
         key = (x.shape, x.stride(), x.dtype, x.device, relu, ghost_batch_size, type(ghost_batch_size), *_kind(*norm))
@@ -157,7 +160,7 @@ def _kind(mean, var, weight, bias, training, momentum, eps) -> tuple:
 
 
 def _has_running_with_gradient(*norms: BatchNormArgs | None) -> bool:
-    """Whether a running statistic requires a gradient, which is refused if the grad mode is on."""
+    """Return whether a running statistic requires a gradient, which is an error only in grad mode."""
     running = [vector for norm in norms if norm is not None for vector in norm[:2]]
     return any(vector is not None and vector.requires_grad for vector in running)
 
@@ -173,7 +176,7 @@ def _choose_call(
     ghost_batch_size: int | None,
     can_plan: bool,
 ) -> Callable[..., Any]:
-    """Return the function that runs checked arguments of this kind."""
+    """Return the function for arguments like these, which passed the checks."""
     other = residual_norm or NO_NORM
     group_images = (ghost_batch_size or 0) if norm.training or other.training else 0
     _, settings = arguments_of(x, norm, residual, residual_norm, relu, group_images)
@@ -200,7 +203,7 @@ def _run_on_aten(settings: Settings, x, norm, residual, residual_norm, fork: boo
 
 
 def _run_planned(settings: Settings, plan: Any, x, norm, residual, residual_norm, fork: bool) -> Any:
-    """Run along the plan; tensors have the kernels' layout."""
+    """Run a launch plan on tensors that have the kernels' layout."""
     mean, var, weight, bias, _, momentum, _ = norm
     other_mean, other_var, other_weight, other_bias, _, other_momentum, _ = residual_norm or NO_NORM
     vectors = (weight, bias, other_weight, other_bias)
@@ -233,30 +236,30 @@ def _run_on_triton(
 
 
 def _dense_vectors(*norms: BatchNormArgs) -> list[BatchNormArgs]:
-    """The kernels address a vector by its first element alone. A vector that two norms share stays one."""
+    """Return the norms with contiguous vectors, as the kernels need; a vector that two norms share stays shared."""
     vectors = {id(value): value.contiguous() for norm in norms for value in norm if isinstance(value, Tensor)}
     return [norm._make(vectors[id(value)] if isinstance(value, Tensor) else value for value in norm) for norm in norms]
 
 
 def _copy_back(given: Tensor | None, used: Tensor | None) -> None:
-    """What was updated in a contiguous copy, to the caller's running statistic."""
+    """Copy the updated contiguous copy back to the caller's running statistic."""
     if given is not None and used is not None and not given.is_contiguous():
         given.copy_(used)
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError if one is a dual tensor, of which the kernels know no tangent."""
+    """Raise NotImplementedError if one is a dual tensor: the kernels do not propagate tangents."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
-            'forward-mode differentiation does not go through the Triton kernels: pass backend="aten" to '
-            "batch_norm_add_relu, or use torch.func.jvp, under which modules, too, run on ATen"
+            'the Triton kernels do not support forward-mode differentiation: pass backend="aten" to '
+            "batch_norm_add_relu, or use torch.func.jvp, under which modules run on ATen, too"
         )
 
 
 class _BatchNormAddReLU(torch.autograd.Function):
-    """On the Triton kernels: by a plan, by the operators, or with `group` for several processes.
+    """Run on the Triton kernels: by a plan, by the operators, or over the processes of `group`.
 
-    `inputs`: those of `Inputs`, flat, because autograd and tracers see tensors only so.
+    `inputs`: the fields of `Inputs`, flat, because autograd and tracers do not look for tensors inside a tuple.
     """
 
     @staticmethod
@@ -286,7 +289,7 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if dy is None:
             if group is None:
                 return (None,) * len(ctx.needs_input_grad)
-            dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's part
+            dy = torch.zeros_like(tensors[0])  # the other processes wait for this one's sums
         is_first = not torch.is_grad_enabled()
         is_planned = plan is not None and is_first and is_plain(dy) and (dy_alias is None or type(dy_alias) is Tensor)
         if is_planned:
@@ -304,13 +307,13 @@ class _BatchNormAddReLU(torch.autograd.Function):
         if settings.join == "add" and not settings.relu and dy_alias is None:
             dresidual = dy  # nothing stands between y and the residual
         gradients = (dx, dresidual, *vectors)
-        if not is_planned:  # operators return empty tensors for what there is not
+        if not is_planned:  # operators return empty tensors for absent inputs
             wanted = ctx.needs_input_grad[4:]
             gradients = [one if want else None for one, want in zip(gradients, wanted, strict=False)]
         return None, None, None, None, *gradients, None, None, None, None, None, None
 
 
-# torch's own `apply` asks again whether functorch transforms, and unwraps tensors that have left it (`is_plain`).
+# torch's own `apply` would check again for functorch transforms and their dead wrappers, which `is_plain` rules out.
 _apply: Any = super(torch.autograd.Function, _BatchNormAddReLU).apply  # type: ignore[misc]
 
 
@@ -322,7 +325,7 @@ def differentiable_backward(
     group: distributed.Group | None = None,
     total_rows: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as differentiable functions of dy and of the inputs, through the reference formula."""
+    """Return the gradients as differentiable functions of dy and the inputs, through the reference formula."""
     join, relu, training, residual_training, ghost_batch_size, eps, residual_eps = settings
 
     def bn(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
@@ -332,7 +335,7 @@ def differentiable_backward(
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def bn_of_group(x, mean, rstd, weight, bias, training: bool, eps: float) -> Tensor:
-        # About the forward's mean, here a constant, so that large means leave the digits of x - mean alone.
+        # Subtract the forward's mean first, as a constant, so that a large mean does not cost digits of x - mean.
         x, mean = x.to(mean.dtype) - mean[None, :, None, None], torch.zeros_like(mean)
         if training:
             if group is None or total_rows is None:
@@ -343,7 +346,7 @@ def differentiable_backward(
         return reference.normalize(x, mean, rstd, weight, bias)
 
     with torch.enable_grad():
-        # Fresh handles: a path from one input to another is the outer graph's to follow, not this one's.
+        # Fresh handles: if one input depends on another, the outer graph follows that path, not this one.
         saved = Saved._make(t if t is None or not t.requires_grad else t.view_as(t) for t in saved)
         z = bn(saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, training, eps)
         if join == "bn":
@@ -360,7 +363,7 @@ def differentiable_backward(
 
 
 def _relu_closed(saved: Saved, settings: Settings) -> Tensor:
-    """Where the forward's ReLU closed, a bool tensor like x: its own rounding of y decides, not another formula's."""
+    """Return where the forward's y is not positive, a bool tensor like x; the forward's own rounding decides."""
     if saved.relu_mask is None:
         return batch_norm.recompute_y(saved, settings) <= 0
     if saved.relu_mask.dtype == torch.bool:

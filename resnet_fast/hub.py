@@ -1,10 +1,10 @@
-"""Networks on the Hugging Face Hub, by huggingface_hub's own mixin; needs the extra `hub`.
+"""Networks on the Hugging Face Hub, through huggingface_hub's own mixin; needs the extra `hub`.
 
     HubModel.from_run("runs/…").push_to_hub("me/resnet18-cifar10")
     model = HubModel.from_pretrained("me/resnet18-cifar10")
 
-A class of its own, because the mixin keeps the arguments of the class it is mixed into, and those of the networks'
-classes (blocks, norm layers) are no JSON; the networks would also need huggingface_hub to be imported.
+HubModel wraps a network, because the mixin saves constructor arguments as JSON, which cannot hold the blocks and norm
+layers of the networks' own classes. So the networks can also be imported without huggingface_hub.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "huggingface_hub":
         raise
-    message = "huggingface_hub is not installed; pip install 'resnet-fast[hub]'"
+    message = "huggingface_hub is not installed: pip install huggingface_hub safetensors (or the extra 'hub')"
     raise ModuleNotFoundError(message, name=error.name) from None
 
 CARD = """---
 {{ card_data }}
 ---
 
-A network of resnet_fast. `config.json` holds its name, classes, image size, and the mean and std with which images in
-[0, 1] are normalized.
+A network of resnet_fast. `config.json` holds its name, its classes, its image size, and the mean and std that normalize
+images in [0, 1].
 
 ```python
 from resnet_fast.hub import HubModel
@@ -52,21 +52,21 @@ class HubModel(
 ):
     """A network by its name, with `save_pretrained`, `push_to_hub` and `from_pretrained` of huggingface_hub's mixin.
 
-    The weights are in model.safetensors, under the network's own names with "model." before them, which
-    `load_checkpoint` and `resnet-fast train --weights` take, too.
+    model.safetensors holds the weights under the network's own names, prefixed with "model.". `load_checkpoint` and
+    `resnet-fast train --weights` read this file, too.
 
     Args:
         name: one of `list_models()`.
         classes: the name of each logit, if known.
         mean, std: per channel, of images in [0, 1], to normalize with, if known.
-        image_size: pixels, in height and width, that it was trained on, if known.
-        kwargs: those of `get_model`, such as `num_classes` and `stem`; JSON keeps all but `norm_layer`.
+        image_size: height and width of the training images in pixels, if known.
+        kwargs: those of `get_model`, such as `num_classes` and `stem`; all except `norm_layer` are saved.
 
     Input [N, 3, H, W], normalized; output [N, num_classes]. The network itself is `.model`.
 
     Raises:
-        ValueError: there is no such network, or `classes` are not as many as it has logits.
-        TypeError: the network takes no such keyword.
+        ValueError: the network is unknown, or the number of `classes` differs from its number of logits.
+        TypeError: the network does not accept a keyword.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class HubModel(
         self.model = get_model(name, **kwargs)
         n_logits = find_head(self.model)[1].out_features
         if classes is not None and len(classes) != n_logits:
-            raise ValueError(f"classes must be as many as the network has logits, {n_logits}, got {len(classes)}")
+            raise ValueError(f"classes must have one name for each of {n_logits} logits, got {len(classes)}")
         self.classes, self.mean, self.std = (None if x is None else tuple(x) for x in (classes, mean, std))
         self.image_size = image_size
 
@@ -114,17 +114,17 @@ class HubModel(
         """Write config.json, model.safetensors and README.md, as the mixin does.
 
         Raises:
-            ValueError: the folder is that of a run, whose config.json would be lost.
+            ValueError: the folder is a run folder, whose config.json would be lost.
         """
         if (Path(save_directory) / CHECKPOINT).exists():
             raise ValueError(
-                f"save_directory must be no run folder, whose config.json is another, got {save_directory}"
+                f"save_directory must not be a run folder, whose config.json would be lost, got {save_directory}"
             )
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Self:
-        """Refuse what the mixin would pass over: a repository of something else, and weights that are missing."""
+        """Refuse what the mixin would accept: a repository of something else, or one with missing weights."""
         if "name" not in kwargs:
             raise ValueError(f"{model_id} must have a config.json with a network's name, as HubModel writes it")
         return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)

@@ -1,4 +1,4 @@
-"""Batch norm with the residual addition and ReLU fused in, as modules: of one process, or of several together."""
+"""Batch norm modules that fuse the residual addition and ReLU, for one process or several."""
 
 import threading
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from .functional import BatchNormArgs, find_call
 from .ops.checks import check_ghost_batch_size, count_groups
 from .ops.distributed import Group
 
-_pass = threading.local()  # batches: num_batches_tracked of a norm -> how many it has yet to count
+_pass = threading.local()  # batches: num_batches_tracked of a norm -> the number still to be added to it
 
 
 def count_together() -> AbstractContextManager[None]:
-    """Return a context at whose end one launch counts the batches of all norms that ran in it, also after an error.
+    """Return a context that counts the batches of all norms run inside in one launch, at its end, even after an error.
 
-    Nobody may look at a counter inside. A norm with momentum=None counts at once, because it divides by its counter.
+    Do not read a counter inside. A norm with momentum=None counts at once, because it divides by its counter.
     """
-    # A compiler merges launches itself, and torch.vmap knows no multi-tensor operator.
+    # A compiler merges launches itself, and torch.vmap does not support multi-tensor operators.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return nullcontext()
     return _counting_together()
@@ -45,24 +45,25 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
         y = max(0, bn(x) + residual)
 
-    The same constructor, parameters, buffers, checkpoint keys and modes as nn.BatchNorm2d.
+    Constructor, parameters, buffers, checkpoint keys and modes are those of nn.BatchNorm2d.
 
     Args:
         num_features: C.
-        relu: whether `forward` ends in ReLU. Default False: then it computes what nn.BatchNorm2d computes.
-        ghost_batch_size: where statistics are the batch's, every so many images, in order, have statistics of their
-            own, as if nn.BatchNorm2d were called on each group (Hoffer et al. 2017, arXiv:1705.08741): running
-            statistics are updated and batches are counted group after group. None: all images together.
+        relu: whether `forward` ends in ReLU. With False, the default, it computes what nn.BatchNorm2d computes.
+        ghost_batch_size: if batch statistics are used, normalize each group of this many consecutive images with its
+            own statistics, as if nn.BatchNorm2d were called on each group in order (Hoffer et al. 2017,
+            arXiv:1705.08741). Each group updates the running statistics and counts as a batch. None: one group.
         eps, momentum, affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
-        kwargs: what else the installed torch's nn.BatchNorm2d takes, such as `bias`.
+        kwargs: further arguments of the installed torch's nn.BatchNorm2d, such as `bias`.
 
     Raises:
-        TypeError, ValueError: ghost_batch_size is no int, or less than 1.
+        TypeError: relu is not a bool, or ghost_batch_size is not an int.
+        ValueError: ghost_batch_size is less than 1.
     """
 
-    # Defaults of modules that were pickled by an earlier version, or that change class.
+    # Defaults for modules that an earlier version pickled, or whose class was changed.
     ghost_batch_size: int | None = None
-    _name = ""  # in the model that was converted
+    _name = ""  # its name in the model that convert_sync_batchnorm changed
 
     def __init__(
         self,
@@ -85,10 +86,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         self.ghost_batch_size = ghost_batch_size
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """relu(bn(input) + residual); both [N, C, H, W]. Errors are those of `batch_norm_add_relu`, and a ValueError
-        where the input is not 4-D, or where ghost batches are counted without a momentum.
+        """Return bn(input) + residual, followed by ReLU if `self.relu`; all tensors are [N, C, H, W].
+
+        Raises the errors of `batch_norm_add_relu`. Raises ValueError if the input is not 4-D, or if ghost batches
+        update running statistics while momentum is None.
         """
-        if isinstance(input, fx.Proxy):  # to torch.fx nn.BatchNorm2d is one step, whose mode may still change: so here
+        if isinstance(input, fx.Proxy):  # one step to torch.fx, as nn.BatchNorm2d is, so that the mode may still change
             tracer: Any = input.tracer
             arguments = (input,) if residual is None else (input, residual)
             return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
@@ -103,12 +106,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         relu: bool,
         fork: bool = False,
     ) -> Any:
-        """`forward` with every join, for blocks that fuse over their submodules.
+        """Run `forward` with all its options, for blocks that fuse over their submodules.
 
         Args:
             x, residual: [N, C, H, W].
             residual_norm: the batch norm of the residual, [C].
-            relu, fork: as in `batch_norm_add_relu`; the module's own `relu` does not count here.
+            relu, fork: as in `batch_norm_add_relu`; the module's own `relu` is ignored.
 
         Returns:
             y: [N, C, H, W], or (y, alias of y) with `fork`.
@@ -123,13 +126,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             group = self._group_with(residual_norm)
             ghost_batch_size = _common_ghost_batch_size(modules, (norm, residual_args))
         call = find_call(x, norm, residual, residual_args, relu, None, group, ghost_batch_size)
-        for module in modules:  # a batch that is refused is not counted
+        for module in modules:  # after find_call, so that a refused batch is not counted
             if module.training:
                 module.count(1 if ghost_batch_size is None else count_groups(x, ghost_batch_size))
         return call(x, norm, residual, residual_args, fork)
 
     def group(self) -> dist.ProcessGroup | None:
-        """The processes whose batches are normalized together with this one's; None for this one's alone."""
+        """Return the processes that share batch statistics, or None if this process has its own."""
         return None
 
     def _group_with(self, residual_norm: "FusedBatchNorm2d | None") -> Group | None:
@@ -141,11 +144,11 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return Group(processes, f"{self._name} {type(self).__name__}({self.num_features})".lstrip())
 
     def counter(self) -> Tensor | None:
-        """`num_batches_tracked`, where this pass counts as a batch."""
+        """Return `num_batches_tracked` if this pass counts as a batch, else None."""
         return self._buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
 
     def count(self, n_batches: int) -> None:
-        """Add to `num_batches_tracked`, where this pass counts."""
+        """Add to `num_batches_tracked` if this pass counts as a batch."""
         counter = self.counter()
         if counter is None:
             return
@@ -156,7 +159,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             batches[counter] = batches.get(counter, 0) + n_batches
 
     def arguments(self) -> BatchNormArgs:
-        """What one forward pass uses."""
+        """Return the statistics, parameters and settings of this forward pass."""
         parameters, buffers, training = self._parameters, self._buffers, self.training
         try:  # nn.Module's own lookup costs more than the rest
             weight, bias = parameters["weight"], parameters["bias"]
@@ -178,7 +181,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
 
 def _common_ghost_batch_size(modules, norms) -> int | None:
-    """That of the modules, one or two that are joined, which use batch statistics in this pass."""
+    """Return the ghost_batch_size of the modules that use batch statistics in this pass."""
     using = [module for module, norm in zip(modules, norms, strict=False) if norm.training]
     sizes = [module.ghost_batch_size for module in using]
     if len(set(sizes)) > 1:
@@ -186,32 +189,32 @@ def _common_ghost_batch_size(modules, norms) -> int | None:
     for module in using:
         if module.ghost_batch_size is not None and module.momentum is None and module.counter() is not None:
             raise ValueError(
-                "momentum must be a number with a ghost_batch_size, since every group would have another weight in a "
-                f"cumulative average, got momentum=None and ghost_batch_size={module.ghost_batch_size}"
+                "momentum must be a number with a ghost_batch_size, because a cumulative average would weight each "
+                f"group differently, got momentum=None and ghost_batch_size={module.ghost_batch_size}"
             )
     return sizes[0] if sizes else None
 
 
 class FusedSyncBatchNorm2d(FusedBatchNorm2d):
-    """FusedBatchNorm2d whose batch statistics are those of all processes' batches together: nn.SyncBatchNorm, fused.
+    """FusedBatchNorm2d with batch statistics over all processes: a fused nn.SyncBatchNorm.
 
-    Each process may bring another number of images, even none. The backward adds up over the processes what dx needs;
-    gradients of weight and bias stay those of the own images, for DistributedDataParallel to average. In evaluation
-    mode, without `torch.distributed`, or with one process, it is FusedBatchNorm2d. Runs on CPU (gloo) and GPU (NCCL).
+    Processes may have different numbers of images, even none. The backward sums over the processes what dx needs.
+    Gradients of weight and bias cover this process's images only; DistributedDataParallel averages them. In evaluation
+    mode, without `torch.distributed`, or with one process, it is a FusedBatchNorm2d. Runs on CPU (gloo) and GPU (NCCL).
 
-    Every process must take part in every training step. As torch says of nn.SyncBatchNorm, `model.join()` and `Join` do
-    not support collectives in the forward pass. If one process may run out of batches before the others, use
-    `throw_on_early_termination=True`; without it the others wait until the process group's timeout.
+    Every process must take part in every training step. As for nn.SyncBatchNorm, `model.join()` and `Join` do not
+    support collectives in the forward pass. If one process may run out of batches before the others, use
+    `throw_on_early_termination=True`; otherwise the others wait until the process group's timeout.
 
     Args:
         process_group: the processes to synchronize; None for all.
         relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
 
     Raises (in forward):
-        ValueError: as FusedBatchNorm2d, but one value per channel and process is enough here; a ghost_batch_size, which
-            would take the joint batch apart.
-        RuntimeError: a process died, or did not come along within the timeout of the process group; the message names
-            the layer. (NCCL reports a timeout outside of Python, without it.)
+        ValueError: as FusedBatchNorm2d, except that one value per channel and process is enough; or the module has a
+            ghost_batch_size, which would split the joint batch.
+        RuntimeError: a process died, or did not join within the timeout of the process group. The message names the
+            layer, unless NCCL reports the timeout outside of Python.
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
     """
@@ -241,22 +244,22 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Turn every FusedBatchNorm2d and nn.BatchNorm2d of a model into FusedSyncBatchNorm2d, and 1-D and 3-D batch norms
-    into nn.SyncBatchNorm, in place.
+    """Synchronize the batch norms of a model over several processes, in place.
 
-    nn.SyncBatchNorm.convert_sync_batchnorm would take a FusedBatchNorm2d's residual and ReLU away.
+    FusedBatchNorm2d and nn.BatchNorm2d become FusedSyncBatchNorm2d; 1-D and 3-D batch norms become nn.SyncBatchNorm.
+    nn.SyncBatchNorm.convert_sync_batchnorm is no substitute: it would drop the residual and ReLU of FusedBatchNorm2d.
 
     Args:
-        module: a model, or a batch norm itself. Each batch norm remembers its name in it, for error messages.
+        module: a model, or a batch norm itself. Each batch norm stores its name in the model for error messages.
         process_group: the processes to synchronize; None for all.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: module is no nn.Module, process_group no ProcessGroup, or a batch norm of another class, whose
-            forward is not known; nothing is changed then.
-        ValueError: a batch norm has a ghost_batch_size, which synchronization would undo; nothing is changed then.
+        TypeError: module is not an nn.Module, process_group is not a ProcessGroup, or a batch norm has another class,
+            whose forward is unknown. The model is unchanged.
+        ValueError: a batch norm has a ghost_batch_size, which synchronization would undo. The model is unchanged.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {module!r}")
@@ -275,7 +278,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
             plain.append(norm)
         elif isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise TypeError(f"{name or 'module'} must be a batch norm of torch or resnet_fast, got {type(norm)}")
-    # The class alone changes, so that parameters, hooks, and a module used in two places stay what they are.
+    # Only the class changes, so that parameters, hooks, and a module used in two places stay unchanged.
     for name, norm in fused:
         norm.relu = getattr(norm, "relu", False)
         norm.__class__ = FusedSyncBatchNorm2d

@@ -1,10 +1,10 @@
-"""A batch norm and the following 3x3 convolution as one function. It runs where a table of choices names it.
+"""A batch norm and the following 3x3 convolution as one function, which runs only if a table of choices names it.
 
     z = conv(y),  y = relu(bn(x) + residual)
 
-The convolution's kernel also computes the statistics of z, for the batch norm behind it, and that of its data gradient
-the sums of this batch norm's backward: each spares a pass over memory (kernels/README.md, "3x3 convolution"). No GPU
-has shown yet where that is faster, so it runs only where `resnet-fast tune` has measured it (ops/choices.py).
+The convolution's kernel also computes the statistics of z for the next batch norm. Its data-gradient kernel also
+computes the sums of this batch norm's backward. Each saves a pass over memory (kernels/README.md, "3x3 convolution").
+No GPU has shown yet where that is faster, so `resnet-fast tune` must have measured it (ops/choices.py).
 """
 
 from collections.abc import Iterable
@@ -29,14 +29,14 @@ from .ops.layout import dense
 
 
 def can_pair(x: Tensor, norms: Iterable[nn.Module]) -> bool:
-    """Return whether there are choices for x's device, and all norms of a network that trains can take part."""
+    """Return whether x's device has a table of choices, and all norms of the network train and can take part."""
     if not is_plain(x) or is_empty(x.device) or not torch.is_grad_enabled():
         return False
     return choose_backend(x) == "triton" and all(map(_takes_part, norms))
 
 
 def _takes_part(norm: Any) -> bool:
-    """Return whether its statistics are those of all rows of this process alone."""
+    """Return whether the norm uses batch statistics over all rows of this process and no others."""
     vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     return (
         type(norm) is FusedBatchNorm2d
@@ -55,17 +55,17 @@ def pair(
     residual_norm: FusedBatchNorm2d | None = None,
     fork: bool = False,
 ) -> tuple[Tensor, PartialStatistics | None, Tensor]:
-    """conv(relu(bn(x) + residual)) in training.
+    """Compute conv(relu(bn(x) + residual)) in training.
 
     Args:
         x, residual: [N, C, H, W].
-        statistics: of x, in parts, where the convolution before has computed them.
+        conv: the convolution that reads the batch norm's output, or None.
+        statistics: partial statistics of x, if the previous convolution has computed them.
         residual_norm: the batch norm of the residual.
-        conv: reads the batch norm's output; None: there is none.
-        fork: whether that output is read a second time, as the third result.
+        fork: whether the third result has a reader, too.
 
     Returns:
-        The convolution's output, its statistics in parts or None, and a second handle to its input.
+        The convolution's output, its partial statistics or None, and a second handle to its input.
     """
     tiles = gradient_tiles = None
     if conv is not None and _has_kernels_for(conv, x):
@@ -97,7 +97,7 @@ def _choose(operation: Operation, conv: Any, x: Tensor, join: str = "none", fork
 
 
 def _has_kernels_for(conv: Any, x: Tensor) -> bool:
-    """Whether conv computes, of a tensor like x, in its type, what the kernels do."""
+    """Return whether the kernels compute what conv computes of a tensor like x, in the same type."""
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not conv.training:
         return False
     if x.dtype not in DTYPES or not _is_for_descriptors(x):
@@ -118,7 +118,7 @@ def has_kernels(
     dilation: Any = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether the kernels compute F.conv2d of these arguments, whatever type and layout x has."""
+    """Return whether the kernels compute F.conv2d of these arguments, for any type and layout of x."""
     if x.dim() != 4 or weight.shape[2:] != (3, 3) or bias is not None or groups != 1:
         return False
     n_images, n_in_channels, height, width = x.shape
@@ -137,14 +137,14 @@ def _is_for_descriptors(x: Tensor) -> bool:
 
 
 def _for_descriptors(x: Tensor) -> Tensor:
-    """x as a tensor descriptor takes it: a view of another tensor may lie at any address, and with gaps."""
+    """Return x dense and aligned, as tensor descriptors need it; a view may have gaps and any address."""
     return x if _is_for_descriptors(x) else x.clone(memory_format=torch.channels_last)
 
 
 class _Pair(torch.autograd.Function):
-    """Compute z = conv(y); without `conv_weight` z is y.
+    """Compute z = conv(y), or z = y without `conv_weight`.
 
-    `statistics`: of x, or None if x needs a pass for them. `tiles`, `gradient_tiles`: None where cuDNN computes.
+    `statistics`: those of x, or None if x needs a pass for them. `tiles`, `gradient_tiles`: None if cuDNN computes.
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dy_alias: Tensor | None, *_):  # type: ignore[override]
-        tensors, n = ctx.saved_tensors, len(Saved._fields)  # once: a checkpoint unpacks them
+        tensors, n = ctx.saved_tensors, len(Saved._fields)  # read once: under checkpointing each read unpacks them
         saved, convolution = Saved._make(tensors[:n]), tensors[n:]
         _, _, _, _, wants_dconv_weight, *wants = ctx.needs_input_grad
         wants_dy = any(wants)
@@ -176,7 +176,8 @@ class _Pair(torch.autograd.Function):
         if dz is not None and convolution:
             y, conv_weight, cast_weight = convolution
             weight = conv_weight.to(y.dtype) if torch.is_grad_enabled() else cast_weight
-            tiles: Any = None if torch.is_grad_enabled() or not wants_dy else ctx.tiles  # none in double backward
+            # Double backward has no kernels.
+            tiles: Any = None if torch.is_grad_enabled() or not wants_dy else ctx.tiles
             dz = _for_descriptors(dense(dz, like=y))
             dy, dconv_weight = library_gradients(dz, y, weight, wants_dy and tiles is None, wants_dconv_weight)
             if dconv_weight is not None:
@@ -195,7 +196,7 @@ class _Pair(torch.autograd.Function):
 def gradients_by_kernels(
     dout: Tensor, weight: Tensor, tiles: ConvTiles, saved: Saved, settings: Settings, dy_alias: Tensor | None
 ) -> Gradients:
-    """Return the batch norm's gradients, by the convolution's data gradient and the batch norm's second pass."""
+    """Return the batch norm's gradients from the convolution's data gradient and the batch norm's second pass."""
     with device_guard(dout):
         dz, sums, gradients = conv3x3.data_gradient(dout, weight, tiles, saved, dy_alias)
         return launch.input_gradients(dz, dz, saved, settings, launch.Shape.of(dz), gradients, sums)
@@ -204,7 +205,7 @@ def gradients_by_kernels(
 def library_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, wants_dx: bool, wants_dweight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight by cuDNN, or what else ATen calls; differentiable."""
+    """Return dx and dweight of the convolution by ATen, such as by cuDNN; differentiable."""
     if not wants_dx and not wants_dweight:
         return None, None
     ones, mask = [1, 1], [wants_dx, wants_dweight, False]

@@ -326,13 +326,13 @@ def test_a_block_of_no_size_is_refused(args: tuple, message: str):
 @pytest.mark.parametrize(
     ("blocks", "nb_classes", "message"),
     [
-        ([(32, 64)], 10, r"residual_blocks\[0\] must take the 64 channels that the stem gives, got 32"),
+        ([(32, 64)], 10, r"residual_blocks\[0\].num_channels must be 64, the output channels of the stem, got 32"),
         (
             [(64, 128), (64, 64)],
             10,
-            r"residual_blocks\[1\] must take the 128 channels that residual_blocks\[0\] gives, got 64",
+            r"residual_blocks\[1\].num_channels must be 128, the output channels of residual_blocks\[0\], got 64",
         ),
-        ([], 10, "residual_blocks must hold a block at least, got none"),
+        ([], 10, "residual_blocks must hold at least one block, got none"),
         ([(64, 64)], 0, "nb_classes must be an integer of at least 1, got 0"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_config_that_is_none(case: str, broken: Path):
 def test_a_fifo_in_place_of_config_is_named(broken: Path):
     (broken / "config.json").unlink()
     os.mkfifo(broken / "config.json")
-    with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is no regular file"):
+    with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is not a regular file"):
         resume(broken)
 
 

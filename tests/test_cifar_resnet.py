@@ -255,7 +255,7 @@ def test_it_trains_under_autocast_and_keeps_the_blocks_fused(monkeypatch, on_ate
     ("depth", "message"),
     [
         (21, "got 21; the nearest are 20 and 26"),
-        (2, "got 2; the least is 8"),
+        (2, "got 2; the smallest is 8"),
         (True, "got True"),
         ("20", "got '20'"),
     ],

@@ -419,7 +419,7 @@ CASES = {
     AsksForGradients: "asks how it is run (is_grad_enabled)",
     CatchesExceptions: "has a try statement",
     IsQuiet: "has a try statement",
-    ComparesByIdentity: "asks whether a value is None or another one",
+    ComparesByIdentity: "asks whether a value is None or a certain object",
     SuppressesExceptions: "catches exceptions (suppress)",
     Prints: "prints or reads",
     SwitchesGradientsOff: "switches gradients",
@@ -444,7 +444,7 @@ CASES = {
     SetsData: "sets data of a value",
     LooksAValueUp: "looks for a value in a set or dict",
     LooksAnAttributeUp: "looks for a value in a set or dict",
-    MakesText: "makes text of a value",
+    MakesText: "formats a value as text",
     AsksForTheGraph: "'grad_fn', which no graph can hold",
     AsksForNone: "asks whether a value is None",
     AppliesAFunction: "runs what a graph does not show (apply)",
@@ -459,7 +459,7 @@ CASES = {
     CallsAGlobalReLU: "calls a ReLU that it does not hold",
     AsksForTracing: "asks how it is run (is_tracing)",
     AsksForNoneOfItsOwn: "asks whether a value is None",
-    TakesAnything: "takes any arguments",
+    TakesAnything: "accepts any arguments",
     Fails: "cannot follow",
 }
 

@@ -96,13 +96,13 @@ REASONS = {
     "relu6": (lambda m, x: F.relu6(m.main(x)), "torch.nn.functional.relu6 reads its output"),
     "a method": (lambda m, x: m.main(x).clamp(0), ".clamp reads its output"),
     "cat": (_concatenates, "torch.cat reads its output"),
-    "sum of a list": (_sums, "what is added is no other tensor"),
+    "sum of a list": (_sums, "an addition follows, but not of another tensor"),
     "unused": (_ignores, "no step reads its output"),
     "returned": (lambda m, x: m.main(x), "model returns its output"),
     "returned and used": (_returns_and_uses, "(torch.nn.functional.relu, the caller)"),
-    "keyword": (_names_its_input, "main returns its output, and no forward that was traced calls it"),
+    "keyword": (_names_its_input, "main returns its output, and no traced forward calls it"),
     "hasattr": (_asks_for_a_shortcut, "(model: its forward asks for types or attributes (hasattr))"),
-    "None": (_is_given_a_shortcut, "(model: its forward asks whether a value is None or another one)"),
+    "None": (_is_given_a_shortcut, "(model: its forward asks whether a value is None or a certain object)"),
     "try": (_tries, "what follows main is not known (model: its forward has a try statement)"),
 }
 

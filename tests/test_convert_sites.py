@@ -71,11 +71,11 @@ class ScalesWhatItAdds(Block):
 ALONE = {
     ReadTwice: "more than one step reads its output (torch.nn.functional.relu, add)",
     NoReLU: "torch.nn.functional.silu reads its output",
-    AddsANumber: "no other tensor",
-    AddsItself: "no other tensor",
+    AddsANumber: "an addition follows, but not of another tensor",
+    AddsItself: "an addition follows, but not of another tensor",
     ReadsTheStatistics: "another step reads its statistics",
     AddsToItsInput: "in place to a tensor that others may see",
-    SharesTheConvolution: "its input is not from an nn.Conv2d which nothing else reads",
+    SharesTheConvolution: "its input is not from an nn.Conv2d that nothing else reads",
     ScalesWhatItAdds: "torch.add with alpha reads its output",
 }
 
@@ -117,9 +117,9 @@ LEFT = {
     "1-D": (lambda: nn.BatchNorm1d(4), "nn.BatchNorm1d"),
     "3-D": (lambda: nn.BatchNorm3d(4), "nn.BatchNorm3d"),
     "synchronized": (lambda: nn.SyncBatchNorm(4), "convert_sync_batchnorm"),
-    "subclass": (lambda: Subclass(4), "Subclass, whose forward may be another"),
+    "subclass": (lambda: Subclass(4), "Subclass, whose forward may differ"),
     "lazy": (lambda: nn.LazyBatchNorm2d(), "LazyBatchNorm2d"),
-    "fused": (lambda: FusedBatchNorm2d(4, relu=True), "is a fused one"),
+    "fused": (lambda: FusedBatchNorm2d(4, relu=True), "is fused already"),
     "patched": (_patched, "patched forward"),
 }
 
@@ -138,7 +138,7 @@ def test_timms_own_norm_is_left_and_named():
     from timm.layers import BatchNormAct2d
 
     _, report = convert(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4)), report=True)
-    assert "BatchNormAct2d, whose forward may be another" in report.left[0].why
+    assert "BatchNormAct2d, whose forward may differ" in report.left[0].why
 
 
 class UsesItsNormTwice(Block):

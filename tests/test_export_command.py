@@ -165,7 +165,8 @@ def test_a_missing_package_names_the_extra(trained: Result, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, package, None)
     result = invoke("export", trained.out, "--out", tmp_path / "out")
     assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert f"{package} is not installed; pip install 'resnet-fast[export]'; --format torch needs no" in result.stderr
+    install = f"pip install {' '.join(export.ONNX_PACKAGES)} (or the extra 'export'); --format torch needs no"
+    assert f"{package} is not installed: {install}" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

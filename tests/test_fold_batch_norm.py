@@ -265,7 +265,7 @@ REFUSED = {
         "1 is a BatchNorm1d, not an nn.BatchNorm2d",
     ),
     "no norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), ValueError, "it has no batch norm"),
-    "no convolution": (PreActivation, ValueError, "bn is not called behind an nn.Conv2d"),
+    "no convolution": (PreActivation, ValueError, "bn does not follow an nn.Conv2d"),
     "a part that branches": (
         lambda: nn.Sequential(Branches()),
         ValueError,

@@ -144,7 +144,7 @@ class MayBeNone(Asserts):
 REASONS = {
     DependsOnShapes: "values or shapes decide what it computes",
     FailsOnStandIns: "torch.fx cannot follow its forward",
-    MakesText: "makes text of a value",
+    MakesText: "formats a value as text",
     RaisesItsOwn: "raises a WrongSizeError",
     MayBeNone: "asks whether a value is None",
 }

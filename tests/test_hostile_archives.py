@@ -85,15 +85,15 @@ REFUSED = {
     "compressed, other method": (lambda: rezipped(zipfile.ZIP_LZMA), "holds compressed data"),
     "unlike sizes": (lambda: entries_changed(2**31 - 1, 24), "holds compressed data"),
     "sizes beyond the file": (lambda: entries_changed(2**31 - 1, 20, 24), "members"),
-    "members in one place": (lambda: entries_changed(0, 42), "members do not stand one behind the other"),
-    "bytes before the archive": (lambda: b"PK\3\4" + bytes(60) + WHOLE, "members do not stand one behind the other"),
-    "one name twice": (lambda: rezipped(again="archive/data.pkl"), "two of its members have one name"),
-    "bytes of zeros": (lambda: saved({"x": Call(bytearray, 2**34)}), "asks for bytearray, which can make any amount"),
+    "members in one place": (lambda: entries_changed(0, 42), "members do not follow each other"),
+    "bytes before the archive": (lambda: b"PK\3\4" + bytes(60) + WHOLE, "members do not follow each other"),
+    "one name twice": (lambda: rezipped(again="archive/data.pkl"), "two of its members have the same name"),
+    "bytes of zeros": (lambda: saved({"x": Call(bytearray, 2**34)}), "asks for bytearray, which can turn a few bytes"),
     "bytes of zeros, old format": (
         lambda: saved({"x": Call(bytearray, 2**34)}, _use_new_zipfile_serialization=False),
         "asks for bytearray",
     ),
-    "bytes doubled": (lambda: saved({"x": doubled(40)}), "encodes values as hex, which can make any amount"),
+    "bytes doubled": (lambda: saved({"x": doubled(40)}), "encodes values as hex, which can turn a few bytes"),
     "a wide tensor copied": (
         lambda: saved(
             {"x": Call(torch_utils._rebuild_device_tensor_from_cpu_tensor, WIDE, torch.float64, "cpu", False)}
@@ -165,5 +165,5 @@ def test_what_is_no_regular_file_is_not_opened(kind: str, tmp_path: Path, monkey
         (lambda: resnet_fast.load_checkpoint(nn.Linear(2, 2), path), ValueError),
         (lambda: read_checkpoint(path), CheckpointError),
     ):
-        with pytest.raises(error, match=rf"^{path} is no regular file$"):
+        with pytest.raises(error, match=rf"^{path} is not a regular file$"):
             read()

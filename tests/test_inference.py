@@ -67,7 +67,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_offered(run: Path):
     data[len(data) // 2] ^= 1
     (run / "checkpoint.pt").write_bytes(data)
     with pytest.raises(
-        CheckpointError, match=r"is damaged: its SHA-256 .*checkpoint-previous\.pt is of the epoch before"
+        CheckpointError, match=r"is damaged: its SHA-256 .*checkpoint-previous\.pt holds the epoch before"
     ):
         load_trained(run)
     assert load_trained(run / "checkpoint-previous.pt").epoch == 1
@@ -98,7 +98,7 @@ def test_weights_that_do_not_fit_are_refused(run: Path):
 def test_an_unknown_network_is_refused(run: Path):
     config = torch.load(run / "checkpoint.pt", weights_only=True)["config"]
     rewrite(run / "checkpoint.pt", config={**config, "model": "resnet19"})
-    with pytest.raises(CheckpointError, match="of the network 'resnet19', which this version does not have"):
+    with pytest.raises(CheckpointError, match="holds the network 'resnet19', which this version does not have"):
         load_trained(run)
 
 

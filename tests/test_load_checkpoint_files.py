@@ -58,24 +58,24 @@ REFUSED = {
     "empty": (b"", "is empty"),
     "web page": (
         b"\n<!DOCTYPE html><html><body>404</body></html>",
-        "is a web page, not weights: the download has failed",
+        "is a web page, not weights: the download failed",
     ),
     "error in XML": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page, not weights"),
     "git-lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
-        "is a pointer of git-lfs, not the weights",
+        "is a git-lfs pointer, not the weights",
     ),
     "text": (b'{"message": "Not Found"}', 'was not written by torch.save or safetensors: it begins with b\'{"message"'),
     "cut short": (WHOLE[: len(WHOLE) // 2], "is cut short: the end of the archive is missing after"),
     "cut short, old": (OLD[: len(OLD) // 2], "is damaged or cut short"),
-    "cut short, safetensors": (SAFE[: len(SAFE) // 2], "is damaged, cut short or no file of safetensors"),
+    "cut short, safetensors": (SAFE[: len(SAFE) // 2], "is damaged, cut short or not a safetensors file"),
     "another zip": (zip_of(readme="hello"), "is a zip archive of something else: it holds readme"),
-    "another pickle": (pickle.dumps({"w": 1.0}), "is damaged, or a pickle that is not read without running code"),
-    "tar": (tar_of("storages"), "is of the tar format of PyTorch before 0.2"),
-    "TorchScript": (script(), "is a TorchScript program, which is code and is not loaded; where its source is trusted"),
+    "another pickle": (pickle.dumps({"w": 1.0}), "is damaged, or a pickle that cannot be read without running code"),
+    "tar": (tar_of("storages"), "is in the tar format of PyTorch before 0.2"),
+    "TorchScript": (script(), "is a TorchScript program, which is code and is not loaded; if you trust its source"),
     "whole model": (bytes_of(LAYER), "holds more than tensors and plain values (torch.nn.modules.linear.Linear)"),
-    "a list": (bytes_of([torch.ones(1)]), "holds no weights by name, but a list"),
-    "a tensor": (bytes_of(torch.ones(1)), "holds no weights by name, but a Tensor"),
+    "a list": (bytes_of([torch.ones(1)]), "must hold weights by name, got a list"),
+    "a tensor": (bytes_of(torch.ones(1)), "must hold weights by name, got a Tensor"),
     "no tensors": (bytes_of({"epoch": 1, "lr": 0.1}), "holds no weights; its entries are 'epoch', 'lr'"),
     "an empty dict": (bytes_of({}), "holds no weights; it is an empty dict"),
     "unknown entry": (
@@ -175,8 +175,8 @@ def test_no_code_runs(old: bool, force: bool, tmp_path: Path, monkeypatch: pytes
     path.write_bytes(bytes_of(content, _use_new_zipfile_serialization=not old))
     message = refusal(path)
     assert not (tmp_path / "harm").exists()
-    assert "(exec): reading that can run code of whoever made the file, and it is not read" in message
-    assert message.endswith("save the weights alone there, torch.save(model.state_dict(), path), and load that file")
+    assert "(exec): it is not read, because that could run code from the file; if you trust its source" in message
+    assert message.endswith("torch.save(model.state_dict(), path), and load that file")
     with torch.serialization.safe_globals([exec]):  # the file does what it is said to do
         torch.load(path, weights_only=True)
     assert (tmp_path / "harm").exists()
@@ -201,4 +201,5 @@ def test_what_may_be_read_is_as_before_afterwards(tmp_path: Path):
 def test_safetensors_that_is_missing_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x.safetensors").write_bytes(SAFE)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    assert refusal(tmp_path / "x.safetensors", ModuleNotFoundError).endswith("pip install safetensors")
+    refused = refusal(tmp_path / "x.safetensors", ModuleNotFoundError)
+    assert refused.endswith("pip install safetensors (or the extra 'safetensors')")

@@ -98,41 +98,41 @@ NETWORKS = {
     "classes": (
         lambda: torchvision_resnet.resnet18(num_classes=10),
         {},
-        "the file is of 10 classes, the model of 1000: build it with num_classes=10, and to train it on 1000, put "
-        "nn.Linear(512, 1000) in place of its last layer after loading",
+        "the file has 10 classes, the model 1000: build the model with num_classes=10; to train 1000 classes, replace "
+        "its last layer with nn.Linear(512, 1000) after loading",
     ),
     "stem of the file": (
         lambda: resnet_fast.resnet18(stem="cifar"),
         {},
-        "the file's first convolution is 3x3, the model's 7x7: build it with stem=\"cifar\"",
+        "the file's first convolution is 3x3, the model's 7x7: build the model with stem=\"cifar\"",
     ),
     "stem of the model": (
         torchvision_resnet.resnet18,
         {"stem": "cifar"},
-        "the file's first convolution is 7x7, the model's 3x3: build it with stem=\"imagenet\"",
+        "the file's first convolution is 7x7, the model's 3x3: build the model with stem=\"imagenet\"",
     ),
     "block": (
         torchvision_resnet.resnet50,
         {},
-        "the file is of a ResNet-50 (Bottleneck, 3 + 4 + 6 + 3 blocks), "
-        "the model a ResNet-18 (BasicBlock, 2 + 2 + 2 + 2 blocks)",
+        "the file holds a ResNet-50 (Bottleneck, 3 + 4 + 6 + 3 blocks), "
+        "the model is a ResNet-18 (BasicBlock, 2 + 2 + 2 + 2 blocks)",
     ),
     "wide": (torchvision_resnet.wide_resnet50_2, {"depth": 50}, "with groups=1, width_per_group=128"),
     "deep stem": (
         lambda: timm.create_model("resnet18d"),
         {},
-        "the file is of a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts, as timm's",
+        "the file holds a ResNet with a deep stem (conv1.0, conv1.3, conv1.6) and pooled shortcuts, as timm's",
     ),
     "gray images": (lambda: timm.create_model("resnet18", in_chans=1), {}, "images with 1 channels, the model takes 3"),
     "no last layer": (
         lambda: timm.create_model("resnet18", num_classes=0),
         {},
-        "the file has no last layer: set model.fc = torch.nn.Identity(), load, and put a new nn.Linear in its place",
+        "the file has no last layer: set model.fc = torch.nn.Identity(), load, and set model.fc to a new nn.Linear",
     ),
     "a part": (
         lambda: nn.ModuleDict({"backbone": torchvision_resnet.resnet18(), "head": nn.Linear(2, 2)}),
         {},
-        "names in the file begin with 'backbone.', and 2 other names with them",
+        "names in the file begin with 'backbone.' (2 others do not), which is not",
     ),
 }
 
@@ -151,15 +151,19 @@ def test_known_causes_are_named(case: str, tmp_path: Path):
 
 
 B, A = (
-    "the file's shortcuts have weights (option B), the model's have none: build it with shortcut=\"B\"",
+    "the file's shortcuts have weights (option B), the model's have none: build the model with shortcut=\"B\"",
     "no weights, ",
 )
 SIX_N_PLUS_TWO = {
     "option B": ({"shortcut": "B"}, {}, [B]),
     "option A": ({}, {"shortcut": "B"}, [A]),
     "none into option B": ({"shortcut": None}, {"shortcut": "B"}, [A]),
-    "option B, classes": ({"shortcut": "B", "num_classes": 4}, {}, [B, "the file is of 4 classes, the model of 10"]),
-    "width": ({"width": 8}, {}, ["the file's first convolution has 8 filters, the model's 16: build it with width=8"]),
+    "option B, classes": ({"shortcut": "B", "num_classes": 4}, {}, [B, "the file has 4 classes, the model 10"]),
+    "width": (
+        {"width": 8},
+        {},
+        ["the file's first convolution has 8 filters, the model's 16: build the model with width=8"],
+    ),
 }
 
 
@@ -192,7 +196,7 @@ def test_the_widths_that_are_advised_fit(name: str):
 def test_a_shallow_network_of_three_stages_is_named_by_its_layers(tmp_path: Path):
     names = [f"module.layer{stage}.{block}.conv1.weight" for stage in (1, 2, 3) for block in range(9)]
     error = mismatch(thin_resnet(resnet), {name: torch.ones(1) for name in names}, tmp_path)
-    assert "the file is of a ResNet-56 (BasicBlock, 9 + 9 + 9 blocks)" in error.hints[0]
+    assert "the file holds a ResNet-56 (BasicBlock, 9 + 9 + 9 blocks)" in error.hints[0]
 
 
 def test_the_error_of_a_worker_process_can_be_sent(tmp_path: Path):
@@ -205,5 +209,5 @@ def test_a_model_without_values_is_refused(tmp_path: Path):
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     torch.save({"weight": torch.ones(2, 2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="weight is on meta: model.to_empty"):
+    with pytest.raises(ValueError, match="got weight there: call model.to_empty"):
         resnet_fast.load_checkpoint(model, tmp_path / "x.pth")

@@ -110,7 +110,7 @@ def test_a_sequential_stem_alone_is_no_deep_stem(tmp_path: Path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(resnet_fast.CheckpointMismatch) as caught:
         resnet_fast.load_checkpoint(thin_resnet(resnet), tmp_path / "x.pth")
-    assert len(caught.value.hints) == 1 and "the file is of 4 classes, the model of 3" in caught.value.hints[0]
+    assert len(caught.value.hints) == 1 and "the file has 4 classes, the model 3" in caught.value.hints[0]
     assert not caught.value.missing and not caught.value.unexpected
 
 

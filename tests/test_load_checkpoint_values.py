@@ -128,7 +128,7 @@ def test_a_tensor_of_two_names_takes_no_two_values(tmp_path: Path):
     before = model.encoder.weight.clone()
     state = {"encoder.weight": torch.ones(3, 3), "decoder.weight": torch.zeros(3, 3)}
     with pytest.raises(
-        ValueError, match=r"other values for decoder\.weight than for encoder\.weight, one tensor in the"
+        ValueError, match=r"different values for decoder\.weight and encoder\.weight, one tensor in the"
     ):
         load(model, state, tmp_path)
     assert torch.equal(model.encoder.weight, before)

@@ -104,7 +104,7 @@ def test_a_run_that_asks_later_shows_all_epochs_and_what_is_held_out_is_no_test(
 @pytest.mark.parametrize(
     ("installed", "message"),
     [
-        (False, "wandb is not installed; pip install 'resnet-fast[wandb]'"),
+        (False, "wandb is not installed: pip install wandb (or the extra 'wandb')"),
         (True, "No API key configured. Use `wandb login` to log in. Or set WANDB_MODE=offline."),
     ],
     ids=["no package", "no login"],

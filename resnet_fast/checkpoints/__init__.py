@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere, into a model: what the file calls them, and whether they fit, is found out."""
+"""Load weights that were trained elsewhere: match their names in the file with the model's and check that they fit."""
 
 from .load import Loaded, load_checkpoint
 from .mismatch import CheckpointMismatch

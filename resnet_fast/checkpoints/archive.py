@@ -24,7 +24,7 @@ from resnet_fast.common.checks import one_line
 # A ResNet-152 with its optimizer takes 100,000; the costliest step makes an empty set of 216 bytes.
 MAX_STEPS = 1_000_000
 MAX_DEPTH = 100  # of values within values
-# `bytearray(10**10)` fills memory; the other two copy a tensor, which may be an expanded one of 10**10 values.
+# `bytearray(10**10)` fills memory; the other two copy a tensor, which may be expanded to 10**10 values.
 GROWING = ("bytearray", "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy")
 # Each nearly doubles its input. torch.save itself writes bytes as _codecs.encode(text, "latin1").
 GROWING_CODECS = {"hex", "hex_codec", "base64", "base64_codec", "base_64", "uu", "uu_codec", "quopri", "quopri_codec"}
@@ -32,22 +32,22 @@ GROWING_CODECS |= {"quoted_printable", "quotedprintable"}
 
 
 class ArchiveError(ValueError):
-    """A file is refused; the message is the reason, to be put after the name of the file."""
+    """A file is refused; the message is the reason, to follow the name of the file."""
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file. Reading a fifo might wait forever, reading a device never end.
+    """Return the bytes of a regular file; reading a fifo or a device might never end.
 
     Raises:
-        ArchiveError: the file is no regular one, or larger than the memory.
+        ArchiveError: the file is not a regular file, or does not fit into memory.
         OSError: the file does not exist, or cannot be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ArchiveError("is no regular file")
+        raise ArchiveError("is not a regular file")
     try:
         return path.read_bytes()
     except MemoryError:
-        raise ArchiveError("is larger than the memory") from None
+        raise ArchiveError("does not fit into memory") from None
 
 
 def member_names(data: bytes) -> list[str]:
@@ -64,8 +64,8 @@ def load_values(data: bytes, permitted: Iterable[Any] = ()) -> Any:
 
     Raises:
         ArchiveError: the values would take more memory than the file has bytes, or are nested too deep.
-        pickle.UnpicklingError: the file holds other classes or functions, and reading it would run code.
-        Exception: torch.load raises any for a damaged file.
+        pickle.UnpicklingError: the file holds other classes or functions, so that reading it would run code.
+        Exception: any that torch.load raises for a damaged file.
     """
     if data.startswith(b"PK"):
         archive = _open(data)
@@ -87,19 +87,19 @@ def _open(data: bytes) -> zipfile.ZipFile:
 
 
 def _check_members(archive: zipfile.ZipFile, n_bytes: int) -> None:
-    """Raise ArchiveError unless the members are stored one behind the other, as torch.save stores them."""
+    """Raise ArchiveError unless the members are stored uncompressed and in sequence, as torch.save stores them."""
     end = 0
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise ArchiveError(f"holds compressed data ({member.filename[:50]!r}), which torch.save never writes")
         # With bytes before the first member, another reader may find another table of contents.
         if member.header_offset < end or (end == 0 and member.header_offset > 0):
-            raise ArchiveError("is damaged: its members do not stand one behind the other")
+            raise ArchiveError("is damaged: its members do not follow each other")
         end = member.header_offset + 30 + member.file_size  # a header has at least 30 bytes
     if end > n_bytes:
         raise ArchiveError("is damaged: its members are larger than the file")
     if len(set(archive.namelist())) < len(archive.namelist()):
-        raise ArchiveError("is damaged: two of its members have one name")
+        raise ArchiveError("is damaged: two of its members have the same name")
 
 
 def _check_steps(file: io.BytesIO, n_pickles: int = 1) -> None:
@@ -113,12 +113,12 @@ def _check_steps(file: io.BytesIO, n_pickles: int = 1) -> None:
             if step == "GLOBAL":
                 name = argument.rpartition(" ")[2]
                 if name in GROWING:
-                    raise ArchiveError(f"asks for {name}, which can make any amount of memory of a few bytes")
+                    raise ArchiveError(f"asks for {name}, which can turn a few bytes into any amount of memory")
                 encodes |= name == "encode"
             elif isinstance(argument, str) and argument.lower().replace("-", "_") in GROWING_CODECS:
                 codec = argument
     if encodes and codec:
-        raise ArchiveError(f"encodes values as {codec}, which can make any amount of memory of a few bytes")
+        raise ArchiveError(f"encodes values as {codec}, which can turn a few bytes into any amount of memory")
 
 
 def _steps(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -130,10 +130,10 @@ def _steps(file: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """Rebuild a value from built-in types: attributes that a file sets on an object could hide its methods.
+    """Rebuild a value from built-in types, because a file can set attributes that hide an object's methods.
 
     Args:
-        seen: results by the id of their source, for values that are in several places.
+        seen: results by the id of their source, for values that occur in several places.
     """
     if isinstance(value, Tensor):
         if value.is_nested:
@@ -144,7 +144,7 @@ def _plain(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
     if id(value) not in seen:
         if depth == MAX_DEPTH:
             raise ArchiveError(f"holds values nested more than {MAX_DEPTH} deep, or within themselves")
-        # The source is kept, too: only ids of living objects are unique.
+        # The source is kept, too, because ids are unique only among living objects.
         if isinstance(value, dict):
             items = dict.items(value)
             seen[id(value)] = value, {key: _plain(inner, seen, depth + 1) for key, inner in items}

@@ -1,4 +1,4 @@
-"""Where in a file's values the weights are: the file is the state dict, or holds it under a name among other things."""
+"""Find the weights in a file's values: the file is the state dict, or holds it under a name among other entries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..common.checks import shown
 
-# The moving average comes first, as in timm, whose training writes both; `entry` of load_checkpoint names the other.
+# As in timm, whose training writes both, the moving average comes first; `entry` of load_checkpoint selects the other.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 N_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """The contents of a file.
 
     Args:
-        tensors: by their names in the file.
-        entry: under which name they are, "state_dict" or "model.state_dict"; "" where the file is the state dict.
-        ignored: what else is in the file.
+        tensors: the weights by their names in the file.
+        entry: the name that holds them, such as "state_dict" or "model.state_dict"; "" if the file is the state dict.
+        ignored: the names of everything else in the file.
     """
 
     tensors: dict[str, Tensor]
@@ -30,13 +30,13 @@ class Weights:
 
 
 def find_weights(path: Path, content: Any, entry: str | None) -> Weights:
-    """Look for the weights in the values of a file.
+    """Return the weights in the values of a file.
 
     Raises:
-        ValueError: there are none, or not under the name `entry`.
+        ValueError: there are no weights, or none under the name `entry`.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no weights by name, but a {type(content).__name__}")
+        raise ValueError(f"{path} must hold weights by name, got a {type(content).__name__}")
     names: list[str] = []
     ignored: list[str] = []
     if entry is not None:
@@ -54,7 +54,7 @@ def find_weights(path: Path, content: Any, entry: str | None) -> Weights:
 
 
 def _holds_weights(value: Any, depth: int = 4) -> bool:
-    """Return whether there are tensors within `depth` dicts; a small file can hold a dict in itself."""
+    """Return whether there are tensors within `depth` dicts; the limit is for dicts that contain themselves."""
     if not isinstance(value, Mapping) or depth == 0:
         return False
     has_tensors = any(isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items())
@@ -62,7 +62,7 @@ def _holds_weights(value: Any, depth: int = 4) -> bool:
 
 
 def _offer(content: Mapping) -> str:
-    """Say what is there instead."""
+    """Return a phrase that names the entries of a file without weights."""
     offered = [shown(name) for name, value in content.items() if _holds_weights(value)]
     if offered:
         return f"there are some under entry={' or '.join(offered[:N_SHOWN])}"

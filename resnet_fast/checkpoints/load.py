@@ -19,19 +19,19 @@ from .reading import read_file
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_checkpoint` did; its str() is for people.
+    """The result of `load_checkpoint`; str() gives a readable summary.
 
     Args:
-        path: of the file.
-        n_tensors: how many parameters and buffers got a value from it.
-        entry: under which name in the file the weights were, such as "state_dict"; "" where it is the state dict.
-        stripped: prefixes that the names in the file had and the model's do not, "module.".
-        added: prefixes that the model's names have and those in the file did not.
-        translated: (word in the file, word in the model), ("shortcut", "downsample").
-        cast: (type in the file, type in the model) where they differ.
-        kept: names of the model that the file does not have, and that keep their values: counters such as
-            `num_batches_tracked`, which evaluation does not use, and other names of tensors that were loaded.
-        ignored: what else is in the file.
+        path: path of the file.
+        n_tensors: number of parameters and buffers that were loaded.
+        entry: name in the file that held the weights, such as "state_dict"; "" if the file is the state dict.
+        stripped: prefixes that only the names in the file have, such as "module.".
+        added: prefixes that only the model's names have.
+        translated: pairs (word in the file, word in the model), such as ("shortcut", "downsample").
+        cast: pairs (type in the file, type in the model) that differ.
+        kept: names of the model that the file lacks and whose values are kept: counters such as `num_batches_tracked`,
+            which evaluation does not use, and further names of tensors that were loaded.
+        ignored: names of everything else in the file.
         not_finite: names of the model whose values hold an infinity or NaN, in the file or after the cast.
     """
 
@@ -62,32 +62,33 @@ class Loaded:
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> Loaded:
     """Load weights that were trained elsewhere into a model, in place.
 
-    Files of torch.save and safetensors, read without running code: state dicts of torchvision, of timm's plain ResNets,
-    of kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10, of Lightning; checkpoints of `resnet-fast train`.
-    The names in the file are matched with the model's: prefixes of DataParallel, torch.compile and Lightning, and the
-    words shortcut and linear for downsample and fc, may stand on either side. All names and shapes are compared before
-    anything is copied. Values are cast to the model's types, to integers only where that changes none of them; the
-    model's device and memory format stay.
+    Files of torch.save and safetensors are read without running code. Supported are state dicts of torchvision, timm's
+    plain ResNets, kuangliu/pytorch-cifar, akamaster/pytorch_resnet_cifar10 and Lightning, and checkpoints of
+    `resnet-fast train`. Names in the file are matched with the model's: either side may have the prefixes of
+    DataParallel, torch.compile and Lightning, or say shortcut and linear for downsample and fc. All names and shapes
+    are compared before anything is copied. Values are cast to the model's types, to integers only if that is exact. The
+    model keeps its device and memory format.
 
     Args:
         model: any ResNet, ours or not, also wrapped or compiled.
-        path: of the file.
-        entry: under which name in the file the weights are. None: the file is the state dict, or holds it as
-            "state_dict", "model_state_dict", "model" or "net"; the moving average, "state_dict_ema" or "model_ema",
-            goes before these, as in timm.
+        path: path of the file.
+        entry: name in the file that holds the weights. None: the file is the state dict, or holds it as "state_dict",
+            "model_state_dict", "model" or "net". As in timm, the moving average ("state_dict_ema" or "model_ema") takes
+            precedence.
 
     Returns:
-        What was done.
+        A `Loaded`, whose str() says what was done.
 
     Raises:
-        CheckpointMismatch (a ValueError): names or shapes differ, or types that no cast mends; nothing was loaded.
-        ValueError: the file is a folder, empty, damaged, would run code, or holds no weights; or the model's parameters
-            are on the meta device.
-        FileNotFoundError, OSError: the file is not there, or cannot be read.
-        ModuleNotFoundError: the file is of safetensors, which is not installed.
-        TypeError: `model` is no module, `path` no path, or `entry` no string.
+        CheckpointMismatch (a ValueError): names or shapes differ, or types that no cast can reconcile. Nothing was
+            loaded.
+        ValueError: the file is a folder, empty, damaged, would run code, or holds no weights; or the model has
+            parameters on the meta device.
+        FileNotFoundError, OSError: the file does not exist, or cannot be read.
+        ModuleNotFoundError: the file needs safetensors, which is not installed.
+        TypeError: `model` is not a module, `path` is not a path, or `entry` is not a string.
 
-    A value that is not finite is loaded, with a warning.
+    Values that are not finite are loaded, with a warning.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,7 +101,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     on_meta = next((name for name, value in own.items() if value.is_meta), None)
     if on_meta is not None:
-        raise ValueError(f"model must have its parameters on a device, {on_meta} is on meta: model.to_empty(device=…)")
+        raise ValueError(f"model must not be on the meta device, got {on_meta} there: call model.to_empty(device=…)")
 
     weights = find_weights(path, read_file(path), entry)
     matching = match(own, weights.tensors)
@@ -113,7 +114,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         raise CheckpointMismatch(path, missing, matching.unexpected, unlike, hints)
     values = {name: value.reshape(own[name].shape).to(own[name].dtype) for name, value in sources.items()}
     _check_aliases(path, values, aliases)
-    # In place of the model's own values, whose metadata say that the names are those of today's modules.
+    # Update the model's own state dict, whose metadata give the current version of each module.
     state.update(values)
     model.load_state_dict(state)
 
@@ -138,15 +139,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
 
 
 def _unlike(name: str, value: Tensor, own: Tensor) -> tuple[str, str, str] | None:
-    """The name, what the file has, and what the model has, where one cannot become the other by a cast."""
+    """Return the name, what the file has, and what the model has, if no cast can reconcile them; else None."""
     if value.layout != own.layout or value.is_meta:
         return name, "no values" if value.is_meta else str(value.layout), str(own.layout)
     if value.is_complex() != own.is_complex() or (own.is_floating_point() and not value.is_floating_point()):
-        return name, str(value.dtype), str(own.dtype)  # quantized weights, say: without their scale they mean nothing
-    # PyTorch before 0.4 had no scalars, but vectors of one element; load_state_dict takes them, too.
+        return name, str(value.dtype), str(own.dtype)  # such as quantized weights, meaningless without their scale
+    # PyTorch before 0.4 had vectors of one element in place of scalars; load_state_dict accepts them, too.
     if value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):
         return name, str(list(value.shape)), str(list(own.shape))
-    # Of rounded or wrapped integers nothing would tell; floating-point values may lose digits.
+    # Floating-point values may lose digits, but rounded or wrapped integers would go unnoticed.
     if not own.is_floating_point() and not own.is_complex() and not _casts_exactly(value, own.dtype):
         return name, f"{value.dtype} with values that {own.dtype} does not have", str(own.dtype)
     return None
@@ -157,7 +158,7 @@ def _casts_exactly(value: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _aliases(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of the model's tensors to all the names of the same tensor."""
+    """Return, for each name of the model, all names of the same tensor."""
     groups: dict[object, list[str]] = {}
     for name, value in own.items():
         key = (value.data_ptr(), value.shape, value.stride(), value.device) if value.numel() else name
@@ -171,16 +172,16 @@ def _check_aliases(path: Path, values: Mapping[str, Tensor], aliases: Mapping[st
             if other == name or other not in values:
                 continue
             if not torch.allclose(values[other], value, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(f"{path} has other values for {other} than for {name}, one tensor in the model")
+                raise ValueError(f"{path} has different values for {other} and {name}, one tensor in the model")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """By names in torchvision's words, without counters."""
+    """Return the shapes by names in torchvision's words, without counters."""
     return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items() if not is_counter(name)}
 
 
 def _shortened(names: tuple[str, ...]) -> str:
-    """Return the first names, with the counters of batch norms, of which a ResNet-152 has 155, as one."""
+    """Return the first names; the counters of batch norms, of which a ResNet-152 has 155, become one."""
     kinds = Counter(name.rpartition(".")[2] if "num_batches_tracked" in name else name for name in names)
     shown = [name if count == 1 else f"{count} {name}" for name, count in kinds.items()]
     return few(shown, N_SHOWN)

@@ -1,4 +1,4 @@
-"""What does not fit between a file and a model, and what is known to cause it."""
+"""The error for a file that does not fit a model, with the known causes."""
 
 import difflib
 import itertools
@@ -9,18 +9,18 @@ from pathlib import Path
 
 Shape = tuple[int, ...]
 N_SHOWN = 10
-NEAR = 0.8  # of difflib: a name with another digit or word is near, one of another layer and kind is not
+NEAR = 0.8  # of difflib: a name with another digit or word is near, one with another layer and kind is not
 
 
 class CheckpointMismatch(ValueError):
     """A file does not fit a model; nothing was loaded.
 
     Args:
-        path: of the file.
+        path: path of the file.
         missing: names of the model that the file does not have.
         unexpected: names of the file that the model does not have.
-        unlike: (name in the model, what the file has, what the model has) where shape or type differ.
-        hints: known causes, and what to do.
+        unlike: (name in the model, what the file has, what the model has) for each shape or type that differs.
+        hints: known causes, each with a remedy.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CheckpointMismatch(ValueError):
         lines += [f"  {hint}" for hint in hints]
         with_nearest = [_with_nearest(name, unexpected) for name in missing[:N_SHOWN]]
         lines += _listed("missing in the file", with_nearest, missing)
-        # Without their nearest: those pairs stand above, seen from the other side.
+        # Without their nearest names: those pairs are listed above.
         lines += _listed("not in the model", unexpected[:N_SHOWN], unexpected)
         shown = [f"{name}: {file} in the file, {model} in the model" for name, file, model in unlike[:N_SHOWN]]
         lines += _listed("of another shape or type", shown, unlike)
@@ -45,7 +45,7 @@ class CheckpointMismatch(ValueError):
         super().__init__("\n".join(line if line.isprintable() else repr(line)[1:-1] for line in lines))
 
     def __reduce__(self):
-        """From the arguments, not from the message: an exception of a worker process is pickled."""
+        """Rebuild from the arguments instead of the message, because a worker process pickles its exceptions."""
         return type(self), (self.path, self.missing, self.unexpected, self.unlike, self.hints)
 
 
@@ -62,7 +62,7 @@ def _with_nearest(name: str, others: Sequence[str]) -> str:
 
 
 def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
-    """Return what explains the differences between two ResNets, in words.
+    """Return the known causes, in words, of the differences between two ResNets.
 
     Args:
         file, model: shapes by name, in torchvision's words.
@@ -72,27 +72,27 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     missing = set(model) - set(file)
     if missing and all(name.startswith("fc.") for name in missing):
         hints.append(
-            "the file has no last layer: set model.fc = torch.nn.Identity(), load, and put a new nn.Linear in its place"
+            "the file has no last layer: set model.fc = torch.nn.Identity(), load, and set model.fc to a new nn.Linear"
         )
     ours, theirs = model.get("fc.weight", ()), file.get("fc.weight", ())
     if len(ours) == len(theirs) == 2 and ours[0] != theirs[0]:
         hints.append(
-            f"the file is of {theirs[0]} classes, the model of {ours[0]}: build it with num_classes={theirs[0]}, and "
-            f"to train it on {ours[0]}, put nn.Linear({theirs[1]}, {ours[0]}) in place of its last layer after loading"
+            f"the file has {theirs[0]} classes, the model {ours[0]}: build the model with num_classes={theirs[0]}; to "
+            f"train {ours[0]} classes, replace its last layer with nn.Linear({theirs[1]}, {ours[0]}) after loading"
         )
     return hints
 
 
 def _prefix_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
-    """A network that was a part of another one, or is one now."""
+    """Recognize a network that was saved as a part of another one."""
     first = next(iter(model), "")
     prefix = next((name.removesuffix(first) for name in file if name.endswith(f".{first}")), "")
     if not prefix or sum(prefix + name in file for name in model) <= len(model) / 2:
         return []
     others = sum(not name.startswith(prefix) for name in file)
-    alone = f", and {others} other names with them" if others else ""
+    alone = f" ({others} others do not)" if others else ""
     return [
-        f"names in the file begin with {prefix!r}{alone}, and that is no known wrapper of a whole network: save these "
+        f"names in the file begin with {prefix!r}{alone}, which is not a known wrapper of a whole network: save these "
         "weights again under the model's names"
     ]
 
@@ -102,19 +102,19 @@ def _block_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     if not theirs or not ours:
         return []
     if theirs != ours:
-        return [f"the file is of a {theirs}, the model a {ours}"]
+        return [f"the file holds a {theirs}, the model is a {ours}"]
     theirs, ours = (shapes.get("layer1.0.conv2.weight", ()) for shapes in (file, model))
     if "Bottleneck" not in _network(file) or theirs == ours or len(theirs) != 4 or theirs[1] == 0:
         return []
-    # The first stage of 64 channels: its 3x3 convolution has groups · width_per_group filters, each of one group.
+    # In the first stage, of 64 channels, the 3x3 convolution has groups · width_per_group filters, each of one group.
     return [
-        "the file is of a ResNeXt or wide ResNet: build the model with "
+        "the file holds a ResNeXt or wide ResNet: build the model with "
         f"groups={theirs[0] // theirs[1]}, width_per_group={theirs[1]}"
     ]
 
 
 def _network(shapes: Mapping[str, Shape]) -> str:
-    """Name a ResNet: its depth counts the convolutions outside the shortcuts, and the last layer."""
+    """Return a ResNet's name; its depth counts the convolutions outside the shortcuts, and the last layer."""
     blocks = {match.groups() for name in shapes if (match := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name))}
     if not blocks:
         return ""
@@ -130,11 +130,13 @@ def _shortcut_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> li
         return []
     theirs, ours = (any(re.match(r"layer\d\.0\.downsample\.", name) for name in shapes) for shapes in (file, model))
     if theirs and not ours:
-        return ["the file's shortcuts have weights (option B), the model's have none: build it with shortcut=\"B\""]
+        return [
+            "the file's shortcuts have weights (option B), the model's have none: build the model with shortcut=\"B\""
+        ]
     if ours and not theirs:
         return [
-            "the file's shortcuts have no weights, the model's have (option B): build it with shortcut=\"A\", or with "
-            "shortcut=None if the file is of a network without skip connections, which its names do not tell"
+            "the file's shortcuts have no weights, the model's have (option B): build the model with shortcut=\"A\", "
+            "or with shortcut=None if the file's network has no skip connections, which names do not show"
         ]
     return []
 
@@ -147,9 +149,9 @@ def _has_three_stages(shapes: Mapping[str, Shape]) -> bool:
 def _stem_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[str]:
     theirs, ours = _rare_parts(file), _rare_parts(model)
     if theirs != ours:
-        side, parts = ("file is of", theirs) if theirs else ("model is", ours)
+        side, parts = ("file holds", theirs) if theirs else ("model is", ours)
         return [
-            f"the {side} a ResNet with {' and '.join(parts)}, as timm's resnet18d or resnet50d: another network, which "
+            f"the {side} a ResNet with {' and '.join(parts)}, as timm's resnet18d or resnet50d: a network that "
             "torchvision and resnet_fast do not have"
         ]
     theirs, ours = file.get("conv1.weight", ()), model.get("conv1.weight", ())
@@ -159,19 +161,19 @@ def _stem_hints(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[s
     for stem, size in (("cifar", 3), ("imagenet", 7)):
         if theirs[2:] == (size, size) != ours[2:]:
             # The 6n+2 networks have one stem.
-            remedy = "" if _has_three_stages(model) else f': build it with stem="{stem}"'
+            remedy = "" if _has_three_stages(model) else f': build the model with stem="{stem}"'
             hints.append(f"the file's first convolution is {size}x{size}, the model's {ours[2]}x{ours[3]}{remedy}")
     if theirs[1] != ours[1]:
-        hints.append(f"the file is of images with {theirs[1]} channels, the model takes {ours[1]}")
+        hints.append(f"the file is for images with {theirs[1]} channels, the model takes {ours[1]}")
     if theirs[0] != ours[0]:
         both = _has_three_stages(file) and _has_three_stages(model)
-        wide = f"build it with width={theirs[0]}" if both else "another width"
+        wide = f"build the model with width={theirs[0]}" if both else "another width"
         hints.append(f"the file's first convolution has {theirs[0]} filters, the model's {ours[0]}: {wide}")
     return hints
 
 
 def _rare_parts(shapes: Mapping[str, Shape]) -> list[str]:
-    """Name the parts that only timm's variants have: a stem of three convolutions, shortcuts that begin by pooling."""
+    """Return the parts that only timm's variants have: a deep stem, or shortcuts that begin by pooling."""
     stem = [shapes.get(f"conv1.{i}.weight", ()) for i in (0, 3, 6)]
     is_deep = all(len(shape) == 4 for shape in stem) and all(a[0] == b[1] for a, b in itertools.pairwise(stem))
     is_pooled = len(shapes.get("layer2.0.downsample.1.weight", ())) == 4

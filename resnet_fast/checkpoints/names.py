@@ -1,8 +1,8 @@
-"""Which name in a file is which in the model: wrappers dropped, synonyms translated, where the names fit afterwards.
+"""Match the names in a file with the model's names by removing wrappers and translating synonyms.
 
-Both sides are brought to one form, so that every rule holds in both directions: a wrapped model takes a plain file as a
-plain model takes a wrapped one. A rule is applied only if it leaves the names of either side different from each other,
-and the rules of a result are the fewest under which the two sides agree.
+Both sides are brought to one form, so that every rule works in both directions: a wrapped model accepts a plain file,
+and a plain model a wrapped one. A rule is applied only if the names of each side stay distinct. The result uses the
+fewest rules under which the two sides agree.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from functools import lru_cache
 
 WRAPPERS = ("module", "_orig_mod")  # DataParallel, DistributedDataParallel and AveragedModel; torch.compile
 ROOTS = ("model", "net")  # a LightningModule's attribute
-BLOCK = r"(?:(?<=\.\d\.)|(?<=\.\d\d\.)|(?<=\.\d\d\d\.))"  # behind a block's number in its stage
+BLOCK = r"(?:(?<=\.\d\.)|(?<=\.\d\d\.)|(?<=\.\d\d\d\.))"  # after a block's number in its stage
 # If conv1 is a Sequential of convolution, batch norm and ReLU.
 STEM = ((r"^conv1\.0(?=\.)", "conv1"), (r"^conv1\.1(?=\.)", "bn1"))
-# Other spellings (patterns) and torchvision's. Each of these networks computes what torchvision's network of the same
-# shapes computes, which names and shapes alone would not tell.
+# Other spellings (patterns) and torchvision's. Each of these networks computes the same as torchvision's network of the
+# same shapes, which names and shapes alone would not prove.
 SPELLINGS = (
     # kuangliu/pytorch-cifar, akamaster/pytorch_resnet_cifar10
     (rf"{BLOCK}shortcut(?=\.\d)", "downsample"),
@@ -42,10 +42,10 @@ COUNTERS = ("num_batches_tracked", "n_averaged")  # of nn.BatchNorm2d (PyTorch b
 
 @dataclass(frozen=True)
 class Matching:
-    """The names of a file beside those of a model.
+    """The names of a file matched with those of a model.
 
     Args:
-        pairs: the model's name to the file's, in the model's order.
+        pairs: the file's name by the model's, in the model's order.
         missing: names of the model, counters aside, that the file does not have.
         unexpected: names of the file, counters aside, that the model does not have.
     """
@@ -59,7 +59,7 @@ class Matching:
         return not self.missing and not self.unexpected
 
     def differences(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """Return the prefixes that only the file has, those that only the model has, and the words translated."""
+        """Return the prefixes that only the file has, those that only the model has, and the translated words."""
         stripped, added, translated = {}, {}, {}  # dicts for their order
         for model_name, file_name in self.pairs.items():
             in_model, in_file = Counter(model_name.split(".")), Counter(file_name.split("."))
@@ -72,7 +72,7 @@ class Matching:
 
 
 def match(in_model: Iterable[str], in_file: Iterable[str]) -> Matching:
-    """Return the matching with the fewest rules under which the names agree; else that with the fewest left over."""
+    """Return the matching with the fewest rules under which all names agree, else the one with the fewest left over."""
     in_model, in_file = list(in_model), list(in_file)
     best = None
     for n_rules in range(len(RULES) + 1):
@@ -85,12 +85,12 @@ def match(in_model: Iterable[str], in_file: Iterable[str]) -> Matching:
                 return matching
             if best is None or len(matching.missing + matching.unexpected) < len(best.missing + best.unexpected):
                 best = matching
-    assert best is not None  # no rule at all is always possible
+    assert best is not None  # the empty set of rules always applies
     return best
 
 
 def forms(names: Collection[str]) -> dict[str, str]:
-    """Return each name in torchvision's words, to the name; the names as they are where two would become one."""
+    """Return each name by its form in torchvision's words, or by itself if two names would get the same form."""
     return _apply(RULES, names) or {name: name for name in names}
 
 
@@ -99,7 +99,7 @@ def is_counter(name: str) -> bool:
 
 
 def _compare(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Matching:
-    """Both from the common form of a name to the name."""
+    """Return the matching of two sides, each given as names by their common form."""
     return Matching(
         pairs={name: theirs[form] for form, name in ours.items() if form in theirs},
         missing=tuple(name for form, name in ours.items() if form not in theirs and not is_counter(name)),
@@ -108,7 +108,7 @@ def _compare(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Matching:
 
 
 def _apply(rules: Iterable, names: Collection[str]) -> dict[str, str] | None:
-    """Return the form of each name to the name; None where two names would become one."""
+    """Return each name by its form, or None if two names would get the same form."""
     formed = list(names)
     for rule in rules:
         formed = rule(formed)
@@ -116,12 +116,12 @@ def _apply(rules: Iterable, names: Collection[str]) -> dict[str, str] | None:
 
 
 def _without_wrappers(names: list[str]) -> list[str]:
-    """Also inside a name: a part of a model may have been wrapped or compiled by itself."""
+    """Remove wrappers, also inside a name, because a part of a model may be wrapped or compiled by itself."""
     return [".".join(word for word in name.split(".") if word not in WRAPPERS) for name in names]
 
 
 def _without_root(names: list[str]) -> list[str]:
-    """Drop the first word where all names have it in common."""
+    """Remove the first word if all names share it."""
     while True:
         first = {name.partition(".")[0] for name in names if not is_counter(name) or "." in name}
         if len(first) != 1 or not first <= set(ROOTS) or not all("." in name or is_counter(name) for name in names):
@@ -130,7 +130,7 @@ def _without_root(names: list[str]) -> list[str]:
 
 
 def _without_sequential_stem(names: list[str]) -> list[str]:
-    """Name the layers of a stem that is a Sequential of one convolution; one of several is a deep stem."""
+    """Rename the layers of a stem that is a Sequential with one convolution; with several it is a deep stem."""
     if any(re.match(r"conv1\.[2-9]\.", name) for name in names):
         return names
     return [_spelled(name, STEM) for name in names]
@@ -145,13 +145,13 @@ def _spelled(name: str, spellings: tuple[tuple[str, str], ...]) -> str:
 
 
 def _words(name: str) -> dict[str, str]:
-    """Return the words of a name that are not torchvision's, each with torchvision's."""
+    """Return torchvision's word for each word of a name that is not torchvision's."""
     return _spell(_without_root(_without_wrappers([name]))[0], (*STEM, *SPELLINGS))[1]
 
 
 @lru_cache(maxsize=4096)  # match() tries the rules in all combinations
 def _spell(name: str, spellings: tuple[tuple[str, str], ...]) -> tuple[str, dict[str, str]]:
-    """Return the name in torchvision's words, and each word that was replaced with its replacement."""
+    """Return the name in torchvision's words, and the replacement of each replaced word."""
     words = {}
     for pattern, word in spellings:
         if part := re.search(pattern, name):

@@ -1,4 +1,4 @@
-"""A file of weights to the values in it, without running any code in it; or the reason why not, in one line."""
+"""Read a file of weights without running any code in it, or give the reason for refusing it, in one line."""
 
 import argparse
 import io
@@ -15,12 +15,12 @@ from ..common.checks import one_line
 from .archive import ArchiveError, load_values, member_names, read_regular
 from .signature import is_signed, is_whole
 
-# timm and torchvision's reference scripts save the command line's settings beside the weights. A Namespace runs
-# nothing when it is filled, and what is in it must be of the permitted types itself.
+# timm and torchvision's reference scripts save the command line's settings with the weights. Filling a Namespace runs
+# nothing, and its contents must be of the permitted types, too.
 HARMLESS: list[Any] = [argparse.Namespace]
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 SAVE_AGAIN = (
-    "where its source is trusted, save the weights alone there, "
+    "if you trust its source, save the weights alone with the program that made it, "
     "torch.save(model.state_dict(), path), and load that file"
 )
 
@@ -29,11 +29,11 @@ def read_file(path: Path) -> Any:
     """Return what torch.save or safetensors wrote to `path`, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: the system does not let it be read.
-        ValueError: the file is a folder, a fifo, empty, damaged, something else than weights, would run code, or would
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
+        ValueError: the file is a folder, a fifo, empty, damaged, something other than weights, would run code, or would
             take more memory than it has bytes.
-        ModuleNotFoundError: it is of safetensors, which is not installed.
+        ModuleNotFoundError: the file needs safetensors, which is not installed.
     """
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
@@ -60,14 +60,14 @@ def _read(path: Path, data: bytes) -> Any:
 
 
 def _what_else(data: bytes) -> str:
-    """Say what is often found under the name of a file of weights, or nothing."""
+    """Return what a file is that only has the name of a file of weights; "" if it may hold weights."""
     if not data:
         return "is empty"
     begin = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if begin.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
+        return "is a git-lfs pointer, not the weights: `git lfs pull` fetches them"
     if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page, not weights: the download has failed"
+        return "is a web page, not weights: the download failed"
     return ""
 
 
@@ -85,16 +85,17 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, torch.Tensor]:
         from safetensors.torch import load
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path} is a file of safetensors, which is not installed: pip install safetensors", name="safetensors"
+            f"{path} needs safetensors, which is not installed: pip install safetensors (or the extra 'safetensors')",
+            name="safetensors",
         ) from error
     try:
         return load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise ValueError(f"{path} is damaged, cut short or no file of safetensors: {one_line(error)}") from error
+        raise ValueError(f"{path} is damaged, cut short or not a safetensors file: {one_line(error)}") from error
 
 
 def _check_archive(path: Path, data: bytes) -> None:
-    """Raise where a zip archive is not a whole one of torch.save."""
+    """Raise ValueError unless a zip archive is a complete one of torch.save."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ValueError(f"{path} is cut short: the end of the archive is missing after {len(data):,} bytes")
     if is_signed(data) and not is_whole(data):
@@ -107,24 +108,24 @@ def _check_archive(path: Path, data: bytes) -> None:
 
 
 def _read_torch(path: Path, data: bytes) -> Any:
-    # `from None` below: torch's messages suggest to let the file run its code.
+    # `from None` below, because torch's messages suggest letting the file run its code.
     if _is_tar(data) and tarfile.is_tarfile(io.BytesIO(data)):
-        raise ValueError(f"{path} is of the tar format of PyTorch before 0.2, which is not loaded; {SAVE_AGAIN}")
+        raise ValueError(f"{path} is in the tar format of PyTorch before 0.2, which is not loaded; {SAVE_AGAIN}")
     try:
         return load_values(data, HARMLESS)
     except ArchiveError:
         raise
     except pickle.UnpicklingError as error:
-        # "… GLOBAL os.system …" where a class or function is asked for; other texts where the pickle is none.
+        # "… GLOBAL os.system …" if the file asks for a class or function; another text if it is not a pickle.
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match is None and "allowlisted" not in str(error) and "Trying to call reduce" not in str(error):
             raise ValueError(
-                f"{path} is damaged, or a pickle that is not read without running code; {SAVE_AGAIN}"
+                f"{path} is damaged, or a pickle that cannot be read without running code; {SAVE_AGAIN}"
             ) from None
         what = f" ({match[1]})" if match else ""
         raise ValueError(
-            f"{path} holds more than tensors and plain values{what}: reading that can run code of whoever made the "
-            f"file, and it is not read; {SAVE_AGAIN}"
+            f"{path} holds more than tensors and plain values{what}: it is not read, because that could run code from "
+            f"the file; {SAVE_AGAIN}"
         ) from None
     except Exception as error:  # a damaged archive or pickle may raise anything
         raise ValueError(f"{path} is damaged or cut short: {one_line(error)}") from None

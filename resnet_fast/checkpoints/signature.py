@@ -2,8 +2,7 @@
 
     comment = b"resnet_fast sha256 " + SHA-256 of all bytes before the comment
 
-torch.load reads such an archive as any other. It looks at no checksum itself: of a weight whose bits have changed it
-notices nothing.
+torch.load reads such an archive as any other. It verifies no checksum, so it does not notice changed bits in a weight.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ COMMENT_BYTES = len(MARK) + 64
 
 
 def sign(archive: io.BytesIO) -> None:
-    """Append the comment to an archive that has none."""
+    """Append the comment to an archive without one."""
     archive.seek(-2, os.SEEK_END)  # the length of the comment, 0 until now
     archive.write(COMMENT_BYTES.to_bytes(2, "little"))
     digest = hashlib.sha256(archive.getbuffer()).hexdigest()
@@ -23,11 +22,11 @@ def sign(archive: io.BytesIO) -> None:
 
 
 def is_signed(data: bytes) -> bool:
-    """Whether the bytes end in such a comment, right or wrong."""
+    """Return whether the bytes end in such a comment, right or wrong."""
     return data[-COMMENT_BYTES:].startswith(MARK)
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether signed bytes are those that were signed."""
+    """Return whether the SHA-256 in the comment is that of the bytes."""
     digest = hashlib.sha256(memoryview(data)[:-COMMENT_BYTES]).hexdigest()
     return data[-COMMENT_BYTES:] == MARK + digest.encode()

@@ -5,7 +5,9 @@ from typing import NoReturn
 
 
 def stop_without(error: ModuleNotFoundError) -> NoReturn:
-    """End the process with what to install; raise the error again if it is of no package of the extra."""
-    if (error.name or "").partition(".")[0] not in ("matplotlib", "rich", "typer"):
+    """End the process with the command that installs the missing package; raise any other error again."""
+    packages = ("matplotlib", "rich", "typer")
+    if (error.name or "").partition(".")[0] not in packages:
         raise error
-    sys.exit(f"resnet-fast: error: {error.name} is not installed; pip install 'resnet-fast[train]'")
+    install = f"pip install {' '.join(packages)} (or the extra 'train')"
+    sys.exit(f"resnet-fast: error: {error.name} is not installed: {install}")

@@ -1,4 +1,4 @@
-"""Other people's models, made fast: `convert`, `restore`, `fold_batch_norm`."""
+"""Fuse the batch norms of existing models: `convert`, `restore`, `fold_batch_norm`."""
 
 from .convert import convert, restore
 from .fold import FoldedConv2d, fold_batch_norm

@@ -1,10 +1,9 @@
-"""Any model's batch norms as fused modules, in place, and back.
+"""Turn any model's batch norms into fused modules, in place, and back.
 
-What changes is the class of modules: of each nn.BatchNorm2d to FusedBatchNorm2d, and of each module within whose
-forward a batch norm is followed by an addition or a ReLU, to a class of the same name whose forward is the fused one.
-So parameters, buffers, keys, hooks and modes stay what they are. The forward that was is still there: it runs, step by
-step, whenever the fused one might not be the same (hooks within, torch.fx, other modules or settings than when the
-model was converted, other arguments than tensors).
+Only classes change. Each nn.BatchNorm2d becomes a FusedBatchNorm2d. A module whose forward runs an addition or a ReLU
+after a batch norm gets a class of the same name with a fused forward. So parameters, buffers, keys, hooks and modes
+stay unchanged. The original forward still runs, step by step, whenever the fused one might differ: with hooks inside,
+under torch.fx, with other modules or settings than at conversion, or with arguments that are not tensors.
 """
 
 import functools
@@ -28,15 +27,15 @@ from .trace import CLOSED, Setting, Traced, UntraceableError, is_container, trac
 
 @dataclass(frozen=True, eq=False)
 class _Fused:
-    """The fused forward of one module, and what it was made of.
+    """The fused forward of one module, and the structure that it was made from.
 
     Args:
-        forward: takes the module and its inputs.
-        n_inputs: how many tensors these are.
-        within: the modules in the module.
-        children: of each container, the module itself among them, the modules directly in it.
-        weights: of each container, the names of its own parameters and buffers that are not None.
-        settings: what else the forward has read.
+        forward: a function of the module and its inputs.
+        n_inputs: number of input tensors.
+        within: all modules inside the module.
+        children: for the module and each container in it, its direct children.
+        weights: for each container, the names of its own parameters and buffers that are not None.
+        settings: everything else that the forward has read.
     """
 
     forward: Callable[..., Any]
@@ -47,7 +46,7 @@ class _Fused:
     settings: tuple[Setting, ...]
 
     def holds(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether the fused forward is what the module's own would compute; with the fewest looks, at every step."""
+        """Return whether the fused forward computes what the module's own would; this runs at every step."""
         if len(inputs) != self.n_inputs or any(isinstance(x, fx.Proxy) or not isinstance(x, Tensor) for x in inputs):
             return False
         if nn.modules.module._has_any_global_hook() or any(map(has_own_hook, self.within)):
@@ -65,16 +64,16 @@ def _own_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 class Converted(nn.Module):
-    """What the classes of converted modules have before the module's own class."""
+    """Base of the classes of converted modules, before the module's own class."""
 
     plain_class: type[nn.Module]
     _opaque: tuple[nn.Module, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not the plain class's, which may keep a list of its subclasses or ask for arguments."""
+        """Skip the plain class's hook, which may register subclasses or require arguments."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by name, and this one's is that of the plain class. The forward is made anew.
+        # Pickle finds classes by name, and by this name it finds the plain class. The forward is rebuilt on loading.
         state: Any = self.__getstate__()
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_fused"}
@@ -96,7 +95,7 @@ _CLASSES: dict[type[nn.Module], type[Converted]] = {}
 def _converted_class(plain_class: type[nn.Module]) -> Any:
     if plain_class not in _CLASSES:
 
-        @functools.wraps(plain_class.forward)  # those who look at its signature, as torch.fx does, see the plain one's
+        @functools.wraps(plain_class.forward)  # shows the plain signature, which torch.fx reads
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             fused = self.__dict__.get("_fused")
             if fused is None or kwargs or not fused.holds(args):
@@ -135,14 +134,14 @@ def _set_class(module: Any, new_class: type[nn.Module]) -> None:
 
 
 def make_fused(norm: nn.Module) -> None:
-    """Change an nn.BatchNorm2d into a FusedBatchNorm2d, and remember it; one that is fused stays what it is."""
+    """Turn an nn.BatchNorm2d into a FusedBatchNorm2d that `restore` can turn back; other norms stay unchanged."""
     if type(norm) is nn.BatchNorm2d:
         _set_class(norm, FusedBatchNorm2d)
         vars(norm).update(relu=False, _was_plain=True)
 
 
 def _make_forward_again(module: Converted) -> None:
-    """For a copy, whose modules are others; where its forward cannot be seen any more, its own runs."""
+    """Build the fused forward of a copy, whose modules are new; if it cannot be traced now, its own forward runs."""
     norms = {inner for inner in module.modules() if "_was_plain" in vars(inner)}
     converted_class = type(module)
     _set_class(module, module.plain_class)
@@ -160,30 +159,31 @@ def convert(model: nn.Module, *, report: Literal[False] = False) -> nn.Module: .
 @overload
 def convert(model: nn.Module, *, report: Literal[True]) -> tuple[nn.Module, Report]: ...
 def convert(model: nn.Module, *, report: bool = False) -> Any:
-    """Make the batch norms of any model fused ones, in place: with the additions and ReLUs that follow them, where the
-    model's structure (by torch.fx, not by names) proves that nothing else depends on the steps in between.
+    """Fuse the batch norms of any model with the additions and ReLUs that follow them, in place.
 
-    Parameters, buffers, keys, hooks, modes and numbers stay what they are: those of a residual network of torchvision,
-    timm, or one's own. What cannot be proven safe is left alone. `restore` undoes it; `torch.compile` and
-    DistributedDataParallel come after it. The memory format is not changed: channels_last is the fast one.
+    The model may be torchvision's, timm's or your own. A batch norm is fused with its followers only if the structure
+    of the model, traced by torch.fx, proves that nothing else depends on the steps in between. Otherwise it becomes a
+    fused module alone, or is left. Parameters, buffers, keys, hooks, modes and results stay unchanged. `restore` undoes
+    it. Apply `torch.compile` and DistributedDataParallel afterwards. The memory format also stays; channels_last is the
+    fast one.
 
-    Numerics: those of `batch_norm_add_relu`, one rounding where eager rounds after each step.
+    Numerics: as `batch_norm_add_relu`, which rounds once; eager PyTorch rounds after each step.
 
     Args:
-        model: any module; a batch norm itself, too.
-        report: whether to return what became of each batch norm, too.
+        model: any module, also a single batch norm.
+        report: whether to return a report on each batch norm, too.
 
     Returns:
         `model`, or (`model`, Report) with `report`.
 
     Raises:
-        TypeError: model is no nn.Module, or report no bool.
-        ValueError: it is, or holds, a module compiled by torch.compile or TorchScript. Nothing is changed then.
+        TypeError: model is not an nn.Module, or report is not a bool.
+        ValueError: model is or contains a module compiled by torch.compile or TorchScript. The model is unchanged.
     """
     check_is_module(model)
     check_type("report", report, bool)
     check_is_not_compiled(model)
-    restore(model)  # so that a model which has changed since is looked at as it is
+    restore(model)  # the model may have changed since an earlier conversion
     traced, opaque = trace_all(model)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     most_calls = _most_calls(traced)
@@ -207,21 +207,21 @@ def convert(model: nn.Module, *, report: bool = False) -> Any:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place; weights, statistics and hooks stay as they are now.
+    """Undo `convert`, in place; weights, statistics and hooks keep their present values.
 
     Returns:
         `model`. A norm that `convert_sync_batchnorm` has synchronized since becomes an nn.SyncBatchNorm.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: the class of a converted module is another by now, as a parametrization makes it; nothing is
-            restored.
+        TypeError: model is not an nn.Module.
+        ValueError: the class of a converted module has changed since, as by a parametrization. Nothing is restored.
     """
     check_is_module(model)
     for name, module in model.named_modules():
         if not _is_as_made(module):
             got = type(module).__name__
-            raise ValueError(f"{name or 'model'} must be as convert made it, got a {got}: undo what made it first")
+            rule = "must have the class that convert gave it"
+            raise ValueError(f"{name or 'model'} {rule}, got a {got}: undo that change first")
     for module in list(model.modules()):
         attributes = vars(module)
         if isinstance(module, Converted):
@@ -258,7 +258,7 @@ def check_is_not_compiled(model: nn.Module) -> None:
 def trace_all(
     model: nn.Module, *, frozen: bool = False, closed: tuple[str, ...] = CLOSED
 ) -> tuple[dict[nn.Module, Traced], dict[nn.Module, str]]:
-    """The graph of every module that has one, and why others have none; from the inside out."""
+    """Return the graph of every module that can be traced and the reason for every other one, from the inside out."""
     traced, opaque = {}, {}
     for module in reversed(list(model.modules())):
         if is_container(module, closed):
@@ -276,7 +276,7 @@ def trace_all(
 
 
 def _most_calls(traced: dict[nn.Module, Traced]) -> Counter[nn.Module]:
-    """How often one forward calls each module."""
+    """Return for each module the largest number of its calls in one forward."""
     most: Counter[nn.Module] = Counter()
     for module, forward in traced.items():
         calls = [str(node.target) for node in forward.graph.nodes if node.op == "call_module"]
@@ -285,15 +285,15 @@ def _most_calls(traced: dict[nn.Module, Traced]) -> Counter[nn.Module]:
 
 
 def _reason_to_leave(norm: nn.Module, n_calls: int) -> str:
-    """Why a batch norm cannot be a fused one; "" where it can."""
+    """Return why a batch norm cannot be fused, or "" if it can."""
     if isinstance(norm, FusedBatchNorm2d):
-        return "is a fused one"
+        return "is fused already"
     if type(norm) is nn.SyncBatchNorm:
         return "is synchronized: convert first, then resnet_fast.convert_sync_batchnorm"
     if type(norm) in (nn.BatchNorm1d, nn.BatchNorm3d):
-        return f"is an nn.{type(norm).__name__}, not of images"
+        return f"is an nn.{type(norm).__name__}, which is not for images"
     if type(norm) is not nn.BatchNorm2d:
-        return f"is a {type(norm).__name__}, whose forward may be another"
+        return f"is a {type(norm).__name__}, whose forward may differ"
     if "forward" in vars(norm):
         return "has a patched forward"
     return f"is called {n_calls} times in one forward" if n_calls > 1 else ""
@@ -305,7 +305,7 @@ def _outcomes(
     sites: dict[nn.Module, list[Site]],
     opaque: dict[nn.Module, str],
 ) -> tuple[Outcome, ...]:
-    """Of each batch norm: the site that holds most, of the graphs that call it."""
+    """Return the outcome for each batch norm; of the sites that contain it, the one with the most steps counts."""
     best: dict[nn.Module, tuple[Site, nn.Module]] = {}
     for module, module_sites in sites.items():
         modules = dict(module.named_modules(remove_duplicate=False))
@@ -324,13 +324,13 @@ def _outcomes(
             why = site.why or ("" if site.is_joint else _why_it_ends(model, names[module], opaque))
             outcomes.append(Outcome(name, "converted", site.operation, why))
         elif isinstance(norm, _BatchNorm):
-            why = why_opaque(model, name, opaque) or "no forward that was traced calls it with its input alone"
+            why = why_opaque(model, name, opaque) or "no traced forward calls it with its input alone"
             outcomes.append(Outcome(name, "converted", "BN", why))
     return tuple(outcomes)
 
 
 def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
-    """Name the innermost module around `name` that has no graph, and the reason; "" if each has one."""
+    """Return the innermost module around `name` that has no graph, with the reason; "" if all have one."""
     while name:
         name = name.rpartition(".")[0]
         if (around := model.get_submodule(name)) in opaque:
@@ -339,20 +339,20 @@ def why_opaque(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> 
 
 
 def _why_it_ends(model: nn.Module, name: str, opaque: Mapping[nn.Module, str]) -> str:
-    """Say why nothing follows a batch norm that the forward of `name` ends with."""
+    """Return why nothing follows a batch norm at the end of the forward of `name`."""
     if reason := why_opaque(model, name, opaque):
         return f"what follows {name} is not known ({reason})"
-    return f"{name} returns its output, and no forward that was traced calls it" if name else "model returns its output"
+    return f"{name} returns its output, and no traced forward calls it" if name else "model returns its output"
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:
     notes = []
-    # Not `m.weight`: a parametrization would compute it, and some change something then.
+    # Not `m.weight`, which a parametrization would compute, sometimes with side effects.
     kernels = [m._parameters.get("weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
     initialized = [weight for weight in kernels if weight is not None and not nn.parameter.is_lazy(weight)]
     if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in initialized):
         notes.append("channels_last is the fast layout: model.to(memory_format=torch.channels_last)")
     n_observed = sum(is_observed(module, torch.empty(0)) for module in model.modules() if isinstance(module, Converted))
     if n_observed:
-        notes.append(f"{n_observed} modules run step by step while there are hooks or patched forwards within them")
+        notes.append(f"{n_observed} modules run step by step as long as hooks or patched forwards are within them")
     return tuple(notes)

@@ -23,7 +23,7 @@ from .rewrite import add, changes_nothing, fuse, put_in_place
 from .sites import BATCH_NORMS, Site, find_sites
 from .trace import FOREIGN
 
-MOST_REASONS = 3  # that an error names
+MOST_REASONS = 3  # the number that an error names
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -32,9 +32,9 @@ class FoldedConv2d(nn.Conv2d):
     On the Triton backend the bias is added in the same pass as the residual and the ReLU, elsewhere by the convolution.
 
     Args:
-        conv, norm: what is folded; neither is changed. Weights are computed in fp64 and rounded once.
+        conv, norm: the modules to fold; neither is changed. Weights are computed in fp64 and rounded once.
         relu: whether to end in ReLU.
-        in_place: which of two that have different shapes or types an addition changes, as `Site.in_place`.
+        in_place: the operand that an in-place addition changes if shapes or types differ, as `Site.in_place`.
     """
 
     bias: nn.Parameter
@@ -48,15 +48,17 @@ class FoldedConv2d(nn.Conv2d):
         weight, bias = _folded(conv, norm)
         self.weight = nn.Parameter(weight, conv.weight.requires_grad)
         self.bias = nn.Parameter(bias, conv.weight.requires_grad)
-        # As statistics of batch norm, which leave the values alone.
+        # Statistics for a batch norm that leaves values unchanged.
         self.register_buffer("zeros", torch.zeros_like(bias), persistent=False)
         self.register_buffer("ones", torch.ones_like(bias), persistent=False)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Both [N, C, H, W], of the weight's type or under autocast; a residual that has another shape or type than the
-        convolution's output is added as eager does.
+        """Return conv(input) + bias + residual, followed by ReLU if `self.relu`.
+
+        `input` and `residual` are [N, C, H, W], in the weight's type or under autocast. A residual with another shape
+        or type than the convolution's output is added as in eager PyTorch.
         """
-        # Where ATen computes, its convolution adds the bias; a kernel would take a pass of its own for it.
+        # On ATen the convolution adds the bias, which would otherwise need its own pass.
         in_one_pass = functional.choose_backend(input) == "triton"
         y = self._conv_forward(input, self.weight, None if in_one_pass else self.bias)
         fits = residual is None or (residual.shape == y.shape and residual.dtype == y.dtype)
@@ -68,7 +70,7 @@ class FoldedConv2d(nn.Conv2d):
             if fits:
                 return y
         if residual is not None:
-            y = add(y, residual, "norm" if fits else self.in_place)  # a convolution's output is nobody else's
+            y = add(y, residual, "norm" if fits else self.in_place)  # nothing else reads the convolution's output
         return F.relu(y, inplace=True) if self.relu else y
 
     def extra_repr(self) -> str:
@@ -77,7 +79,7 @@ class FoldedConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """W' and b', of the type and in the memory format of the convolution's weight."""
+    """Return W' and b' in the type and memory format of the convolution's weight."""
     n_channels, device = conv.out_channels, conv.weight.device
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
@@ -93,22 +95,22 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
-    """Return a copy of a model for inference, each batch norm behind a convolution folded into its weights, and the
-    addition and the ReLU that follow them run in the convolution's module.
+    """Return a copy of a model for inference with its batch norms folded into the convolutions before them.
 
-    Every batch norm whose convolution, by torch.fx, nothing else reads is folded; of the others, those that are called
-    once are fused with what follows them. A module whose forward torch.fx cannot follow is called as it is. The copy is
-    in evaluation mode, has other keys, and is not for training.
+    A batch norm is folded if torch.fx shows that nothing else reads its convolution's output. The addition and the ReLU
+    that follow run in the convolution's module. Other batch norms that are called once are fused with what follows
+    them. Modules that torch.fx cannot follow are called unchanged. The copy is in evaluation mode, has other keys, and
+    is not for training.
 
-    Numerics: weights are computed in fp64 and rounded once, to the type of the convolution's.
+    Numerics: weights are computed in fp64 and rounded once, to the type of the convolution's weight.
 
     Args:
-        model: any model, ours, converted or plain, in any mode; it is left as it is.
+        model: any model, ours, converted or plain, in any mode; it is not changed.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: torch.fx cannot follow the model's own forward; there are hooks or patched forwards, which would be
-            lost; it is compiled; or nothing can be folded. The message says which, and for which module.
+        TypeError: model is not an nn.Module.
+        ValueError: torch.fx cannot follow the model's own forward, the model has hooks or patched forwards, which would
+            be lost, it is compiled or cannot be copied, or nothing can be folded. The message names the module.
     """
     check_is_module(model)
     check_is_not_compiled(model)
@@ -118,7 +120,7 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
     try:
         copied = restore(copy.deepcopy(model)).eval()
     except RuntimeError as error:
-        raise ValueError(f"model cannot be copied, and so not be folded: {error}") from error
+        raise ValueError(f"model cannot be folded, because it cannot be copied: {error}") from error
     traced, opaque = trace_all(copied, frozen=True, closed=FOREIGN)
     if copied not in traced:
         raise ValueError(f"model cannot be folded: {opaque.get(copied, 'it holds no modules')}")
@@ -137,11 +139,11 @@ def _why_not(model: nn.Module, name: str, norm: _BatchNorm, opaque: Mapping[nn.M
         return f"{name} has no running statistics"
     if reason := why_opaque(model, name, opaque):
         return reason
-    return f"{name} is not called behind an nn.Conv2d that is called once and whose output nothing else reads"
+    return f"{name} does not follow an nn.Conv2d that is called once and whose output nothing else reads"
 
 
 def _fold_graph(root: nn.Module, graph: fx.Graph) -> int:
-    """Fold what can be folded, fuse what cannot, and return how many sites were folded."""
+    """Fold all sites that can be folded, fuse the others, and return the number of folded sites."""
     modules = dict(root.named_modules(remove_duplicate=False))
     calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
     norms = {norm for norm in calls if type(norm) in BATCH_NORMS and getattr(norm, "running_mean", None) is not None}
@@ -159,7 +161,7 @@ def _fold_graph(root: nn.Module, graph: fx.Graph) -> int:
 
 
 def _is_foldable_into(conv: Any, modules: dict[str, nn.Module], calls: Counter[nn.Module]) -> bool:
-    """Whether it is a convolution, called once, whose output only the batch norm reads."""
+    """Return whether it is a convolution that is called once and whose output only the batch norm reads."""
     if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.users) != 1:
         return False
     module = modules[str(conv.target)]
@@ -192,7 +194,7 @@ def _fold_site(graph: fx.Graph, root: nn.Module, site: Site, modules: dict[str, 
 
 
 def _may_move(conv: fx.Node, site: Site, modules: dict[str, nn.Module]) -> bool:
-    """Whether a convolution reads the same where the addition is: whether nothing in between may change a tensor."""
+    """Return whether a convolution can move to the addition, because no step in between may change a tensor."""
     node, own = conv.next, {*site.norms, *site.between}
     while node is not site.add:
         if node not in own and not changes_nothing(node, modules):

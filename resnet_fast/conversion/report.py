@@ -1,4 +1,4 @@
-"""What became of each batch norm of a model, and why."""
+"""The report of a conversion: the outcome for each batch norm, and the reason."""
 
 import textwrap
 from collections import Counter
@@ -10,13 +10,13 @@ WIDTH, NAME_WIDTH = 80, 32
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one batch norm.
+    """The outcome for one batch norm.
 
     Args:
-        name: as in `named_modules`.
+        name: its name in `named_modules`.
         status: "converted" or "left".
-        what: "BN", "BN+ReLU", "BN+add+ReLU" …: what is one operation now; "" where it was left.
-        why: the reason why it was left, or why it was converted without what follows it; "" where there is none.
+        what: the steps that are one operation now, "BN", "BN+ReLU", "BN+add+ReLU" …; "" if it was left.
+        why: the reason why it was left, or converted without the following steps; "" if there is none.
     """
 
     name: str
@@ -27,11 +27,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one model; as a string, a table of at most 80 columns.
+    """The outcomes for one model; str() gives a table of at most 80 columns.
 
     Args:
         outcomes: in the order of `named_modules`.
-        notes: what concerns the model as a whole.
+        notes: remarks on the model as a whole.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -56,7 +56,7 @@ class Report:
 
 
 def _lines(outcome: Outcome, width: int) -> list[str]:
-    """One line, and the reason below it where it does not fit."""
+    """Return one line, with the reason below it if it does not fit."""
     start = f"{outcome.name or '(the model)':{width}}  {outcome.what or 'left':13}"
     if not outcome.why:
         return [start.rstrip()]

@@ -1,4 +1,4 @@
-"""The graph of a forward with every site as one fused operation."""
+"""Replace each site in the graph of a forward with one fused operation."""
 
 import operator
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from ..nn import FusedBatchNorm2d
 from .sites import FRESH, Site
 
-# Modules that leave their input alone.
+# Modules that do not change their input.
 READERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, nn.BatchNorm2d, FusedBatchNorm2d)
 
 
@@ -23,14 +23,15 @@ def fused_steps(
     in_place: str = "",
     fork: bool = False,
 ) -> Any:
-    """relu(norm(x) + residual_norm(residual)), as one operation where all fits, else step by step.
+    """Compute relu(norm(x) + residual_norm(residual)), as one operation if everything fits, else step by step.
 
-    What a graph cannot know is looked at here: a residual of another shape or type is added as eager does, and a norm
-    that was put in place of the fused one is called.
+    This checks what a graph cannot know. A residual of another shape or type is added as in eager PyTorch, and a module
+    that has replaced the fused norm is called.
 
     Args:
-        norm, residual_norm: modules; the latter None where the residual is added as it is.
-        x, residual: [N, C, H, W], the latter of any shape, or None.
+        norm, residual_norm: modules; residual_norm is None if the residual is added unchanged.
+        x: [N, C, H, W].
+        residual: a tensor of any shape, or None.
         relu: whether to end in ReLU.
         in_place: as `Site.in_place`.
         fork: whether to return y twice, for two readers.
@@ -38,7 +39,7 @@ def fused_steps(
     Returns:
         y: [N, C, H, W], or (y, y) with `fork`.
     """
-    if isinstance(x, fx.Proxy):  # one step to torch.fx, too, which traces a GraphModule anew to unpickle it
+    if isinstance(x, fx.Proxy):  # one step to torch.fx, too, which retraces a GraphModule to unpickle it
         arguments = (norm, x, residual, residual_norm)
         settings = {"relu": relu, "in_place": in_place, "fork": fork}
         return x.tracer.create_proxy("call_function", fused_steps, arguments, settings)
@@ -52,7 +53,7 @@ def fused_steps(
 
 
 def add(y: Tensor, residual: Tensor, in_place: str) -> Tensor:
-    """y + residual, of the type and shape that they have there, or that either has where it is changed in place."""
+    """Return y + residual, in place in y for "norm" or in the residual for "residual"."""
     if in_place == "norm":
         return y.add_(residual)
     return residual.add_(y) if in_place == "residual" else y + residual
@@ -72,7 +73,7 @@ def _fits(norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any) -> 
 
 
 def fuse(graph: fx.Graph, root: nn.Module, sites: list[Site]) -> None:
-    """Put one call of `fused_steps` in place of each site; one with two readers gives each a handle of its own."""
+    """Replace each site with one call of `fused_steps`; if it has two readers, each gets a handle of its own."""
     fused = [_replace(graph, site) for site in sites]
     modules = dict(root.named_modules(remove_duplicate=False))
     for node in fused:
@@ -83,7 +84,7 @@ def fuse(graph: fx.Graph, root: nn.Module, sites: list[Site]) -> None:
 
 
 def _replace(graph: fx.Graph, site: Site) -> fx.Node:
-    # Where the addition was, since its residual must be there; without one where the norm was, whose input is there.
+    # At the addition, because its residual must exist by then; without an addition, at the norm.
     with graph.inserting_before(site.add or site.norm):
         norm, *residual_norm = [graph.get_attr(str(call.target)) for call in site.norms]
         arguments = (norm, site.norm.args[0], site.residual, residual_norm[0] if residual_norm else None)
@@ -94,7 +95,7 @@ def _replace(graph: fx.Graph, site: Site) -> fx.Node:
 
 
 def put_in_place(graph: fx.Graph, site: Site, node: fx.Node) -> None:
-    """Let `node` give what a site gave, whose steps go away."""
+    """Let `node` replace a site's output, and erase the site's steps."""
     site.last.replace_all_uses_with(node)
     gone = {*site.norms, *site.between, site.add, site.relu}
     for step in [step for step in reversed(graph.nodes) if step in gone]:
@@ -102,7 +103,7 @@ def put_in_place(graph: fx.Graph, site: Site, node: fx.Node) -> None:
 
 
 def changes_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a step is known to leave all tensors that there are before it alone."""
+    """Return whether a step is known not to change any existing tensor."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return type(module) in READERS or (type(module) is nn.ReLU and not module.inplace)
@@ -110,11 +111,11 @@ def changes_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _only_reads(reader: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node reads a value once and changes nothing in it."""
+    """Return whether a node reads a value once and does not change it."""
     if sum(argument is value for argument in reader.args) != 1:
         return False
     if reader.op == "call_module":
-        # nn.Identity would hand it on to others.
+        # nn.Identity would pass it on to others.
         return type(modules[str(reader.target)]) is not nn.Identity and changes_nothing(reader, modules)
     return reader.target is fused_steps and value in reader.args[1:3]
 

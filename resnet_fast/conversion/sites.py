@@ -1,13 +1,13 @@
-"""Where a graph of torch.fx normalizes: batch norms, with the addition and the ReLU that follow them.
+"""Find the batch norms in a graph of torch.fx, with the addition and the ReLU that follow them.
 
     relu(bn(x))                     BN+ReLU
     bn(x) + r                       BN+add
     relu(bn(x) + r)                 BN+add+ReLU
     relu(bn(x) + bn(r))             BN+BN+add+ReLU; without ReLU BN+BN+add
 
-A site is taken only if nothing else sees a value in between, and if doing all of it where the last step stood changes
-nothing: what is added in place must be the batch norm's own output, and where there is an addition, the batch norm's
-input must be the output of a convolution which nothing else reads.
+Steps form a site only if nothing else sees a value in between, and if running all of them at the place of the last one
+changes nothing. So an addition in place may only change a value that nothing else sees. A batch norm before an addition
+must read the output of a convolution that nothing else reads.
 """
 
 import operator
@@ -35,10 +35,10 @@ class Site:
     Args:
         norm: the call of the batch norm.
         add: the addition.
-        side: which of the two that are added comes from `norm`, 0 or 1.
-        residual_norm: the call of the batch norm that only the addition reads.
-        relu: the ReLU behind.
-        between: calls of nn.Identity on the way, which go away with the rest.
+        side: position of the output of `norm` in the addition, 0 or 1.
+        residual_norm: the call of the residual's batch norm, which only the addition reads.
+        relu: the ReLU at the end.
+        between: calls of nn.Identity in between, which are erased with the rest.
         why: the reason if neither an addition nor a ReLU follows; "" if the forward ends with the norm.
     """
 
@@ -56,14 +56,14 @@ class Site:
 
     @property
     def residual(self) -> Any:
-        """What is added, or the input of its norm; asked of the graph as it is now, where it may be a fused site's."""
+        """The residual, or the input of its norm. Read from the current graph, where it may be a fused site by now."""
         if self.residual_norm is not None:
             return self.residual_norm.args[0]
         return None if self.add is None else self.add.args[1 - self.side]
 
     @property
     def in_place(self) -> str:
-        """Whether the addition changes the norm's output ("norm"), the other one ("residual"), or neither ("")."""
+        """The operand that the addition changes in place: the norm's output "norm", the other "residual", or ""."""
         if self.add is None or self.add.target not in ADDITIONS_IN_PLACE:
             return ""
         return ("norm", "residual")[self.side]
@@ -101,7 +101,7 @@ def find_sites(graph: fx.Graph, root: nn.Module, norms: Collection[nn.Module]) -
 class _Finder:
     modules: dict[str, nn.Module]
     norms: Collection[nn.Module]
-    read: Collection[nn.Module]  # whose parameters or buffers another step reads
+    read: Collection[nn.Module]  # modules whose parameters or buffers another step reads
 
     def is_norm(self, node: object) -> bool:
         return (
@@ -120,7 +120,7 @@ class _Finder:
             readers = [self.named(reader) for reader in (norm, *between)[-1].users]
             several = f"more than one step reads its output ({', '.join(readers)})"
             return Site(norm, why=several if readers else "no step reads its output")
-        if user.op == "output":  # what follows, only another forward shows
+        if user.op == "output":  # only the forward around this one shows what follows
             return Site(norm)
         if self.is_relu(user):
             return Site(norm, relu=user, between=between)
@@ -129,11 +129,9 @@ class _Finder:
         own = (norm, *between)[-1]
         others = [argument for argument in user.args if argument is not own]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
-            return Site(norm, why="what is added is no other tensor")
+            return Site(norm, why="an addition follows, but not of another tensor")
         if not self.reads_convolution(norm):
-            return Site(
-                norm, why="an addition follows, but its input is not from an nn.Conv2d which nothing else reads"
-            )
+            return Site(norm, why="an addition follows, but its input is not from an nn.Conv2d that nothing else reads")
         (other,) = others
         residual_norm, residual_between = self.joined_norm(other)
         if user.target in ADDITIONS_IN_PLACE and user.args[0] is not own and not self.is_fresh(other):
@@ -145,7 +143,7 @@ class _Finder:
         return Site(norm, user, side, residual_norm, relu, [*between, *residual_between, *relu_between])
 
     def joined_norm(self, value: Any) -> tuple[fx.Node | None, list[fx.Node]]:
-        """The batch norm whose output only the addition reads, and the identities in between."""
+        """Return the batch norm whose output only the addition reads, or None, and the identities in between."""
         between = []
         while self.is_identity(value) and len(value.users) == 1:
             between.append(value)
@@ -156,7 +154,7 @@ class _Finder:
         return None, []
 
     def only_reader(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
-        """The one node that reads a value, past nn.Identity, and the identities; None where there are more."""
+        """Return the only node that reads a value, or None, and the nn.Identity calls in between."""
         between = []
         while len(node.users) == 1:
             (user,) = node.users
@@ -176,7 +174,7 @@ class _Finder:
         )
 
     def is_fresh(self, node: Any) -> bool:
-        """Whether a value is a tensor of its own, which nothing else reads: changed in place, nobody sees it."""
+        """Return whether a value is a new tensor with one reader, so that nothing else sees a change in place."""
         while self.is_identity(node) and len(node.users) == 1:
             node = node.args[0]
         if len(node.users) != 1:

@@ -1,6 +1,4 @@
-"""What a forward computes with while torch.fx traces it: stand-ins for tensors, which refuse questions that no graph
-can hold the answers of.
-"""
+"""Stand-ins for tensors while torch.fx traces a forward; they refuse questions whose answers no graph can hold."""
 
 import dis
 import operator
@@ -13,25 +11,26 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
-# Who may look at the type of a stand-in: torch.fx itself, and what sets a module's attribute, which is noticed.
+# Modules that may read the type of a stand-in: torch.fx itself, and code that sets a module's attribute, which `Watch`
+# notices.
 TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.modules.module", "torch.nn.parameter")
-# Of a tensor's attributes, besides its methods, what a graph can hold. None of them may be None.
+# The attributes of a tensor, besides its methods, that a graph can hold. None of them is ever None.
 ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "data", "T", "mT", "H", "mH", "requires_grad")
 
 
 class UntraceableError(Exception):
-    """The message says why the graph of a forward would not be what the forward does."""
+    """The graph of a forward would not do what the forward does; the message says why."""
 
 
 class _Proxy(fx.Proxy):
-    """torch.fx's stand-in, which would write `x += y` down as `x + y`, and have and take any attribute."""
+    """torch.fx's stand-in, which by itself would record `x += y` as `x + y` and accept any attribute."""
 
     def in_place(self, function: Callable[..., Any], other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     def __getattr__(self, k: str) -> Any:
         if not callable(getattr(Tensor, k, None)) and k not in ATTRIBUTES:
-            raise UntraceableError(f"its forward asks a value for {k!r}, which no graph can hold")
+            raise UntraceableError(f"its forward reads a value's {k!r}, which no graph can hold")
         frame = sys._getframe(1)
         is_read = dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("LOAD_")
         if "hasattr" in frame.f_code.co_names and not is_read:
@@ -50,7 +49,7 @@ class _Proxy(fx.Proxy):
 
     def __repr__(self, form: str = "") -> str:
         if not _is_trusted(sys._getframe(1)):
-            vars(self.tracer)["makes_text"] = True  # of use for an error's message alone
+            vars(self.tracer)["makes_text"] = True  # useful only in an error's message
         return "?"
 
     __str__ = __format__ = __repr__
@@ -61,10 +60,10 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class Value(_Proxy):
-    """What the forward computes; whether it is a tensor is not known."""
+    """A value that the forward computes, which may not be a tensor."""
 
     @property
-    def __class__(self) -> type:  # what isinstance looks at, after type()
+    def __class__(self) -> type:  # isinstance reads it, after type()
         frame = sys._getframe(1)
         if not _is_trusted(frame) and _asks_for_types(frame.f_code):
             raise UntraceableError("its forward asks for the type of an intermediate value")
@@ -72,15 +71,15 @@ class Value(_Proxy):
 
 
 class _Attribute(Value, Attribute):
-    """An attribute of a stand-in, or a method of it that is about to be called."""
+    """An attribute of a stand-in, or a method that is about to be called."""
 
 
 class Input(_Proxy):
-    """An input of the forward: a tensor, which is checked again whenever the graph is used."""
+    """An input of the forward: a tensor, which is checked again at each use of the graph."""
 
     @property
     def __class__(self) -> type:
-        # Not to torch's own functions, some of which would hand it over to C as a tensor.
+        # torch's own functions must not see a Tensor, because some would pass it on to C.
         return Input if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.") else Tensor
 
 
@@ -92,5 +91,5 @@ def _is_trusted(frame: FrameType) -> bool:
 
 
 def _asks_for_types(code: CodeType) -> bool:
-    """Whether a function may have asked itself, and not a function of torch that is written in C."""
+    """Return whether the function itself may have asked, instead of a function of torch written in C."""
     return "isinstance" in code.co_names or any(i.opname == "MATCH_CLASS" for i in dis.get_instructions(code))

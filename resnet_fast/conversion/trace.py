@@ -1,14 +1,14 @@
-"""What a module's forward does, as a graph of torch.fx, or the reason why that cannot be known for sure.
+"""Trace a module's forward into a graph of torch.fx, or give the reason why the graph would not be reliable.
 
-torch.fx runs the forward once, on stand-ins for its inputs, and writes down what happens to these. It misses whatever
-else the forward does or depends on. So it is watched meanwhile, and a graph is given out only if the forward
+torch.fx runs the forward once, on stand-ins for its inputs, and records the operations on them. It misses everything
+else that the forward does or depends on. So the forward is watched, and a graph is returned only if the forward
 
-- does the same with gradients and without, with autocast and without, and switches none of them, nor checkpointing;
-- neither reads the mode nor asks how it is run, for types, or for attributes that tensors do not have;
+- does the same with and without gradients and autocast, and switches neither these nor checkpointing on or off;
+- does not read the mode, and does not ask how it is run, for types, or for attributes that tensors do not have;
 - catches no exceptions, prints nothing, and neither draws random numbers in Python nor writes attributes or globals;
 - makes no modules, except an nn.ReLU, which holds nothing;
-- reads no attribute, global or outer variable that can change unseen: of plain values, which are compared again before
-  the graph is used, functions, classes and modules alone.
+- reads only attributes, globals and outer variables that cannot change unseen: functions, classes, modules, and plain
+  values, which are compared again before each use of the graph.
 
 Reed et al. 2022, torch.fx, arXiv:2112.08429.
 """
@@ -30,16 +30,16 @@ from .stand_ins import STAND_INS, Input, UntraceableError, Value
 from .watch import Setting, Watch, is_library, is_plain, left_as_it_was
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
-# Whose modules are called as they are. Ours are fused already.
+# Packages whose modules are called unchanged. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
 CLOSED = (*FOREIGN, "resnet_fast.")
 # Errors that a check can raise again, from a name and a message.
 RAISED = ("ValueError", "TypeError", "RuntimeError", "AssertionError", "NotImplementedError", "IndexError")
-MOST_QUESTIONS = 6  # of one forward: each may double the times that it is traced
+MOST_QUESTIONS = 6  # per forward: each may double the number of traces
 
 
 class Traced(NamedTuple):
-    """The graph of a forward, and what else it depends on."""
+    """The graph of a forward, and the settings that it depends on."""
 
     graph: fx.Graph
     settings: tuple[Setting, ...]
@@ -51,19 +51,19 @@ class _UnansweredError(Exception):
 
 @fx.has_side_effect
 def check_that(value: Any, answer: bool, kind: str, message: str) -> None:
-    """Raise the error that a forward raises unless the truth of `value` is `answer`."""
-    if isinstance(value, fx.Proxy):  # torch.fx traces a GraphModule anew to unpickle it
+    """Raise the forward's own error unless bool(value) is `answer`."""
+    if isinstance(value, fx.Proxy):  # torch.fx retraces a GraphModule to unpickle it
         value.tracer.create_proxy("call_function", check_that, (value, answer, kind, message), {})
     elif bool(value) is not answer:
         raise getattr(builtins, kind)(message)
 
 
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer, which calls modules without children, those of torch.nn, and the opaque ones, as they are."""
+    """torch.fx's tracer; modules without children, those of torch.nn and opaque ones are single steps."""
 
     proxy_buffer_attributes = True
 
-    # Defaults: torch.fx makes one when it unpickles a GraphModule.
+    # With defaults, because torch.fx makes one without arguments when it unpickles a GraphModule.
     def __init__(
         self,
         opaque: Collection[nn.Module] = (),
@@ -82,7 +82,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         if m in self.made:
             return m.forward(*args, **kwargs)
-        # Not `forward`, which runs the hooks of the module: these are not to see stand-ins.
+        # Not `forward`, which runs the module's hooks; they must not see stand-ins.
         return super().call_module(m, m.forward, args, kwargs)
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -95,11 +95,11 @@ class _Tracer(fx.Tracer):
         if type(a) in STAND_INS:  # torch.fx would ask for types
             return a.node
         if isinstance(a, dict | list) and type(a) not in (dict, list, immutable_dict, immutable_list):
-            raise UntraceableError(f"its forward makes a {type(a).__name__}, which torch.fx makes a plain one")
+            raise UntraceableError(f"its forward makes a {type(a).__name__}, which torch.fx turns into a plain one")
         return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Inputs are the parameters without a default; the others stay at theirs, also when the graph is used."""
+        """Make the parameters without a default the inputs; the others keep their defaults, also in the graph."""
         names = _required_parameters(root_fn)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
@@ -122,8 +122,8 @@ class _Tracer(fx.Tracer):
 
 
 def is_container(module: nn.Module, closed: tuple[str, ...] = CLOSED) -> bool:
-    """Whether the forward of a module is to be looked into, as far as the module itself tells."""
-    if type(module) is nn.Sequential:  # an empty one, too: it is a shortcut that gives its input itself
+    """Return whether to trace into the forward of a module, judging by the module itself."""
+    if type(module) is nn.Sequential:  # an empty one, too: a shortcut that returns its input
         return True
     return bool(module._modules) and not type(module).__module__.startswith(closed)
 
@@ -135,22 +135,22 @@ def trace(
     frozen: bool = False,
     closed: tuple[str, ...] = CLOSED,
 ) -> Traced:
-    """Return the graph of a module's forward, with the modules within as `call_module` nodes or looked into.
+    """Return the graph of a module's forward; the modules inside become `call_module` nodes or are traced, too.
 
     Args:
-        module: a container; nothing in it is changed.
-        opaque: modules within that are called as a whole.
-        frozen: follow the forward in evaluation mode, with the present settings. A branch that only raises an error
+        module: a container; it is not changed.
+        opaque: modules inside that are called as a whole.
+        frozen: whether to assume evaluation mode and the present settings. A branch that only raises an error then
             becomes a step that checks its condition.
-        closed: beginnings of the names of Python modules whose classes are called as they are.
+        closed: prefixes of the Python modules whose classes are called unchanged.
 
     Raises:
-        UntraceableError: the graph would not say for sure what the forward does.
+        UntraceableError: the graph might not do what the forward does.
     """
     if "forward" in module.__dict__:
         raise UntraceableError("its forward is patched")
-    if isinstance(module, fx.GraphModule) and not frozen:  # it makes its class itself, and again for each copy
-        raise UntraceableError("it is a GraphModule; the model that it was made of can be converted")
+    if isinstance(module, fx.GraphModule) and not frozen:  # it makes a class of its own for each copy
+        raise UntraceableError("it is a GraphModule; convert the model that it was made from")
     traces = []
     for with_gradients in (True, False):
         with left_as_it_was(module), torch.set_grad_enabled(with_gradients), _autocast(not with_gradients):
@@ -162,7 +162,7 @@ def trace(
                     raise followed
             except UntraceableError:
                 raise
-            except Exception as error:  # the forward is anybody's code, and may fail on stand-ins in any way
+            except Exception as error:  # a forward is arbitrary code, which may fail on stand-ins in any way
                 raise UntraceableError(f"torch.fx cannot follow its forward ({one_line(error, 80)})") from error
             traces.append(Traced(followed[0], tuple(watch.settings.values())))
     if str(traces[0].graph) != str(traces[1].graph):
@@ -173,9 +173,9 @@ def trace(
 def _follow(
     module: nn.Module, tracer: Callable[..., _Tracer], answers: tuple[bool, ...] | None
 ) -> tuple[fx.Graph, list[fx.Node]] | Exception:
-    """Return the graph of a forward whose first questions get these answers, and the steps that check all answers.
+    """Trace a forward whose first questions get these answers; return the graph and the steps that check all answers.
 
-    Later questions get the answer that does not end in an error. If every answer does, return the error.
+    Later questions get the answer that does not end in an error. If both answers do, return the error.
     """
     tracing = tracer(answers)
     try:
@@ -188,7 +188,7 @@ def _follow(
         raise
     else:
         if tracing.makes_text:
-            raise UntraceableError("its forward makes text of a value")
+            raise UntraceableError("its forward formats a value as text")
         return graph, tracing.checks
     both = [_follow(module, tracer, (*answers, answer)) for answer in (True, False) if len(answers) < MOST_QUESTIONS]
     errors = [followed for followed in both if isinstance(followed, Exception)]
@@ -206,7 +206,7 @@ def _follow(
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether a raise statement of the forward raised it."""
+    """Return whether a raise statement of the forward itself raised the error."""
     step: Any = error.__traceback__
     while step.tb_next:
         step = step.tb_next
@@ -218,9 +218,9 @@ def _required_parameters(function: Any) -> list[str]:
     names = []
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise UntraceableError(f"its forward takes any arguments (*{parameter.name})")
+            raise UntraceableError(f"its forward accepts any arguments (*{parameter.name})")
         if parameter.default is not parameter.empty and not is_plain(parameter.default):
-            raise UntraceableError(f"its forward has a default of {parameter.name} that may change")
+            raise UntraceableError(f"its forward has a default for {parameter.name} that may change")
         if parameter.default is parameter.empty:
             if parameter.kind is parameter.KEYWORD_ONLY:
                 raise UntraceableError(f"its forward needs the keyword {parameter.name}")
@@ -229,7 +229,7 @@ def _required_parameters(function: Any) -> list[str]:
 
 
 def _context() -> tuple[Any, ...]:
-    """What decides, beside a graph, how its operations are run."""
+    """Return the switches that affect operations but are not in a graph."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -241,7 +241,7 @@ def _context() -> tuple[Any, ...]:
 
 @contextmanager
 def _autocast(enabled: bool) -> Iterator[None]:
-    """The switches alone: torch.autocast would look for the device."""
+    """Set only the autocast switches, because torch.autocast would look for the device."""
     before = [torch.is_autocast_enabled(device_type) for device_type in DEVICE_TYPES]
     try:
         for device_type in DEVICE_TYPES:

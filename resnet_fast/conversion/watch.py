@@ -1,4 +1,4 @@
-"""What a forward does besides computing, seen while torch.fx traces it: what it reads, writes, asks and draws."""
+"""Watch what a forward reads, writes, asks and draws, besides computing, while torch.fx traces it."""
 
 import builtins
 import dis
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from .stand_ins import STAND_INS, UntraceableError
 
-# Their code is not screened; the stand-ins see what it does to them.
+# Packages whose code is not screened; the stand-ins see what it does to them.
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "resnet_fast"}
-# Plain values, and what is called but hardly ever changed.
+# Plain values, and things that are called but hardly ever changed.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
 CALLABLE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, nn.Module)
-# Every module's own attributes, of which a forward may read all but the mode.
+# The attributes of every module; a forward may read all of them except the mode.
 OWN = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module())) - {"training"}
 # Questions that torch.fx's tracing answers as eager does; torch.jit.is_scripting() is never true in Python.
 EAGER = "is_tracing _get_tracing_state is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
-# What a frozen forward may ask, of which the answer stays the same.
+# Questions that a frozen forward may ask, because their answers stay the same.
 FROZEN = frozenset((*EAGER, "hasattr"))
 # Names in the code of a forward, and what it does with them.
 QUESTIONS = {
@@ -41,7 +41,7 @@ QUESTIONS = {
     "suppress": "catches exceptions",
     **dict.fromkeys(("exec", "globals", "locals", "functional_call", "apply"), "runs what a graph does not show"),
 }
-# Functions that take any arguments, or go on when they are asked for more.
+# Flags of functions that accept any arguments, or are generators.
 MAY_BE_GIVEN = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 # Modules whose outputs are never None.
 GIVE_TENSORS = (nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
@@ -49,24 +49,24 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 
 
 class Setting(NamedTuple):
-    """What a forward has read: an attribute of a module, or a global variable of a namespace."""
+    """An attribute of a module or a global variable of a namespace that a forward has read."""
 
     owner: Any
     name: str
     value: Any
 
     def holds(self) -> bool:
-        """Whether it is still the same."""
-        # None where it is gone, and where it was not there yet.
+        """Return whether it still has the same value."""
+        # None if it was deleted, or did not exist yet.
         now = self.owner.get(self.name) if isinstance(self.owner, dict) else getattr(self.owner, self.name, None)
         return now is self.value or (type(now) is type(self.value) and now == self.value)
 
 
 class Watch:
-    """Looks on while a forward is traced, and raises UntraceableError at what a graph would not show.
+    """An observer of a forward being traced, which raises UntraceableError for anything that a graph would not show.
 
     Args:
-        frozen: what is read will not change, so that mode and settings are what they are now.
+        frozen: whether to assume that mode and settings will not change.
     """
 
     def __init__(self, frozen: bool) -> None:
@@ -77,7 +77,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See every attribute of a module that is read, and every function before it runs."""
+        """Watch every read of a module's attribute, and every function before it runs."""
         watch, before = self, sys.getprofile()
 
         def read(module: nn.Module, name: str) -> Any:
@@ -130,21 +130,21 @@ class Watch:
     def note(self, owner: Any, name: str, value: Any) -> None:
         if not is_plain(value) and not isinstance(value, CALLABLE):
             raise UntraceableError(f"its forward reads {name}, which may change unseen ({type(value).__name__})")
-        if not isinstance(value, MethodType):  # of the module's class, made anew each time
+        if not isinstance(value, MethodType):  # a method is a new object at each read
             self.settings[id(owner), name] = Setting(owner, name, value)
 
     def screen(self, frame: FrameType) -> tuple[str, ...]:
-        """Refuse a function whose code does something that a graph would not show.
+        """Raise UntraceableError if a function's code does something that a graph would not show.
 
         Returns:
-            The arguments that it compares with None, if it is frozen.
+            The arguments that the function compares with None; always empty unless `frozen`.
         """
         code, namespace = frame.f_code, frame.f_globals
         if is_library(frame):
             return ()
         instructions = list(dis.get_instructions(code))
         opcodes = [instruction.opname for instruction in instructions]
-        # A function that gets nothing and gives its result at once has no stand-ins, which could make it fail.
+        # Only stand-ins make a function fail. Without arguments and free variables only generators have any.
         is_given = code.co_argcount + code.co_kwonlyargcount + len(code.co_freevars) > 0 or code.co_flags & MAY_BE_GIVEN
         if opcodes.count("PUSH_EXC_INFO") > opcodes.count("WITH_EXCEPT_START") and (is_given or not self.frozen):
             raise UntraceableError("its forward has a try statement")
@@ -154,7 +154,7 @@ class Watch:
         arguments = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
         asked = _compared(instructions)
         if asked and not (self.frozen and asked <= arguments - stored - {*code.co_cellvars}):
-            raise UntraceableError("its forward asks whether a value is None or another one")
+            raise UntraceableError("its forward asks whether a value is None or a certain object")
         loaded = {instruction.argval for instruction in instructions if instruction.opname == "LOAD_GLOBAL"}
         for name in code.co_names:
             is_meant = name in loaded or name not in vars(builtins)  # not x.type(dtype)
@@ -171,7 +171,7 @@ class Watch:
         return tuple(asked)
 
     def may_be_none(self, value: Any) -> bool:
-        """Whether a stand-in may stand for None, as the outputs of opaque modules may."""
+        """Return whether a stand-in may stand for None, as the output of an opaque module may."""
         if type(value) not in STAND_INS:
             return False
         node = value.node
@@ -184,13 +184,13 @@ class Watch:
 
 
 def is_library(frame: FrameType) -> bool:
-    """Whether it runs code of a library, which was not written for this forward."""
+    """Return whether a frame runs code of a library, which was not written for this forward."""
     library, _, _ = frame.f_globals.get("__name__", "").partition(".")
-    return library in LIBRARIES or library.startswith("namedtuple_")  # the latter: what collections.namedtuple wrote
+    return library in LIBRARIES or library.startswith("namedtuple_")  # the latter is collections.namedtuple's code
 
 
 def _compared(instructions: list[dis.Instruction]) -> set[Any]:
-    """Return the local variables that are compared with None, and "" for one that is compared with something else."""
+    """Return the local variables that are compared with None, and "" for each comparison with another object."""
     compared = set()
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
@@ -207,7 +207,7 @@ def is_plain(value: Any) -> bool:
 
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undo what the forward does to attributes and random states, and refuse it.
+    """Undo changes of a forward to attributes and random states.
 
     Raises:
         UntraceableError: attributes of modules changed, or random numbers were drawn.
@@ -238,7 +238,7 @@ def _random_states() -> tuple[Any, Any, Any]:
 
 
 def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Each attribute; beside the dicts that hold a module's parameters, buffers, modules and hooks, what is in them."""
+    """Return each attribute, with a copy of those dicts that hold parameters, buffers, modules and hooks."""
     return {
         name: (value, value.copy() if name in OWN and isinstance(value, dict) else None)
         for name, value in attributes.items()
@@ -246,7 +246,7 @@ def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Set all back, and return whether anything had changed."""
+    """Restore all attributes, and return whether any had changed."""
     changed = list(attributes) != list(before)
     for name, (value, contents) in before.items():
         changed |= attributes.get(name) is not value

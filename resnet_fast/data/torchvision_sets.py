@@ -91,7 +91,7 @@ def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
     """
     data_dir = _check(data_dir, mirror)
     if find_spec("scipy") is None:
-        raise DataError("SVHN is read by scipy, which is not installed; pip install 'resnet-fast[svhn]'")
+        raise DataError("SVHN needs scipy, which is not installed: pip install scipy (or the extra 'svhn')")
     files = [SVHN.split_list[part] for part in ("train", "test")]
     missing = [file for file in files if not (data_dir / file[1]).exists()]
     if missing:

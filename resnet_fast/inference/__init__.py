@@ -1,4 +1,4 @@
-"""Use a trained network: load a run, ask about image files, export it.
+"""Use a trained network: load a run, classify image files, export it.
 
 from resnet_fast.inference import classify, export_onnx, load_trained, read_image
 

@@ -1,4 +1,4 @@
-"""Ask a trained network about an image."""
+"""Classify an image with a trained network."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,18 @@ from resnet_fast.inference.trained import Trained
 
 @torch.inference_mode()
 def classify(trained: Trained, image: Tensor) -> Tensor:
-    """Return the probability of each class, computed in fp32.
+    """Return the probability of each class.
 
     Args:
-        trained: on its device.
+        trained: the network, on any device.
         image: [3, H, W], uint8, as `read_image` returns it.
 
     Returns:
-        [classes], fp32, on the CPU.
+        Softmax probabilities [classes], fp32, on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument has another type, or the image another shape.
+        TypeError: `trained` is not a Trained, or `image` is not a Tensor.
+        ValueError: `image` is not [3, H, W] or not uint8.
     """
     check_type("trained", trained, Trained)
     check_type("image", image, Tensor)

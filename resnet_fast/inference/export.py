@@ -1,15 +1,14 @@
-"""Export a trained network: an ONNX file, or a program of torch.export.
+"""Export a trained network as an ONNX file or a program of torch.export.
 
     logits = model((images - mean) / std),    images: [N, 3, image_size, image_size], fp32, in [0, 1]
 
-Normalization is inside, so that whoever runs the file needs no constants; resizing is not. The program holds ATen
-operators alone, in evaluation mode and fp32. Nothing gets its name before what is in the file has been run, and its
-logits compared:
+Normalization is part of the export, so that running it needs no constants; resizing is not. The program holds only ATen
+operators, in evaluation mode and fp32. Before a file gets its name, the exported network is run and its logits checked:
 
     max |exported - fp64|  <=  4 max |eager - fp64| + 4 eps max |fp64|
 
-The house's rule for errors (twice eager's own, plus a rounding of the output), doubled: a runtime folds the batch norms
-into the convolutions' weights and sums in another order, and the largest of some thousand errors varies by itself.
+This is twice the project's error budget (twice eager's own error plus one rounding of the output). A runtime folds the
+batch norms into the convolutions and sums in another order, and the maximum of some thousand errors varies by itself.
 """
 
 import copy
@@ -38,15 +37,15 @@ LABELS = "resnet_fast.json"  # the extra file in a .pt2
 
 
 class ExportError(RuntimeError):
-    """A network could not be exported, or the exported one computes something else."""
+    """A network cannot be exported, or the exported network computes something else."""
 
 
 class Normalized(nn.Module):
-    """A network that takes images in [0, 1].
+    """A network for images in [0, 1].
 
     Args:
-        model: takes normalized images.
-        mean, std: per channel.
+        model: a network for normalized images.
+        mean, std: constants per channel, to normalize with.
     """
 
     mean: Tensor
@@ -64,13 +63,13 @@ class Normalized(nn.Module):
 
 @dataclass(frozen=True)
 class Checked:
-    """How far an exported network is from fp64, over all images that it was tried on.
+    """The error of an exported network against fp64, over all images that it was checked on.
 
     Args:
-        error, eager_error: the largest difference of a logit, of the exported network and of eager PyTorch in fp32.
-        allowed: for `error`.
-        n_images: random and real ones.
-        n_bytes: of the file.
+        error, eager_error: largest error of a logit, for the exported network and for eager PyTorch in fp32.
+        allowed: upper bound for `error`.
+        n_images: number of images, random and real.
+        n_bytes: size of the file.
     """
 
     error: float
@@ -83,18 +82,24 @@ class Checked:
 def export_onnx(
     trained: Trained, path: Path | str, *, batch_size: int | None = None, images: Tensor | None = None
 ) -> Checked:
-    """Write an ONNX file with the input `images` and the output `logits`, after onnxruntime has run it.
+    """Write an ONNX file with the input `images` and the output `logits`, checked by running it in onnxruntime.
 
-    Its metadata hold classes, mean and std as JSON, and what the input is.
+    Its metadata hold classes, mean and std as JSON, and describe the input.
 
     Args:
-        trained: on any device.
-        path: of the file.
-        batch_size: images per call; None: any number.
-        images: [N, 3, image_size, image_size], uint8, on which it is checked beside random ones.
+        trained: the network, on any device.
+        path: path of the file.
+        batch_size: number of images per call; None: any number.
+        images: [N, 3, image_size, image_size], uint8, to check with in addition to random ones.
+
+    Returns:
+        The errors that the check found, a `Checked`.
 
     Raises:
-        ExportError: a package is missing, or the file computes something else.
+        ExportError: a package is missing, or the exported network computes something else. No file is written.
+        TypeError: `trained` is not a Trained.
+        ValueError: `path` is not a path.
+        OSError: the file cannot be written.
     """
     check_type("trained", trained, Trained)
     path = check_path("path", path)
@@ -113,7 +118,7 @@ def export_onnx(
             dynamic_shapes=_dynamic_shapes(batch_size),
             verbose=False,
         )
-    assert program is not None  # it is for another exporter
+    assert program is not None  # None comes only from the older exporter
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {name: _text(value) for name, value in metadata_of(trained).items()})
     onnx.checker.check_model(proto)
@@ -129,10 +134,10 @@ def export_onnx(
 def export_program(
     trained: Trained, path: Path | str, *, batch_size: int | None = None, images: Tensor | None = None
 ) -> Checked:
-    """Write a program that `torch.export.load(path).module()` runs, after it was loaded and run.
+    """Write a program for `torch.export.load(path).module()`, checked by loading and running it.
 
-    Its extra file resnet_fast.json holds classes, mean and std, and what the input is. The arguments and what is raised
-    are those of `export_onnx`; no package beside torch is needed.
+    Its extra file resnet_fast.json holds classes, mean and std, and describes the input. Arguments, result and errors
+    are those of `export_onnx`, but torch is the only package that it needs.
     """
     check_type("trained", trained, Trained)
     path = check_path("path", path)
@@ -149,19 +154,20 @@ def export_program(
 
 
 def need_onnx() -> None:
-    """Raise ExportError unless the packages are there that `export_onnx` needs."""
+    """Raise ExportError unless the packages that `export_onnx` needs can be imported."""
+    install = f"pip install {' '.join(ONNX_PACKAGES)} (or the extra 'export')"
     for name in ONNX_PACKAGES:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             missing = error.name or name
-            raise ExportError(f"{missing} is not installed; pip install 'resnet-fast[export]'") from error
+            raise ExportError(f"{missing} is not installed: {install}") from error
         except ImportError as error:
-            raise ExportError(f"{name} cannot be imported ({error}); pip install 'resnet-fast[export]'") from error
+            raise ExportError(f"{name} cannot be imported ({error}): {install}") from error
 
 
 def metadata_of(trained: Trained) -> dict[str, Any]:
-    """Return what whoever runs an exported network needs to know."""
+    """Return the description of an exported network, its input and its output."""
     size = trained.image_size
     return {
         "classes": list(trained.classes),
@@ -176,12 +182,12 @@ def metadata_of(trained: Trained) -> dict[str, Any]:
 
 
 def _normalized(trained: Trained) -> nn.Module:
-    # A copy on the CPU: the exported program must not depend on where the network is, or change with it.
+    # A copy on the CPU, so that the exported program neither depends on the network's device nor changes with it.
     return Normalized(copy.deepcopy(trained.model).cpu(), trained.mean, trained.std).eval().requires_grad_(False)
 
 
 def _example(trained: Trained, batch_size: int | None) -> Tensor:
-    # Two images stand for any number: one would be taken for a constant.
+    # Two images stand for any number, because one would be treated as a constant.
     return torch.zeros(batch_size or 2, 3, trained.image_size, trained.image_size)
 
 
@@ -204,8 +210,8 @@ def _write(
     batch_size: int | None,
     images: Tensor,
 ) -> Checked:
-    """Write the file if what is in it computes what the model does."""
-    # Of any number of images: one, and then the rest at once.
+    """Write the file if the exported network computes what the model does."""
+    # If any number of images is allowed: one, then the rest at once.
     batches = [images[:1], images[1:]] if batch_size is None else list(_filled_up(images, batch_size).split(batch_size))
     expected = torch.cat([copy.deepcopy(model).double()(batch.double()) for batch in batches])
     eager = torch.cat([model(batch) for batch in batches])
@@ -216,7 +222,7 @@ def _write(
         )
     error, eager_error = (float((logits.double() - expected).abs().max()) for logits in (outputs, eager))
     allowed = 4 * eager_error + 4 * torch.finfo(torch.float32).eps * float(expected.abs().max())
-    if not error <= allowed:  # so that NaN is refused
+    if not error <= allowed:  # refuses NaN, too
         raise ExportError(
             f"{path.name} would compute something else: a logit is off by {error:.2g}, allowed {allowed:.2g}; "
             "nothing is written"
@@ -239,7 +245,7 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def _quiet():
-    """Keep the exporters' progress and warnings to themselves: what comes out is checked."""
+    """Silence the exporters' progress and warnings, because the result is checked."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():

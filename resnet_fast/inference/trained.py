@@ -1,4 +1,4 @@
-"""A trained network and what is needed to use it, from the checkpoint of a run."""
+"""A trained network and the constants needed to use it, from the checkpoint of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,16 @@ from resnet_fast.training.structure import first_difference
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as it was after an epoch of its training.
+    """A network as of the end of a training epoch.
 
     Args:
-        model: in evaluation mode; takes normalized images [N, 3, image_size, image_size], gives logits [N, classes].
+        model: the network, in evaluation mode: normalized images [N, 3, image_size, image_size] to logits [N, classes].
         classes: the name of each logit.
         mean, std: per channel, of images in [0, 1], to normalize with.
-        image_size: pixels, in height and width.
+        image_size: height and width in pixels.
         config: the settings of the training, `TrainConfig.as_dict()`.
-        epoch: after which the checkpoint was written.
-        path: of the checkpoint.
+        epoch: the epoch after which the checkpoint was written.
+        path: path of the checkpoint.
     """
 
     model: nn.Module
@@ -41,21 +41,25 @@ class Trained:
 
     @property
     def description(self) -> str:
-        """What was trained on what, in a few words."""
+        """The network, its data set and the epoch, in a few words."""
         return f"{self.config['model']} ({self.config['stem']} stem) on {self.config['dataset']}, epoch {self.epoch}"
 
 
 def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
-    """Load the network of a run; every byte of the checkpoint is checked, and no code in it is run.
+    """Load the network of a run. Every byte of the checkpoint is checked, and no code in it is run.
 
     Args:
-        path: a run folder, for its checkpoint.pt, or a checkpoint.
-        device: where the network goes.
+        path: a run folder with a checkpoint.pt, or a checkpoint file.
+        device: device of the network.
+
+    Returns:
+        A `Trained`: the network in evaluation mode with its classes and normalization.
 
     Raises:
-        ValueError: `path` is neither.
-        CheckpointError: the checkpoint is missing, damaged, of another program or of an earlier version, or its weights
-            do not fit the network that it names.
+        TypeError: `path` is not a path.
+        ValueError: `path` is neither a run folder nor a file, or `device` is unknown or unavailable.
+        CheckpointError: the checkpoint is missing, is damaged, comes from another program or an earlier version, or its
+            weights do not fit the network that it names.
     """
     path = find_checkpoint(path)
     device = check_device(device)
@@ -67,7 +71,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         previous = path.with_name(PREVIOUS)
         if path.name != CHECKPOINT or not previous.exists():
             raise
-        raise CheckpointError(f"{error}; {previous} is of the epoch before") from error
+        raise CheckpointError(f"{error}; {previous} holds the epoch before") from error
     model = _build(path, state).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(
         model=model.eval(),
@@ -84,12 +88,12 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
 def _build(path: Path, state: dict[str, Any]) -> nn.Module:
     name, stem = state["config"]["model"], state["config"]["stem"]
     if name not in MODELS:
-        raise CheckpointError(f"{path} is of the network {shown(name)}, which this version does not have")
+        raise CheckpointError(f"{path} holds the network {shown(name)}, which this version does not have")
     try:
         check_settings(state["config"])
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from error
-    with torch.device("meta"):  # of a file of a million classes no memory is taken before it fits
+    with torch.device("meta"):  # so that a file with a million classes takes no memory before it fits
         expected = MODELS[name].make(len(state["classes"]), stem).state_dict()
     if unlike := first_difference(expected, state["model"], "model"):
         raise CheckpointError(f"{path} does not fit {name} ({stem} stem): {unlike}")

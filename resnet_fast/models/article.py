@@ -1,13 +1,13 @@
 """The residual block and the network of an introduction to skip connections, on the fused batch norm.
 
-Beside torchvision's, a block has one batch norm for two places, no ReLU after the addition but after the convolution
-that follows, and biases in its convolutions:
+Unlike torchvision's, a block uses one batch norm in two places and has biases in its convolutions. Its last ReLU comes
+not after the addition but after the convolution behind it:
 
-    h = relu(bn(conv1(x)))                      conv1, conv2 3x3, of as many channels as x
+    h = relu(bn(conv1(x)))                      conv1, conv2 3x3, with as many channels as x
     h = bn(conv2(h)) + shortcut(x)              the same bn; the shortcut is x, or conv3(x), 1x1
     y = relu(conv4(h))                          1x1 with the stride, to the width of the output
 
-docs/article.md says what the article's listing leaves open and how it is read here.
+docs/article.md lists what the article's code leaves open, and our reading of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,22 +35,22 @@ BLOCKS = (
 
 
 class ResidualBlock(nn.Module):
-    """conv3x3 - BN+ReLU - conv3x3 - BN+add - conv1x1 - ReLU, both BN being one module.
+    """conv3x3 - BN+ReLU - conv3x3 - BN+add - conv1x1 - ReLU, where both BN are one module.
 
-    Its running statistics are updated, and its batches counted, twice in a forward pass of training: first by the
-    output of conv1, then by that of conv2.
+    A training forward updates its running statistics and its batch counter twice: with the output of conv1, then with
+    that of conv2.
 
     Args:
-        num_channels: of the input, and of all inside the block.
-        output_channels: of the output. It may differ with either shortcut, because conv4 comes after the addition.
-        is_identity: whether the shortcut is the input itself; False: through conv3, 1x1, which keeps the width.
-        stride: of conv4.
+        num_channels: channels of the input and of everything before conv4.
+        output_channels: channels of the output. Either shortcut allows any number, because conv4 follows the addition.
+        is_identity: whether the shortcut is the input itself. If not, it is conv3, 1x1, which keeps the width.
+        stride: stride of conv4.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. With another the block is not fused.
 
     Input [N, num_channels, H, W] in any layout; output [N, output_channels, ceil(H / stride), ceil(W / stride)].
 
     Raises:
-        ValueError: a number is not an integer of at least 1.
+        ValueError: num_channels, output_channels or stride is not an integer of at least 1.
 
     He et al. 2015, arXiv:1512.03385, for the two shortcuts.
     """
@@ -106,17 +106,18 @@ class ResNetModel(nn.Module):
     """conv7x7 stride 2 - BN+ReLU - max-pool stride 2 - blocks - linear; layouts as in `resnet.ResNet`.
 
     Args:
-        residual_blocks: ResidualBlocks; the first takes 64 channels, each other as many as the one before gives.
-        nb_classes: of the output.
-        norm_layer: of the stem, as in `ResidualBlock`.
+        residual_blocks: a sequence of ResidualBlocks. The first has 64 input channels; each other has as many as the
+            previous one outputs.
+        nb_classes: number of classes.
+        norm_layer: makes the stem's norm, as in `ResidualBlock`.
 
-    Input [N, 3, H, W] in any layout; output [N, nb_classes]. The article's blocks take 32x32 images to a map of 1x1;
-    of a larger map the linear layer gets the mean over its pixels.
+    Input [N, 3, H, W] in any layout; output [N, nb_classes]. The article's blocks reduce 32x32 images to a 1x1 map. A
+    larger map is averaged over its pixels before the linear layer.
 
     Raises:
-        TypeError: a block is no ResidualBlock.
-        ValueError: there is no block, a block takes another width than it would get, or nb_classes is not an integer
-            of at least 1.
+        TypeError: a block is not a ResidualBlock.
+        ValueError: there is no block, a block's num_channels is not the number of channels before it, or nb_classes is
+            not an integer of at least 1.
     """
 
     def __init__(
@@ -128,15 +129,14 @@ class ResNetModel(nn.Module):
     ) -> None:
         check_integer("nb_classes", nb_classes)
         if not residual_blocks:
-            raise ValueError("residual_blocks must hold a block at least, got none")
+            raise ValueError("residual_blocks must hold at least one block, got none")
         width, before = STEM_CHANNELS, "the stem"
         for i, block in enumerate(residual_blocks):
             if not isinstance(block, ResidualBlock):
                 raise TypeError(f"residual_blocks[{i}] must be a ResidualBlock, got {type(block).__name__}")
             if block.num_channels != width:
-                raise ValueError(
-                    f"residual_blocks[{i}] must take the {width} channels that {before} gives, got {block.num_channels}"
-                )
+                rule = f"must be {width}, the output channels of {before}"
+                raise ValueError(f"residual_blocks[{i}].num_channels {rule}, got {block.num_channels}")
             width, before = block.output_channels, f"residual_blocks[{i}]"
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_CHANNELS, kernel_size=7, stride=2, padding=1)
@@ -157,21 +157,21 @@ class ResNetModel(nn.Module):
         else:
             x = self.max_pool(self.relu(self.batch_norm(x)))
             x = self.residual_blocks(x)
-        x = F.adaptive_avg_pool2d(x, 1)  # no module: the article's table has no row for it
+        x = F.adaptive_avg_pool2d(x, 1)  # not a module, because the article's table has no row for it
         x = self.flatten(x)
         return self.linear(x)
 
 
 def _can_fuse(module: Any, x: Tensor) -> bool:
-    """Whether norm and ReLU are as they were built and nobody looks at what goes on inside."""
+    """Return whether norm and ReLU are unchanged and nothing observes the steps inside."""
     return is_fused(module.batch_norm) and type(module.relu) is nn.ReLU and not is_observed(module, x)
 
 
 def article(num_classes: int = 10, norm_layer: Callable[..., nn.Module] | None = None) -> ResNetModel:
-    """The network that the article trains on CIFAR-10: eight blocks of stride 2, 8,522,186 parameters.
+    """Return the network that the article trains on CIFAR-10: eight blocks of stride 2, 8,522,186 parameters.
 
     Args:
-        num_classes: of the output.
+        num_classes: number of classes.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
     """
     blocks = [ResidualBlock(*sizes, stride=2, norm_layer=norm_layer) for sizes in BLOCKS]

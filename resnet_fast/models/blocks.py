@@ -1,10 +1,9 @@
-"""The blocks of the networks, fused, and when a block or a network may be: what all models share.
+"""The fused blocks that all models share, and the conditions under which a block or a network is fused.
 
-BasicBlock and Bottleneck are torchvision's own, so constructors, initialization, checkpoint keys and module names are
-theirs. What differs is the forward pass: a block runs the fused operation over its submodules. Whatever might look at,
-or has been put in place of, one of the steps in between (hooks, torch.fx, other layers, patched forwards) makes the
-block run torchvision's forward, step by step: the same numbers, without the fusion. What is around the whole sees no
-step.
+BasicBlock and Bottleneck subclass torchvision's, so constructors, initialization, checkpoint keys and module names are
+the same. Only the forward pass differs: a block runs the fused operation over its submodules. If a step inside may be
+observed or has been replaced (hooks, torch.fx, other layers, patched forwards), the block runs torchvision's forward
+step by step, with the same results. Hooks and patches of the whole module do not matter, because they see no step.
 """
 
 import itertools
@@ -27,8 +26,8 @@ HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_h
 def to_channels_last(x: Any) -> Any:
     """Return a network's input in channels_last; each layer then computes in it, whatever the layout of its weights.
 
-    Anything but a 4-D strided tensor is returned unchanged, for the first layer's own error. So is a tensor under
-    torch.func, whose transforms know no layouts and run ATen.
+    Anything except a 4-D strided tensor is returned unchanged, so that the first layer raises its own error. So is a
+    tensor under torch.func, whose transforms do not support layouts and run ATen.
     """
     if isinstance(x, fx.Proxy):  # one step, so that a traced network computes the same bits
         return x.tracer.create_proxy("call_function", to_channels_last, (x,), {})
@@ -36,15 +35,15 @@ def to_channels_last(x: Any) -> Any:
         return x
     if torch._C._are_functorch_transforms_active():
         return x
-    # Not `contiguous`, which takes the strides of a single channel for channels_last; convolutions do not.
+    # Not `contiguous`, which accepts the strides of a single channel as channels_last; convolutions do not.
     return x.to(memory_format=torch.channels_last)
 
 
 def is_observed(module: nn.Module, x: Tensor) -> bool:
-    """Whether somebody looks at, or has patched, what goes on inside `module`: hooks, torch.fx, a patched forward.
+    """Return whether hooks, torch.fx or a patched forward may observe or change the steps inside `module`.
 
-    Those of `module` itself do not count: they see its input and output, which are the same fused or not. Accelerate
-    puts autocast around a network's forward in this way.
+    Hooks and patches of `module` itself do not count: they see only its input and output, which are the same fused or
+    not. Accelerate puts autocast around a network's forward in this way.
     """
     if isinstance(x, fx.Proxy) or nn.modules.module._has_any_global_hook():
         return True
@@ -52,9 +51,9 @@ def is_observed(module: nn.Module, x: Tensor) -> bool:
 
 
 class Structure:
-    """Remember what a network is made of: its modules, their classes, and how its norms are set.
+    """A record of a network's modules, their classes, and the settings of its norms.
 
-    It holds no reference to the network itself, whose entry in `_structures` goes with it.
+    It holds no reference to the network itself, so that its entry in `_structures` vanishes with the network.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -65,7 +64,7 @@ class Structure:
         self.made_of = self._made_of(network)
 
     def _made_of(self, network: nn.Module) -> list[Any]:
-        """Return the children of every module, their classes, and what `is_fused` and `is_projection` ask of norms."""
+        """Return all children, their classes, and the settings of norms that `is_fused` and `is_projection` read."""
         children = [*network._modules.values()]
         for module in self.parents:
             children += module._modules.values()
@@ -74,17 +73,17 @@ class Structure:
         return [*children, *map(type, children), *settings, *groups]
 
     def is_current(self, network: nn.Module) -> bool:
-        """Return whether it is made of the same modules, set as before, and nobody looks at them."""
+        """Return whether modules and settings are still the same, and no module has hooks or a patched forward."""
         hooks = itertools.chain.from_iterable(map(HOOKS, self.own))
-        is_looked_at = any(hooks) or any(map(operator.contains, self.own, itertools.repeat("forward")))
-        return not is_looked_at and self._made_of(network) == self.made_of
+        has_hook = any(hooks) or any(map(operator.contains, self.own, itertools.repeat("forward")))
+        return not has_hook and self._made_of(network) == self.made_of
 
 
 _structures: WeakKeyDictionary[nn.Module, tuple[Structure, list[Any]]] = WeakKeyDictionary()
 
 
 def has_own_hook(module: nn.Module) -> bool:
-    """Whether there are hooks at this module, or a patched forward."""
+    """Return whether this module itself has hooks or a patched forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -99,7 +98,10 @@ def is_fused(norm: nn.Module) -> bool:
 
 
 def is_projection(downsample: nn.Module, norm: Any) -> bool:
-    """torchvision's projection shortcut, a convolution and its batch norm, of the statistics of as many as `norm`."""
+    """Return whether `downsample` is torchvision's projection shortcut: a convolution and a fused batch norm.
+
+    The batch norm must take statistics over the same processes and ghost batches as `norm`.
+    """
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
         return False
     own: Any = downsample[1]
@@ -107,11 +109,11 @@ def is_projection(downsample: nn.Module, norm: Any) -> bool:
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of the paper's shortcuts where widths change: every `stride`-th pixel, and channels of zeros at the end.
+    """Shortcut option A of He et al. for a change of width: every `stride`-th pixel, then channels of zeros.
 
     Args:
-        in_channels, out_channels: before and after; the difference is zeros.
-        stride: that of the block's first convolution, with which sizes agree for images of any size.
+        in_channels, out_channels: channels of input and output; the difference is filled with zeros.
+        stride: stride of the block's first convolution, so that output sizes agree for images of any size.
 
     Raises:
         ValueError: out_channels is below in_channels.
@@ -124,7 +126,7 @@ class PaddedShortcut(nn.Module):
         self.n_zeros, self.stride = out_channels - in_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, in_channels, H, W]; returns [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        """Return [N, out_channels, ceil(H / stride), ceil(W / stride)] from x: [N, in_channels, H, W]."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.n_zeros))
 
     def extra_repr(self) -> str:
@@ -132,7 +134,7 @@ class PaddedShortcut(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """What the blocks share: when to fuse."""
+    """Base of the blocks, which decides whether to fuse."""
 
     conv1: nn.Module
     bn1: FusedBatchNorm2d
@@ -142,7 +144,7 @@ class FusedBlock(nn.Module):
     downsample: nn.Module | None
 
     def can_fuse(self) -> bool:
-        """Whether the block is as it was built. Hooks are looked for separately, once for a whole network."""
+        """Return whether norms, ReLU and shortcut are unchanged. Hooks are checked once for a whole network."""
         norms = [module for name, module in self.named_children() if name.startswith("bn")]
         return (
             type(self) in (BasicBlock, Bottleneck, PlainBlock)
@@ -161,11 +163,14 @@ class FusedBlock(nn.Module):
         return self.fused_forward(x, x)
 
     def steps(self, x: Tensor) -> Tensor:
-        """The forward without fusion: torchvision's."""
+        """Run torchvision's forward, without fusion."""
         return super().forward(x)  # type: ignore[misc]
 
     def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
-        """`x` and `shortcut` are the block's input, once for each consumer; returns y, with `fork` twice as well."""
+        """Return y, or with `fork` a handle of y for each of two consumers.
+
+        `x` and `shortcut` are the block's input, as handles for its first convolution and its shortcut.
+        """
         raise NotImplementedError
 
 
@@ -217,14 +222,14 @@ class PlainBlock(FusedBlock):
         return self.relu(self.bn2(self.conv2(x)))
 
     def fused_forward(self, x: Tensor, shortcut: Tensor | None, fork: bool = False) -> Any:
-        """The output has one consumer; what is returned for a shortcut no plain block takes."""
+        """Return y, and with `fork` None as second handle, because plain blocks have no shortcut."""
         out = self.bn1.fused(self.conv1(x), relu=True)
         out = self.bn2.fused(self.conv2(out), relu=True)
         return (out, None) if fork else out
 
 
 def residual_of(downsample: Any, shortcut: Any) -> tuple[Any, FusedBatchNorm2d | None]:
-    """The shortcut as it is, padded, or through its convolution; and then its own batch norm."""
+    """Return the shortcut, unchanged, padded or convolved, and the batch norm to apply to it, if any."""
     if downsample is None:
         return shortcut, None
     if type(downsample) is PaddedShortcut:
@@ -234,16 +239,16 @@ def residual_of(downsample: Any, shortcut: Any) -> tuple[Any, FusedBatchNorm2d |
 
 
 def blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> list[Any]:
-    """Return all blocks of the stages in order, or none where the network, with `bn1` and `relu`, is not as built.
+    """Return all blocks of the stages in order, or none if they, `bn1` or `relu` were changed or are observed.
 
-    The answer is kept as long as the network is made of the same modules, since looking at all of them costs the host
-    more than several fused operations.
+    The result is cached while the network has the same modules, because checking them all costs the host more than
+    several fused operations.
     """
     if torch.compiler.is_compiling():
         return _blocks_to_fuse(network, stages, x)
-    known = _structures.get(network)
-    if known is not None and type(x) is Tensor and not nn.modules.module._has_any_global_hook():
-        structure, blocks = known
+    cached = _structures.get(network)
+    if cached is not None and type(x) is Tensor and not nn.modules.module._has_any_global_hook():
+        structure, blocks = cached
         if structure.is_current(network):
             return blocks
     blocks = _blocks_to_fuse(network, stages, x)
@@ -262,10 +267,10 @@ def _blocks_to_fuse(network: Any, stages: Sequence[nn.Module], x: Tensor) -> lis
 
 
 def run_fused(norm: FusedBatchNorm2d, blocks: Sequence[Any], x: Tensor) -> Tensor:
-    """Run a stem's batch norm and ReLU, and the blocks one after the other.
+    """Run a stem's batch norm and ReLU, then the blocks in order.
 
-    Every block's input has two consumers, its first convolution and its shortcut: each gets a handle of its own, so
-    that the backward of the operation that made it adds the two gradients in registers.
+    A block's input has two consumers, its first convolution and its shortcut. Each gets its own handle, so that the
+    backward of the operation that made the input adds the two gradients in registers.
     """
     if can_pair(x, all_norms(norm, blocks)) and all(type(block) is BasicBlock for block in blocks):
         return run_in_pairs(norm, blocks, x)
@@ -289,7 +294,7 @@ def all_norms(norm: FusedBatchNorm2d, blocks: Sequence[Any]) -> Iterator[nn.Modu
 
 
 def run_in_pairs(norm: FusedBatchNorm2d, blocks: Sequence[BasicBlock], x: Tensor) -> Tensor:
-    """`run_fused` where the table of choices has pairs of a batch norm and the 3x3 convolution behind it."""
+    """Compute what `run_fused` does, in pairs of a batch norm and the following 3x3 convolution."""
     x, statistics, shortcut = pair(norm, x, blocks[0].conv1, fork=True)
     for block, following in itertools.zip_longest(blocks, blocks[1:]):
         x, statistics, _ = pair(block.bn1, x, block.conv2, statistics)

@@ -1,14 +1,14 @@
-"""The networks for CIFAR-10 of He et al. 2015, section 4.2: 6n+2 layers, with skip connections or without.
+"""The CIFAR-10 networks of He et al. 2015, section 4.2: 6n+2 layers, with or without skip connections.
 
     conv3x3, w channels - BN+ReLU - n blocks of w, n of 2w, n of 4w channels - average pooling - linear
 
-With two convolutions to a block that is 6n+2 layers with weights; the first block of the second and of the third stage
-halves height and width. The paper's networks have w = 16 and n = 3, 5, 7, 9 and 18. A block's skip connection is the
-identity but where widths change:
+A block has two convolutions, so 6n+2 layers have weights. The first block of the second and third stages halves height
+and width. The paper's networks have w = 16 and n = 3, 5, 7, 9 and 18. A block's skip connection is the identity, except
+where the width changes:
 
-    shortcut="A"    every second pixel, and zeros for the channels that are new: no parameters, as in the paper
+    shortcut="A"    every second pixel, and zeros for the new channels: no parameters, as in the paper
     shortcut="B"    a 1x1 convolution and its batch norm
-    shortcut=None   no skip connection in any block: the paper's "plain" networks, of as many parameters as with A
+    shortcut=None   no skip connection in any block: the paper's "plain" networks, with as many parameters as A
 """
 
 from collections.abc import Callable
@@ -30,18 +30,18 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 6n+2 for n = 1, 2, …: 8, 14, 20, …
-        num_classes: outputs of the linear layer.
+        num_classes: number of classes.
         shortcut: "A", "B" or None, as above.
         width: channels of the first stage; the others have two and four times as many.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
 
     Input [N, 3, H, W] of any size and layout; output [N, num_classes].
 
-    Weights of convolutions and of the linear layer start normally distributed with variance 2 / fan_in (He et al. 2015,
-    arXiv:1502.01852, equation 10), the linear layer's bias at 0.
+    Initial weights of the convolutions and the linear layer are normal with variance 2 / fan_in (He et al. 2015,
+    arXiv:1502.01852, equation 10). The linear layer's initial bias is 0.
 
     Raises:
-        ValueError: depth is not 6n+2, width or num_classes is not 1 or more, or the shortcut is unknown.
+        ValueError: depth is not 6n+2, the shortcut is unknown, or width or num_classes is not an integer of at least 1.
 
     He et al. 2015, arXiv:1512.03385, section 4.2.
     """
@@ -94,7 +94,7 @@ class CifarResNet(nn.Module):
         return BasicBlock(before, width, stride, downsample, norm_layer=self._norm_layer)
 
     def _blocks_to_fuse(self, x: Tensor) -> list[Any]:
-        """All blocks in order, or none where the network is not as it was built."""
+        """Return all blocks in order, or none if the network was changed or is observed."""
         return blocks_to_fuse(self, (self.layer1, self.layer2, self.layer3), x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,61 +113,61 @@ class CifarResNet(nn.Module):
 
 
 def check_depth(depth: int) -> None:
-    """Raise ValueError, with the nearest depths, unless there is a network of so many layers."""
+    """Raise ValueError, with the nearest depths, unless a network has this depth."""
     if is_integer(depth) and depth >= 8 and depth % 6 == 2:
         return
     if not is_integer(depth):
         raise ValueError(f"depth must be 6n+2 for an integer n of at least 1, such as 20, got {depth!r}")
     below = (depth - 2) // 6 * 6 + 2
-    nearest = f"the nearest are {below} and {below + 6}" if below >= 8 else "the least is 8"
+    nearest = f"the nearest are {below} and {below + 6}" if below >= 8 else "the smallest is 8"
     raise ValueError(f"depth must be 6n+2 for an integer n of at least 1, got {depth}; {nearest}")
 
 
 def resnet20(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-20 for images of about 32x32; `kwargs` are those of `CifarResNet`."""
+    """Return ResNet-20 for images of about 32x32; `kwargs` are those of `CifarResNet`."""
     return CifarResNet(20, num_classes, **kwargs)
 
 
 def resnet32(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-32; arguments as for `resnet20`."""
+    """Return ResNet-32; arguments as for `resnet20`."""
     return CifarResNet(32, num_classes, **kwargs)
 
 
 def resnet44(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-44; arguments as for `resnet20`."""
+    """Return ResNet-44; arguments as for `resnet20`."""
     return CifarResNet(44, num_classes, **kwargs)
 
 
 def resnet56(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-56; arguments as for `resnet20`."""
+    """Return ResNet-56; arguments as for `resnet20`."""
     return CifarResNet(56, num_classes, **kwargs)
 
 
 def resnet110(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-110; arguments as for `resnet20`."""
+    """Return ResNet-110; arguments as for `resnet20`."""
     return CifarResNet(110, num_classes, **kwargs)
 
 
 def plain20(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-20 without its skip connections; `kwargs` are those of `CifarResNet` but for `shortcut`."""
+    """Return ResNet-20 without its skip connections; `kwargs` are those of `CifarResNet` except `shortcut`."""
     return CifarResNet(20, num_classes, shortcut=None, **kwargs)
 
 
 def plain32(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-32 without its skip connections; arguments as for `plain20`."""
+    """Return ResNet-32 without its skip connections; arguments as for `plain20`."""
     return CifarResNet(32, num_classes, shortcut=None, **kwargs)
 
 
 def plain44(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-44 without its skip connections; arguments as for `plain20`."""
+    """Return ResNet-44 without its skip connections; arguments as for `plain20`."""
     return CifarResNet(44, num_classes, shortcut=None, **kwargs)
 
 
 def plain56(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-56 without its skip connections; arguments as for `plain20`."""
+    """Return ResNet-56 without its skip connections; arguments as for `plain20`."""
     return CifarResNet(56, num_classes, shortcut=None, **kwargs)
 
 
 def plain110(num_classes: int = 10, **kwargs: Any) -> CifarResNet:
-    """ResNet-110 without its skip connections; arguments as for `plain20`."""
+    """Return ResNet-110 without its skip connections; arguments as for `plain20`."""
     return CifarResNet(110, num_classes, shortcut=None, **kwargs)

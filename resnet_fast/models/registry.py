@@ -1,9 +1,9 @@
-"""Every network by its name: what builds it, and what else there is to know of it.
+"""The networks by name, each with its builder and its properties.
 
 list_models()                                     # ["resnet18", …]
 get_model("resnet18", num_classes=10, stem="cifar")
 
-A network is added by an entry of MODELS; the commands, training, profiles and checkpoints find it there.
+To add a network, add an entry to MODELS; commands, training, profiles and checkpoints find it there.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,18 +21,18 @@ STEMS = ("cifar", "imagenet")
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a network.
+    """A network's builder and properties.
 
     Args:
-        build: makes it: `build(num_classes=…, norm_layer=…)`, with `stem=…` too where there are several.
-        family: those that it is built like, in a word or two.
-        stems: those that it has, of STEMS; the first is what training takes unless told otherwise.
-        stem_width: filters of the stem.
-        stages: modules between the stem and the last layer, in order; with the stem, those that training can freeze.
-        build_plain: makes the network of plain PyTorch with the same keys: `build_plain(num_classes=…, stem=…)`; None:
+        build: builds the network: `build(num_classes=…, norm_layer=…)`, with `stem=…` if it has several stems.
+        family: the networks that it resembles, in a word or two.
+        stems: its stems, among STEMS; the first is the default in training.
+        stem_width: number of filters in the stem.
+        stages: names of the modules between stem and last layer, in order. Training can freeze these and the stem.
+        build_plain: builds the plain PyTorch network with the same keys: `build_plain(num_classes=…, stem=…)`. None:
             `build` with nn.BatchNorm2d.
-        refused: switches of training that would do harm here, each with the reason.
-        keywords: names of what `build` takes; None: get_model leaves it to `build` to refuse others.
+        refused: training options that would harm this network, each with the reason.
+        keywords: names of the arguments of `build`. None: `build` itself refuses others.
     """
 
     build: "Callable[..., nn.Module]"
@@ -45,14 +45,14 @@ class Model:
     keywords: tuple[str, ...] | None = None
 
     def make(self, num_classes: int, stem: str, norm_layer: "Callable[..., nn.Module] | None" = None) -> "nn.Module":
-        """Return the network on fused batch norms, or on those that `norm_layer` makes."""
+        """Return the network with fused batch norms, or with the norms that `norm_layer` makes."""
         kwargs: dict[str, Any] = {"stem": stem} if len(self.stems) > 1 else {}
         if norm_layer is not None:
             kwargs["norm_layer"] = norm_layer
         return self.build(num_classes=num_classes, **kwargs)
 
     def make_plain(self, num_classes: int, stem: str) -> "nn.Module":
-        """Return the network of plain PyTorch that has the same keys and, by the same seed, the same weights."""
+        """Return the plain PyTorch network with the same keys and, from the same seed, the same weights."""
         if self.build_plain is None:
             from torch import nn
 
@@ -61,7 +61,7 @@ class Model:
 
 
 def _function(name: str) -> "Callable[..., nn.Module]":
-    """Return the function of resnet_fast.models; it is imported, and torch with it, when it is called."""
+    """Return a stand-in for a function of resnet_fast.models that imports it, and torch, only when called."""
 
     def build(**kwargs: Any) -> "nn.Module":
         return getattr(import_module("resnet_fast.models"), name)(**kwargs)
@@ -75,7 +75,7 @@ def _layers(count: int) -> tuple[str, ...]:
 
 def _torchvision_model(name: str) -> Model:
     def build_plain(num_classes: int, stem: str) -> "nn.Module":
-        """torchvision's network, with the stem changed as its users change it."""
+        """Return torchvision's network, with its stem replaced if `stem` is "cifar"."""
         from torchvision import models as torchvision_models
 
         from .resnet import give_cifar_stem
@@ -86,7 +86,7 @@ def _torchvision_model(name: str) -> Model:
         return model
 
     own = ("weights", "progress", "num_classes", "zero_init_residual", "groups", "width_per_group")
-    # torchvision takes `pretrained`, the old name of `weights`, too.
+    # torchvision also accepts `pretrained`, the old name of `weights`.
     keywords = (*own, "replace_stride_with_dilation", "norm_layer", "stem", "pretrained")
     return Model(_function(name), "torchvision", STEMS, 64, _layers(4), build_plain, keywords=keywords)
 
@@ -97,7 +97,7 @@ def _cifar_model(name: str) -> Model:
 
 
 def _without_skips(name: str) -> Model:
-    refused = {"zero_gamma": "a block without a skip connection would let nothing pass"}
+    refused = {"zero_gamma": "a block without a skip connection would output only zeros"}
     keywords = ("num_classes", "width", "norm_layer")
     return Model(_function(name), "He et al., plain", ("cifar",), 16, _layers(3), refused=refused, keywords=keywords)
 
@@ -112,9 +112,7 @@ MODELS: dict[str, Model] = {
         ("imagenet",),
         64,
         tuple(f"residual_blocks.{i}" for i in range(8)),
-        refused={
-            "zero_gamma": "a block's one batch norm stands before its ReLU, too, and would let nothing pass there"
-        },
+        refused={"zero_gamma": "a block's one batch norm also precedes its first ReLU, which would output only zeros"},
         keywords=("num_classes", "norm_layer"),
     ),
 }
@@ -126,17 +124,17 @@ def list_models() -> list[str]:
 
 
 def get_model(name: str, **kwargs: Any) -> "nn.Module":
-    """Return the network called `name`, as the function of that name makes it.
+    """Return the network called `name`, built by the function of that name.
 
     Args:
         name: one of `list_models()`.
-        kwargs: those of the function, such as `num_classes` and `norm_layer`; `stem` may be given to each, if it is one
-            that the network has.
+        kwargs: arguments of that function, such as `num_classes` and `norm_layer`. Every network accepts a `stem` that
+            it has.
 
     Raises:
-        ValueError: there is no such network, or it has no such stem; the message names those that there are. Also if
-            `num_classes` is no integer, or negative.
-        TypeError: it takes no such keyword; the message names those that it takes, and the nearest. Also if
+        ValueError: the network is unknown or does not have the stem (the message lists the valid ones), or
+            `num_classes` is not an integer of at least 0.
+        TypeError: the network does not accept a keyword (the message lists the accepted ones and the nearest), or
             `norm_layer` is not callable.
     """
     check_name(name)
@@ -153,7 +151,7 @@ def get_model(name: str, **kwargs: Any) -> "nn.Module":
 
 
 def check_name(name: object) -> None:
-    """Raise ValueError unless a network is called `name`; the message has the nearest names and all."""
+    """Raise ValueError unless a network is called `name`; the message lists all names and the nearest."""
     if not isinstance(name, str) or name not in MODELS:
         hint = did_you_mean(name, MODELS) if isinstance(name, str) else ""
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {shown(name)}{hint}")

@@ -1,7 +1,7 @@
 """torchvision's ResNet-18 … 152 with every batch norm, addition and ReLU of a block fused.
 
-The classes are torchvision's own, so constructors, initialization, checkpoint keys and module names are theirs. What
-differs is the forward pass, which runs fused blocks with a handle for each consumer in between; blocks.py says when.
+The classes subclass torchvision's, so constructors, initialization, checkpoint keys and module names are the same. Only
+the forward pass differs: it runs fused blocks and gives each consumer of an output a handle. blocks.py says when.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Stem = Literal["imagenet", "cifar"]
 
 
 def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
-    """Put a 3x3 convolution of stride 1 in place of the stem's, initialized as torchvision's, and no pooling."""
+    """Replace the stem with a 3x3 convolution of stride 1, initialized as torchvision's, without pooling."""
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()  # type: ignore[assignment]
@@ -37,20 +37,20 @@ def give_cifar_stem(model: torchvision_resnet.ResNet) -> None:
 class ResNet(torchvision_resnet.ResNet):
     """torchvision's ResNet on fused blocks. It computes in channels_last, whatever the layout of input and weights.
 
-    Weights start in torch's default layout, which every tool takes. `model.to(memory_format=torch.channels_last)` saves
-    each step a copy of every convolution weight and of its gradient.
+    Weights start in torch's default layout, which every tool supports. `model.to(memory_format=torch.channels_last)`
+    saves a copy of every convolution weight and of its gradient in each step.
 
     Args:
         block: BasicBlock or Bottleneck.
-        layers: blocks per stage.
+        layers: number of blocks per stage.
         stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pooling: for images of about 32x32).
-        num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation: as torchvision's.
+        num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation: as in torchvision.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
 
     Input [N, 3, H, W] in any layout; output [N, num_classes].
 
     Raises:
-        ValueError: an unknown stem, or num_classes is no integer of at least 0.
+        ValueError: the stem is unknown, or num_classes is not an integer of at least 0.
 
     He et al. 2015, arXiv:1512.03385, table 1; section 4.2 for the CIFAR stem.
     """
@@ -87,7 +87,7 @@ class ResNet(torchvision_resnet.ResNet):
             give_cifar_stem(self)
 
     def _blocks_to_fuse(self, x: Tensor) -> list[Any]:
-        """All blocks in order, or none where the network is not as it was built."""
+        """Return all blocks in order, or none if the network was changed or is observed."""
         return blocks_to_fuse(self, (self.layer1, self.layer2, self.layer3, self.layer4), x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -126,40 +126,40 @@ def _resnet(
 
 @handle_legacy_interface(weights=("pretrained", ResNet18_Weights.IMAGENET1K_V1))
 def resnet18(*, weights: ResNet18_Weights | str | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18: torchvision's function, on fused blocks.
+    """Return ResNet-18 on fused blocks, with the arguments of torchvision's function.
 
     Args:
-        weights: torchvision's pretrained weights, as a member of its enumeration or by name, "IMAGENET1K_V1" or
-            "DEFAULT", for its 1,000 classes and the stem "imagenet"; or None.
-        progress: show the download's progress.
-        kwargs: those of `ResNet`, among them `num_classes` and `stem`.
+        weights: torchvision's pretrained weights, as a member of its enumeration or by name ("IMAGENET1K_V1" or
+            "DEFAULT"), or None. They need 1,000 classes and the stem "imagenet".
+        progress: whether to show the download's progress.
+        kwargs: arguments of `ResNet`, such as `num_classes` and `stem`.
 
     Raises:
-        ValueError: no weights of that name, or `stem` or `num_classes` are not those of the weights.
-        TypeError: the weights are of another network.
+        ValueError: no weights have that name, or `stem` or `num_classes` does not fit them.
+        TypeError: the weights belong to another network.
     """
     return _resnet(BasicBlock, [2, 2, 2, 2], ResNet18_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet34_Weights.IMAGENET1K_V1))
 def resnet34(*, weights: ResNet34_Weights | str | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34; arguments as for `resnet18`."""
+    """Return ResNet-34; arguments as for `resnet18`."""
     return _resnet(BasicBlock, [3, 4, 6, 3], ResNet34_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet50_Weights.IMAGENET1K_V1))
 def resnet50(*, weights: ResNet50_Weights | str | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50; arguments as for `resnet18`."""
+    """Return ResNet-50; arguments as for `resnet18`."""
     return _resnet(Bottleneck, [3, 4, 6, 3], ResNet50_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet101_Weights.IMAGENET1K_V1))
 def resnet101(*, weights: ResNet101_Weights | str | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101; arguments as for `resnet18`."""
+    """Return ResNet-101; arguments as for `resnet18`."""
     return _resnet(Bottleneck, [3, 4, 23, 3], ResNet101_Weights, weights, progress, **kwargs)
 
 
 @handle_legacy_interface(weights=("pretrained", ResNet152_Weights.IMAGENET1K_V1))
 def resnet152(*, weights: ResNet152_Weights | str | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152; arguments as for `resnet18`."""
+    """Return ResNet-152; arguments as for `resnet18`."""
     return _resnet(Bottleneck, [3, 8, 36, 3], ResNet152_Weights, weights, progress, **kwargs)

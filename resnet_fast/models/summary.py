@@ -1,11 +1,10 @@
-"""The layer table of a network: a row for every step of a forward pass, with its output and its parameters.
+"""The layer table of a network: one row per module call in a forward pass, with output shape and parameters.
 
 table = summarize(article(), image_size=32)
 table.rows[0]       # Row(layer="Conv2d", shape=(64, 14, 14), parameters=9472)
 table.trainable     # 8522186
 
-torchinfo prints a module that runs twice once with parameters and once as "(recursive)"; here, as in the article, each
-of its rows has them.
+If a module runs twice, both rows have its parameters, as in the article; torchinfo calls the second "(recursive)".
 """
 
 from typing import NamedTuple
@@ -17,7 +16,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 class Row(NamedTuple):
-    """A module that has run: its class, the shape of its output without the batch, and the parameters of its own."""
+    """One call of a module: its class, the shape of its output without the batch, its own number of parameters."""
 
     layer: str
     shape: tuple[int, ...]
@@ -25,13 +24,13 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A network by its steps.
+    """A network's rows and totals.
 
     Args:
-        rows: in the order in which they end; a block comes after what is inside.
-        trainable: parameters that require a gradient, each counted once.
-        running: running statistics of the batch norms, each counted once, without the counts of batches.
-        n_repeated: modules with parameters that run more than once.
+        rows: in the order in which the calls end, so that a block follows its contents.
+        trainable: number of parameters that require a gradient, each counted once.
+        running: number of running statistics of the batch norms, each counted once, without the batch counters.
+        n_repeated: number of modules with parameters that run more than once.
     """
 
     rows: list[Row]
@@ -41,19 +40,19 @@ class Summary(NamedTuple):
 
     @property
     def row_total(self) -> int:
-        """The parameters of all rows: those of a module that runs twice count twice."""
+        """The sum over all rows; parameters of a module that runs twice count twice."""
         return sum(row.parameters for row in self.rows)
 
 
 def summarize(model: nn.Module, image_size: int) -> Summary:
-    """Run a network in evaluation mode on an image of zeros and return what ran; nothing of it is changed.
+    """Run a network in evaluation mode on an image of zeros and return its layer table; the network is unchanged.
 
     Args:
-        model: takes [N, 3, image_size, image_size]. On the meta device nothing is computed.
-        image_size: pixels, in height and width.
+        model: a network for images [N, 3, image_size, image_size]. On the meta device nothing is computed.
+        image_size: height and width in pixels.
 
     Raises:
-        RuntimeError: the network cannot take images of that size.
+        RuntimeError: the network does not support images of that size.
     """
     rows: list[Row] = []
     runs: dict[nn.Module, int] = {}

@@ -40,7 +40,7 @@ class TensorBoardError(RuntimeError):
 def need_tensorboard() -> None:
     """Raise TensorBoardError unless the package is there: to be asked before a run begins."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise TensorBoardError("tensorboard is not installed; pip install 'resnet-fast[tensorboard]'")
+        raise TensorBoardError("tensorboard is not installed: pip install tensorboard (or the extra 'tensorboard')")
 
 
 class TensorBoard:

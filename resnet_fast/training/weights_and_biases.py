@@ -21,7 +21,7 @@ class WandbError(RuntimeError):
 def need_wandb() -> None:
     """Raise WandbError unless W&B is there and somebody is logged in: to be asked before a run begins."""
     if importlib.util.find_spec("wandb") is None:
-        raise WandbError("wandb is not installed; pip install 'resnet-fast[wandb]'")
+        raise WandbError("wandb is not installed: pip install wandb (or the extra 'wandb')")
     import wandb
 
     try:
