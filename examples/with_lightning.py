@@ -19,7 +19,7 @@ class Classifier(LightningModule):
         self.model = resnet18(num_classes=len(data.classes), stem="cifar").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_dataloader(self):
-        """Return the batches of the next epoch; the trainer calls this every epoch (reload_dataloaders_every_n_epochs)."""
+        """Return the next epoch's batches; the trainer calls this every epoch (reload_dataloaders_every_n_epochs)."""
         return self.loader.epoch(self.current_epoch + 1)
 
     def configure_optimizers(self):
