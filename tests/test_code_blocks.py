@@ -136,7 +136,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def inside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_aten) -> Path:
+def inside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_aten, one_thread) -> Path:
     """A copy of the folder, as the current one."""
     shutil.copytree(folder, tmp_path / "pages")
     monkeypatch.chdir(tmp_path / "pages")
