@@ -1,6 +1,6 @@
-"""A training loop of one's own, in plain PyTorch, on the fused network and the loader: python examples/plain_pytorch.py
+"""Train the fused network in a plain PyTorch loop with the library's loader: python examples/plain_pytorch.py
 
-The images lie on the device as bytes; `augmented` crops and normalizes a batch there, in one kernel on a GPU. There
+The images stay on the device as bytes. `augmented` crops and normalizes a batch there, on a GPU in one kernel. On a GPU
 `graphed` records the whole step as a CUDA graph.
 """
 
@@ -11,7 +11,7 @@ from resnet_fast import graphed, resnet18  # instead of: from torchvision.models
 from resnet_fast.data import Augmentation, Batch, Loader, load_dataset, normalize
 from resnet_fast.training import RECIPES
 
-recipe = RECIPES["digits"]  # for its numbers alone: 3 epochs, batch 24, lr 0.0125 …
+recipe = RECIPES["digits"]  # only its numbers are used: 3 epochs, batch 24, lr 0.0125 …
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 data = load_dataset("digits").to(device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
@@ -22,7 +22,7 @@ optimizer = torch.optim.SGD(
     model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True, fused=True
 )
 n_steps = recipe.epochs * len(loader)
-# A graph holds the momentum as a constant.
+# A CUDA graph records the momentum as a constant.
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, cycle_momentum=False)
 
 

@@ -1,4 +1,4 @@
-"""Training as `resnet-fast train` does it, the whole step one CUDA graph on a GPU: python examples/ten_lines.py"""
+"""Train like `resnet-fast train`, on a GPU with each step as one CUDA graph: python examples/ten_lines.py"""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""The fused network and the loader with Accelerate: python examples/with_accelerate.py
+"""Train the fused network with Accelerate and the library's loader: python examples/with_accelerate.py
 
-On one GPU the step is a CUDA graph. On several, `accelerate launch examples/with_accelerate.py`: each process takes its
-share of every batch.
+On one GPU the step is a CUDA graph. For several GPUs run `accelerate launch examples/with_accelerate.py`. Each process
+then trains on its share of every batch.
 """
 
 import torch
@@ -16,7 +16,7 @@ recipe = RECIPES["digits"]
 accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
 data = load_dataset("digits").to(accelerator.device)
 augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
-# The loader is not prepared: its batches are on the device already, and it shares them among the processes itself.
+# Do not prepare the loader: its batches are already on the device, and it divides them among the processes itself.
 rank, world_size = accelerator.process_index, accelerator.num_processes
 loader = Loader(data.train, augmentation, recipe.batch_size, rank=rank, world_size=world_size)
 
@@ -25,7 +25,7 @@ optimizer = torch.optim.SGD(
     model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True, fused=True
 )
 n_steps = recipe.epochs * len(loader)
-# A graph holds the momentum as a constant.
+# A CUDA graph records the momentum as a constant.
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=n_steps, cycle_momentum=False)
 model, optimizer = accelerator.prepare(model, optimizer)
 

@@ -1,4 +1,4 @@
-"""The fused network and the loader in Lightning, which has the loop: python examples/with_lightning.py"""
+"""Train the fused network with Lightning and the library's loader: python examples/with_lightning.py"""
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,21 @@ from resnet_fast.training import RECIPES, Recipe, evaluate
 class Classifier(LightningModule):
     def __init__(self, data: ImageDataset, recipe: Recipe) -> None:
         super().__init__()
-        self.automatic_optimization = False  # so that the whole step can be a CUDA graph
+        self.automatic_optimization = False  # required to record the whole step as a CUDA graph
         self.data, self.recipe = data, recipe
         self.augmentation = Augmentation(data.mean, data.std, crop=data.crop_padding)
         self.loader = Loader(data.train, self.augmentation, recipe.batch_size)
         self.model = resnet18(num_classes=len(data.classes), stem="cifar").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_dataloader(self):
-        """Return the next epoch's batches; the trainer asks every epoch (reload_dataloaders_every_n_epochs)."""
+        """Return the next epoch's batches; the trainer calls this every epoch (reload_dataloaders_every_n_epochs)."""
         return self.loader.epoch(self.current_epoch + 1)
 
     def configure_optimizers(self):
         lr, momentum, n_steps = self.recipe.lr, self.recipe.momentum, self.recipe.epochs * len(self.loader)
         decay = self.recipe.weight_decay
         self.sgd = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=True, fused=True)
-        # A graph holds the momentum as a constant.
+        # A CUDA graph records the momentum as a constant.
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.sgd, lr, total_steps=n_steps, cycle_momentum=False)
         self.step = graphed(self.train_on, self.model, self.sgd)
         return self.sgd
@@ -60,7 +60,7 @@ trainer = Trainer(
     enable_model_summary=False,
 )
 device = trainer.strategy.root_device
-data = load_dataset("digits").to(device)  # once: Lightning would move the images in every step
+data = load_dataset("digits").to(device)  # moved once; Lightning would move the images in every step
 classifier = Classifier(data, RECIPES["digits"])
 trainer.fit(classifier)
 accuracy = evaluate(classifier.model.to(device), data.test, classifier.augmentation).accuracy

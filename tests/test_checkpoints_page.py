@@ -29,4 +29,4 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     with pytest.raises(CheckpointMismatch) as caught:
         load_checkpoint(resnet18(), "theirs.pth")
-    assert str(caught.value) + "\n" == indented("names the known causes first")
+    assert str(caught.value) + "\n" == indented("## If a file does not fit")

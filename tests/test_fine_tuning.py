@@ -181,11 +181,12 @@ class TestRun:
         assert resume(stopped).config.freeze == FROZEN
         assert same_bits(straight.out, stopped)
 
-    def test_the_pages_example(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_the_pages_examples(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)
         names = run_example(DOCS / "fine_tuning.md")
         first, tuned = (names[name].model.state_dict() for name in ("first", "tuned"))
         assert torch.equal(tuned["layer1.0.conv1.weight"], first["layer1.0.conv1.weight"])
+        assert not names["model"].bn1.training
 
     def test_a_new_head_is_that_of_the_seed(self, weights: Path, tmp_path: Path):
         still = {"lr": 1e-30, "weight_decay": 0.0, "epochs": 1}

@@ -678,7 +678,7 @@ def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
 
 def test_the_page():
     with pytest.warns(RuntimeWarning, match="on cpu") if not torch.cuda.is_available() else nullcontext():
-        names = run_example(DOCS / "own-loop.md")
+        names = run_example(DOCS / "own-loop.md", 1)  # the first is that of test_examples.py
     assert names["model"].bn1.num_batches_tracked == 3
     for remedy in ("fused=True", "GradScaler", "AveragedModel", "scheduler.step()", "torch.where"):
         assert remedy in (DOCS / "own-loop.md").read_text(encoding="utf-8")

@@ -68,8 +68,15 @@ def test_a_network_is_the_same_after_a_folder(model: torch.nn.Module, tmp_path: 
     }  # fmt: skip
 
 
-def test_the_pages_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_pages_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The checkout stands in for its archive on GitHub, which test_hubconf.py tests."""
     monkeypatch.chdir(tmp_path)
+    Path("path/to/a").mkdir(parents=True)
+    Path("path/to/a/checkout").symlink_to(DOCS.parent)
+    load = torch.hub.load
+    monkeypatch.setattr(
+        torch.hub, "load", lambda repo, *args, **kwargs: load(str(DOCS.parent), *args, **kwargs | {"source": "local"})
+    )
     names = run_example(DOCS / "hubs.md")
     assert torch.equal(names["logits"], names["model"].eval()(torch.zeros(1, 3, 32, 32)))
 

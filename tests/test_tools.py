@@ -223,9 +223,21 @@ def test_the_same_network_on_nn_batch_norm():
 
 def test_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run_example(DOCS / "tools.md")
+    names = run_example(DOCS / "tools.md", 0)
     assert torch.equal(names["plain"].eval()(images()), names["model"].eval()(images()))
     assert (tmp_path / "resnet20.safetensors").stat().st_size > 0
     table = (DOCS / "tools.md").read_text(encoding="utf-8")
     for tool in (*NEED_CONTIGUOUS, "thop", "opacus", "fuse_conv_bn_eval", "Join"):
         assert tool.split()[-1] in table, tool
+
+
+def test_the_pages_loop_under_join():
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    batches, losses = [(torch.randn(3, 2), None)] * 2, []
+
+    def train_step(images: torch.Tensor, labels: None) -> None:
+        losses.append(model(images).sum())
+        losses[-1].backward()
+
+    run_example(DOCS / "tools.md", 1, model=model, batches=batches, train_step=train_step)
+    assert len(losses) == 2
