@@ -1,4 +1,4 @@
-"""A config.json or a signed checkpoint with any other content gives one line, and nothing is written."""
+"""Any invalid config.json or signed checkpoint gives a one-line error, and nothing is written."""
 
 import json
 import os

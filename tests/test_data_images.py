@@ -1,4 +1,4 @@
-"""An image file of any kind becomes the picture that it shows, for training and predict alike, or a one-line error."""
+"""An image file of any kind becomes the picture that it shows, in training and predict, or a one-line error."""
 
 import io
 import os

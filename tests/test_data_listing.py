@@ -1,4 +1,4 @@
-"""Folders as they are found: which files are images, what is left out, and what is said about it."""
+"""Folders as users have them: which files are images, which are left out, and the messages about them."""
 
 import os
 from pathlib import Path

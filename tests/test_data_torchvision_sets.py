@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and SVHN are taken whole or not at all, and missing ones are explained.
+"""CIFAR-10, CIFAR-100 and SVHN are read completely or not at all, and errors explain missing ones.
 
 Small files stand for the real ones, and torchvision is made to expect their checksums.
 """

@@ -1,4 +1,4 @@
-"""A download gives the whole file under its name or none, from servers that are slow, cut, lie and redirect."""
+"""A download yields the complete file or none, from servers that are slow, interrupt, send wrong bytes or redirect."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""Erased and mixed batches, their labels and their loss are those of torchvision's transforms and of soft targets."""
+"""Erased and mixed batches, labels and losses match torchvision's transforms with soft targets."""
 
 from dataclasses import replace
 from typing import Any

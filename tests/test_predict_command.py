@@ -1,4 +1,4 @@
-"""`resnet-fast predict` says what is on any image, and names each file that it cannot read."""
+"""`resnet-fast predict` classifies any image, and names each file that it cannot read."""
 
 import os
 from pathlib import Path
