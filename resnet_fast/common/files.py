@@ -41,9 +41,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException as error:
             unfinished.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(unfinished)):
-                raise OSError(
-                    error.errno, error.strerror, os.fspath(path)
-                ) from error  # the error of a full disk names no file
+                # The error of a full disk names no file.
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error
             raise
 
 

@@ -172,7 +172,7 @@ class _Reader:
             loader = DataLoader(
                 self.images,
                 batch_size=None,  # a part is a batch
-                sampler=[],  # filled below
+                sampler=[],  # filled below, so the order does not depend on the workers
                 num_workers=n_workers,
                 pin_memory=self.pin_memory,
                 persistent_workers=n_workers > 0,
