@@ -20,12 +20,12 @@ def _rows(device: str) -> list[dict[str, str]]:
 
 
 def predicted_us(row: Measurement) -> float | None:
-    """Return the predicted time of the operation's kernels without launches, as it is measured, or None."""
+    """Return the predicted time of the operation's kernels or None; like the measured time, it excludes launches."""
     case, _, shape = row.case.rpartition(" ")
     if row.provider != "fused" or row.layout != "channels_last" or case not in OPERATIONS:
         return None
     join, fork = OPERATIONS[case]
-    times: dict[tuple[str, str], float] = {}  # by direction and kernel; a fork changes the backward alone
+    times: dict[tuple[str, str], float] = {}  # by direction and kernel; a fork changes only the backward
     for predicted in _rows(row.origin.device):
         is_shape = f"{predicted['channels']}x{predicted['width']}x{predicted['width']}" == shape
         is_operation = predicted["join"] == join and (
