@@ -157,7 +157,7 @@ def read_folder(path: Path) -> Folder:
             try:
                 texts[name] = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{place(file)} must be in UTF-8: {error}") from None
+                raise ValueError(f"{place(file)} must be UTF-8: {error}") from None
     tables = {name: _table(path / f"{name}.csv", text) for name, text in texts.items()}
     for name, table in tables.items():
         if not table:
