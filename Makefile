@@ -1,4 +1,4 @@
-# `make` lists what there is. Everything runs in .venv, which the first command sets up.
+# `make` lists the commands. They run in .venv, which the first one sets up.
 
 PYTHON ?= python3
 DATASET ?= digits
@@ -8,15 +8,15 @@ BIN := .venv/bin
 help:
 	@echo "make train     set up .venv, train ResNet-18, show the result"
 	@echo "               [DATASET=$(DATASET)] [ARGS='--epochs 3 ...']"
-	@echo "make test      set up .venv, prove every promise once"
-	@echo "make test-all  every test, also the slow ones"
-	@echo "make test-slow the slow ones alone"
-	@echo "make lint      ruff and pyright"
-	@echo "make docs      build the documentation into build/site, strictly"
-	@echo "make bench     pytest benchmarks, the quick ones [ARGS='-k step']"
+	@echo "make test      set up .venv, run all tests except the slow ones"
+	@echo "make test-all  run all tests"
+	@echo "make test-slow run only the slow tests"
+	@echo "make lint      run ruff and pyright"
+	@echo "make docs      build the documentation in build/site; warnings are errors"
+	@echo "make bench     run the quick benchmarks [ARGS='-k step']"
 	@echo "make gpu       test and measure on an NVIDIA GPU, in ten minutes [ARGS=--dry-run]"
 	@echo "make numerics  measure errors against fp64, write docs/numerics.*"
-	@echo "make depth     train with skip connections and without, write docs/skip.* [minutes]"
+	@echo "make depth     train with and without skip connections, write docs/skip.* [minutes]"
 	@echo "make kernels   compile for ten GPU families, write docs/kernels.*"
 
 train: .venv/train

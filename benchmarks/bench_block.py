@@ -40,7 +40,7 @@ PROJECTION = {
 
 
 class Data(NamedTuple):
-    """The block's initial weights; (x, dy), of which the first is checked; and the same in turn for all providers."""
+    """The block's initial weights, the (x, dy) whose results are checked, and an iterator over all sets."""
 
     weights: dict[str, Tensor]
     first: tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ fused = partial(make_block, BasicBlock, FusedBatchNorm2d)
 
 
 class BlockRun(Run):
-    """`make(*setting.shape)` in channels_last, under autocast in bf16 and fp16."""
+    """The block `make(*setting.shape)` in channels_last; bf16 and fp16 run under autocast."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""ResNet-18's 3x3 convolutions of stride 1, and their data gradients: cuDNN, and ours in every way of cutting.
+"""ResNet-18's 3x3 convolutions of stride 1 and their data gradients: cuDNN, and ours with every tiling.
 
-Directions "with statistics" and "with sums" are what a training step needs around a batch norm: there cuDNN's
-convolution is followed by the pass that ours saves. Ours has no forward without statistics, so in "forward" it computes
-more than cuDNN, and no data gradient without sums. Weights are in the setting's precision already.
+The directions "with statistics" and "with sums" are what a training step needs next to a batch norm. There cuDNN's
+convolution is followed by the pass that ours makes unnecessary. Ours always computes statistics or sums: in "forward"
+it therefore does more than cuDNN. Weights are already in the setting's precision.
 
 Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
 """
@@ -35,27 +35,26 @@ from resnet_fast.tuning.timing import rotation
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512, 1024)}
 QUICK_BATCH_SIZE = 512
-STATISTICS = BatchNormArgs(None, None, training=True)  # of a batch norm behind the convolution
+STATISTICS = BatchNormArgs(None, None, training=True)  # of the batch norm after the convolution
 EPS = STATISTICS.eps
-# The result's, and behind a fork that of the other consumer's gradient added.
-N_ROUNDINGS = 2
+N_ROUNDINGS = 2  # of the result, and of the addition of gradients at a fork
 
 
 class Norm(NamedTuple):
-    """The batch norm + ReLU whose output the convolution's input is, with its join and whether that has a fork."""
+    """The batch norm + ReLU before the convolution: its join, and whether its output is forked."""
 
     join: Join
     fork: bool
 
 
 FORWARD, WITH_STATISTICS = "forward", "forward with statistics"
-# The block's second convolution, whose input is BN+ReLU; and its first, whose input is another block's output.
+# For a block's second convolution, after BN+ReLU, and its first, after another block.
 WITH_SUMS = {"data gradient with sums": Norm("none", False), "data gradient with sums, forked": Norm("add", True)}
 DIRECTIONS = (FORWARD, WITH_STATISTICS, *WITH_SUMS)
 
 
 class Inputs(NamedTuple):
-    """One set: x and dy, [N, C, W, W]; for the sums what the batch norm saved, and behind a fork dx of the shortcut."""
+    """x and dy, [N, C, W, W]; for sums what the batch norm saved, and at a fork the shortcut's dx."""
 
     x: Tensor
     dy: Tensor
@@ -64,8 +63,9 @@ class Inputs(NamedTuple):
 
 
 class Data:
-    """The direction; the weight, [C, C, 3, 3]; sets of inputs, the first of which is checked; and whose turn it is: of
-    all providers together.
+    """The weight, [C, C, 3, 3], and sets of inputs, through which all providers rotate together.
+
+    The first set is checked; `is_open` is ReLU's mask for it, None without sums.
     """
 
     def __init__(self, direction: str, weight: Tensor, sets: list[Inputs], is_open: Tensor | None) -> None:
@@ -74,7 +74,7 @@ class Data:
 
 
 class ConvRun(Run):
-    """A call computes what the direction asks for, and returns it in the order of `result_names`."""
+    """A convolution; a call returns the direction's results in the order of `result_names`."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -89,13 +89,13 @@ class ConvRun(Run):
     def observe(self) -> dict[str, Tensor]:
         with unwritten_is_nan():
             results = dict(zip(result_names(self.data.direction), self.run(self.data.sets[0]), strict=True))
-        if self.data.is_open is not None:  # cuDNN leaves ReLU to the pass behind
+        if self.data.is_open is not None:  # after cuDNN the next pass applies ReLU's mask
             results["dz"] = results["dz"] * self.data.is_open
         return results
 
 
 class CudnnRun(ConvRun):
-    """As autograd has it computed, then the passes of the two-pass batch norm."""
+    """cuDNN's convolution as autograd calls it, then the passes of the two-pass batch norm."""
 
     def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
         x, dy, saved, dx_alias = inputs
@@ -112,7 +112,7 @@ class CudnnRun(ConvRun):
 
 
 class FusedRun(ConvRun):
-    """kernels/conv3x3.py, cut in one way."""
+    """kernels/conv3x3.py with one tiling."""
 
     def __init__(self, data: Data, tiles: ConvTiles) -> None:
         super().__init__(data)
@@ -145,7 +145,7 @@ def _launch() -> Any:
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """torch.empty is full of NaN, where it may else hold what the provider before has written."""
+    """Fill torch.empty with NaN, because it could hold the previous provider's results."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -159,17 +159,17 @@ def unwritten_is_nan() -> Iterator[None]:
 
 
 def result_names(direction: str) -> tuple[str, ...]:
-    """What a run computes."""
+    """Return the names of a run's results."""
     names = {FORWARD: ("y",), WITH_STATISTICS: ("y", "mean", "rstd")}
     return names.get(direction) or ("dz", "norm's dweight", "norm's dbias")
 
 
 def candidates(setting: Setting) -> dict[str, ConvTiles]:
-    """The ways of cutting that there are for the setting's shape, by the provider's name."""
+    """Return the tilings for the setting's shape by the provider's name."""
     n_channels, width = setting.shape
     with_sums = setting.direction in WITH_SUMS
     tiles = conv_candidates(n_channels, n_channels, setting.batch_size * width**2, with_sums)
-    return {provider_name(of): of for of in tiles}
+    return {provider_name(tiling): tiling for tiling in tiles}
 
 
 def provider_name(tiles: ConvTiles) -> str:
@@ -182,7 +182,7 @@ def build_conv3x3(name: str, setting: Setting, data: Data) -> ConvRun:
 
 
 def compiled_why_not(setting: Setting, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "compiled Triton kernels and cuDNN run on CUDA alone"
+    return None if device.type == "cuda" else "compiled Triton kernels and cuDNN need CUDA"
 
 
 def all_settings(batch_sizes: Iterable[int], precisions: Iterable[str]) -> Iterator[Setting]:
@@ -193,7 +193,7 @@ def all_settings(batch_sizes: Iterable[int], precisions: Iterable[str]) -> Itera
 
 @cache
 def all_names() -> tuple[str, ...]:
-    """Of every way of cutting, in whatever setting."""
+    """Return the provider names of every tiling in any setting."""
     batch_sizes = {size for sizes in BATCH_SIZES.values() for size in sizes}
     settings = all_settings(sorted(batch_sizes), ("bf16",))
     return tuple(dict.fromkeys(name for setting in settings for name in candidates(setting)))
@@ -244,7 +244,7 @@ class ConvLevel(Level):
         return Problem(data, exact(data), Tolerance(rounding, N_ROUNDINGS, n_rows))
 
     def work(self, setting: Setting) -> Work:
-        """Each of the convolution's tensors once; with sums what the batch norm's are of, and the fork's gradient."""
+        """Count each tensor of the convolution once; with sums also the batch norm's input and the fork's gradient."""
         n_channels, width = setting.shape
         n_elements = setting.batch_size * n_channels * width**2
         norm = WITH_SUMS.get(setting.direction)
@@ -256,7 +256,7 @@ class ConvLevel(Level):
 
 
 def through(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Saved]:
-    """The output of batch norm + ReLU, and what it saves for its backward."""
+    """Return the output of batch norm + ReLU, and what it saves for its backward."""
     n_channels = x.shape[1]
     weight = torch.linspace(0.5, 1.5, n_channels, device=x.device)
     bias = weight - 1
@@ -267,9 +267,9 @@ def through(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Saved]:
 
 
 def exact(data: Data) -> dict[str, Tensor]:
-    """Of the first set, in fp64 and NCHW, because cuDNN has few fp64 convolutions in channels_last.
+    """Return the first set's results in fp64, and in NCHW, because cuDNN has few fp64 convolutions in channels_last.
 
-    The batch norm's ReLU counts as closed where its output, which the kernels recompute to the bit, is 0.
+    ReLU's gradient is taken as 0 where the batch norm's output, which the kernels recompute bit by bit, is 0.
     """
     x, dy, saved, dx_alias = data.sets[0]
     wide_x, wide_dy, weight = (tensor.double().contiguous() for tensor in (x, dy, data.weight))

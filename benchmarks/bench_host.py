@@ -1,4 +1,4 @@
-"""What eager and fused operations cost the host: `python -m benchmarks.host_cost`, in a process of its own."""
+"""Host time of eager and fused operations: `python -m benchmarks.host_cost` in a separate process."""
 
 import subprocess
 import sys

@@ -2,9 +2,8 @@
 
 Launches count: a pass is timed from an idle device until its last kernel has ended.
 
-Numerics: in bf16 and fp16 it runs under autocast, as `resnet_fast.evaluation` does, and every pass rounds the fp32
-weights anew. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for every provider
-alike.
+Numerics: in bf16 and fp16 the pass runs under autocast, as in `resnet_fast.evaluation`, and rounds the fp32 weights
+every time. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for every provider.
 """
 
 import copy
@@ -36,18 +35,18 @@ from resnet_fast.profiling.check import rounding_of
 from resnet_fast.profiling.providers import N_BATCHES
 
 N_ROUNDINGS = 18  # layers on the longest path: 17 convolutions and the linear one
-N_TERMS = 9 * 512  # of a convolution's longest sums
+N_TERMS = 9 * 512  # in a convolution's longest sums
 
 
 class InferenceRun(NetworkRun):
     """A model in evaluation mode and its batches of images.
 
     Args:
-        make_model: the network.
+        make_model: makes the network.
         setting, tuned, compile_model: as in NetworkRun.
         data: weights and batches.
-        prepare: changes the model once it has its weights.
-        graph: replay the pass as a CUDA graph.
+        prepare: changes the model after its weights are loaded.
+        graph: whether to replay the pass as a CUDA graph.
     """
 
     def __init__(
@@ -71,11 +70,11 @@ class InferenceRun(NetworkRun):
             return self.forward(images)
 
     def observe(self) -> dict[str, Tensor]:
-        return {"logits": self().clone()}  # of a graph, the next replay writes them anew
+        return {"logits": self().clone()}  # the next replay of a graph overwrites them
 
 
 def randomize_norms(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every batch norm parameters and statistics of its own: those of a new network hardly do anything."""
+    """Give every batch norm random parameters and statistics, because a new network's have almost no effect."""
 
     def uniform(low: float, high: float, like: Tensor) -> Tensor:
         return low + (high - low) * torch.rand(like.shape, generator=generator)
@@ -91,7 +90,7 @@ def randomize_norms(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.inference_mode()
 def exact_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """In fp64, and NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    """Return logits in fp64, and in NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     model = copy.deepcopy(model).to(device=images.device, dtype=torch.float64).eval()
     return model(images.double().contiguous())
 
@@ -117,7 +116,7 @@ class InferenceLevel(NetworkLevel):
         randomize_norms(model, generator)
 
         def images() -> Tensor:
-            # Each has a colour of its own, for the logits of another image to stand out.
+            # Each image has its own color, so that the logits of a wrong image stand out.
             colours = torch.randn((setting.batch_size, 3, 1, 1), generator=generator)
             return (self.random_images(setting, generator) + colours).to(device)
 

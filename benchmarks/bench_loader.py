@@ -1,4 +1,4 @@
-"""The input path: shuffled batches of 32x32 images, cropped, flipped, normalized, on the device; an epoch at a time."""
+"""One epoch of the input path: shuffled batches of 32x32 images, cropped, flipped, normalized, on the device."""
 
 import itertools
 import os
@@ -26,12 +26,12 @@ BATCH_SIZES = {"cpu": 128, "cuda": 512}
 N_CHECKED = 16
 SIZE, PADDING = 32, 4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
-UNMOVED = PADDING * (2 * PADDING + 1) + PADDING  # among the 81 crops of an image
+UNMOVED = PADDING * (2 * PADDING + 1) + PADDING  # index of the unshifted crop among the 81 crops of an image
 N_WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Data(NamedTuple):
-    """Images, uint8 [N, 3, 32, 32], on the CPU; their labels, [N]; and the device."""
+    """Images, uint8 [N, 3, 32, 32], and labels, [N], on the CPU; and the device of the batches."""
 
     images: Tensor
     labels: Tensor
@@ -42,7 +42,7 @@ Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
-    """resnet_fast's: the data set lies on the device, and a whole batch is augmented at once."""
+    """Make resnet_fast's loader: the data set is on the device, and a whole batch is augmented at once."""
     split = TensorSplit(data.images, data.labels).to(data.device)
     augmentation = Augmentation(MEAN, STD, crop=PADDING, flip="random")
     loader = Loader(split, augmentation, batch_size)
@@ -63,7 +63,7 @@ def on_device(data: Data, batch_size: int, shuffle: bool) -> Epoch:
 
 
 class PILImages(Dataset):
-    """What torchvision's CIFAR10 hands out: a PIL image, transformed, and its label."""
+    """Samples like those of torchvision's CIFAR10: a transformed PIL image and its label."""
 
     def __init__(self, data: Data, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = data.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -77,7 +77,7 @@ class PILImages(Dataset):
 
 
 def torchvision_loader(data: Data, batch_size: int, shuffle: bool) -> Epoch:
-    """As the tutorials write it: transforms of single images in a DataLoader's workers."""
+    """Make torchvision's loader as tutorials write it: transforms of single images in a DataLoader's workers."""
     transform = transforms.Compose(
         [
             transforms.RandomCrop(SIZE, padding=PADDING),
@@ -114,7 +114,7 @@ class LoaderRun(Run):
         return sum(len(labels) for _, labels in self.epoch())
 
     def observe(self) -> dict[str, Tensor]:
-        """Of the first images, in order: labels, distance to the nearest crop, and whether any crop was moved."""
+        """Return the first images' labels, their distances to the nearest crop, and whether any crop was shifted."""
         few = Data(self.data.images[:N_CHECKED], self.data.labels[:N_CHECKED], self.data.device)
         ((images, labels),) = self.make(few, N_CHECKED, False)()
         distance, crop = nearest(images.cpu(), few.images)
@@ -126,11 +126,13 @@ class LoaderRun(Run):
         if not torch.equal(labels.sort().values, self.data.labels.sort().values) or torch.equal(
             labels, self.data.labels
         ):
-            raise RuntimeError(f"an epoch must be a shuffle of the {len(self.data.labels)} images, and is none")
+            raise RuntimeError(f"an epoch must be a shuffle of the {len(self.data.labels)} images, but is not")
 
 
 def nearest(augmented: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image the nearest of its 162 normalized crops, flipped or not: the largest difference, and which it is.
+    """Return each image's largest difference from the nearest of its 162 normalized crops, and that crop's index.
+
+    The second 81 crops are flipped.
 
     Args:
         augmented: [N, 3, 32, 32], augmented and normalized.
@@ -169,7 +171,7 @@ class LoaderLevel(Level):
         return Problem(data, exact, Tolerance(2.0**-24, n_roundings=16, n_rows=0))
 
     def work(self, setting: Setting) -> Work:
-        return Work(0)  # no roof is claimed for an input path
+        return Work(0)  # an input path has no roof
 
     def n_images(self, setting: Setting) -> int:
         return int(setting.case.split()[0])

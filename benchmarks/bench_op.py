@@ -1,4 +1,4 @@
-"""The fused operation alone, at ResNet-18's stage shapes: batch norm, the residual added, ReLU, and their gradients.
+"""The fused operation alone, at ResNet-18's stage shapes: batch norm + residual + ReLU, and its gradients.
 
 Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
 """
@@ -33,12 +33,12 @@ from resnet_fast.tuning.timing import rotation
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 BATCH_SIZES = {"cpu": (16,), "cuda": (128, 512)}
-# Batch norm, the addition, ReLU, and the same backwards.
+# Batch norm, the addition and ReLU, forward and backward.
 N_ROUNDINGS = 6
 
 
 class Operation(NamedTuple):
-    """relu(bn(x) + residual); join "none", "add" or "bn"; forked: y has two consumers."""
+    """relu(bn(x) + residual); join is "none", "add" or "bn"; with a fork, y has two consumers."""
 
     join: str
     fork: bool = False
@@ -54,7 +54,7 @@ OPERATIONS = {
 
 @dataclass
 class Inputs:
-    """One set: x, residual, dy and the second consumer's dy, all [N, C, H, W]."""
+    """x, residual, dy and at a fork the second consumer's dy, all [N, C, H, W]."""
 
     x: Tensor
     residual: Tensor | None
@@ -63,8 +63,9 @@ class Inputs:
 
 @dataclass
 class Data:
-    """Sets of inputs, the first of which is checked; both norms' weight and bias, [C]; and whose turn it is: of all
-    providers together, so that none finds in a cache what the one before it has read.
+    """Sets of inputs, the first of which is checked, and both norms' weight and bias, [C].
+
+    All providers rotate through the sets together, so that none finds the previous provider's inputs in a cache.
     """
 
     operation: Operation
@@ -76,7 +77,7 @@ class Data:
 
 
 Norms = list[BatchNormArgs]
-Outputs = tuple[Tensor, ...]  # y, and where it is forked its alias
+Outputs = tuple[Tensor, ...]  # y, and its alias if it is forked
 Function = Callable[[Operation, Tensor, Tensor | None, Norms], Outputs]
 
 
@@ -88,7 +89,7 @@ def before_relu(operation: Operation, x: Tensor, residual: Tensor | None, norms:
 
 
 def eager(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
-    """As torchvision's blocks run it."""
+    """Run the operation as torchvision's blocks do."""
     y = F.relu(before_relu(operation, x, residual, norms), inplace=True)
     return (y, y.view_as(y)) if operation.fork else (y,)
 
@@ -100,7 +101,7 @@ def fused(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms
 
 
 def fused_apart(operation: Operation, x: Tensor, residual: Tensor | None, norms: Norms) -> Outputs:
-    """Without what a fork and the bn join save: autograd adds the gradients, the shortcut's norm is an operation."""
+    """Run it without the savings of fork and bn join: autograd adds gradients, and the shortcut's norm is separate."""
     if residual is not None and operation.join == "bn":
         residual = batch_norm_add_relu(residual, *norms[1], relu=False)
     y = batch_norm_add_relu(x, *norms[0], residual=residual)
@@ -108,7 +109,7 @@ def fused_apart(operation: Operation, x: Tensor, residual: Tensor | None, norms:
 
 
 class OpRun(Run):
-    """`function` with norms of its own."""
+    """`function` with its own norms."""
 
     def __init__(self, function: Function, setting: Setting, data: Data) -> None:
         self.function, self.direction, self.data = function, setting.direction, data
@@ -152,16 +153,17 @@ class OpRun(Run):
 
 
 def fresh_norm(weight: Tensor, bias: Tensor) -> BatchNormArgs:
-    """A batch norm in training, with running statistics of 0 and 1 and with parameters of its own."""
+    """Return a batch norm in training mode, with running statistics of 0 and 1 and with its own parameters."""
     parameters = (weight.clone().requires_grad_(), bias.clone().requires_grad_())
     return BatchNormArgs(torch.zeros_like(weight), torch.ones_like(weight), *parameters, training=True)
 
 
 class ChosenRun(OpRun):
-    """The fused operation, of which the table of choices names the implementation.
+    """The fused operation with the implementation that the table of choices names.
 
     Args:
-        is_it: whether a launch, the kernel's name and arguments, is one of the implementation's.
+        is_it: tells from a launch's kernel name and arguments whether it belongs to the implementation.
+        setting, data: as in OpRun.
     """
 
     def __init__(self, is_it: "IsIt", setting: Setting, data: Data) -> None:
@@ -173,7 +175,7 @@ class ChosenRun(OpRun):
             results = super().observe()
         n_own = sum(self.is_it(name, arguments) for name, arguments in launched)
         if n_own != 2:  # forward and backward
-            raise RuntimeError(f"{n_own} of forward and backward ran as chosen, the others as they do without a choice")
+            raise RuntimeError(f"forward and backward must both run as chosen, got {n_own} chosen launches")
         return results
 
 
@@ -182,7 +184,7 @@ IsIt = Callable[[str, dict[str, Any]], bool]
 
 @contextmanager
 def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Collects the kernels that are launched, by name, with their arguments."""
+    """Collect the names and arguments of launched kernels."""
     from resnet_fast.ops import launch  # imports triton, without which there is no choice
 
     launched, original = [], launch.launch_kernel
@@ -207,7 +209,7 @@ def is_single_read(kernel: str, arguments: dict[str, Any]) -> bool:
 
 
 def choice_problems(setting: Setting) -> list[implementations.Problem]:
-    """What the table of choices calls the setting: forward, which a fork does not change, and backward."""
+    """Return the setting's keys in the table of choices: forward, which a fork does not change, and backward."""
     operation, n_channels = operation_of(setting), setting.shape[0]
     key = (setting.precision, setting.batch_size, n_channels, n_channels, setting.shape[1], operation.join)
     return [
@@ -217,7 +219,7 @@ def choice_problems(setting: Setting) -> list[implementations.Problem]:
 
 
 def chosen(implementation: str, is_it: IsIt) -> Provider:
-    """The provider for which both directions of the operation run as `implementation` of ops/implementations.py."""
+    """Return a provider that runs both directions of the operation as `implementation` (ops/implementations.py)."""
 
     def entries(setting: Setting, device: torch.device) -> dict[implementations.Problem, Choice]:
         return dict.fromkeys(choice_problems(setting), Choice(implementation))
@@ -226,7 +228,7 @@ def chosen(implementation: str, is_it: IsIt) -> Provider:
         if (reason := on_cuda(setting, device)) is not None:
             return reason
         if setting.precision not in implementations.DTYPES.values() or setting.layout != "channels_last":
-            return "there are choices for 16-bit types in channels_last alone"
+            return "choices need a 16-bit type and channels_last"
         if implementation == "single read" and not fits_single_read(setting, device):
             return "does not fit into the registers of the GPU"
         return None
@@ -264,14 +266,14 @@ def build_peer(make: Callable, setting: Setting, data: Data) -> OpRun:
 def peer_why_not(module: str, setting: Setting, device: torch.device) -> str | None:
     operation = operation_of(setting)
     if operation.fork:
-        return "a fork is no part of the peers' operation"
+        return "the peers' operations have no fork"
     return peers.why_not(module, operation.join, setting.precision, setting.layout, device)
 
 
 def apart_why_not(setting: Setting, device: torch.device) -> str | None:
     operation = operation_of(setting)
     if device.type == "cpu":
-        return "on a CPU nothing is joined"
+        return "on a CPU nothing is fused"
     return None if operation.fork or operation.join == "bn" else "neither a fork nor a bn join to take apart"
 
 
@@ -347,8 +349,10 @@ class OpLevel(Level):
 
 
 def exact(data: Data, rounding: float) -> dict[str, Tensor]:
-    """Eager's results in fp64 for the first set. Its gradients are set to 0 where y before ReLU is within some
-    roundings of 0, its own or the statistics': there providers may differ in whether ReLU is open, and all are right.
+    """Return eager's results in fp64 for the first set.
+
+    Set its dy to 0 where ReLU's input is within some roundings of 0, because there providers may differ in ReLU's
+    gradient and all be right.
     """
     first = data.sets[0]
     double = Inputs(

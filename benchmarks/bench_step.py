@@ -3,9 +3,9 @@
 Launches count: a step is timed from an idle device until its last kernel has ended.
 
 Numerics: in bf16 and fp16 the forward runs under autocast; weights, gradients and optimizer state are fp32. In fp16 the
-loss is scaled by a GradScaler, whose arithmetic is part of the step. There, in channels_last, eager's batch norm is
-cuDNN's; in bf16 it is ATen's. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for
-every provider alike.
+loss is scaled by a GradScaler, whose arithmetic is part of the step. In channels_last eager's batch norm is cuDNN's in
+fp16 and ATen's in bf16. In fp32 on a GPU cuDNN's convolutions round their inputs to TF32, torch's default, for every
+provider.
 """
 
 import copy
@@ -43,8 +43,8 @@ from resnet_fast.training.step import training_step
 # Layers on the longest path between images and gradients: 17 convolutions and the linear one, forward and backward.
 N_ROUNDINGS = 36
 
-# Of the last norm of a block, instead of 1. With blocks that add little to their shortcuts bf16's roundings grow less
-# from layer to layer, and a mistake stands out: a shortcut without its gradient is 3 times what is allowed, not 1.1.
+# Weight of each block's last norm, instead of 1. If blocks add little to their shortcuts, bf16's roundings grow less
+# from layer to layer and mistakes stand out: a missing shortcut gradient is 3 times the tolerance, instead of 1.1.
 BRANCH_WEIGHT = 0.2
 
 
@@ -52,10 +52,10 @@ class StepRun(NetworkRun):
     """A model in training, its optimizer and its batches.
 
     Args:
-        make_model: the network.
-        setting, tuned, compile_model: as in NetworkRun; tuned has the fused optimizer, too.
+        make_model: makes the network.
+        setting, tuned, compile_model: as in NetworkRun; tuned also selects the fused optimizer.
         data: weights and batches of images and labels.
-        graph: replay the step as a CUDA graph.
+        graph: whether to replay the step as a CUDA graph.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class StepRun(NetworkRun):
             self.record()
 
     def record(self) -> None:
-        """Record the step, and undo what the steps before did to weights, statistics, momentum and loss scale."""
+        """Record the step, and undo what its warm-up did to weights, statistics, momentum and loss scale."""
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         scaler = self.scaler.state_dict()
         super().record()
         self.scaler.load_state_dict(scaler)
         self.model.load_state_dict(before, strict=True)
         for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()  # which the first step multiplies and adds its gradient to
+            state["momentum_buffer"].zero_()  # the first step adds its gradient to 0.9 · 0
 
     def run(self, images: Tensor, *others: Tensor) -> Tensor:
         (labels,) = others
@@ -95,13 +95,13 @@ class StepRun(NetworkRun):
     def finish(self) -> None:
         loss = self().item()
         if not torch.isfinite(torch.tensor(loss)):
-            raise RuntimeError(f"the loss became {loss}: what was timed is no training step")
+            raise RuntimeError(f"the loss must be finite after the timed steps, got {loss}")
         if self.scaler.get_scale() < self.scale:
-            raise RuntimeError("gradients overflowed in fp16: a step that was timed was skipped")
+            raise RuntimeError("gradients overflowed in fp16, so a timed step was skipped")
 
 
 def observe(model: nn.Module, loss: Tensor, before: list[nn.Parameter]) -> dict[str, Tensor]:
-    """The loss, every gradient, what the optimizer made of it, and every buffer; zeros for a gradient there is not."""
+    """Return the loss, every gradient (zeros if there is none), every parameter's update, and every buffer."""
     results = {"loss": loss.clone()}
     for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
         results[f"d {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -116,7 +116,7 @@ def make_optimizer(model: nn.Module, fused: bool | None) -> torch.optim.SGD:
 
 
 def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """In fp64, and NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    """Return a first step's results in fp64, and in NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     images, labels = batch
     model = copy.deepcopy(model).to(device=images.device, dtype=torch.float64).train()
     before = copy.deepcopy(list(model.parameters()))
@@ -127,7 +127,7 @@ def exact_first_step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def tuned(setting: Setting, device: torch.device) -> Mapping[implementations.Problem, implementations.Choice]:
-    """What `resnet-fast tune` has chosen on this GPU for the setting."""
+    """Return what `resnet-fast tune` has chosen on this GPU for the setting."""
     entries = choices.table(device).items()
     key = (setting.precision, setting.batch_size)
     return {problem: choice for problem, choice in entries if (problem.dtype, problem.n_images) == key}

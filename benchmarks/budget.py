@@ -1,13 +1,13 @@
-"""The time of a quick run, shared out among its settings."""
+"""The time of a quick run, divided among its settings."""
 
 from time import perf_counter
 
 from benchmarks import STARTED
 
-# Of 3 minutes for a quick run. The rest is for what comes before this package is imported, and
-# for a last setting that takes longer than its share.
+# Of a quick run's 3 minutes. The rest is for the time before this package is imported, and for a last setting that
+# exceeds its share.
 QUICK_SECONDS = 150.0
-# Of what is left, for the next setting: the heavy ones come first, and a setting may need twice its share.
+# Of the remaining time, for the next setting. Heavy settings come first, and a setting may need twice its share.
 SHARE = 1 / 3
 
 
@@ -17,10 +17,10 @@ def elapsed() -> float:
 
 
 class Budget:
-    """Seconds for one setting after the other.
+    """Divides the time of a run among its settings.
 
     Args:
-        seconds: of the whole run, from the start.
+        seconds: time of the whole run, from the start.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -28,10 +28,10 @@ class Budget:
         self.needed: dict[str, float] = {}
 
     def share(self, level: str) -> float | None:
-        """Return the seconds for the next setting, or None if less time is left than its level has needed."""
+        """Return the seconds for the next setting, or None if its level has needed more than what is left."""
         left = self.seconds - elapsed()
         return SHARE * left if left > self.needed.get(level, 0.0) else None
 
     def note(self, level: str, seconds: float) -> None:
-        """Record what a setting of the level needs at least, with the fewest rounds."""
+        """Record the seconds that a setting of the level needed for the fewest rounds."""
         self.needed[level] = max(seconds, self.needed.get(level, 0.0))

@@ -26,18 +26,18 @@ CANNOT = pytest.StashKey[dict[tuple[str, str], set[str]]]()  # by level and reas
 MEASURED = pytest.StashKey[dict[Key, harness.Measured | None]]()  # None: no time was left
 WRITTEN = pytest.StashKey[dict]()
 BUDGET = pytest.StashKey[Budget | None]()
-SILENCE = 10.0  # seconds after which a line says which provider runs; a setting has its line in any case
+SILENCE = 10.0  # seconds without output after which a line names the running provider
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fast")
     group.addoption("--quick", action="store_true", help="few settings and rounds, at most 3 minutes")
-    group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's own number")
+    group.addoption("--rounds", type=int, help="timed runs of each provider, instead of the level's default")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption(
         "--results",
         type=Path,
-        help="folder of the results, default benchmarks/results; with --quick or --rounds .benchmarks/results",
+        help="folder of the results (default: benchmarks/results, with --quick or --rounds .benchmarks/results)",
     )
 
 
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["min", "median", "max", "rounds"]  # 80 columns hold no more
     options = config.option
     config.stash[SELECTED], config.stash[CANNOT], config.stash[MEASURED], config.stash[WRITTEN] = {}, {}, {}, {}
-    # Whoever asks for a number of rounds gets it, however long it takes.
+    # With an explicit number of rounds the time is not limited.
     config.stash[BUDGET] = Budget(QUICK_SECONDS) if options.quick and options.rounds is None else None
     try:
         choose_device(options.device)
@@ -57,11 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if options.rounds is not None and options.rounds < 1:
         raise pytest.UsageError(f"--rounds must be at least 1, got {options.rounds}")
     if getattr(options, "numprocesses", None):
-        raise pytest.UsageError("benchmarks run in one process, which has the machine to itself; leave -n out")
-    if options.results is None:  # the rows of a full run are not replaced by those of a short one
+        raise pytest.UsageError("benchmarks run in one process, which needs the machine to itself; omit -n")
+    if options.results is None:  # a short run must not replace a full run's rows
         options.results = QUICK_RESULTS if options.quick or options.rounds else RESULTS
     if options.results.exists() and not options.results.is_dir():
-        raise pytest.UsageError(f"--results must be a folder, {options.results} is a file")
+        raise pytest.UsageError(f"--results must be a folder, got the file {options.results}")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -77,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if level is None:
         return
     device = choose_device(metafunc.config.option.device)
-    # The providers of a setting one after the other: the first of them has all of them measured.
+    # A setting's providers follow one another, because the first of them triggers the measurement of all.
     cases = [
         pytest.param(setting, provider, id=f"{setting}-{provider}".replace(", ", "-"))
         for setting in level.settings(device, metafunc.config.option.quick)
@@ -88,9 +88,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -k has deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what cannot be timed. A quick run takes a setting of each level in turn, so that each has some."""
+    """Deselect what cannot be timed. A quick run alternates between the levels, so that each gets some settings."""
     device = choose_device(config.option.device)
-    others = [item for item in items if not hasattr(getattr(item, "module", None), "LEVEL")]  # none of ours
+    others = [item for item in items if not hasattr(getattr(item, "module", None), "LEVEL")]
     selected, cannot = [], []
     for item in items:
         if item in others:
@@ -106,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if cannot:
         config.hook.pytest_deselected(items=cannot)
     if config.option.quick:
-        # Within a turn heavy levels come first: the time that they do not need goes to the light ones.
+        # Heavy levels come first in a turn, and leave the time that they do not need to the light ones.
         turns: dict[Key, tuple[int, int]] = {}
         for place, name in enumerate(LEVELS):
             keys = [key for key in config.stash[SELECTED] if key[0] == name]
@@ -123,7 +123,7 @@ def _case(item: pytest.Item) -> tuple[harness.Level, harness.Setting, str]:
 
 @pytest.fixture
 def timed(request: pytest.FixtureRequest, benchmark, setting: harness.Setting, provider: str) -> Callable[[], None]:
-    """Hands the times of this test's provider to pytest-benchmark; raises what was wrong with it."""
+    """Return a function that passes this provider's times to pytest-benchmark, or raises the provider's error."""
     level, device = request.module.LEVEL, choose_device(request.config.option.device)
 
     def hand_over() -> None:
@@ -146,7 +146,7 @@ def timed(request: pytest.FixtureRequest, benchmark, setting: harness.Setting, p
 def _measured(
     config: pytest.Config, level: harness.Level, setting: harness.Setting, device: torch.device
 ) -> harness.Measured | None:
-    """Measure all providers of the setting that are selected, once, and write their rows."""
+    """Measure all selected providers of the setting once, and write their rows."""
     done, key = config.stash[MEASURED], (level.name, setting)
     if key not in done:
         done[key] = _measure(config, level, setting, device)
@@ -185,7 +185,7 @@ def _measure(
 
 
 class _Progress:
-    """Says what runs, past pytest's capture, and at once if the output is piped."""
+    """Prints what runs, without pytest's capture and without buffering."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.reporter: Any = config.pluginmanager.getplugin("terminalreporter")
@@ -205,7 +205,7 @@ class _Progress:
 
 @lru_cache(maxsize=1)
 def _limits(device: torch.device, results: Path) -> Limits:
-    """Measured when the first setting is, and written beside its rows."""
+    """Measure the machine's limits once, with the first setting, and write them next to its rows."""
     limits = measure_limits(device)
     row = {"copy_gb_per_s": f"{limits.copy / 1e9:.2f}"}
     for precision in PRECISIONS[device.type]:
@@ -216,7 +216,7 @@ def _limits(device: torch.device, results: Path) -> Limits:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """What pytest-benchmark's tables do not say: speed-up, TFLOP/s, and how near to the floor; and what is left out."""
+    """Print what pytest-benchmark's tables lack: speed-up, TFLOP/s, share of the floor, and what is left out."""
     for path, measured in config.stash[WRITTEN].items():
         terminalreporter.section(f"{path.parent.name}/{path.name}")
         width = 2 + max(23, *(len(row["provider"]) for _, rows in measured for row in rows))

@@ -1,4 +1,4 @@
-"""The gate before the clock: what is wrong, or interpreted, is not timed."""
+"""Checks before timing: a provider whose results are wrong, or whose kernels are interpreted, is not timed."""
 
 import math
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from resnet_fast.ops.backend import is_interpreted
 
 
 class WrongProviderError(RuntimeError):
-    """A provider does not compute what is asked for, so it is not timed."""
+    """A provider's results are wrong, so it is not timed."""
 
 
 def refuse_interpreter() -> None:
-    """Raise RuntimeError where Triton's kernels are interpreted: their time says nothing about compiled ones."""
+    """Raise RuntimeError if Triton's kernels are interpreted, because their time says nothing about compiled ones."""
     if is_interpreted():
         raise RuntimeError(
             "interpreted kernels are not timed: Triton's interpreter is thousands of times slower than what it "
@@ -24,7 +24,7 @@ def refuse_interpreter() -> None:
 
 
 def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """The L2 distance of every result from the exact one; infinite where it is missing or of another shape."""
+    """Return the L2 distance of every result from the exact one; infinite if it is missing or has another shape."""
     return {
         key: _norm(results[key].double() - value.double())
         if key in results and results[key].shape == value.shape
@@ -34,13 +34,13 @@ def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[s
 
 
 class Tolerance(NamedTuple):
-    """How far a provider that is right may be from fp64, beyond twice what the baseline is.
+    """How far a correct provider may be from fp64, beyond twice the baseline's own error.
 
     Args:
         rounding: the largest relative error of one rounding of the data type.
-        n_roundings: how many of those follow each other, layer after layer.
-        n_rows: values that a sum over a channel has, in fp32, in whatever order.
-        n_elements: of the smallest activation behind which ReLUs stand that see rounded values; 0 where there are none.
+        n_roundings: number of roundings in sequence, layer after layer.
+        n_rows: number of values in a sum over a channel, in fp32 and any order.
+        n_elements: size of the smallest activation that enters a ReLU after roundings; 0 if there is none.
     """
 
     rounding: float
@@ -49,11 +49,11 @@ class Tolerance(NamedTuple):
     n_elements: int = 0
 
     def relative(self, key: str) -> float:
-        """Of the norm of a result; those that are called "d ..." are gradients.
+        """Return the tolerance of result `key` relative to its norm; gradients are called "d ...".
 
         Independent roundings add up as the square root of their number. A value within a rounding of ReLU's kink may
-        fall on either side, which no rounding bounds: it moves the gradient by one of `n_elements` values. In fp32
-        there are a few of those in a network, here up to 10; in bf16 so many that the baseline has its share.
+        fall on either side. No rounding bounds this: it changes the gradient by one of `n_elements` values. In fp32 a
+        network has a few such values, here up to 10. In bf16 there are so many that the baseline has them, too.
         """
         kinks = math.sqrt(10 / self.n_elements) if self.n_elements and key.startswith("d ") else 0.0
         return math.sqrt(self.n_roundings) * self.rounding + math.sqrt(self.n_rows) * 2.0**-24 + kinks
@@ -66,16 +66,16 @@ def check(
     exact: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> None:
-    """Error against fp64 <= 2 x the baseline's own error + `tolerance` of the exact value, in L2 norm.
+    """Check that error against fp64 <= 2 x the baseline's own error + `tolerance` of the exact value, in L2 norm.
 
-    The baseline's own error is what the precision costs; no provider has to be better, and one that computes something
-    else is off by far more than twice of it. The tolerance is for those values where the baseline happens to be exact.
+    The baseline's error is the cost of the precision. A correct provider need not be better, and a wrong one is off by
+    far more than twice that. The tolerance is for values for which the baseline happens to be exact.
 
     Args:
-        name: of the provider, for the message.
+        name: name of the provider, for the message.
         own, baseline: `errors` of the provider and of the baseline.
         exact: results in fp64.
-        tolerance: of the setting.
+        tolerance: tolerance of the setting.
 
     Raises:
         WrongProviderError: an error is larger, or NaN.

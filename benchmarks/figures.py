@@ -1,4 +1,4 @@
-"""`python -m benchmarks.figures`: the figures of the README and docs/results.md, from the committed CSV files."""
+"""`python -m benchmarks.figures` draws the figures of the README and docs/results.md from the committed CSV files."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ def draw_passes() -> Figure:
 
 
 def draw_step() -> Figure:
-    """The predicted step: batch norms' time by bytes and by launches, and everything else."""
+    """Draw the predicted step: the batch norms' time for bytes and for launches, and the rest."""
     rows = [row for row in read_csv(STEPS) if (row["gpu"], row["precision"]) == ("h200", "bf16")]
     figure = new_figure(8.2, 2.9, "")
     for axes, batch in zip(figure.subplots(1, 2), ("128", "512"), strict=True):
@@ -92,7 +92,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {"passes.svg": draw_passes, "step.svg
 
 
 def digest() -> str:
-    """Of what is drawn; every figure holds it, because its own bytes depend on matplotlib's version, too."""
+    """Return a hash of the drawn data. Each figure stores it, because its bytes also depend on matplotlib's version."""
     return hashlib.sha256(STEPS.read_bytes() + HOST.read_bytes() + repr(PASSES).encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.first_predictions`: what the speed model predicts, measured on a GPU in half a minute.
+"""`python -m benchmarks.first_predictions` measures predictions of the speed model on a GPU, in half a minute.
 
-The reductions of batch norm + ReLU at 64x32x32, batch 512, bf16, with no limit on registers, with 128, and as launched:
-the model says that a second resident program makes them faster. And cuDNN's 3x3 convolution there, on whose speed it
-depends whether convolutions of our own are worth their work. Each is checked against fp64 before it is timed.
+It times the reductions of batch norm + ReLU at 64x32x32, batch 512, bf16, with registers as launched, unlimited, and
+limited to 128: the model predicts that a second resident program makes them faster. It also times cuDNN's 3x3
+convolution there, whose speed decides whether our own convolutions pay. Results are checked against fp64 before timing.
 
 Device time: launches are hidden (see timing.alternate). Inputs rotate through more memory than the L2 cache holds.
-Writes results/<gpu>/first_predictions.csv. Exit codes: 0 done, 1 a result is wrong, 2 no GPU of NVIDIA's.
+Writes results/<gpu>/first_predictions.csv. Exit codes: 0 done, 1 a result is wrong, 2 no NVIDIA GPU.
 """
 
 import itertools
@@ -35,13 +35,13 @@ from resnet_fast.tuning.timing import alternate, percentiles, rotation
 CHANNELS, WIDTH, BATCH = 64, 32, 512
 N_CHECKED = 16  # images of a convolution
 ROUNDS, WARM_UP = 30, 5
-# On registers, in the place of kernels/tiles.py's own.
+# Limits on registers that replace tiles.max_registers.
 LIMITS: dict[str, Callable[..., int | None]] = {
     "as launched": tiles.max_registers,
     "no limit": lambda *_: None,
     "at most 128 registers": lambda *_: 128,
 }
-# TFLOP/s at which convolutions of our own pay on an H200; above 400 the model is wrong (benchmarks/README.md).
+# TFLOP/s of cuDNN at which our own convolutions pay on an H200; above 400 the model is wrong (benchmarks/README.md).
 CUDNN_TFLOPS = (280.0, 390.0)
 STATISTICS, REDUCE = "statistics_kernel", "reduce_kernel"
 NORM = BatchNormArgs(None, None, training=True)
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is timed, its results with their exact values, and how far they may be off."""
+    """The timed function, a function that returns its results and their exact values, and the rounding allowed."""
 
     run: Callable[[Inputs], Any]
     results: Callable[[Inputs], tuple[dict[str, Tensor], dict[str, Tensor]]]
@@ -127,7 +127,7 @@ def data_gradient_results(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def exact_images(images: Tensor) -> Tensor:
-    """The first ones, in NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    """Return the first images in fp64, and in NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     return images[:N_CHECKED].double().contiguous()
 
 
@@ -154,7 +154,7 @@ def limited(case: Case, variant: str) -> Case:
 
 
 def cases() -> Iterator[tuple[tuple[str, str], Case]]:
-    """What is timed, with its variant."""
+    """Yield (name, variant) and the case of everything that is timed."""
     for kernel, case in REDUCTIONS.items():
         for variant in LIMITS:
             yield (kernel, variant), limited(case, variant)
@@ -163,7 +163,7 @@ def cases() -> Iterator[tuple[tuple[str, str], Case]]:
 
 
 def predicted_us(kernel: str, variant: str, gpu: Gpu) -> float | None:
-    """None if the model cannot follow the kernel's path."""
+    """Return the predicted microseconds, None if the model cannot follow the kernel's path."""
     from benchmarks.speed_model.launches import compile_launch, training_launches, work_of
     from benchmarks.speed_model.simulate import predict
 
@@ -184,7 +184,7 @@ def _launch() -> Any:
 
 
 def measure(device: torch.device, gpu: Gpu | None) -> tuple[list[dict[str, str]], list[str]]:
-    """Return the rows of what is right, and what is wrong; predictions are those of `gpu`, if the model knows it."""
+    """Return the rows of correct cases, and the error messages of the others; `gpu` is None if the model lacks it."""
     generator = torch.Generator(device).manual_seed(torch.seed())
     first = make_inputs(BATCH, device, generator)
     sets = [first, *(make_inputs(BATCH, device, generator) for _ in range(rotation(first.x.nbytes, device) - 1))]
@@ -212,8 +212,8 @@ def measure(device: torch.device, gpu: Gpu | None) -> tuple[list[dict[str, str]]
     return rows, wrong
 
 
-def main(results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS) -> None:
-    """Measure what the speed model predicts of an H200: reductions by registers, and cuDNN's convolution."""
+def main(results: Annotated[Path, typer.Option(help="Folder to which results are written.")] = RESULTS) -> None:
+    """Measure what the speed model predicts for an H200: reductions by registers, and cuDNN's convolution."""
     if reason := no_gpu():
         typer.echo(f"error: {reason}", err=True)
         raise typer.Exit(2)

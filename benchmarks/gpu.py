@@ -1,10 +1,10 @@
-"""`python -m benchmarks.gpu`, `make gpu`: what a first run on an NVIDIA GPU has to show, in ten minutes.
+"""`python -m benchmarks.gpu`, `make gpu`: tests and measurements for a first run on an NVIDIA GPU, in ten minutes.
 
-The stages of gpu_stages.py run one after the other, each in processes of its own with a time limit. One that fails or
-takes too long does not stop the others. Writes results/<gpu>/: summary.csv (a row per stage), log.txt (what the stages
-print) and the tables that they measure, eight files at most. `--dry-run` lists the stages.
+The stages of gpu_stages.py run one after the other, each in its own processes with a time limit. A stage that fails or
+takes too long does not stop the others. Writes results/<gpu>/: summary.csv (a row per stage), log.txt (the stages'
+output) and the tables that they measure, at most eight files. `--dry-run` lists the stages.
 
-Exit codes: 0 all passed, 1 a stage did not, 2 a wrong argument or no GPU of NVIDIA's, 130 interrupted.
+Exit codes: 0 all passed, 1 a stage did not pass, 2 a wrong argument or no NVIDIA GPU, 130 interrupted.
 """
 
 import os
@@ -28,12 +28,12 @@ from benchmarks.gpu_stages import STAGES, Stage
 from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, no_gpu, replace_rows
 
 BUDGET = 570  # seconds for all stages; importing, copying and the table take the rest of ten minutes
-SHORTEST = 15  # seconds; with fewer left no stage begins
+SHORTEST = 15  # seconds; no stage starts with fewer left
 WIDTH = 80
 
 
 def run(command: str, seconds: float, log: Path) -> tuple[str, str]:
-    """Run a line of a shell; return "passed", "failed" or "too long", and its output, which the log gets, too."""
+    """Run a shell command; return "passed", "failed" or "too long", and its output, which is appended to the log."""
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
     env.pop("TRITON_INTERPRET", None)
@@ -54,13 +54,13 @@ def run(command: str, seconds: float, log: Path) -> tuple[str, str]:
             result = "too long"
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and all its child processes
             process.wait()
     return result, log.read_bytes()[start:].decode(errors="replace")
 
 
 def figure(stage: Stage, result: str, folder: Path, output: str) -> str:
-    """A stage's figure. The tables of one that did not pass may be of another day: the last line that it printed."""
+    """Return a stage's figure or, if it did not pass, its last printed line: its tables may be from an earlier run."""
     if result == "passed":
         try:
             return stage.figure(folder, output)
@@ -80,12 +80,12 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages and their limits.")] = False,
-    stage: Annotated[list[str] | None, typer.Option(help="Run this one alone; may be given several times.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    stage: Annotated[list[str] | None, typer.Option(help="Run only this stage; may be given several times.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder to which results are written.")] = RESULTS,
 ) -> None:
     """Test, train, measure and tune on an NVIDIA GPU, in ten minutes; write results/<gpu>/."""
     if unknown := set(stage or ()) - {one.name for one in STAGES}:
-        raise typer.BadParameter(f"must be of {', '.join(one.name for one in STAGES)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(f"must be one of {', '.join(one.name for one in STAGES)}, got {', '.join(unknown)}")
     stages = [one for one in STAGES if not stage or one.name in stage]
     reason = no_gpu()
     if dry_run:
@@ -94,7 +94,7 @@ def main(
             print(f"{one.name:13}{one.seconds:>7} s  {one.proves}")
         total = sum(one.seconds for one in stages)
         print(f"limits add up to {total} s; all stages together end after {BUDGET} s")
-        print(f"note: {reason}" if reason else "A GPU is there: without --dry-run they run.")
+        print(f"note: {reason}" if reason else "A GPU is available: without --dry-run the stages run.")
         return
     if reason:
         typer.echo(f"error: {reason}", err=True)
@@ -124,7 +124,7 @@ def main(
             row = {"stage": one.name, "seconds": f"{time.monotonic() - started:.1f}", "limit_s": str(one.seconds)}
             row |= {"result": result, "figure": figure(one, result, folder, output), "proves": one.proves}
             rows.append(row | machine_columns(device))
-            replace_rows(folder / "summary.csv", rows[-1:], ("stage",))  # at once: whoever waits may lose patience
+            replace_rows(folder / "summary.csv", rows[-1:], ("stage",))  # at once, in case the run is interrupted
     print("\n" + "\n".join(table(rows)))
     print(f"written to {folder}")
     if code or any(row["result"] != "passed" for row in rows):

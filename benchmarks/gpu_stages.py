@@ -1,4 +1,4 @@
-"""The stages of `make gpu`, in the order in which they run: what each runs, for how long, and what it shows."""
+"""The stages of `make gpu` in their order: the command, time limit and result of each."""
 
 import re
 import shlex
@@ -12,10 +12,10 @@ PYTEST = "{python} -m pytest -q -p no:cacheprovider -m gpu"
 
 
 class Stage(NamedTuple):
-    """A line of a shell, the seconds it may take, what it proves, and how to read its figure.
+    """A shell command, its time limit in seconds, what it proves, and a function that reads its figure.
 
-    `command` has {python}, {results} (the GPU's folder), {scratch} (an empty one) and {workers} (an option of pytest's,
-    or nothing). `figure` is called with the GPU's folder and the output; "" where there is no figure.
+    `command` may contain {python}, {results} (the GPU's folder), {scratch} (an empty folder) and {workers} (an option
+    of pytest's, or nothing). `figure` is called with the GPU's folder and the output, and returns "" without a figure.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 
 
 def last(pattern: str) -> Callable[[Path, str], str]:
-    """The pattern's last group in the output."""
+    """Return a function that finds the pattern's last match in the output."""
     return lambda folder, output: (re.findall(pattern, output, re.MULTILINE) or [""])[-1].strip()
 
 
@@ -40,14 +40,14 @@ def accuracies(folder: Path, output: str) -> str:
 
 
 def step_times(folder: Path, output: str) -> str:
-    """Of the fused step in a CUDA graph."""
+    """Return the times of the fused step in a CUDA graph."""
     rows = [row for row in rows_of(folder / "training_step.csv") if row["provider"] == "fused, graph"]
     times = [f"{row['batch_size']}: {float(row['p50_ms']):.2f} ms, {float(row['speedup_p50']):.2f}x" for row in rows]
     return f"{'; '.join(times)} of eager, tuned" if times else ""
 
 
 def shares(folder: Path, output: str) -> str:
-    """Of the kernels that combine partial results, and of idle time, in the fused step."""
+    """Return the shares of the fused step for combining partial results and for idle time."""
     rows = [row for row in rows_of(folder / "profile.csv") if row["provider"] == "fused"]
     total = sum(float(row["ms_per_step"]) for row in rows)
 
@@ -75,7 +75,7 @@ STAGES = [
         "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader && nvidia-smi "
         f"&& ${{{{CC:-gcc}}}} --version && {{python}} -c {shlex.quote(VERSIONS)}",
         15,
-        "what is there",
+        "versions of the driver, compiler and packages",
         lambda folder, output: output.partition("\n")[0],
     ),
     Stage(
@@ -89,7 +89,7 @@ STAGES = [
         "graph",
         f"{PYTEST} tests/test_graphed.py tests/test_graphed_step.py",
         45,
-        "a recorded step has the bits of a step",
+        "a step in a CUDA graph is bit-identical to one without",
         PASSED,
     ),
     Stage(
@@ -103,7 +103,7 @@ STAGES = [
         "tests",
         f"{PYTEST} {{workers}} --ignore-glob='tests/test_graphed*' tests",
         150,
-        "kernels compute what they must",
+        "compiled kernels pass their tests",
         PASSED,
     ),
     Stage(
@@ -125,7 +125,7 @@ STAGES = [
         "predictions",
         "{python} -m benchmarks.first_predictions --results {results}/..",
         45,
-        "what the speed model predicts, measured",
+        "how far the speed model's predictions are off",
         predictions,
     ),
     Stage(
@@ -134,7 +134,7 @@ STAGES = [
         "code=$?; "
         "cp {scratch}/resnet_fast/choices-*.json {results}/choices.json; exit $code",
         150,
-        "optional kernels are right; which are faster",
+        "optional kernels are correct; which are faster",
         last(r"(\d+ of \d+ differ from the default)"),
     ),
 ]

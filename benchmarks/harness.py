@@ -1,7 +1,6 @@
-"""How a level of benchmarks runs: its providers are built, checked, timed in turn, and become rows of a CSV file.
+"""Run a level of benchmarks: build its providers, check them, time them alternately, and make rows of a CSV file.
 
-A level (op, convolution, block, training step, inference, loader) says which settings there are, which providers, and
-what is right.
+A level (op, convolution, block, training step, inference, loader) defines settings, providers and exact results.
 """
 
 import gc
@@ -29,24 +28,25 @@ TIMES = ("rounds", "p20_ms", "p50_ms", "p80_ms", "images_per_s", "speedup_p20", 
 ROOF = ("mbytes", "gflop", "gb_per_s", "floor_ms", "of_floor", "peak_mb")
 COLUMNS = (*KEY, *TIMES, *ROOF)  # and those of the machine
 Row = dict[str, str]
-MIN_ROUNDS = 3  # with fewer, a median is no median
+MIN_ROUNDS = 3  # the fewest for which a median means something
 
 
 class OutOfTimeError(RuntimeError):
-    """A setting takes more than twice its seconds, so it is not timed."""
+    """A setting takes more than twice its time, so it is not timed."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all providers are given alike.
+    """A setting in which all providers are compared.
 
     Args:
         case: the operation or network, with its shape.
-        direction: "forward", "backward" or "both"; for a training step "step"; of convolutions bench_conv.DIRECTIONS.
-        precision: "fp32", "bf16" or "fp16"; of a network, autocast with fp32 weights.
+        direction: "forward", "backward" or "both"; "step" for a training step, "epoch" for a loader, one of
+            bench_conv.DIRECTIONS for a convolution.
+        precision: "fp32", "bf16" or "fp16"; for a network, autocast with fp32 weights.
         layout: "channels_last" or "NCHW".
-        batch_size: images.
-        shape: what else the level needs to know of the case.
+        batch_size: number of images.
+        shape: sizes of the case, as its level needs them.
     """
 
     case: str
@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def item_size(self) -> int:
-        """Bytes of an element of an activation."""
+        """Bytes per element of an activation."""
         return 4 if self.precision == "fp32" else 2
 
     def __str__(self) -> str:
@@ -66,21 +66,21 @@ class Setting:
 
 
 class Run(ABC):
-    """A provider, built for a setting; a call runs it once on the next inputs."""
+    """A provider built for a setting; a call runs it once, on the next inputs."""
 
     @abstractmethod
     def __call__(self) -> object: ...
 
     @abstractmethod
     def observe(self) -> dict[str, Tensor]:
-        """Run for the first time, on the inputs whose exact results are known; every result by its name."""
+        """Run for the first time, on the inputs whose exact results are known; return the results by name."""
 
     def finish(self) -> None:  # noqa: B027
-        """Raise RuntimeError where what was timed was not what it is taken for."""
+        """Raise RuntimeError if the timed runs did not do what they should."""
 
 
 class Problem(NamedTuple):
-    """The inputs of a setting, the exact results of the first, and what `correctness.check` allows."""
+    """The inputs of a setting, the exact results of the first inputs, and their tolerance."""
 
     data: Any
     exact: dict[str, Tensor]
@@ -91,12 +91,12 @@ class Provider(NamedTuple):
     """How to build an implementation.
 
     Args:
-        build: from a setting and the level's data.
-        why_not: why it cannot run in a setting on a device, or None.
-        slow_on: the device types on which it compiles too long for a quick run.
-        has_peak: whether its memory shows while it runs; a replayed graph allocates nothing.
-        entries: of the table of choices with which it runs (resnet_fast/ops/choices.py). By default none, whatever
-            `resnet-fast tune` has written on this machine.
+        build: makes a run from a setting and the level's data.
+        why_not: returns why the provider cannot run in a setting on a device, or None.
+        slow_on: device types on which it compiles too long for a quick run.
+        has_peak: whether its peak memory can be measured; a replayed graph allocates nothing.
+        entries: returns the entries of the table of choices to run with (resnet_fast/ops/choices.py). The default is
+            none, whatever `resnet-fast tune` has written on this machine.
     """
 
     build: Callable[[Setting, Any], Run]
@@ -109,7 +109,7 @@ class Provider(NamedTuple):
 
 
 class Entries(Mapping[implementations.Problem, implementations.Choice]):
-    """Entries of a table of choices, which tells whether any has been looked up."""
+    """Entries of a table of choices that record whether any has been looked up."""
 
     def __init__(self, entries: Mapping[implementations.Problem, implementations.Choice]) -> None:
         self.entries, self.are_used = entries, False
@@ -127,7 +127,7 @@ class Entries(Mapping[implementations.Problem, implementations.Choice]):
 
 
 class Level(ABC):
-    """A family of settings. The first provider is the baseline, with which the others are compared and checked."""
+    """A family of settings. The first provider is the baseline with which the others are compared."""
 
     name: str  # of the CSV file
     providers: Mapping[str, Provider]
@@ -146,18 +146,18 @@ class Level(ABC):
     def work(self, setting: Setting) -> Work: ...
 
     def n_images(self, setting: Setting) -> int:
-        """Images of a run."""
+        """Return the number of images of a run."""
         return setting.batch_size
 
     def why_not(self, name: str, setting: Setting, device: torch.device, quick: bool) -> str | None:
-        """None where a provider can be timed, else the reason."""
+        """Return why a provider cannot be timed, or None."""
         provider = self.providers[name]
         if quick and device.type in provider.slow_on:
             return "compiles too long for --quick"
         return provider.why_not(setting, device)
 
     def providers_of(self, setting: Setting) -> Iterable[str]:
-        """Those that there are for the setting, on whatever device."""
+        """Return the providers for the setting, on any device."""
         return self.providers
 
     @property
@@ -182,31 +182,31 @@ def measure(
     seconds: float | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Build, check and time the baseline and the named providers, alternating.
+    """Build and check the baseline and the named providers, and time them alternately.
 
-    A provider that fails, or is wrong, is not timed; its error is in `refused`. Without the baseline none is timed.
+    A provider that fails or is wrong is not timed; its error is in `refused`. If the baseline fails, none is timed.
 
     Args:
-        level, setting, device: what is measured, and where.
-        names: the providers.
-        rounds: timed runs of each.
-        seconds: for all of it, the checks included; rounds are left out to keep to it, down to `MIN_ROUNDS`. A setting
-            that needs more than twice of it is given up.
-        say: is told what runs.
+        level, setting, device: what to measure, and where.
+        names: names of the providers.
+        rounds: timed runs of each provider.
+        seconds: time limit, including the checks. Rounds are dropped to keep to it, down to `MIN_ROUNDS`; a setting
+            that needs more than twice the limit is given up.
+        say: is called with a message about what runs.
 
     Raises:
         RuntimeError: kernels are interpreted.
     """
     refuse_interpreter()
     names = list(dict.fromkeys((level.baseline, *names)))
-    torch._dynamo.reset()  # else the settings of before count as recompilations, of which there may be few
+    torch._dynamo.reset()  # otherwise earlier settings count toward the limit of recompilations
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # of the setting before, whose blocks may be of other sizes
+        torch.cuda.empty_cache()  # the previous setting's blocks may have other sizes
     try:
-        # A backward that is run again and again may not overwrite what the forward has saved.
+        # A backward that runs repeatedly must not overwrite what the forward has saved.
         with functorch_config.patch(donated_buffer=setting.direction != "backward"):
             return _measure(level, setting, device, names, rounds, seconds, say)
-    except Exception as error:  # of the baseline, or of all: no memory is one
+    except Exception as error:  # of the baseline, or one that concerns all, such as out of memory
         return Measured({}, {}, dict.fromkeys(names, _without_frames(error)))
 
 
@@ -239,13 +239,13 @@ def _measure(
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             call = partial(_with, entries, run)
-            call()  # as it will be timed, for what fails then to fail here
+            call()  # as it will be timed, so that failures occur here
             if device.type == "cuda" and level.providers[name].has_peak:
                 peaks[name] = torch.cuda.max_memory_allocated(device) - before
             if entries and not entries.are_used:
                 raise RuntimeError(f"{name} looks up none of its {len(entries)} entries in the table of choices")
             calls[name], finishes[name] = call, partial(_with, entries, run.finish)
-        except Exception as error:  # a peer may fail in any way; its test reports it, and the others go on
+        except Exception as error:  # a peer may fail in any way; its test reports it, and the others continue
             if name == level.baseline:
                 raise
             refused[name] = _without_frames(error)
@@ -277,7 +277,7 @@ def _measure(
 
 def _check_time(begin: float, seconds: float | None, needed: float = 0.0) -> None:
     if seconds is not None and time.perf_counter() - begin + needed > 2 * seconds:
-        raise OutOfTimeError(f"takes more than twice the {seconds:.0f} s that it has")
+        raise OutOfTimeError(f"needs more than twice its {seconds:.0f} s")
 
 
 def _with(entries: Entries, call: Callable[[], object]) -> None:
@@ -286,14 +286,14 @@ def _with(entries: Entries, call: Callable[[], object]) -> None:
 
 
 def _without_frames(error: Exception) -> Exception:
-    """The error, which says where it came from without keeping the provider's memory."""
+    """Return the error with its traceback as a note, so that its frames do not keep the provider's memory."""
     error.add_note("".join(traceback.format_exception(error)))
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def rows(level: Level, setting: Setting, measured: Measured, limits: Limits, machine: Mapping[str, str]) -> list[Row]:
-    """The rows of the file: speed-ups are taken round by round, where both ran on the machine in the same state."""
+    """Return the CSV rows. Speed-ups are computed per round, in which both ran on the machine in the same state."""
     if not measured.times:
         return []
     work = level.work(setting)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.host_cost`: what eager and fused operations cost the host, which launches them.
+"""`python -m benchmarks.host_cost` measures the host time of eager and fused operations.
 
-On the stub driver (stub_driver/): Triton's own binder and C launcher run, and no kernel does. Eager is ATen on the CPU,
-on tensors so small that what it computes hardly counts. Convolutions of networks are replaced on both sides by a
-function that computes nothing. In rounds that alternate, medians of ratios within a round.
+On the stub driver (stub_driver/) Triton's own binder and C launcher run, but no kernel does. Eager is ATen on the CPU,
+with tensors so small that their computation hardly counts. In networks a function that computes nothing replaces the
+convolutions on both sides. Eager and fused alternate; the ratio is the median of the rounds' ratios.
 
 Writes results/<cpu>/host_cost.csv.
 """
@@ -32,7 +32,7 @@ def image(n_channels: int, width: int) -> Tensor:
 
 
 class NoConvolution(torch.autograd.Function):
-    """In the place of a 3x3 or 1x1 convolution: results of its shape, all ones, as unwritten memory may be denormal."""
+    """Replaces a 3x3 or 1x1 convolution: returns ones of its shape, because unwritten memory may be denormal."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -47,7 +47,7 @@ class NoConvolution(torch.autograd.Function):
 
 
 def without_convolutions(network: nn.Module) -> nn.Module:
-    """Replace every convolution's weight, [C_out, ...], by one of [C_out, 1, 1, 1], and what any computes."""
+    """Replace all convolutions by NoConvolution, with weights of shape [C_out, 1, 1, 1]."""
     nn.Conv2d.forward = lambda self, x: NoConvolution.apply(x, self.weight, self.stride[0])  # type: ignore[method-assign]
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -59,7 +59,7 @@ Sides = tuple[Callable[[], Any], Callable[[], Any]]  # eager, fused
 
 
 def operations() -> Iterator[tuple[str, Sides]]:
-    """BN + add + ReLU, in training."""
+    """Yield BN + add + ReLU in training mode."""
     from resnet_fast import FusedBatchNorm2d
 
     x, residual = (image(CHANNELS, WIDTH).requires_grad_() for _ in range(2))
@@ -87,7 +87,7 @@ def operations() -> Iterator[tuple[str, Sides]]:
 
 
 def networks() -> Iterator[tuple[str, Sides]]:
-    """ResNet-18, 3x3 stem."""
+    """Yield ResNet-18 with the 3x3 stem, in training and evaluation."""
     from resnet_fast import resnet18
     from resnet_fast.models.resnet import give_cifar_stem
 
@@ -114,7 +114,7 @@ def networks() -> Iterator[tuple[str, Sides]]:
 
 
 def measure(sides: Sides, rounds: int, calls: int) -> tuple[float, float, float]:
-    """Return the medians, over rounds, of eager's and fused's microseconds a call, and of fused / eager."""
+    """Return the medians over the rounds of eager's and fused's microseconds per call, and of fused / eager."""
     for side in sides:
         for _ in range(20):
             side()
@@ -134,10 +134,10 @@ def measure(sides: Sides, rounds: int, calls: int) -> tuple[float, float, float]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which eager and fused take turns.")] = 300,
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; each times eager and fused.")] = 300,
+    results: Annotated[Path, typer.Option(help="Folder to which results are written.")] = RESULTS,
 ) -> None:
-    """Measure what eager and fused operations cost the host that launches them, without a GPU."""
+    """Measure the host time of eager and fused operations, without a GPU."""
     torch.set_num_threads(1)
     try:
         stub_driver.put_in_place()

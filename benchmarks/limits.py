@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the same run: the roof over every figure."""
+"""The machine's copy bandwidth and matrix rates, measured in the same run: the roof over every figure."""
 
 from typing import NamedTuple
 
@@ -9,26 +9,26 @@ from resnet_fast.evaluation.logits import DTYPES
 from resnet_fast.training.config import choose_precision
 from resnet_fast.tuning.timing import alternate, percentiles
 
-# Far beyond the caches, and no more than a small machine has.
+# Far larger than the caches, and small enough for a small machine.
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = {"cpu": 10, "cuda": 30}
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": tuple(DTYPES)}  # those in which something multiplies
-# What x86 and ARM processors call their instructions for bf16, by torch.cpu.get_capabilities().
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": tuple(DTYPES)}  # precisions of matrix products
+# Names of x86 and ARM processors' bf16 instructions in torch.cpu.get_capabilities().
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 class Limits(NamedTuple):
     """Copy bandwidth in bytes/s, read plus written; matrix rate in operations/s, 2 per multiply-add, by precision.
 
-    There is no rate in a precision that is emulated.
+    An emulated precision has no rate.
     """
 
     copy: float
     matrix: dict[str, float]
 
     def floor_ms(self, work: Work, precision: str) -> float | None:
-        """The serial floor in ms: all bytes at the copy bandwidth, then all operations at the matrix rate."""
+        """Return the serial floor in ms: all bytes at the copy bandwidth, then all operations at the matrix rate."""
         if work.flops and precision not in self.matrix:
             return None
         seconds = work.bytes / self.copy + (work.flops / self.matrix[precision] if work.flops else 0)
@@ -64,8 +64,9 @@ def precisions(device: torch.device, quick: bool) -> list[str]:
 
 
 def measure_limits(device: torch.device) -> Limits:
-    """Time a copy and a square product of random data; their medians. fp32 products round to TF32 on a GPU, as cuDNN's
-    convolutions do by torch's default.
+    """Return the limits by median times of a copy and of square matrix products, on random data.
+
+    On a GPU fp32 products round to TF32, as cuDNN's convolutions do by torch's default.
     """
     source = torch.empty(COPY_BYTES[device.type] // 4, device=device).uniform_()
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""What a folder benchmarks/results/<device>/ holds, read for the report: rows with numbers, and from where they are."""
+"""Read a folder benchmarks/results/<device>/ for the report: measurements, and where they come from."""
 
 import csv
 import hashlib
@@ -23,7 +23,7 @@ MAY_BE_EMPTY = {"mbytes", "gflop", "gb_per_s", "floor_ms", "of_floor", "peak_mb"
 
 
 class Origin(NamedTuple):
-    """Where, from what and on which day a row was measured."""
+    """Where, with what and on which day a row was measured."""
 
     day: str
     commit: str
@@ -50,7 +50,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A provider in a setting; None is what does not apply, as the bytes of a loader."""
+    """A provider's figures in a setting; None if one does not apply, such as a loader's bytes."""
 
     provider: str
     case: str
@@ -78,7 +78,7 @@ class Measurement:
 
 
 class MeasuredLimits(NamedTuple):
-    """The last measured roofs of the device: GB/s, and TFLOP/s by precision."""
+    """The device's roofs as last measured: GB/s, and TFLOP/s by precision."""
 
     copy: float
     matrix: dict[str, float]
@@ -86,7 +86,7 @@ class MeasuredLimits(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Of a profiled step: the time of a category."""
+    """The time of a category in a profiled step."""
 
     precision: str
     batch_size: str
@@ -97,15 +97,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Folder:
-    """What one device's folder holds.
+    """The content of one device's folder.
 
     Args:
-        path: of the folder.
-        rows: by level, of the levels that have some; a setting's providers follow one another, the baseline first.
-        limits: None where limits.csv is not there.
-        parts: of the profile, none where profile.csv is not there.
-        profiled_on: what profile.csv says of its machine, or "".
-        digests: of the files that were read, by name.
+        path: path of the folder.
+        rows: rows by level, for levels that have some; a setting's providers follow one another, the baseline first.
+        limits: limits of the device; None without limits.csv.
+        parts: parts of the profile; none without profile.csv.
+        profiled_on: profile.csv's description of its machine, or "".
+        digests: hashes of the files that were read, by name.
     """
 
     path: Path
@@ -117,7 +117,7 @@ class Folder:
 
     @cached_property
     def origins(self) -> list[Origin]:
-        """Of the rows, in the order of time."""
+        """The rows' origins, the oldest first."""
         return sorted({row.origin for rows in self.rows.values() for row in rows})
 
     @property
@@ -129,7 +129,7 @@ class Folder:
 
     @property
     def caption(self) -> str:
-        """Of a picture."""
+        """The second line of a picture's title."""
         origins = self.origins
         if len(origins) == 1:
             return f"{self.title}, commit {origins[0].commit}, {origins[0].day}"
@@ -137,10 +137,10 @@ class Folder:
 
 
 def read_folders(results: Path) -> list[Folder]:
-    """Read the folders that hold a file of a known name, in the order of their names.
+    """Return the folders that hold at least one CSV file of a level, the limits or the profile, sorted by name.
 
     Raises:
-        ValueError: a file lacks columns, has a row twice, or a value that is no number; or there is no such folder.
+        ValueError: a file lacks columns, has a row twice, or has a value that is not a number; or no folder is left.
     """
     paths = sorted(path for path in results.iterdir() if path.is_dir())
     folders = [folder for folder in map(read_folder, paths) if folder.digests]
@@ -161,7 +161,7 @@ def read_folder(path: Path) -> Folder:
     tables = {name: _table(path / f"{name}.csv", text) for name, text in texts.items()}
     for name, table in tables.items():
         if not table:
-            raise ValueError(f"{place(path / f'{name}.csv')} has no rows; remove it, or put it back")
+            raise ValueError(f"{place(path / f'{name}.csv')} has no rows; remove it, or restore it")
     rows = {name: _rows(path / f"{name}.csv", LEVELS[name], tables[name]) for name in LEVELS if tables.get(name)}
     limits = _limits(path / f"{LIMITS}.csv", tables[LIMITS]) if tables.get(LIMITS) else None
     parts, profiled_on = _parts(path / f"{PROFILE}.csv", tables.get(PROFILE, []))
@@ -170,12 +170,12 @@ def read_folder(path: Path) -> Folder:
 
 
 def place(path: Path) -> str:
-    """The folder and the file."""
+    """Return the names of the folder and the file."""
     return f"{path.parent.name}/{path.name}"
 
 
 def _table(path: Path, text: str) -> list[dict[str, str]]:
-    """The file's rows; where one has too few values the rest are empty."""
+    """Return the file's rows; values missing at the end of a row are empty."""
     return list(csv.DictReader(io.StringIO(text), restval=""))
 
 
@@ -206,7 +206,7 @@ def _rows(path: Path, level: Level, table: Sequence[dict[str, str]]) -> list[Mea
         if key in rows_by_key:
             raise ValueError(f"{place(path)}, row {line}: a second row of {', '.join(key)}")
         rows_by_key[key] = _row(path, line, row)
-    # The order of the file, but for a provider that was measured later: it joins its setting.
+    # In the file's order, except that a provider that was measured later is moved to its setting.
     settings = {setting: i for i, setting in enumerate(dict.fromkeys(row.setting for row in rows_by_key.values()))}
     names = dict.fromkeys((*level.providers, *(row.provider for row in rows_by_key.values())))
     providers = {name: i for i, name in enumerate(names)}
@@ -251,13 +251,13 @@ def _origin(row: Mapping[str, str]) -> Origin:
 def _limits(path: Path, table: Sequence[dict[str, str]]) -> MeasuredLimits:
     row, line, end = table[-1], len(table), "_tflop_per_s"
     _need(path, row, ("copy_gb_per_s", *MACHINE))
-    rates = [name for name in row if name.endswith(end) and row[name]]  # empty in a precision that is emulated
+    rates = [name for name in row if name.endswith(end) and row[name]]  # empty for an emulated precision
     matrix = {name.removesuffix(end): _number(path, line, row, name) for name in rates}
     return MeasuredLimits(_number(path, line, row, "copy_gb_per_s"), matrix, _origin(row))
 
 
 def _parts(path: Path, table: Sequence[dict[str, str]]) -> tuple[list[Part], str]:
-    """Summed up by category, and what the file says of its machine."""
+    """Return the sums by category, and the file's description of its machine."""
     if not table:
         return [], ""
     _need(path, table[0], ("provider", "category", "ms_per_step", "precision", "batch_size"))

@@ -1,4 +1,4 @@
-"""What the training step and inference share: ResNet-18, its settings, and how it is tuned, compiled and recorded."""
+"""Code that the training step and inference share: ResNet-18, its settings, and its tuning, compilation and graph."""
 
 import itertools
 from abc import abstractmethod
@@ -35,8 +35,8 @@ def loaded(make_model: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -
 
 
 def on_cuda(setting: Setting, device: torch.device) -> str | None:
-    """CUDA graphs are CUDA's, and max-autotune tunes for GPUs."""
-    return None if device.type == "cuda" else "runs on CUDA alone"
+    """Return why a CUDA graph or max-autotune, which tunes for GPUs, cannot run on the device, or None."""
+    return None if device.type == "cuda" else "runs only on CUDA"
 
 
 def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
@@ -44,7 +44,7 @@ def compiled(mode: str) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
 
 
 def network_providers(run: Callable[..., Run]) -> dict[str, Provider]:
-    """Of training and of inference alike: `run` takes a network's maker, and tuned, compile_model and graph by name."""
+    """Return the providers of training and inference; `run` accepts make_model, tuned, compile_model and graph."""
     on_eager, on_fused = partial(run, eager_resnet18), partial(run, fused_resnet18)
     return {
         "eager, tuned": Provider(on_eager),
@@ -70,14 +70,14 @@ class Data(NamedTuple):
 
 
 class NetworkRun(Run):
-    """A network and its batches, which take turns.
+    """A network that runs on its batches in rotation.
 
     Args:
-        model: with its weights, in the mode in which it runs; it is moved to where the batches are.
-        setting: for the precision.
-        batches: images, [N, 3, H, W], and whatever else a run takes.
-        tuned: channels_last, the setting's precision, cudnn.benchmark; else what a user has who sets nothing: NCHW,
-            fp32, and torch's defaults.
+        model: network with its weights and in its mode; it is moved to the batches' device.
+        setting: gives the precision.
+        batches: images, [N, 3, H, W], and further inputs of a run.
+        tuned: whether to use channels_last, the setting's precision and cudnn.benchmark. Otherwise torch's defaults
+            hold: NCHW, fp32.
         compile_model: wraps the model for its forward.
     """
 
@@ -95,11 +95,11 @@ class NetworkRun(Run):
         batches = [(images.contiguous(memory_format=layout), *others) for images, *others in batches]
         self.batches = itertools.cycle(batches)
         self.forward = compile_model(self.model)
-        self.recorded = batches[-1]  # not the first, which is checked: a replay has to read what it is given
+        self.recorded = batches[-1]  # not the first, which is checked, so that a replay has to read its inputs
         self.graph: CudaGraph[Tensor] | None = None
 
     def record(self) -> None:
-        """Have the runs from now on replayed as a CUDA graph."""
+        """Record a run as a CUDA graph, which later runs replay."""
         self.recorded = tuple(tensor.clone() for tensor in self.recorded)
         with cudnn_benchmark(self.tuned):
             self.graph = CudaGraph(lambda: self.run(*self.recorded))
@@ -119,7 +119,7 @@ class NetworkRun(Run):
 
 
 class NetworkLevel(Level):
-    """ResNet-18 on 32x32 images, each run timed with its launches."""
+    """ResNet-18 on 32x32 images; times include the launches."""
 
     direction: str
     batch_sizes: Mapping[str, tuple[int, ...]]  # by device type
@@ -134,5 +134,5 @@ class NetworkLevel(Level):
                 yield Setting(CASE, self.direction, precision, "channels_last", batch_size)
 
     def random_images(self, setting: Setting, generator: torch.Generator) -> Tensor:
-        """Never zeros, on which a processor draws less power and clocks higher; [N, 3, H, W], on the CPU."""
+        """Return [N, 3, H, W] on the CPU, not zeros, on which a processor draws less power and clocks higher."""
         return torch.randn((setting.batch_size, 3, self.image_size, self.image_size), generator=generator)

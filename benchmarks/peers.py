@@ -1,7 +1,4 @@
-"""Other implementations of batch norm + add + ReLU, timed where they are installed.
-
-None is a requirement of this project.
-"""
+"""Other implementations of batch norm + add + ReLU, timed if they are installed. The project requires none of them."""
 
 import importlib
 from collections.abc import Callable
@@ -10,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By the module that is imported: the joins it computes.
+# The joins that each module computes.
 JOINS = {"attorch": ("none", "add"), "apex.contrib.groupbn.batch_norm": ("none", "add"), "timm.layers": ("none",)}
 
 
 def why_not(module: str, join: str, precision: str, layout: str, device: torch.device) -> str | None:
-    """None where the peer computes this, else the reason."""
+    """Return why the peer cannot compute this, or None."""
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -23,22 +20,22 @@ def why_not(module: str, join: str, precision: str, layout: str, device: torch.d
     if join not in JOINS[module]:
         return f"{module} has no such operation"
     if module != "timm.layers" and device.type != "cuda":
-        return f"{module} runs on CUDA alone"
+        return f"{module} runs only on CUDA"
     if module == "attorch" and precision == "bf16":
-        return "attorch refuses bf16"
+        return "attorch does not support bf16"
     if module.startswith("apex") and (precision, layout) != ("fp16", "channels_last"):
-        return "apex's groupbn takes fp16 in NHWC alone"
+        return "apex's groupbn supports only fp16 in NHWC"
     return None
 
 
 def attorch(n_channels: int) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """The module, whose parameters and buffers are nn.BatchNorm2d's, and how it is called on (x, residual)."""
+    """Return a module with nn.BatchNorm2d's parameters and buffers, and a function that calls it on (x, residual)."""
     module: Any = importlib.import_module("attorch").BatchNorm2d(n_channels, act_func="relu")
     return module, lambda x, residual: module(x, residual)
 
 
 def apex(n_channels: int) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """As `attorch`; its tensors are [N, H, W, C]."""
+    """Return the same for apex, whose tensors are [N, H, W, C]."""
     groupbn: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
     module = groupbn.BatchNorm2d_NHWC(n_channels, fuse_relu=True)
 
@@ -50,7 +47,7 @@ def apex(n_channels: int) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 
 def timm(n_channels: int) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """As `attorch`, without a residual."""
+    """Return the same for timm, which has no residual."""
     module: Any = importlib.import_module("timm.layers").BatchNormAct2d(n_channels)
     return module, lambda x, residual: module(x)
 

@@ -1,4 +1,4 @@
-"""The pictures of benchmarks/results/<device>/report.md, from the CSV files alone."""
+"""The pictures of benchmarks/results/<device>/report.md, drawn only from the CSV files."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from benchmarks.tables import providers_of, significant
 from resnet_fast.profiling.categories import LAYOUT
 from resnet_fast.profiling.picture import COLORS, REST
 
-# By name: the CSV files from which it is drawn.
+# The CSV files from which each picture is drawn.
 SOURCES = {
     "speedups": tuple(level for level in LEVELS if level != LEFT_OUT),
     "roofline": ("training_step", "inference", "block", "op", "limits"),
@@ -23,13 +23,13 @@ SOURCES = {
     "categories": ("profile",),
 }
 MARKERS = "osD^vP*X"
-RESTS = ("idle", "between operators")  # the time in which nothing runs: last and palest
+RESTS = ("idle", "between operators")  # time in which nothing runs, drawn last and palest
 PALE = {COLORS[LAYOUT], REST}
 MIN_SHARE = 0.06  # narrower segments have no room for their number
 
 
 def pictures(folder: Folder) -> dict[str, Callable[[BinaryIO], None]]:
-    """What writes each picture for which there are data to a file, by name."""
+    """Return, by name, a function that writes a picture to a file, for each picture that has data."""
     pictures_by_name = {}
     if panels(folder):
         pictures_by_name["speedups"] = draw_speedups
@@ -43,13 +43,13 @@ def pictures(folder: Folder) -> dict[str, Callable[[BinaryIO], None]]:
 
 
 def digest(folder: Folder, name: str) -> str:
-    """Of the files from which the picture is drawn: its own bytes depend on matplotlib's version, too."""
+    """Return a hash of the picture's CSV files, because its own bytes also depend on matplotlib's version."""
     text = ", ".join(f"{source} {folder.digests[source]}" for source in SOURCES[name] if source in folder.digests)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def draw_step_time(file: BinaryIO, folder: Folder, digest: str) -> None:
-    """Lines over the batch size, on logarithmic axes; where there is a single size, points with percentiles."""
+    """Draw lines over the batch size on logarithmic axes or, for a single size, points with percentiles."""
     rows = folder.rows["training_step"]
     precisions = list(dict.fromkeys(row.precision for row in rows))
     single = len({row.batch_size for row in rows}) == 1
@@ -108,7 +108,7 @@ def _draw_lines(axes: Axes, rows: list[Measurement]) -> None:
 
 
 def draw_categories(file: BinaryIO, folder: Folder, digest: str) -> None:
-    """One stacked bar for each provider, in a panel for each precision and batch size."""
+    """Draw one stacked bar for each provider, in a panel for each precision and batch size."""
     parts = folder.parts
     there = dict.fromkeys(part.category for part in parts)
     unknown = [name for name in there if name not in COLORS and name not in RESTS]

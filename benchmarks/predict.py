@@ -1,8 +1,8 @@
-"""`python -m benchmarks.predict`: predicts the kernels' times on GPUs that are not there, from their machine code.
+"""`python -m benchmarks.predict` predicts the kernels' times on GPUs from their machine code, without a GPU.
 
 Writes benchmarks/predicted/<gpu>.csv, a row per kernel, shape, precision and batch size, and steps.csv, a row per
 training step: fused, and eager and torch.compile where `python -m benchmarks.speed_model.peers` has predicted them.
-Exit codes: 0 done, 1 with --check a kernel is slower than its row says or has none, 2 a wrong argument.
+Exit codes: 0 done, 1 with --check a kernel is slower than its row or has none, 2 a wrong argument.
 """
 
 import itertools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.speed_model.network import Job
 
 PREDICTED = Path(__file__).resolve().parent / "predicted"
-TOLERANCE = 1.03  # that a kernel may take of its row's time
+TOLERANCE = 1.03  # largest accepted ratio of a kernel's time to its row's
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -38,13 +38,15 @@ ALL_GPUS, ALL_PRECISIONS, BATCH_SIZES = list(GpuName), list(Precision), [128, 51
 
 @app.command()
 def main(
-    gpu: Annotated[list[GpuName], typer.Option(help="May be given several times.")] = ALL_GPUS,
-    batch_size: Annotated[list[int], typer.Option(min=1, help="May be given several times.")] = BATCH_SIZES,
-    dtype: Annotated[list[Precision], typer.Option(help="May be given several times.")] = ALL_PRECISIONS,
+    gpu: Annotated[list[GpuName], typer.Option(help="GPU; may be given several times.")] = ALL_GPUS,
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Images; may be given several times.")] = BATCH_SIZES,
+    dtype: Annotated[list[Precision], typer.Option(help="Precision; may be given several times.")] = ALL_PRECISIONS,
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Write nothing; exit with 1 if a kernel of 64 channels is 3 % slower, or one has no row."
+            "--check",
+            help="Write nothing; exit with 1 if a changed kernel of 64 channels is more than 3 % slower than its row, "
+            "or a kernel has no row.",
         ),
     ] = False,
 ) -> None:
@@ -67,12 +69,12 @@ def main(
         jobs = [job for size in batch_size for job in network.jobs(name, precision, size)]
         path = PREDICTED / f"{name}.csv"
         if check:
-            found = list(slower(path, jobs, network.KERNEL_KEY))
+            messages = list(slower(path, jobs, network.KERNEL_KEY))
             n_kernels = len({job.key for job in jobs})
             typer.echo(
-                f"{name}, {precision}: {len(found)} of {n_kernels} kernels found slower than their rows, or without one"
+                f"{name}, {precision}: {len(messages)} of {n_kernels} kernels are slower than their rows, or have none"
             )
-            slow += found
+            slow += messages
             continue
         rows = network.predict_all(jobs)
         replace_rows(path, rows, ("precision", "batch_size"))
@@ -94,10 +96,10 @@ def main(
 
 
 def slower(path: Path, jobs: "Sequence[Job]", key: tuple[str, ...]) -> Iterator[str]:
-    """Yield a line for each kernel that is slower than its row, or has none.
+    """Yield a message for each kernel that is slower than its row, or has none.
 
-    A kernel whose key has not changed needs no prediction: one is predicted to see that. Of the others those of the
-    first stage are, whose tensors are the largest.
+    A kernel with an unchanged key needs no prediction; one is predicted to verify that. Of the changed kernels, only
+    those of the first stage, which has the largest tensors, are predicted.
     """
     rows = {tuple(row[column] for column in key): row for row in read_csv(path)}
     unchanged = 0

@@ -1,4 +1,4 @@
-"""The predicted times of benchmarks/predicted/<gpu>.csv beside measured ones, for the report of a GPU that is known."""
+"""Predicted times of benchmarks/predicted/<gpu>.csv next to measured ones, for the report of a GPU of the model."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +12,7 @@ from benchmarks.speed_model.gpus import GPUS
 
 @cache
 def _rows(device: str) -> list[dict[str, str]]:
-    """The rows of the GPU of that name; none if it is not one of the model's."""
+    """Return the predicted rows of the GPU of that name; none if the model does not know it."""
     for name, gpu in GPUS.items():
         if gpu.name in device and (path := PREDICTED / f"{name}.csv").exists():
             return read_csv(path)
@@ -20,12 +20,12 @@ def _rows(device: str) -> list[dict[str, str]]:
 
 
 def predicted_us(row: Measurement) -> float | None:
-    """Return the predicted time of the operation's kernels, launches hidden as in the measurement, if there is one."""
+    """Return the predicted time of the operation's kernels or None; like the measured time, it excludes launches."""
     case, _, shape = row.case.rpartition(" ")
     if row.provider != "fused" or row.layout != "channels_last" or case not in OPERATIONS:
         return None
     join, fork = OPERATIONS[case]
-    times: dict[tuple[str, str], float] = {}  # by direction and kernel; a fork changes the backward alone
+    times: dict[tuple[str, str], float] = {}  # by direction and kernel; a fork changes only the backward
     for predicted in _rows(row.origin.device):
         is_shape = f"{predicted['channels']}x{predicted['width']}x{predicted['width']}" == shape
         is_operation = predicted["join"] == join and (
@@ -40,11 +40,11 @@ def predicted_us(row: Measurement) -> float | None:
 
 
 def beside_measured(rows: Sequence[Measurement]) -> list[str]:
-    """Return the lines of a table, none if nothing is predicted."""
+    """Return the lines of a table; none if nothing is predicted."""
     pairs = [(row, us) for row in rows if (us := predicted_us(row)) is not None]
     if not pairs:
         return []
-    lines = ["", "Measured beside predicted ([how](../../predicted/README.md)):", ""]
+    lines = ["", "Measured and [predicted](../../predicted/README.md) times:", ""]
     lines += [
         "| case | batch | measured, us | predicted, us | measured / predicted |",
         "| --- | ---: | ---: | ---: | ---: |",

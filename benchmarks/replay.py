@@ -1,14 +1,14 @@
-"""Hands the times that were measured in turn over to pytest-benchmark, whose tables, JSON and comparisons then hold.
+"""Pass measured times to pytest-benchmark, for its tables, JSON and comparisons.
 
-pytest-benchmark runs one test after the other; the providers of a setting are timed alternately instead, for the
-machine's drift to touch all alike (timing.alternate). Each test then tells pytest-benchmark the times of its provider.
+pytest-benchmark runs one test after the other. The providers of a setting are timed alternately instead, so that drift
+of the machine affects all of them equally (timing.alternate). Each test then passes on its provider's times.
 """
 
 from collections.abc import Iterator
 
 
 class ReplayClock:
-    """A clock that stands still, but for the next recorded time between every other reading and the one after it."""
+    """A clock that advances by the next recorded time at every second reading, and stands still otherwise."""
 
     def __init__(self) -> None:
         self.now, self.running = 0.0, False
@@ -21,7 +21,7 @@ class ReplayClock:
         return self.now
 
     def replay(self, benchmark, milliseconds: list[float]) -> None:
-        """Let a `benchmark` fixture, whose timer this clock is, have these times."""
+        """Make a `benchmark` fixture that uses this clock as its timer measure these times."""
         self.seconds, self.running = (1e-3 * ms for ms in milliseconds), False
         benchmark.pedantic(lambda: None, rounds=len(milliseconds), iterations=1)
 

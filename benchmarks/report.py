@@ -1,6 +1,6 @@
-"""`python -m benchmarks.report`: report.md and pictures of every device, and the tables of docs/results.md, from CSV.
+"""`python -m benchmarks.report` makes every device's report.md and pictures, and docs/results.md's tables, from CSV.
 
-Exit codes: 0 done, 1 a file of results or the page is not as it must be, or with --check stale; 2 a wrong argument.
+Exit codes: 0 done, 1 a results file or the page is invalid, or with --check stale, 2 a wrong argument.
 """
 
 import io
@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def new_page(text: str, page: Path, folders: Sequence[Folder]) -> str:
-    """The page with what stands between `<!-- benchmarks: <folder> -->` and `<!-- /benchmarks -->` made anew.
+    """Return the page with new tables between `<!-- benchmarks: <folder> -->` and `<!-- /benchmarks -->`.
 
     Raises:
         ValueError: a marker has no counterpart, or names no folder of results.
@@ -52,16 +52,16 @@ def new_page(text: str, page: Path, folders: Sequence[Folder]) -> str:
 
 
 def texts(folders: Sequence[Folder], page: Path) -> dict[Path, str]:
-    """What every report and the page have to be."""
+    """Return the current text of each report and of the page."""
     pages = {folder.path / "report.md": report(folder, list(pictures(folder))) for folder in folders}
     return pages | {page: new_page(page.read_text(encoding="utf-8"), page, folders)}
 
 
 def stale(results: Path, page: Path) -> list[Path]:
-    """The files that are not what the CSV files give: texts that differ, pictures drawn from other rows or of none.
+    """Return the files that do not match the CSV files: other texts, and pictures of other rows or without rows.
 
     Raises:
-        ValueError: as `read_folders` and `new_page`.
+        ValueError: as in `read_folders` and `new_page`.
     """
     folders = read_folders(results)
     stale_files = [path for path, text in texts(folders, page).items() if _read(path) != text]
@@ -75,8 +75,9 @@ def stale(results: Path, page: Path) -> list[Path]:
 
 
 def write(results: Path, page: Path) -> list[Path]:
-    """Write reports, pictures and the page, all of them or, where one cannot be made, none; remove pictures of which
-    the data are gone. Returns what was written.
+    """Write reports, pictures and the page, and remove pictures without data. Return the written paths.
+
+    If one of them cannot be made, nothing is written.
     """
     folders = read_folders(results)
     contents = {path: text.encode() for path, text in texts(folders, page).items()}
@@ -104,7 +105,7 @@ def _read(path: Path) -> str | None:
 
 
 def _digest_in(path: Path) -> str | None:
-    """What `style.save` wrote; None where there is no picture, "" where it is none of ours."""
+    """Return the digest written by `style.save`; None if there is no picture, "" if it is not one of ours."""
     if not path.exists():
         return None
     try:
@@ -117,13 +118,13 @@ def _digest_in(path: Path) -> str | None:
 @app.command()
 def main(
     results: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder of the devices' folders.")
+        Path, typer.Option(exists=True, file_okay=False, help="Folder with a folder for each device.")
     ] = RESULTS,
     page: Annotated[
         Path,
-        typer.Option(exists=True, dir_okay=False, help="Its tables stand between <!-- benchmarks: … --> markers."),
+        typer.Option(exists=True, dir_okay=False, help="Page with tables between <!-- benchmarks: … --> markers."),
     ] = ROOT / "docs/results.md",
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; say which files are stale.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 and list stale files.")] = False,
 ) -> None:
     """Turn the CSV files of results into report.md and pictures, and refresh the page's tables."""
     try:

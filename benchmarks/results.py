@@ -1,4 +1,4 @@
-"""Rows of measurements: benchmarks/results/<device>/<benchmark>.csv, and the facts about the machine in each row."""
+"""Rows of measurements in benchmarks/results/<device>/<benchmark>.csv, and the machine's columns in each row."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def device_slug(device: torch.device) -> str:
-    """Return a folder name: nvidia-h100-80gb-hbm3, or amd-epyc-2-threads, since threads are part of what a CPU is."""
+    """Return a folder name, such as nvidia-h100-80gb-hbm3 or, as a CPU's results depend on it, amd-epyc-2-threads."""
     name = slug(device_name(device))
     return name if device.type == "cuda" else f"{name}-{torch.get_num_threads()}-threads"
 
@@ -33,7 +33,7 @@ def no_gpu() -> str | None:
 
 
 def machine_columns(device: torch.device) -> dict[str, str]:
-    """Return what a row says about where, with what and when it was measured."""
+    """Return the columns that say where, with what and when a row was measured."""
     return {
         "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else "",
@@ -48,28 +48,28 @@ def machine_columns(device: torch.device) -> dict[str, str]:
 
 def commit(root: Path = ROOT) -> str:
     """Return the commit of the checkout, with "-dirty" if files differ from it, or "unknown" outside git."""
-    # A copy without .git inside some other repository has not that repository's commit.
+    # A copy without .git inside another repository does not have that repository's commit.
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if not top or not head or Path(top).resolve() != root.resolve():
         return "unknown"
-    # The results are left out: those just written would make the next row of the same code dirty.
+    # Results are left out, because those just written would make the next row of the same code dirty.
     tree = ("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     changes = _output("git", "--no-optional-locks", "-C", str(root), *tree)
     return head if changes == "" else f"{head}-dirty"
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a file by their columns' names; raise OSError if it is not there."""
+    """Return the rows of a file as dicts by column; raise OSError if it does not exist."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a file, none if it is not there.
+    """Return the rows of a file; none if it does not exist.
 
     Raises:
-        ValueError: its columns are not `columns`, so new rows do not fit under them.
+        ValueError: its columns are not `columns`, so that new rows do not fit.
     """
     if not path.exists():
         return []
@@ -82,12 +82,12 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def replace_rows(path: Path, rows: Sequence[Mapping[str, str]], key: Sequence[str]) -> None:
-    """Put `rows` into a file, in the place of all that equal one of them in the columns `key`, or at the end.
+    """Replace a file's rows that equal one of `rows` in the columns `key`, and append the rest of `rows`.
 
-    The file is written whole or not at all. All rows have the same columns.
+    All rows must have the same columns. The file is written completely or not at all.
 
     Raises:
-        ValueError: the file that is there has other columns.
+        ValueError: the existing file has other columns.
     """
 
     def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def replace_rows(path: Path, rows: Sequence[Mapping[str, str]], key: Sequence[st
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write a file of `rows`, which have the same columns, whole or not at all."""
+    """Write a file of `rows`, which must have the same columns, completely or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -120,7 +120,7 @@ def _driver() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, without the newline; None if it is not there or fails."""
+    """Return a command's output without the last newline; None if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

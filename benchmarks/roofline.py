@@ -1,4 +1,4 @@
-"""roofline.png: networks and blocks under the measured roofs, the operation under the copy bandwidth, by precision."""
+"""roofline.png: networks and blocks under the measured roofs, and the operation under the copy bandwidth."""
 
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -17,7 +17,7 @@ NAMES = {"training_step": "training step", "inference": "inference", "block": "b
 
 
 def under_roofs(folder: Folder) -> dict[str, list[tuple[str, Measurement]]]:
-    """Level and row by precision, of those that multiply and whose precision has a measured matrix rate."""
+    """Return (level, row) by precision, for rows that multiply and whose precision has a measured matrix rate."""
     grouped: dict[str, list[tuple[str, Measurement]]] = {}
     for level in MARKERS:
         for row in folder.rows.get(level, []):
@@ -27,7 +27,7 @@ def under_roofs(folder: Folder) -> dict[str, list[tuple[str, Measurement]]]:
 
 
 def under_bandwidth(folder: Folder) -> dict[str, list[Measurement]]:
-    """Rows of the operation by precision, forward and backward if there are such."""
+    """Return the operation's rows by precision: forward and backward together if measured, else the first direction."""
     rows = [row for row in folder.rows.get("op", []) if row.mbytes and row.gb_per_s]
     both = [row for row in rows if row.direction == "both"]
     grouped: dict[str, list[Measurement]] = {}
@@ -37,7 +37,7 @@ def under_bandwidth(folder: Folder) -> dict[str, list[Measurement]]:
 
 
 def draw_roofline(file: BinaryIO, folder: Folder, digest: str) -> None:
-    """Write the PNG; `file` is open for writing in binary. The folder has limits."""
+    """Write the PNG to `file`, which is open in binary mode. The folder must have limits."""
     assert folder.limits is not None
     roofs, bands = under_roofs(folder), under_bandwidth(folder)
     lines = [line for line in (roofs, bands) if line]
@@ -57,7 +57,7 @@ def draw_roofline(file: BinaryIO, folder: Folder, digest: str) -> None:
 
 
 def _draw_roofs(axes: Axes, precision: str, rows: Sequence[tuple[str, Measurement]], limits: MeasuredLimits) -> None:
-    """GB/s x operations/byte = GFLOP/s."""
+    """Draw TFLOP/s over operations per byte; GB/s x operations/byte = GFLOP/s."""
     copy, matrix = limits.copy / 1e3, limits.matrix[precision]
     points = [(level, row, row.gflop / row.mbytes * 1e3, row.gflop / row.ms.p50) for level, row in rows]  # type: ignore[operator]
     around = [x for _, _, x, _ in points] + [matrix / copy]

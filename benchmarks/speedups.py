@@ -1,4 +1,4 @@
-"""speedups.png: bars on a logarithmic axis that begin at the baseline, to the right where a provider is faster."""
+"""speedups.png: bars on a logarithmic axis that start at the baseline and point right if a provider is faster."""
 
 import math
 import statistics
@@ -13,11 +13,11 @@ from benchmarks.tables import TITLES, operation_and_shape, providers_of
 
 BAR = 0.21  # inches, enough for a line of text
 HEADING = 0.85  # inches of a panel's title and axis
-LEFT_OUT = "convolution"  # of which the ways of cutting would each have a bar; report.md has the table
+LEFT_OUT = "convolution"  # each of its tilings would have a bar; report.md has the table
 
 
 class Bar(NamedTuple):
-    """A provider's speed-ups in a group of settings that differ in nothing but the tensors' shape."""
+    """A provider's speed-ups in a group of settings that differ only in the tensors' shape."""
 
     provider: str
     rows: Sequence[Measurement]
@@ -28,7 +28,7 @@ class Bar(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the whisker: the percentiles of a single setting, else the least and the most."""
+        """The ends of the whisker: the percentiles of a single setting, else the least and greatest median."""
         if len(self.rows) == 1:
             return self.rows[0].speedup.p20, self.rows[0].speedup.p80
         ratios = [row.speedup.p50 for row in self.rows]
@@ -36,19 +36,19 @@ class Bar(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A level in one precision and layout: bars by the label of their group."""
+    """A level in one precision and layout, with bars by the label of their group."""
 
     title: str
     groups: dict[str, list[Bar]]
 
     @property
     def height(self) -> float:
-        """In bars: half of one between groups."""
+        """The height in bars, with half a bar for each group."""
         return sum(map(len, self.groups.values())) + 0.5 * len(self.groups)
 
 
 def panels(folder: Folder) -> list[list[Panel]]:
-    """Lines of panels, every line of one level, with at most as many as there are precisions or layouts."""
+    """Return lines of panels. Each line shows one level, in its precisions or, if it has several, layouts."""
     lines = []
     for level, rows in folder.rows.items():
         if level == LEFT_OUT:
@@ -91,7 +91,7 @@ def _groups(level: str, rows: Sequence[Measurement]) -> dict[str, list[Bar]]:
 
 
 def draw_speedups(file: BinaryIO, folder: Folder, digest: str) -> None:
-    """Write the PNG; `file` is open for writing in binary."""
+    """Write the PNG to `file`, which is open in binary mode."""
     lines = panels(folder)
     n_columns = max(map(len, lines))
     heights = [BAR * max(panel.height for panel in line) for line in lines]
@@ -104,7 +104,7 @@ def draw_speedups(file: BinaryIO, folder: Folder, digest: str) -> None:
             _draw(axes, panel, max(panel.height for panel in line), (low, high))
         for axes in row_of_axes[len(line) :]:
             axes.set_axis_off()
-    caption = "Blocks and operations forward and backward, where the title says nothing else.\n"
+    caption = "Blocks and operations run forward and backward unless the title says otherwise.\n"
     caption += "Bars: medians. Lines: 20th to 80th percentile of the rounds"
     if any(len(bar.rows) > 1 for line in lines for panel in line for bars in panel.groups.values() for bar in bars):
         caption += ";\nwith dots: a dot for each shape of tensor, the bar their median"
@@ -141,7 +141,7 @@ def _draw(axes: Axes, panel: Panel, height: float, limits: tuple[float, float]) 
 
 
 def _ratios(low: float, high: float) -> list[float]:
-    """Ticks: 1, and on both sides of it others, each so far from the last that their labels have room."""
+    """Return the ticks: 1, and others on both sides, far enough apart for their labels."""
     if math.log(high / low) > math.log(2.2):
         ticks = round_numbers(low, high)
     else:

@@ -1,4 +1,4 @@
-"""What the pictures of the results have in common: colors, axes, and how they are drawn and saved."""
+"""Colors, axes and file format of the pictures of the results."""
 
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -37,12 +37,12 @@ DPI = 110
 
 
 def color_of(provider: str) -> str:
-    """The same in all pictures and, for providers unknown here, in all runs."""
+    """Return a provider's color, the same in all pictures and, for providers unknown here, in all runs."""
     return COLORS.get(provider) or OTHER_COLORS[sum(provider.encode()) % len(OTHER_COLORS)]
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    # Figure without pyplot: no global state, no window, and no backend to choose.
+    # Without pyplot there is no global state, no window, and no backend to choose.
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -50,26 +50,26 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def save(figure: Figure, file: BinaryIO, digest: str) -> None:
-    """Write a PNG that holds `digest` and no date or version: the same data give the same bytes."""
+    """Write a PNG that holds `digest` but no date or version, so that the same data give the same bytes."""
     figure.savefig(file, format="png", metadata={"Software": None, "Data": digest})
 
 
 def tidy(axes: Axes, grid: str) -> None:
-    """No box around, a pale grid along one axis or "both", behind what is drawn."""
+    """Remove the box, and draw a pale grid along one axis or "both" behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, which="major", **GRID)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
 
 
 def plain_ticks(axis: Axis, ticks: Sequence[float], unit: str = "") -> None:
-    """On a logarithmic axis: these numbers, written out."""
+    """Label a logarithmic axis at `ticks`, with plain numbers."""
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
     axis.set_minor_locator(NullLocator())
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """Some numbers like 1, 2, 5 or, where these are few, 0.8, 0.9, 1, from `low` to `high`, for a logarithmic axis."""
+    """Return numbers from `low` to `high` for a logarithmic axis, like 1, 2, 5 or, if these are few, 0.8, 0.9, 1."""
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [
             float(f"{step * 10.0**exponent:.6g}")

@@ -19,7 +19,7 @@ TITLES = {
     "convolution": "Convolution",
     "loader": "Loader, one epoch",
 }
-NETWORKS = {"training_step": "step", "inference": "pass"}  # what a run of them is called
+NETWORKS = {"training_step": "step", "inference": "pass"}  # names of a run
 DIRECTIONS = {"both": "forward and backward"}
 PICTURES = {
     "speedups": "Speed-up over the baseline, by level",
@@ -29,28 +29,28 @@ PICTURES = {
 }
 UNTUNED = "`eager` is PyTorch with default settings: fp32, NCHW"
 COLUMNS_MEAN = """\
-What the columns mean:
+The columns:
 
-- **ms**: time of a run, the median over the rounds (20th – 80th percentile).
-- **speed-up**: the baseline's time / this provider's in the same round, median (20th – 80th percentile): paired
-  round by round, so it is not the ratio of the two medians. Above 1 is faster than the baseline that is named.
-- **GB/s**: bytes / median time. The bytes are those of the fused two-pass design, in inference those of every layer's
-  input, weights and output, for every provider alike: one that moves more shows a lower bandwidth.
-- **% of floor**: the time of those bytes at the copy bandwidth plus that of the operations at the matrix rate, both
-  measured in the same run, / median time. More than 100 %: bytes stayed in a cache, or convolutions multiply faster
-  than the plain product of square matrices that was measured.
-- **peak MB**: the most memory allocated on the GPU during a run, weights and inputs of the provider's own included.
+- **ms**: median time of a run over the rounds (20th – 80th percentile).
+- **speed-up**: the baseline's time / this provider's time in the same round, median (20th – 80th percentile). Rounds
+  are paired, so it is not the ratio of the two medians. Above 1 is faster than the baseline.
+- **GB/s**: bytes / median time. For every provider the bytes are those of the fused two-pass design, in inference those
+  of each layer's input, weights and output. A provider that moves more shows a lower bandwidth.
+- **% of floor**: floor / median time. The floor is the time of those bytes at the copy bandwidth plus the time of the
+  operations at the matrix rate, both measured in the same run. The share exceeds 100 % if bytes stay in a cache, or if
+  convolutions multiply faster than the measured product of square matrices.
+- **peak MB**: the largest memory allocated on the GPU during a run, including the provider's own weights and inputs.
 - **images/s**: images / median time."""
 CONVOLUTIONS_MEAN = """\
-In the table the fastest way of cutting of ours, by the same rounds, beside cuDNN, wins and losses; all ways of cutting,
-with their spread, are below. TFLOP/s are the convolution's operations (2·9·C_in·C_out·N·H·W) / median time. "With
-statistics" and "with sums" cuDNN's time includes the pass of the batch norm that ours does not need; in "forward" ours
-computes the statistics nevertheless."""
+The table compares cuDNN with our fastest tiling in the same rounds, whether it wins or loses. All tilings, with their
+spread, are below. TFLOP/s are the convolution's operations (2·9·C_in·C_out·N·H·W) / median time. "With statistics" and
+"with sums" include, for cuDNN, the batch norm's pass that ours does not need. In "forward" ours also computes the
+statistics."""
 
 
 def report(folder: Folder, pictures: Iterable[str]) -> str:
-    """The text of report.md, with links to the pictures of these names."""
-    lines = [f"# {folder.title}", "", "Made from the CSV files beside it by `python -m benchmarks.report`.", ""]
+    """Return the text of report.md, with links to the pictures of these names."""
+    lines = [f"# {folder.title}", "", "Made from the CSV files in this folder by `python -m benchmarks.report`.", ""]
     lines += [*_about(folder), "", COLUMNS_MEAN]
     for picture in pictures:
         if picture != "categories":
@@ -82,7 +82,7 @@ def _direction(direction: str) -> str:
 def _about(folder: Folder) -> list[str]:
     lines = [f"- Measured on {folder.origins[0]}."] if len(folder.origins) == 1 else []
     if len(folder.origins) > 1:
-        lines = ["- Measured at different times; a number behind a provider says which:"]
+        lines = ["- Measured at different times; the number after a provider says which:"]
         lines += [f"  - <sup>{number}</sup> {origin}" for number, origin in enumerate(folder.origins, 1)]
     if folder.limits:
         rates = [f"{rate:.3g} TFLOP/s in {precision}" for precision, rate in folder.limits.matrix.items()]
@@ -95,13 +95,13 @@ def _about(folder: Folder) -> list[str]:
 
 
 def marks(origins: Sequence[Origin], rows: Sequence[Measurement]) -> str:
-    """Which of the listed origins these have, if several are listed."""
+    """Return the numbers of the rows' origins, if several origins are listed."""
     numbers = sorted({origins.index(row.origin) + 1 for row in rows}) if len(origins) > 1 else []
     return f"<sup>{', '.join(map(str, numbers))}</sup>" if numbers else ""
 
 
 def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]:
-    """Rows of one direction, precision and layout; a column without a value in any row is left out."""
+    """Return the table of one direction, precision and layout, without columns that are empty in all rows."""
 
     def provider(row: Measurement) -> str:
         return f"{row.provider}{marks(folder.origins, [row])}"
@@ -127,7 +127,7 @@ def _table(folder: Folder, level: str, rows: Sequence[Measurement]) -> list[str]
 
 
 def _convolutions(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
-    """A line for each setting: cuDNN, and the fastest way of cutting."""
+    """Return a table with a line for each setting: cuDNN, and our fastest tiling."""
     baseline = LEVELS["convolution"].baseline
     table = []
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -147,7 +147,7 @@ def _convolutions(origins: Sequence[Origin], rows: Sequence[Measurement]) -> lis
 
 
 def markdown(header: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, text to the left and figures to the right; empty columns are left out."""
+    """Return the lines of a table without empty columns, text to the left and figures to the right."""
     kept = [i for i in range(len(header)) if any(line[i] for line in table)]
     sides = ["---" if header[i] in ("case", "provider", "category") or i == 0 else "---:" for i in kept]
     lines = [[header[i] for i in kept], sides, *([line[i] for i in kept] for line in table)]
@@ -175,7 +175,7 @@ def _categories(folder: Folder) -> list[str]:
 
 
 def page_tables(folder: Folder, page: Path) -> str:
-    """What stands in the page between the device's markers.
+    """Return the page's text between the device's markers.
 
     Raises:
         ValueError: the folder has no rows that the page shows.
@@ -207,7 +207,7 @@ def page_tables(folder: Folder, page: Path) -> str:
 
 
 def _page_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:
-    """A line for each precision and provider, a column for each batch size."""
+    """Return a table with a line for each precision and provider, and a column for each batch size."""
     by_column = {(row.precision, row.provider, row.batch_size): row for row in rows}
     batch_sizes = sorted({row.batch_size for row in rows})
 
@@ -237,7 +237,7 @@ def _page_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measure
 
 
 def _page_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -> list[str]:
-    """A line for each operation and batch size, a column for each provider: over the stage shapes."""
+    """Return a table over the stage shapes, with a line for each operation and batch size and a column per provider."""
     providers = providers_of("op", rows)
 
     def cell(group: Sequence[Measurement], n_shapes: int) -> str:
@@ -265,19 +265,19 @@ def _page_operations(origins: Sequence[Origin], rows: Sequence[Measurement]) -> 
 
 
 def operation_and_shape(case: str) -> tuple[str, str]:
-    """ "BN+add+ReLU 64x32x32" in its two parts."""
+    """Return the two parts of a case such as "BN+add+ReLU 64x32x32"."""
     match = re.search(r"^(.*?) (\d+x\d+x\d+)(.*)$", case)
     return (match[1] + match[3], match[2]) if match else (case, "")
 
 
 def providers_of(level: str, rows: Iterable[Measurement]) -> list[str]:
-    """In the level's order, then those it does not know."""
+    """Return the rows' providers in the level's order, then those that it does not know."""
     measured = dict.fromkeys(row.provider for row in rows)
     return [name for name in dict.fromkeys(itertools.chain(LEVELS[level].providers, measured)) if name in measured]
 
 
 def significant(value: float) -> str:
-    """Three digits, and all of those before the point."""
+    """Return a number with three digits, or all of the digits before the point."""
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(value)))

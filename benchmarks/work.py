@@ -1,9 +1,9 @@
-"""What a run has to move and to multiply: the bytes and operations from which floors and bandwidths are computed.
+"""Bytes and operations of a run, from which floors and bandwidths are computed.
 
-In training, bytes are those of the fused two-pass design, kernels/README.md "Bytes moved per element", for every
-provider alike: a provider that moves more shows a lower bandwidth. They leave out the convolutions' own traffic, and
-partial sums and vectors (1 % at batch 512). In inference norms need no pass of their own, and bytes are the layers':
-see `inference_work`.
+In training, for every provider, bytes are those of the fused two-pass design (kernels/README.md, "Bytes moved per
+element"); a provider that moves more shows a lower bandwidth. They leave out the convolutions' own traffic, partial
+sums and vectors (1 % at batch 512). In inference norms need no pass of their own, and bytes are those of the layers
+(`inference_work`).
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Work(NamedTuple):
-    """Bytes that are moved, and floating-point operations of convolutions and the linear layer."""
+    """Bytes moved, and floating-point operations of convolutions and the linear layer."""
 
     bytes: float
     flops: float = 0.0
 
 
 class Role(NamedTuple):
-    """A fused operation's place in ResNet-18; every one ends in ReLU, in training mode."""
+    """A fused operation of ResNet-18 in training mode; each ends in ReLU."""
 
     name: str
     join: str
@@ -47,17 +47,17 @@ for stage in STAGES:
 
 
 def operation_bytes(join: str, fork: bool, direction: str, n_elements: int, item_size: int) -> float:
-    """Bytes of one fused operation that ends in ReLU, over a tensor of `n_elements`.
+    """Return the bytes of one fused operation that ends in ReLU, over a tensor of `n_elements`.
 
     Args:
         join: "none", "add" or "bn".
-        fork: whether y has two consumers; counts in the backward alone.
+        fork: whether y has two consumers, which matters only in the backward.
         direction: "forward", "backward" or "both".
-        n_elements: of x.
-        item_size: bytes of an element, 2 for bf16.
+        n_elements: number of elements of x.
+        item_size: bytes per element, 2 for bf16.
     """
     has_residual = join != "none"
-    # Tensors read and written, and ReLU bits (1/8 byte), once in each direction.
+    # Tensors read and written, and with a residual ReLU bits (1/8 byte), once in each direction.
     forward = 3 + has_residual + (join == "bn")
     backward = 5 + (has_residual or fork) + fork + 3 * (join == "bn")
     images = forward * (direction != "backward") + backward * (direction != "forward")
@@ -66,7 +66,7 @@ def operation_bytes(join: str, fork: bool, direction: str, n_elements: int, item
 
 
 def network_bytes(n_images: int, item_size: int) -> float:
-    """Bytes of all fused operations in a training step of ResNet-18 with the 3x3 stem on 32x32 images."""
+    """Return the bytes of all fused operations in a training step of ResNet-18 with the 3x3 stem on 32x32 images."""
     return sum(
         operation_bytes(role.join, role.fork, "both", n_images * n_channels * width * width, item_size)
         for role, n_channels, width in NETWORK
@@ -74,7 +74,7 @@ def network_bytes(n_images: int, item_size: int) -> float:
 
 
 def flops(make_model: Callable[[], nn.Module], input_shape: tuple[int, ...], input_needs_gradient: bool) -> float:
-    """Floating-point operations of a forward and backward pass (2 per multiply-add), counted on meta tensors."""
+    """Return the floating-point operations of a forward and backward pass (2 per multiply-add), from meta tensors."""
     with torch.device("meta"):
         model, x = make_model(), torch.empty(input_shape, requires_grad=input_needs_gradient)
     with FlopCounterMode(display=False) as counter:
@@ -84,13 +84,13 @@ def flops(make_model: Callable[[], nn.Module], input_shape: tuple[int, ...], inp
 
 
 def inference_work(make_model: Callable[[], nn.Module], n_images: int, item_size: int) -> Work:
-    """Bytes and operations of ResNet-18's forward pass, 3x3 stem, 32x32 images, in evaluation mode, layer by layer:
+    """Return bytes and operations of ResNet-18's forward pass, 3x3 stem, 32x32 images, in evaluation mode:
 
         bytes = item_size · (W + N · (Σ_layers (inputs + outputs) + Σ_joins outputs))
 
-    over convolutions, pooling and the linear layer, with W elements of weights. Each layer reads its input and its
-    weights once and writes its output once; norm, addition and ReLU happen before that output is written, for which a
-    block reads its shortcut (the joins). Norms' vectors are left out.
+    W is the number of weights; layers are convolutions, pooling and the linear layer. Each layer reads its input and
+    its weights once and writes its output once. Norm, addition and ReLU happen before the output is written; for the
+    addition a block also reads its shortcut (the joins). The norms' vectors are left out.
     """
     weights, activations = 0, 0
 

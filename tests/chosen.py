@@ -1,4 +1,4 @@
-"""Tables of choices for tests, a network of which they choose, and which kernels are launched meanwhile."""
+"""Tables of choices for tests, a network that uses them, and a record of the kernels that are launched."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The machine code of the batch norm's kernels with programmatic dependent launch and without, as JSON: a row a launch.
+"""The machine code of the batch norm's kernels with and without programmatic dependent launch, as JSON: a row a launch.
 
 Run without TRITON_INTERPRET.
 """

@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there. Run without TRITON_INTERPRET.
+"""Compiles the kernels for GPUs that need not exist here. Run without TRITON_INTERPRET.
 
 What is compiled is what ResNets launch: launches are recorded from the launching code on tensors of the meta device, so
 that the arguments' types, divisibility and block sizes are those of a real run.

@@ -1,4 +1,4 @@
-"""What the single-read kernels compile to, as JSON: case to registers, stack, and its accesses to global memory.
+"""What the single-read kernels compile to, as JSON: case to registers, stack and accesses to global memory.
 
 Run without TRITON_INTERPRET.
 """

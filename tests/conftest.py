@@ -1,4 +1,4 @@
-"""Where the tests run: on the GPU with compiled kernels if there is one, else on the CPU with interpreted kernels."""
+"""Run the tests on the GPU with compiled kernels if there is one, else on the CPU with interpreted kernels."""
 
 import os
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ if not torch.cuda.is_available():
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 else:
-    torch.backends.cudnn.allow_tf32 = False  # tolerances of fp32 are those of its roundings
+    torch.backends.cudnn.allow_tf32 = False  # fp32 tolerances allow only fp32's roundings
 
 # After the interpreter is chosen, before any test imports torchvision.
 from resnet_fast import functional  # noqa: E402
 
-# Interpreted kernels have no deadline, and the phase "explain" would trace each of their lines. Another profile is
-# chosen by --hypothesis-profile=long, and by -m gpu, for few kernels to compile.
+# Interpreted kernels need no deadline, and the phase "explain" would trace each of their lines. -m gpu selects the
+# profile "gpu", so that few kernels are compiled; --hypothesis-profile=long selects "long".
 PROFILE = {"deadline": None, "print_blob": True, "phases": tuple(phase for phase in Phase if phase != Phase.explain)}
 settings.register_profile("default", max_examples=20, derandomize=True, **PROFILE)
 settings.register_profile("gpu", max_examples=5, derandomize=True, **PROFILE)
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m gpu` imports the files that have such tests: others take time, and packages that a GPU's machine may lack."""
+    """With `-m gpu` ignore files without such tests: they take time, and packages that a GPU's machine may lack."""
     is_file = collection_path.suffix == ".py" and config.option.markexpr == "gpu"
     return True if is_file and "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
@@ -48,14 +48,14 @@ def device() -> torch.device:
 
 @pytest.fixture
 def on_aten(monkeypatch) -> None:
-    """Modules, which name no backend, run ATen's operators: interpreted kernels take a whole network minutes."""
+    """Make modules run ATen's operators, because interpreted kernels take minutes for a whole network."""
     monkeypatch.setattr(functional, "choose_backend", lambda x, requested=None: "aten")
     monkeypatch.setattr(functional, "_calls", {})
 
 
 @pytest.fixture(params=("triton", "aten"))
 def either_backend(request) -> str:
-    """Runs a test of modules, which name no backend, on both."""
+    """Run a test of modules, which do not choose a backend, on both backends."""
     if request.param == "aten":
         request.getfixturevalue("on_aten")
     return request.param
@@ -63,8 +63,10 @@ def either_backend(request) -> str:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A convolution's roundings depend on the number of threads, and with them on which side of ReLU's kink a value
-    lies; and where tensors are tiny, threads wait for each other longer than they compute.
+    """Use one thread.
+
+    A convolution's roundings depend on the number of threads, and with them the side of ReLU's kink on which a value
+    lies. With tiny tensors threads also wait for each other longer than they compute.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -74,7 +76,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty returns NaN (bytes: 255), so that an element that no kernel wrote shows."""
+    """Fill torch.empty with NaN (bytes: 255), so that an element that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

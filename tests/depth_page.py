@@ -1,4 +1,4 @@
-"""`python tests/depth_page.py [RUN]`: runs `resnet-fast study skip`, and shows what it found in docs/.
+"""`python tests/depth_page.py [RUN]`: runs `resnet-fast study skip`, and writes its results to docs/.
 
 Writes docs/skip.png, skip.csv, skip_gradients.csv and skip_config.json, and the tables of docs/depth.md.
 RUN is the folder of a study that has been run already, with the commit that is checked out.

@@ -1,4 +1,4 @@
-"""Kernels whose machine code has what test_machine_code.py looks for, as JSON. Run without TRITON_INTERPRET."""
+"""Kernels with the machine code that test_machine_code.py looks for, as JSON. Run without TRITON_INTERPRET."""
 
 import json
 

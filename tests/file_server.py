@@ -1,4 +1,4 @@
-"""A web server on this machine, whose answers a test chooses: whole, cut, slow, wrong, redirected."""
+"""A local web server whose answers a test chooses: complete, cut off, slow, wrong, redirected."""
 
 import threading
 import time

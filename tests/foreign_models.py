@@ -1,4 +1,4 @@
-"""Networks as other people write them: what `convert` and `load_checkpoint` meet."""
+"""Networks as other people write them, as input for `convert` and `load_checkpoint`."""
 
 import torch
 import torch.nn.functional as F

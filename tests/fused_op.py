@@ -1,4 +1,4 @@
-"""One fused operation, ours and as a user writes it, on the same random input: what the tests of the op share."""
+"""One fused operation, ours and as a user writes it, on the same random input; shared by the tests of the operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The guard: every launch runs on copies of its tensors that lie inside guard bytes, compiled and interpreted alike."""
+"""Runs every launch on copies of its tensors between guard bytes, for compiled and interpreted kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

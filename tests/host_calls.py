@@ -1,4 +1,4 @@
-"""What fused operations and a network do on the host, on the stub driver, as JSON."""
+"""Counts what fused operations and a network do on the host, on the stub driver; prints JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Image files of every kind: bytes, and the color that a network should see, mostly of one color all over."""
+"""Image files of every kind, mostly of one color, and the color that a network should see."""
 
 import io
 import struct

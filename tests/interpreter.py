@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter (3.6, 3.7) where it computes what no GPU computes, and watches the memory it touches."""
+"""Corrects Triton's interpreter (3.6, 3.7) where it differs from every GPU, and records the memory that it accesses."""
 
 import functools
 import inspect

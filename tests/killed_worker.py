@@ -1,4 +1,4 @@
-"""Kills runs by SIGKILL at random moments, and resumes each, for test_background.py.
+"""Kills runs by SIGKILL at random moments and resumes each, for test_background.py.
 
     python killed_worker.py FOLDER N_RUNS    # prints how many of them were killed in the middle of writing a file
 

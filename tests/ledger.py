@@ -1,4 +1,4 @@
-"""The ledger: which bytes of which argument every interpreted launch reads and writes."""
+"""The ledger: the bytes of each argument that every interpreted launch reads and writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

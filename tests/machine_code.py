@@ -1,4 +1,4 @@
-"""Reads off a compiled kernel what decides its speed: registers, stack, widths of accesses, the inner loop."""
+"""Reads a compiled kernel's registers, stack, access widths and inner loop, which decide its speed."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A GPU that is not there, with a table of choices in a folder of the test's own."""
+"""A made-up GPU, with a table of choices in a folder of the test."""
 
 from functools import cache
 from pathlib import Path

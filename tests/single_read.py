@@ -1,4 +1,4 @@
-"""What the tests of the single-read batch norm share: a table that names it, and which kernels a run launches."""
+"""Helpers for the tests of the single-read batch norm: a table that chooses it, and the kernels that a run launches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A small network in the place of a real one."""
+"""A small network that replaces a real one."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A plugin of pytest, `-p stub_plugin`: tests launch on the stub driver, and the kernels that they load are counted.
+"""A pytest plugin, `-p stub_plugin`: tests launch on the stub driver, and the kernels that they load are counted.
 
 Nothing is computed, so that assertions have to be left out: python -O, --assert=plain.
 """

@@ -1,4 +1,4 @@
-"""What the processes of the synchronized batch norm's tests do; `start` runs several and returns their results."""
+"""The processes of the synchronized batch norm's tests; `start` runs several and returns their results."""
 
 import os
 import pickle

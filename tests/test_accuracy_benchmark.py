@@ -1,4 +1,4 @@
-"""`python -m benchmarks.accuracy` trains what it says, keeps each row as it comes, and tells what the rows hold."""
+"""`python -m benchmarks.accuracy` trains what it says, writes each row when it is finished, and summarizes the rows."""
 
 import csv
 from pathlib import Path

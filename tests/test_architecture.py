@@ -1,4 +1,4 @@
-"""The house stands as drawn: imports point one way, kernels know no torch, the wheel holds what it must."""
+"""Imports point in one direction, kernels do not use torch, and the wheel holds the right files."""
 
 import ast
 import shutil

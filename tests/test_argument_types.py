@@ -1,4 +1,4 @@
-"""An argument of a wrong type is named in a line, whatever it is, and nothing else is raised."""
+"""An argument of a wrong type is named in one line, whatever its type, and no other exception is raised."""
 
 import decimal
 import enum

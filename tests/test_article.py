@@ -1,4 +1,4 @@
-"""The article's block and network compute what the same network does that is written in plain PyTorch."""
+"""The article's block and network compute the same as a network written in plain PyTorch."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""docs/article.md says what is so: its example runs, its figures are the network's, its commands are ours."""
+"""docs/article.md is true: its example runs, its figures are the network's, and its commands exist."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The kernel that augments has the bits of plain PyTorch, which are torchvision's transforms within their rounding."""
+"""The augmentation kernel is bit-identical to plain PyTorch, which matches torchvision's transforms within rounding."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The example of docs/augmentation.md runs, and its loss is the step's."""
+"""The example of docs/augmentation.md runs, and its loss equals that of the training step."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The moving average is its definition: of weights and buffers after each update, none of the initial ones."""
+"""The moving average follows its definition: weights and buffers after each update, without the initial ones."""
 
 import copy
 from collections.abc import Iterator

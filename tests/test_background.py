@@ -1,4 +1,4 @@
-"""An epoch's files are written beside the training of the next one, and nothing is lost by it."""
+"""An epoch's files are written during the training of the next epoch, and nothing is lost."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""A fused network counts its batches in one launch, and its counters are those of nn.BatchNorm2d, step by step."""
+"""A fused network counts its batches in one launch, with the same counters as nn.BatchNorm2d at every step."""
 
 import functools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Rows of measurements are whole or not there, and say on what and with what they were measured, without a path."""
+"""Rows of measurements are written completely or not at all, and name the machine and versions but no path."""
 
 import os
 import subprocess

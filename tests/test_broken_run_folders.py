@@ -1,4 +1,4 @@
-"""A config.json or a signed checkpoint with any other content gives one line, and nothing is written."""
+"""Any invalid config.json or signed checkpoint gives a one-line error, and nothing is written."""
 
 import json
 import os
@@ -181,7 +181,10 @@ def test_the_home_of_nobody_is_no_run(command: tuple[str, ...]):
 @pytest.mark.parametrize("command", ["eval"])
 @pytest.mark.parametrize(
     ("data_dir", "rule"),
-    [(NOBODYS, f"name a user who is known, got '{NOBODYS}'"), ("caf\udce9", "be a path in UTF-8, got 'caf\\udce9'")],
+    [
+        (NOBODYS, f"name an existing user after ~, got '{NOBODYS}'"),
+        ("caf\udce9", "be a path in UTF-8, got 'caf\\udce9'"),
+    ],
     ids=["home of nobody", "not UTF-8"],
 )
 def test_a_data_dir_that_is_no_path_is_named(command: str, data_dir: str, rule: str, broken: Path):

@@ -1,4 +1,4 @@
-"""A step under autocast whose weights are cast together has the bits of one where autocast casts them one by one."""
+"""A step under autocast that casts its weights together is bit-identical to one that casts them one by one."""
 
 import copy
 from collections import Counter

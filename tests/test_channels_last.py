@@ -1,4 +1,4 @@
-"""A network computes in channels_last from its first convolution on, whatever the layout of its input and weights."""
+"""A network computes in channels_last from its first convolution, whatever the layout of its input and weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md: its example runs and prints what stands below it; its error is the one that is raised."""
+"""docs/checkpoints.md: its example prints the text below it, and its error is the one that is raised."""
 
 import re
 import textwrap

@@ -1,4 +1,4 @@
-"""Two lists of names are told apart in a line, however long they are, by what differs."""
+"""`difference` describes in one line how two lists of names differ, however long they are."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tables of choices on the disk: read back as written, never broken, and whatever a file holds, training goes on."""
+"""Tables of choices on disk are read back as written and never broken; training continues whatever a file holds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The 6n+2 networks are those of the paper, and compute what a network of plain PyTorch layers does."""
+"""The 6n+2 networks are the paper's, and compute the same as a network of plain PyTorch layers."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Every setting of a run is an option of `resnet-fast train`, and arrives as it was given."""
+"""Every setting of a run is an option of `resnet-fast train`, and is passed on unchanged."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`resnet-fast train`: what it shows with and without a terminal, and how it fails."""
+"""`resnet-fast train`: its output with and without a terminal, and its failures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The commands take a network of every family: it trains, is loaded again, tested, exported and profiled.
+"""The commands accept a network of every family: it trains, is loaded again, tested, exported and profiled.
 
 Those of torchvision's family have tests of their own, command by command.
 """

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions compile to TMA copies and matrix instructions, without a stack, for GPUs that are not there."""
+"""The 3x3 convolutions compile to TMA copies and matrix instructions without a stack; no GPU is needed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""docs/kernels.csv is what the kernels compile to for every GPU family, and nothing in it is slow by construction.
+"""docs/kernels.csv is up to date for every GPU family, and no kernel in it is slow by construction.
 
 No GPU is needed. Most rows stand on their key, a hash of all that determines the machine code; the path most taken and
 a sample of the others are compiled afresh.

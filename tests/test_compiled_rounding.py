@@ -1,4 +1,4 @@
-"""mean, rstd and the running statistics come from divisions and square roots that are correctly rounded, as numpy's.
+"""mean, rstd and the running statistics use correctly rounded divisions and square roots, like numpy.
 
 NVIDIA GPUs have faster ones that are 2 ulp off, which `/`, tl.sqrt and tl.rsqrt of fp32 compile to. No GPU is needed.
 """

@@ -1,4 +1,4 @@
-"""What the convolutions compute for the batch norms around them is what those compute themselves, and no byte more."""
+"""Convolutions compute the same statistics and sums as the batch norms around them, and move no extra byte."""
 
 import pytest
 import torch

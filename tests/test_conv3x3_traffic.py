@@ -1,4 +1,4 @@
-"""Where convolutions compute its sums, a batch norm moves the bytes that kernels/README.md says."""
+"""If convolutions compute its sums, a batch norm moves the bytes stated in kernels/README.md."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A converted model computes what it computed: outputs, gradients, statistics, in training and in evaluation."""
+"""A converted model computes the same as before: outputs, gradients, statistics, in training and evaluation."""
 
 import copy
 from collections import Counter

@@ -1,4 +1,4 @@
-"""`resnet-fast convert` shows what becomes of a model, and that its results stay; or says what is wrong, in a line."""
+"""`resnet-fast convert` shows how a model changes and that its results stay the same, or a one-line error."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What makes the forward that was there run, step by step: hooks, changes to the model, arguments, torch.fx."""
+"""What makes a converted model run its original forward: hooks, changes to the model, arguments, torch.fx."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`convert` changes classes and nothing else; copies stay converted; `restore` gives back what was there."""
+"""`convert` changes classes and nothing else; copies stay converted; `restore` undoes it."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""docs/convert.md: its example runs and prints what stands below it."""
+"""docs/convert.md: its example runs and prints the text below it."""
 
 import pytest
 import torchvision

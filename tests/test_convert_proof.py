@@ -1,4 +1,4 @@
-"""What cannot be proven to stay the same is left alone, as a whole, and the report says why."""
+"""A forward that cannot be proven to stay the same is left unchanged as a whole, and the report says why."""
 
 import contextlib
 import copy

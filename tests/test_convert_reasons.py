@@ -1,4 +1,4 @@
-"""The reason beside a batch norm that is converted alone is true of the whole forward that runs it."""
+"""The reason given for a batch norm that is converted alone is true of the whole forward that runs it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which steps are one operation, and which batch norms are left: by structure, with the reason in the report."""
+"""Which steps become one operation, and which batch norms remain: by structure, with the reason in the report."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Crop, flip and normalization of a planned batch are torchvision's transforms, and depend on seed and epoch alone."""
+"""Crop, flip and normalization of a planned batch match torchvision's transforms, and depend only on seed and epoch."""
 
 from dataclasses import replace
 

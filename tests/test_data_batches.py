@@ -1,4 +1,4 @@
-"""Training batches are shuffled anew and cover the split; evaluation batches are in order and complete."""
+"""Training batches are shuffled in every epoch and cover the split; evaluation batches are in order and complete."""
 
 import pytest
 import torch

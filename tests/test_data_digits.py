@@ -1,4 +1,4 @@
-"""The digits: real scans, always the same split, no mirrored signs."""
+"""The digits: real scans, always the same split, no mirrored digits."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""A folder of images: what is read, and what is said about a folder that cannot be used."""
+"""A folder of images: what is read, and the errors of a folder that cannot be used."""
 
 import shutil
 from pathlib import Path

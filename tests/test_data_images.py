@@ -1,4 +1,4 @@
-"""An image file of any kind becomes the picture that it shows, for training and predict alike, or a one-line error."""
+"""An image file of any kind becomes the picture that it shows, in training and predict, or a one-line error."""
 
 import io
 import os
@@ -124,17 +124,20 @@ PNG = saved(picture(300, 300), "PNG")
 BOMB = PNG[:16] + struct.pack(">II", 30_000, 30_000) + PNG[24:]
 LZW = saved(picture(64, 64), "TIFF", compression="tiff_lzw")
 UNREADABLE = {
-    "text.png": (b"no image", "no image in a format that Pillow reads"),
+    "text.png": (b"no image", "not an image in a format that Pillow reads"),
     "empty.png": (b"", "the file is empty"),
     "cut.png": (PNG[: len(PNG) // 2], "truncated"),
     "cut.jpg": (saved(picture(), "JPEG")[:-200], "truncated"),
-    "bomb.png": (BOMB, "no image|decompression bomb"),
+    "bomb.png": (BOMB, "not an image|decompression bomb"),
     "damaged.tif": (LZW[:300] + bytes(500) + LZW[800:], "decoder error"),
-    "negative.tiff": (tiff(16, struct.pack("<h", -1) * 6, sample_format=2), "integers, not all of them in 0 … 65535"),
-    "deep.tiff": (saved(deep(70_000, np.int32), "TIFF"), "integers, not all of them in 0 … 65535"),
-    "float.tiff": (saved(deep(1.5, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1:"),
-    "nan.tiff": (saved(deep(np.nan, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1"),
-    "infinite.tiff": (saved(deep(np.inf, np.float32), "TIFF"), "floating-point numbers, not all of them in 0 … 1"),
+    "negative.tiff": (
+        tiff(16, struct.pack("<h", -1) * 6, sample_format=2),
+        "integer pixels must be in 0 … 65535, got ",
+    ),
+    "deep.tiff": (saved(deep(70_000, np.int32), "TIFF"), "integer pixels must be in 0 … 65535, got "),
+    "float.tiff": (saved(deep(1.5, np.float32), "TIFF"), "floating-point pixels must be in 0 … 1, got "),
+    "nan.tiff": (saved(deep(np.nan, np.float32), "TIFF"), "floating-point pixels must be in 0 … 1"),
+    "infinite.tiff": (saved(deep(np.inf, np.float32), "TIFF"), "floating-point pixels must be in 0 … 1"),
 }
 
 
@@ -164,12 +167,12 @@ def test_what_is_no_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     os.mkfifo("pipe.png")
     reasons = {
         "absent.png": "no such file",
-        "broken.png": "a link to a file that is not there",
+        "broken.png": "a broken link",
         "loop.png": "Too many levels of symbolic links",
         "folder.png": r"is a folder; name the images in it, such as FOLDER/\*\.png",
-        "pipe.png": "is no regular file",
-        "socket.png": "is no regular file",
-        os.devnull: "is no regular file",
+        "pipe.png": "is not a regular file",
+        "socket.png": "is not a regular file",
+        os.devnull: "is not a regular file",
     }
 
     def too_late(*args: object) -> None:

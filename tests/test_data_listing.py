@@ -1,4 +1,4 @@
-"""Folders as they are found: which files are images, what is left out, and what is said about it."""
+"""Folders as users have them: which files are images, which are left out, and the messages about them."""
 
 import os
 from pathlib import Path
@@ -83,8 +83,8 @@ def test_files_left_out_are_counted_and_named(root: Path):
     dataset = load_folder(root, 8)
     assert names(dataset.train) == names(dataset.test) == ORDINARY
     assert dataset.notes == (
-        "3 of 12 files left out, no images by their ending: train/cat/notes.txt; train/dog/x; test/dog/x.csv",
-        "1 of 12 files left out, in no class folder: test/beside.png",
+        "3 of 12 files left out, without an image's extension: train/cat/notes.txt; train/dog/x; test/dog/x.csv",
+        "1 of 12 files left out, not in a class folder: test/beside.png",
     )
 
 
@@ -104,7 +104,7 @@ def test_links_that_loop_end(target: str, root: Path):
 
 def test_a_link_to_itself_is_a_file_without_an_ending(root: Path):
     os.symlink("loop", root / "train" / "cat" / "loop")
-    assert load_folder(root, 8).notes == ("1 of 9 files left out, no images by their ending: train/cat/loop",)
+    assert load_folder(root, 8).notes == ("1 of 9 files left out, without an image's extension: train/cat/loop",)
 
 
 def test_many_links_to_one_folder_are_followed_once(root: Path):
@@ -167,7 +167,7 @@ def test_unreadable_images_may_be_skipped(workers: int, damaged: Path):
     dataset = load_folder(damaged, 8, workers, skip_unreadable=True)
     assert names(dataset.train) == names(dataset.test) == ORDINARY
     (note,) = dataset.notes
-    assert note.startswith("4 of 12 images left out, which cannot be read: train/cat/bad.png: no image in a format")
+    assert note.startswith("4 of 12 images left out, unreadable: train/cat/bad.png: not an image in a format")
     images, labels = next(dataset.train.batches(9))
     assert len(images) == 4 and labels.tolist() == [0, 0, 1, 1]
 
@@ -181,14 +181,14 @@ def test_skipping_changes_nothing_where_all_can_be_read(root: Path):
 def test_a_class_without_a_readable_image_is_named(root: Path):
     for i in range(2):
         (root / "test" / "dog" / f"{i}.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"no image can be read in dog/ of .*test: .*0\.png: no image in a format"):
+    with pytest.raises(DataError, match=r"no image can be read in dog/ of .*test: .*0\.png: not an image in a format"):
         load_folder(root, 8, skip_unreadable=True)
 
 
 CLASSES = {
-    "owl/": r"owl/ \(no file that is not hidden\)",
-    "owl/.DS_Store": r"owl/ \(no file that is not hidden\)",
-    "owl/notes.txt": r"owl/ \(of 1 files none with an image's ending\)",
+    "owl/": r"owl/ \(no visible files\)",
+    "owl/.DS_Store": r"owl/ \(no visible files\)",
+    "owl/notes.txt": r"owl/ \(1 files, none with an image's extension\)",
 }
 
 
@@ -220,7 +220,7 @@ def test_images_that_show_nothing_give_a_warning(root: Path):
     for path in root.glob("train/*/*.png"):
         Image.new("RGB", (8, 8), (7, int(path.stem) * 99, 7)).save(path)
     (note,) = load_folder(root, 8).notes
-    assert note.startswith("the training images hardly differ in red, blue: ")
+    assert note.startswith("the training images hardly vary in red, blue: ")
 
 
 @pytest.mark.parametrize("name", ["val", "Test"])
@@ -239,21 +239,21 @@ def test_the_folders_that_are_there_are_named(root: Path):
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_a_part_named_as_the_folder_points_above(name: str, root: Path):
-    with pytest.raises(DataError, match=f"the folder above has: --data-dir {root};"):
+    with pytest.raises(DataError, match=f"the folder above has it: use --data-dir {root};"):
         load_folder(root / name, 8)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below/further"])
 def test_a_file_is_called_a_file(name: str, tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=f"^{tmp_path}/file is a file, and a folder of data is needed there$"):
+    with pytest.raises(DataError, match=f"^{tmp_path}/file must be a folder of data, but is a file$"):
         load_folder(tmp_path / name, 8)
 
 
 def test_a_part_that_is_a_file_is_called_a_file(root: Path):
     (root / "test").rename(root / "other")
     (root / "test").touch()
-    with pytest.raises(DataError, match="/test is a file, and a folder"):
+    with pytest.raises(DataError, match="/test must be a folder of data, but is a file"):
         load_folder(root, 8)
 
 

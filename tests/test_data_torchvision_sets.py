@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and SVHN are taken whole or not at all, and missing ones are explained.
+"""CIFAR-10, CIFAR-100 and SVHN are read completely or not at all, and errors explain missing ones.
 
 Small files stand for the real ones, and torchvision is made to expect their checksums.
 """
@@ -147,7 +147,7 @@ def test_a_failed_download_leaves_nothing(answer: Answer, archive: Path, tmp_pat
 
 def test_a_cut_download_leaves_a_hidden_part_which_is_completed(archive: Path, tmp_path: Path, server: FileServer):
     server.answers[f"/{archive.name}"] = Answer(archive.read_bytes(), cut_after=100)
-    with pytest.raises(DataError, match="the 500 bytes that came are kept for the next attempt"):
+    with pytest.raises(DataError, match="the 500 bytes received are kept for the next attempt"):
         load_dataset("cifar10", tmp_path / "data")
     assert [path.name for path in (tmp_path / "data").iterdir()] == [f".{archive.name}.part"]
     serve(server, archive)
@@ -167,7 +167,7 @@ def test_two_processes_download_it_once(
         thread = threading.Thread(target=lambda: loaded.append(load_dataset("cifar10", tmp_path / "data")))
         thread.start()
         deadline = time.monotonic() + 10
-        while "waiting for another process that fills" not in capsys.readouterr().err:
+        while "waiting for another process that writes to" not in capsys.readouterr().err:
             assert thread.is_alive() and time.monotonic() < deadline
         with tarfile.open(archive) as tar:
             tar.extractall(tmp_path / "data", filter="data")
@@ -216,7 +216,7 @@ def test_a_damaged_folder_is_named_and_left_alone(change: str, archive: Path, tm
     load_dataset("cifar10", tmp_path / "data")
     file = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
     file.write_bytes(b"altered") if change == "altered" else file.unlink()
-    with pytest.raises(DataError, match="cifar-10-batches-py is not a whole CIFAR-10.*remove"):
+    with pytest.raises(DataError, match="cifar-10-batches-py is not a complete CIFAR-10.*remove"):
         load_dataset("cifar10", tmp_path / "data")
     assert (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_1").exists()
 
@@ -241,11 +241,15 @@ def test_a_damaged_folder_that_is_named_itself_is_explained(archive: Path, tmp_p
     load_dataset("cifar10", tmp_path / "data")
     folder = tmp_path / "data" / "cifar-10-batches-py"
     (folder / "batches.meta").unlink()
-    with pytest.raises(DataError, match=f"^{folder} is not a whole CIFAR-10.*remove"):
+    with pytest.raises(DataError, match=f"^{folder} is not a complete CIFAR-10.*remove"):
         load_dataset("cifar10", folder)
 
 
-NO_FOLDERS = {"file": "file is a file", "file/below": "file is a file", "broken/new": "broken is a link to nothing"}
+NO_FOLDERS = {
+    "file": "file must be a folder of data, but is a file",
+    "file/below": "file must be a folder of data, but is a file",
+    "broken/new": "broken must be a folder of data, but is a broken link",
+}
 
 
 @pytest.mark.parametrize(("name", "message"), NO_FOLDERS.items(), ids=NO_FOLDERS.keys())
@@ -254,7 +258,7 @@ def test_what_is_no_folder_is_called_so_and_nothing_is_fetched(
 ):
     (tmp_path / "file").touch()
     (tmp_path / "broken").symlink_to("nowhere")
-    with pytest.raises(DataError, match=f"^{tmp_path}/{message}, and a folder of data is needed there$"):
+    with pytest.raises(DataError, match=f"^{tmp_path}/{message}$"):
         load_dataset("cifar10", tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file"]
     assert server.requests == []

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: no kernel touches memory before the one before has ended; only where there is such."""
+"""Programmatic dependent launch: no kernel touches memory before the previous one has ended; used only if supported."""
 
 import json
 import os

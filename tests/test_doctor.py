@@ -1,4 +1,4 @@
-"""`resnet-fast doctor` says what runs here and why, and advises where something is missing."""
+"""`resnet-fast doctor` says what runs on this machine and why, and gives advice if something is missing."""
 
 import re
 import sys

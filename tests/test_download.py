@@ -1,4 +1,4 @@
-"""A download gives the whole file under its name or none, from servers that are slow, cut, lie and redirect."""
+"""A download yields the complete file or none, from servers that are slow, interrupt, send wrong bytes or redirect."""
 
 import hashlib
 import random
@@ -65,7 +65,7 @@ def test_a_server_that_ignores_ranges_sends_all_of_it_again(server: FileServer, 
 
 
 def test_one_that_ignores_ranges_and_is_cut_is_not_asked_for_ever(server: FileServer, tmp_path: Path):
-    with pytest.raises(DownloadError, match="ends after 20,000 of 50,000 bytes; the 20,000 bytes that came are kept"):
+    with pytest.raises(DownloadError, match="ends after 20,000 of 50,000 bytes; the 20,000 bytes received are kept"):
         fetch(server, tmp_path, a=Answer(CONTENT, ranges=False, cut_after=20_000))
     assert len(server.requests) == 2
 
@@ -127,7 +127,7 @@ REFUSALS = {
     "short": (Answer(CONTENT[:-1]), f"sends another file: its MD5 is not {MD5}"),
     "empty": (Answer(b""), f"sends another file: its MD5 is not {MD5}"),
     "404": (Answer(status=404), "HTTP Error 404: Not Found"),
-    "web page": (Answer(b"<html>Log in", content_type="text/html"), "sends a web page in place of the file"),
+    "web page": (Answer(b"<html>Log in", content_type="text/html"), "sends a web page instead of the file"),
     "circle": (Answer(status=302, location="/a"), "HTTP Error 302: .* infinite loop"),
     "to a file": (Answer(status=302, location="file:///etc/hostname"), "HTTP Error 302: .*file:///etc/hostname"),
     "to no URL": (Answer(status=302, location="http://[::"), "Invalid"),
@@ -162,7 +162,7 @@ def test_the_error_has_every_server_with_its_reason(server: FileServer, tmp_path
 
 
 def test_the_next_call_goes_on_where_the_last_one_failed(server: FileServer, tmp_path: Path):
-    with pytest.raises(DownloadError, match="; the 5,000 bytes that came are kept for the next attempt$"):
+    with pytest.raises(DownloadError, match="; the 5,000 bytes received are kept for the next attempt$"):
         fetch(server, tmp_path, a=Answer(CONTENT, cut_after=1000))
     assert [path.name for path in tmp_path.iterdir()] == [f".{NAME}.part"]
     fetch(server, tmp_path, a=Answer(CONTENT))

@@ -1,4 +1,4 @@
-"""A plan is a function of seed and epoch alone, each part of it by itself, and processes share what it says."""
+"""A plan depends only on seed and epoch, its parts are independent, and processes share it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Bad input raises at the call, naming the rule and the value; the exception is torch's where torch has one."""
+"""Bad input raises at the call, naming the rule and the value; the exception is torch's if torch raises one."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""`resnet-fast eval` reports what the training reported, to the bit, and writes it down."""
+"""`resnet-fast eval` reports the same values as the training, to the bit, and writes them to a file."""
 
 import csv
 import re

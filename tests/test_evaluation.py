@@ -1,4 +1,4 @@
-"""What is counted of a network's answers is right, and the pictures show it."""
+"""Metrics of a network's predictions are right, and the pictures show them."""
 
 import io
 from pathlib import Path

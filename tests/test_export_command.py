@@ -1,4 +1,4 @@
-"""`resnet-fast export` writes programs that compute what the network does, or nothing."""
+"""`resnet-fast export` writes programs that compute the same as the network, or nothing."""
 
 import json
 import sys

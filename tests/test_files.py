@@ -1,4 +1,4 @@
-"""Files are written under a name that nobody can foresee, and an error names the file that was to be written."""
+"""Files are written under an unpredictable name, and an error names the file that should have been written."""
 
 import errno
 import os

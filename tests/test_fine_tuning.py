@@ -1,4 +1,4 @@
-"""Fine-tuning: frozen stages keep every value, the body moves by its own rate, and the rest is the same run."""
+"""Fine-tuning: frozen stages keep every value, the body has its own learning rate, and the rest is unchanged."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What benchmarks/first_predictions.py times is right against fp64; what is wrong is not timed."""
+"""benchmarks/first_predictions.py times only cases whose results are right against fp64."""
 
 import pytest
 import torch

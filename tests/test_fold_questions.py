@@ -1,4 +1,4 @@
-"""Forwards that ask how they are run, or check their input, are folded as eager runs them; the checks stay."""
+"""Forwards that query their mode or check their input are folded as eager runs them; the checks remain."""
 
 import pickle
 

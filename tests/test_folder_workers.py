@@ -1,4 +1,4 @@
-"""The processes that read a folder stay from epoch to epoch, change no image and no bit, and end with the run."""
+"""Workers that read a folder persist between epochs, do not change a bit of any image, and end with the run."""
 
 import copy
 import gc

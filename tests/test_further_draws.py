@@ -1,4 +1,4 @@
-"""Erased rectangles, operations and mixtures are drawn as torchvision draws them, each part by itself."""
+"""Erased rectangles, operations and mixtures are drawn as in torchvision, each part independently."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`make gpu` runs every stage within its time, whatever becomes of the others, and says what came out."""
+"""`make gpu` runs every stage within its time, even if others fail, and reports the results."""
 
 import csv
 import os

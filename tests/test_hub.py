@@ -1,4 +1,4 @@
-"""A network goes to the Hugging Face Hub and back through huggingface_hub's mixin; nothing here uses the network."""
+"""A network is saved for and loaded from the Hugging Face Hub by huggingface_hub's mixin, without network access."""
 
 import json
 import shutil

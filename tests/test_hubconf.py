@@ -1,4 +1,4 @@
-"""torch.hub finds every network by its name, in a checkout and in what it makes of GitHub's archive."""
+"""torch.hub finds every network by its name, in a checkout and in an archive like GitHub's."""
 
 import os
 import runpy

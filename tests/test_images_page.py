@@ -1,4 +1,4 @@
-"""docs/images.md: its example prints what stands below it, and its commands run on the folder that it makes."""
+"""docs/images.md: its example prints the text below it, and its commands run on the folder that it makes."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""A checkpoint alone gives the network back."""
+"""A checkpoint alone suffices to restore the network."""
 
 from pathlib import Path
 

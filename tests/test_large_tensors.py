@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: every offset is exact, on virtual memory and, where there is enough, for real."""
+"""Tensors of more than 2^31 elements: every offset is exact, on virtual memory and, if it suffices, on real memory."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""A file's names are matched with the model's, whatever the wrapping, the prefixes, and the words of either side."""
+"""A file's names are matched to the model's, despite wrappers, prefixes and different words."""
 
 from pathlib import Path
 

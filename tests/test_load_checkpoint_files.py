@@ -1,4 +1,4 @@
-"""A file that is no whole file of weights is refused in one line, its name and the reason; no code in it runs."""
+"""A file that is not a complete file of weights gives a one-line error with name and reason; no code in it runs."""
 
 import io
 import pickle

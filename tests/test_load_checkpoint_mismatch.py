@@ -1,4 +1,4 @@
-"""A file that does not fit is not loaded, not a value of it; the error lists the differences and names known causes."""
+"""A file that does not fit is not loaded, not even partly; the error lists differences and names known causes."""
 
 import pickle
 import re

@@ -1,4 +1,4 @@
-"""Whole networks of torchvision and timm and ours compute the same after loading."""
+"""Whole networks of torchvision, timm and this project compute the same after loading."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Networks that others write in other words, and that compute the same, are loaded by renaming, in both directions."""
+"""Networks with other names that compute the same are loaded by renaming, in both directions."""
 
 import re
 from pathlib import Path

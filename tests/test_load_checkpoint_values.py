@@ -1,4 +1,4 @@
-"""Values become the model's: in its types, in its memory format, on its device; what is doubtful about them is said."""
+"""Values get the model's types, memory format and device; doubtful values are reported."""
 
 from pathlib import Path
 

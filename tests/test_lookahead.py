@@ -1,4 +1,4 @@
-"""Lookahead is airbench's: every fifth step the slow weights take a share of the fast ones, which become the slow."""
+"""Lookahead is airbench's: every fifth step the slow weights move toward the fast ones, which are then set to them."""
 
 from dataclasses import replace
 

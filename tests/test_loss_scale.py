@@ -1,4 +1,4 @@
-"""fp16's loss scale is torch.amp.GradScaler's, number by number; a skipped step changes what is documented, no more."""
+"""fp16's loss scale equals torch.amp.GradScaler's at each step; a skipped step changes only what is documented."""
 
 import copy
 import csv

@@ -1,4 +1,4 @@
-"""machine_code.py sees stack, narrow accesses, loops and matrix instructions in kernels that have them."""
+"""machine_code.py detects stack, narrow accesses, loops and matrix instructions in kernels that have them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Muon computes what torch.optim.Muon does on flattened weights, batched by shape; the rest is SGD."""
+"""Muon computes the same as torch.optim.Muon on flattened weights, batched by shape; other parameters use SGD."""
 
 import copy
 from dataclasses import replace

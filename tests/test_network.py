@@ -1,4 +1,4 @@
-"""The network of a run starts as its recipe says, and is the same whatever computes it."""
+"""The network of a run starts as its recipe says, and is the same for every backend."""
 
 from dataclasses import replace
 from pathlib import Path

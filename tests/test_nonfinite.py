@@ -1,4 +1,4 @@
-"""NaN and infinity in the inputs come out exactly where they do in eager PyTorch on a CPU, and nowhere else.
+"""NaN and infinity in the inputs reach the same outputs as in eager PyTorch on a CPU, and no others.
 
 Every channel holds one kind of poison at one place and every third channel none: channels do not mix. The reference is
 eager on the CPU on every device, since its CUDA kernels differ from it (Welford makes the mean of infinities NaN).

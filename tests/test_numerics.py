@@ -1,4 +1,4 @@
-"""Ours is never worse than twice eager's error, and better where eager's formula cancels or overflows.
+"""Our error is never more than twice eager's, and smaller where eager's formula cancels or overflows.
 
 From |mean| = 0 to 1e5 std, from 2 rows to 2^20, and in named corners. numerics.py says what is measured and in which
 units, docs/numerics.md shows the figures.

@@ -1,4 +1,4 @@
-"""docs/options.md is made of what stands at the fields: `python tests/test_options_page.py` writes it anew."""
+"""docs/options.md is made from the documentation of the fields: `python tests/test_options_page.py` rewrites it."""
 
 import re
 

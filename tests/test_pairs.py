@@ -1,4 +1,4 @@
-"""A network with pairs of batch norm and convolution computes the same, and launches what its table says."""
+"""A network with pairs of batch norm and convolution computes the same, and launches the kernels of its table."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Statistics in parts: constant channels are exact and outliers cost no digits, whatever the splits, whoever merges."""
+"""Partial statistics: constant channels are exact and outliers cost no digits, for any splits and order of merging."""
 
 import statistics
 

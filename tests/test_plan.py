@@ -1,4 +1,4 @@
-"""A plan's repetitions compute what the launches do that it was recorded from, to the bit, or leave them to Triton."""
+"""A plan repeats its recorded launches bit for bit, or leaves them to Triton."""
 
 import ctypes
 import weakref

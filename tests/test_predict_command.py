@@ -1,4 +1,4 @@
-"""`resnet-fast predict` says what is on any image, and names each file that it cannot read."""
+"""`resnet-fast predict` classifies any image, and names each file that it cannot read."""
 
 import os
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read_are_named_after_which_the_others_are_done(tra
     assert result.exit_code == 1
     assert result.stdout.count("\n") == 8 and "good.png" in result.stdout and "last.png" in result.stdout
     assert result.stderr.splitlines() == [
-        "resnet-fast: error: text.png: no image in a format that Pillow reads",
+        "resnet-fast: error: text.png: not an image in a format that Pillow reads",
         "resnet-fast: error: absent.png: no such file",
         "resnet-fast: error: folder: is a folder; name the images in it, such as FOLDER/*.png",
         "resnet-fast: 3 of 5 images could not be read",

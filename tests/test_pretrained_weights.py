@@ -1,4 +1,4 @@
-"""`resnet18(weights=…)` takes torchvision's weights by member or name, and says in words what they do not go with."""
+"""`resnet18(weights=…)` accepts torchvision's weights by member or name, and explains incompatible arguments."""
 
 import pytest
 import torch

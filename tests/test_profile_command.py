@@ -1,4 +1,4 @@
-"""`resnet-fast profile`: what is wrong or interpreted is refused, and what is shown and written is whole."""
+"""`resnet-fast profile` refuses wrong or interpreted kernels, and shows and writes complete results."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Whatever the shape, layout, type, join, mode and values, ours is eager PyTorch within the error budget.
+"""For any shape, layout, type, join, mode and values, ours is eager PyTorch within the error budget.
 
 20 examples, the same ones every time; `--hypothesis-profile=long` looks at 20,000 others. A counter-example becomes
 one of the cases of test_fused_op_parity.py.

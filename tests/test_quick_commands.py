@@ -1,4 +1,4 @@
-"""Help and refusals answer at once: they import neither torch nor anything else that takes long."""
+"""Help and usage errors appear at once, because they import neither torch nor other slow modules."""
 
 import json
 import os

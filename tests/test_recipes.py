@@ -1,4 +1,4 @@
-"""Every recipe says everything, and everything that a recipe may say is checked."""
+"""Every recipe sets every field, and every field of a recipe is checked."""
 
 import math
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""Every network is found by its name, with the stems that it has, and so is the plain one to compare it with."""
+"""Every network is found by its name, with its stems, and so is the plain network to compare it with."""
 
 import inspect
 from functools import partial

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report` shows what the CSV files hold, the same every time; what is committed is fresh."""
+"""`python -m benchmarks.report` shows the CSV files, always in the same way; the committed reports are up to date."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Two runs give the same bits: no atomics, every sum in a fixed order."""
+"""Two runs are bit-identical: no atomics, and every sum in a fixed order."""
 
 from functools import partial
 

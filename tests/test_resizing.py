@@ -1,4 +1,4 @@
-"""Progressive resizing: which step has which size, how images are reduced, and whose statistics remain."""
+"""Progressive resizing: the image size of each step, how images are reduced, and whose statistics remain."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The second pass from the last tile to the first computes the same bits, and runs where the table names it."""
+"""The second pass from the last tile to the first is bit-identical, and runs if the table names it."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The self-check of `resnet-fast doctor` passes what is right, and names what is wrong."""
+"""The self-check of `resnet-fast doctor` passes correct kernels, and names wrong ones."""
 
 import re
 

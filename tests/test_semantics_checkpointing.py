@@ -1,4 +1,4 @@
-"""Under torch.utils.checkpoint, which runs the forward twice, statistics and gradients are torch's."""
+"""With torch.utils.checkpoint, which runs the forward twice, statistics and gradients equal torch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A copied, pickled or reloaded module is the module; state dicts go both ways with nn.BatchNorm2d, old ones too."""
+"""A copied, pickled or reloaded module is equal; state dicts, old ones too, go to and from nn.BatchNorm2d."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""momentum and eps that F.batch_norm takes are taken, however odd, with its results."""
+"""Every momentum and eps that F.batch_norm accepts is accepted, with the same results."""
 
 import math
 

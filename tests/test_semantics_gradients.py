@@ -1,4 +1,4 @@
-"""Who wants a gradient gets eager's, who wants none gets none, whatever the others want; and so in every grad mode."""
+"""Each input gets eager's gradient if it requires one, else none, whatever the others require, in every grad mode."""
 
 import pytest
 import torch

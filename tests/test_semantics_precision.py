@@ -1,4 +1,4 @@
-"""model.half(), model.bfloat16() and low-precision data beside fp32 parameters give the types that torch gives."""
+"""model.half(), model.bfloat16() and low-precision data with fp32 parameters give the same types as torch."""
 
 import pytest
 import torch

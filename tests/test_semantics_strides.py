@@ -1,4 +1,4 @@
-"""Whatever the strides of an input, a vector or a gradient, the result is F.batch_norm's, in F.batch_norm's layout."""
+"""For any strides of an input, vector or gradient, result and layout are F.batch_norm's."""
 
 import pytest
 import torch

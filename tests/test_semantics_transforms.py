@@ -1,4 +1,4 @@
-"""functional_call, parametrizations and hooks find in our modules what they find in torch's."""
+"""functional_call, parametrizations and hooks work on our modules as on torch's."""
 
 import pytest
 import torch

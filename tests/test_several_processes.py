@@ -1,4 +1,4 @@
-"""Several processes train as one does on their joint batch, leave one set of files and messages, and end together."""
+"""Several processes train as one does on their joint batch, write one set of files and messages, and end together."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""The batch norm that reads every image once has the results of PyTorch, and goes with the two-pass kernels."""
+"""The batch norm that reads every image once has PyTorch's results, and can be combined with the two-pass kernels."""
 
 import functools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The barrier lets a launch pass as a whole alone, is ready again behind it, and never serves two launches at once."""
+"""The barrier releases only a complete launch, is ready again afterwards, and never serves two launches at once."""
 
 import weakref
 from unittest import mock

@@ -1,4 +1,4 @@
-"""The README is short and runs; the documentation builds strictly, has every public name, and says things once."""
+"""The README is short and runs; the documentation builds strictly, has every public name, and repeats nothing."""
 
 import re
 import subprocess

@@ -43,10 +43,8 @@ def train(data: Path, out: Path, *options: object):
 
 
 REFUSED = "error: 2 of 21 images cannot be read (--skip-unreadable leaves them out): "
-SKIPPED = (
-    "note: 2 of 21 images left out, which cannot be read: train/ape/0.png: no image in a format that Pillow reads; "
-)
-LEFT_OUT = "note: 1 of 22 files left out, in no class folder: test/notes.txt"
+SKIPPED = "note: 2 of 21 images left out, unreadable: train/ape/0.png: not an image in a format that Pillow reads; "
+LEFT_OUT = "note: 1 of 22 files left out, not in a class folder: test/notes.txt"
 
 
 def test_without_it_nothing_is_trained(data: Path, tmp_path: Path):
@@ -81,4 +79,4 @@ def test_a_data_dir_that_is_a_file_is_called_a_file(command: str, whole: Path, t
     file.touch()
     result = train(file, tmp_path / "new") if command == "train" else invoke(command, whole, "--data-dir", file)
     assert result.exit_code == 1
-    assert result.stderr == f"resnet-fast: error: {file} is a file, and a folder of data is needed there\n"
+    assert result.stderr == f"resnet-fast: error: {file} must be a folder of data, but is a file\n"

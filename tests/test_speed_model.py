@@ -1,4 +1,4 @@
-"""The speed model: kernels whose time is known by hand, and no kernel that is slower than the committed table says."""
+"""The speed model: kernels with known times, and no kernel that is slower than the committed table."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Eager's and torch.compile's kernels in the speed model: which they are, how many, and what they have to move."""
+"""Eager's and torch.compile's kernels in the speed model: names, number, and bytes."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What a network is made of is looked at once, and a change after the first call is seen as in one never called."""
+"""A network's structure is analyzed once, and a change after the first call has the same effect as one before it."""
 
 import copy
 import gc

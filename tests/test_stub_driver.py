@@ -1,4 +1,4 @@
-"""No launch of a training step would be refused by a driver, and plans launch what Triton does.
+"""No driver would refuse a launch of a training step, and plans launch the same as Triton.
 
 On the stub driver (benchmarks/stub_driver/), which checks shared memory, registers, threads, grids, pointers and tensor
 maps by the GPU's limits, and executes nothing. Each in a process of its own, where nothing is interpreted.

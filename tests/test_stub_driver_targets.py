@@ -1,4 +1,4 @@
-"""No launch of a training step would be refused on any GPU of docs/kernels.md from compute capability 7.0 on.
+"""No GPU of docs/kernels.md from compute capability 7.0 would refuse a launch of a training step.
 
 A file of its own, which another process may run beside test_stub_driver.py: compiling takes minutes.
 """

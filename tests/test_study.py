@@ -1,4 +1,4 @@
-"""`resnet-fast study skip`: what it measures, writes, draws and says is one and the same."""
+"""`resnet-fast study skip` measures, writes, draws and reports the same results."""
 
 import copy
 import json

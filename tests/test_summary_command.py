@@ -1,4 +1,4 @@
-"""`resnet-fast summary` prints the layer table of a network in 80 columns, and totals that say what they count."""
+"""`resnet-fast summary` prints a network's layer table in 80 columns, and totals that say what they count."""
 
 import re
 

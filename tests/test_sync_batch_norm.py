@@ -1,4 +1,4 @@
-"""FusedSyncBatchNorm2d: several processes compute what one computes on their joint batch."""
+"""FusedSyncBatchNorm2d: several processes compute the same as one on their joint batch."""
 
 import copy
 import functools

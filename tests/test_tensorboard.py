@@ -1,4 +1,4 @@
-"""TensorBoard shows every epoch of a run once, whatever stopped it, and the settings."""
+"""TensorBoard shows every epoch of a run once, even after interruptions, and the settings."""
 
 import importlib.util
 import itertools

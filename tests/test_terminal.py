@@ -1,4 +1,4 @@
-"""No escape code in a name, a path or a file's strings reaches the terminal, from whichever command."""
+"""No escape code in a name, path or file reaches the terminal, from any command."""
 
 import io
 import shutil

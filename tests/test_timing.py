@@ -1,4 +1,4 @@
-"""Launches are hidden behind a spin as long as they need; a callable whose launches cannot be costs the others nothing.
+"""Launches are hidden behind a long enough spin; a callable whose launches cannot be hidden does not stop the others.
 
 On a pretended GPU, whose clock and the host's are numbers.
 """

@@ -1,4 +1,4 @@
-"""docs/tools.md: tools do to a network what they do to torchvision's, or fail where the page says so."""
+"""docs/tools.md: tools work on a network as on torchvision's, or fail as the page says."""
 
 import copy
 import io

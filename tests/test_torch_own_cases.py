@@ -1,4 +1,4 @@
-"""Whatever torch tests its own batch norm with (torch.testing._internal), ours answers as torch does.
+"""On torch's own tests of its batch norm (torch.testing._internal), ours behaves like torch's.
 
 The samples are those of the installed torch: OpInfo for the function, ModuleInfo for the module. Outputs, gradients,
 running statistics and errors, on both backends.

@@ -1,4 +1,4 @@
-"""Every kernel moves the bytes that kernels/README.md says, and a training step of ResNet-18 their sum."""
+"""Every kernel moves the bytes stated in kernels/README.md, and a training step of ResNet-18 their sum."""
 
 import functools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Settings are checked when a config is made, before anything is written, and come out resolved."""
+"""Settings are checked when a config is made, before anything is written, and are resolved."""
 
 import json
 import re

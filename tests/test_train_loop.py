@@ -1,4 +1,4 @@
-"""The loop does what a plain one does, leaves no mode behind, and gives the same result twice."""
+"""The loop computes the same as a plain one, restores every mode, and gives the same result twice."""
 
 import csv
 from collections.abc import Iterator, Sequence

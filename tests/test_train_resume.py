@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment goes on to the bits of a run that was not; what cannot be used is refused."""
+"""A run stopped at any moment resumes to the bits of an uninterrupted run; unusable files are refused."""
 
 import os
 import random

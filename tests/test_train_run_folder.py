@@ -1,4 +1,4 @@
-"""Files of a run appear whole or not at all, nothing is overwritten, and they say what they should."""
+"""Files of a run are complete or absent, never overwritten, and have the documented content."""
 
 import csv
 import io

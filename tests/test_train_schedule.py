@@ -1,4 +1,4 @@
-"""A schedule goes up and down over exactly the steps that are run."""
+"""A schedule rises and falls over exactly the steps that run."""
 
 import pytest
 import torch

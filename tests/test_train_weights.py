@@ -1,4 +1,4 @@
-"""A run that starts from weights has all of them, is a run like any other, and refuses a bad file before it writes.
+"""A run from weights loads all of them, otherwise runs like any other, and refuses a bad file before it writes.
 
 The network is that of tiny_run.py, its data have 3 classes.
 """

@@ -1,4 +1,4 @@
-"""Each operation of TrivialAugment, at each strength, is torchvision's, and a batch may hold all of them."""
+"""Each operation of TrivialAugment matches torchvision's at each strength, also mixed in one batch."""
 
 from unittest import mock
 

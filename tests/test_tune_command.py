@@ -1,4 +1,4 @@
-"""`resnet-fast tune`: refuses where there is nothing to choose, never chooses what is wrong, keeps what it measured.
+"""`resnet-fast tune` refuses if there is nothing to choose, never chooses a wrong kernel, and keeps its measurements.
 
 Candidates and clock are made up, but for the last tests, which run the real candidates of a batch norm and of the
 convolutions, interpreted, against their exact results.

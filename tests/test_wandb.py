@@ -1,4 +1,4 @@
-"""Weights & Biases gets every epoch and the settings, without a network, and leaves the run's bits alone."""
+"""Weights & Biases gets every epoch and the settings, without network access, and does not change the run's bits."""
 
 import importlib.util
 import json

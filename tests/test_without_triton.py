@@ -1,4 +1,4 @@
-"""A machine without triton imports the package, computes gradients on ATen, and says why Triton cannot be had."""
+"""Without Triton the package imports, computes gradients on ATen, and says why Triton is unavailable."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A ResNet of three blocks and few channels, ours and torchvision's alike: interpreted kernels take a second for it."""
+"""A ResNet of three blocks and few channels, ours and torchvision's, small enough for interpreted kernels."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A step of training, and what the processes of `fully_shard`'s test do."""
+"""A training step, and the processes of the test of `fully_shard`."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""The bytes that the kernels move in ResNet-18: as counted by the ledger, and by the formula of kernels/README.md."""
+"""The bytes that the kernels move in ResNet-18, as counted by the ledger and by the formula of kernels/README.md."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""A run of a tiny network, trained as the command trains, for what comes after the training."""
+"""A run of a tiny network, trained by the command's code, for tests of later commands."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Predicts kernels' times from their machine code: no GPU is needed."""
+"""Predict kernels' times from their machine code, without a GPU."""

@@ -1,9 +1,9 @@
-"""Captures what torch.compile generates for a training step of ResNet-18 on a GPU that is not there.
+"""Capture the kernels that torch.compile generates for a training step of ResNet-18, without a GPU.
 
     python -m benchmarks.speed_model.capture fake_cuda.so capture h200 128 bf16 resnet18 captured.pickle
 
-torch is patched until it takes the GPU for present, so this runs in a process of its own: see `inductor.run_capture`.
-Tensors are fake; nothing is computed.
+torch is patched to pretend that the GPU exists, so this runs in a separate process (`inductor.run_capture`). Its
+tensors are fake; nothing is computed.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A generated kernel; `signature` has the type of every argument, "constexpr" if it takes no room."""
+    """A generated kernel; `signature` has every argument's type, "constexpr" if it is not passed."""
 
     source: str
     signature: dict[str, str]
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch; `tensors` has elements and bytes of an element, `sizes` the integers, by the argument's name."""
+    """A launch. By argument name, `tensors` has elements and bytes per element, and `sizes` the integers."""
 
     kernel: str
     tensors: dict[str, tuple[int, int]]
@@ -55,7 +55,7 @@ class Captured(NamedTuple):
 
 
 def load_before_torch(library: str) -> None:
-    """Load the hooks for CUDA; torch looks for them once, when it is imported."""
+    """Load the hooks for CUDA, which torch looks for only once, when it is imported."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     for path in (Path(spec.origin).parent / "lib/libc10.so", Path(spec.origin).parent / "lib/libtorch_cpu.so", library):
@@ -67,7 +67,7 @@ def returning(value: Any) -> Callable[..., Any]:
 
 
 class NoDevice:
-    """Stands for the context managers that switch devices."""
+    """Replaces the context managers that switch devices."""
 
     def __init__(self, *args: Any) -> None:
         self.idx = 0
@@ -78,7 +78,7 @@ class NoDevice:
 
 
 def pretend_gpu(gpu: Gpu) -> None:
-    """Patch torch and Triton until Inductor generates code for the GPU."""
+    """Patch torch and Triton so that Inductor generates code for the GPU."""
     import torch
     import triton
     from torch._dynamo import device_interface
@@ -137,7 +137,7 @@ def pretend_gpu(gpu: Gpu) -> None:
     fake_tensor.init_gpu_context = returning(None)
     fake_tensor.FakeTensorMode.avoid_device_init = property(returning(True))  # type: ignore[assignment]
 
-    # Folding evaluates a one-element tensor on the device: on the CPU instead.
+    # Folding evaluates a one-element tensor on its device; use the CPU instead.
     evaluate = UniformValueConstantFolder._deduce_value
 
     def evaluate_on_cpu(self: Any, node: torch.fx.Node) -> Any:
@@ -170,14 +170,14 @@ def pretend_gpu(gpu: Gpu) -> None:
 
 
 class Recorder:
-    """Stands for a kernel of Inductor: compiles it with every configuration, and records its launches."""
+    """Replaces a kernel of Inductor: compiles it with every configuration, and records its launches."""
 
     def __init__(self, name: str, source: str, captured: Captured) -> None:
         from torch._inductor.codecache import PyCodeCache
 
         self.kernel: Any = getattr(PyCodeCache.load(source), name)
         if name in captured.kernels and captured.kernels[name].source != source:
-            name += "_backward"  # whose kernels are numbered from 0 on again
+            name += "_backward"  # the backward's kernels are numbered from 0 again
         self.name, self.captured = name, captured
         if name not in captured.kernels:
             captured.kernels[name] = Kernel(source, self.kernel.triton_meta["signature"], self.candidates())
@@ -189,7 +189,7 @@ class Recorder:
         kernel._make_launchers = returning(None)  # they would load the machine code onto the GPU
         kernel._precompile_worker()
         for result in kernel.compile_results:
-            if "R0_BLOCK" in result.config.kwargs:  # Inductor decides by the registers whether to try half of it
+            if "R0_BLOCK" in result.config.kwargs:  # Inductor tries half of it, depending on the registers
                 result.kernel.n_regs = read_code(result.kernel.asm["cubin"], 1, 0).registers
         kernel._dynamic_scale_rblock()
         results = [(result.config, result.kernel) for result in kernel.compile_results]
@@ -208,7 +208,7 @@ class Recorder:
 
 
 def make_network(network: str) -> Any:
-    """Return "resnet18", torchvision's with the 3x3 stem, or "small", for tests: one batch norm and its neighbours."""
+    """Return torchvision's ResNet-18 with the 3x3 stem for "resnet18", else a tiny network with one batch norm."""
     from torch import nn
 
     from benchmarks.networks import eager_resnet18
@@ -253,13 +253,13 @@ def capture(batch_size: int, dtype: str, network: str) -> Captured:
     captured = Captured({}, [])
     config.compile_threads = 1
     config.force_disable_caches = True
-    config.shape_padding = False  # measures products
-    config.use_static_cuda_launcher = False  # keeps no machine code
+    config.shape_padding = False  # it times matrix products
+    config.use_static_cuda_launcher = False  # it keeps no machine code
     AsyncCompile.triton = lambda self, name, source, device_str="cuda": Recorder(name, source, captured)  # type: ignore
     cast(Any, guards)._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
-    for name in ("mm", "addmm"):  # cuBLAS, with an output
+    for name in ("mm", "addmm"):  # cuBLAS
         object.__setattr__(extern_kernels, name, lambda *args, out, **kwargs: out)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
     fake_step(batch_size, dtype, network, compiled, nullcontext())
@@ -282,7 +282,7 @@ def count_operations(batch_size: int, dtype: str, network: str) -> Counter[str]:
 
 
 def main(function: str, gpu: str, batch_size: str, dtype: str, network: str, path: str) -> None:
-    """Write what `function` returns, pickled."""
+    """Call `function` and write its result as a pickle."""
     pretend_gpu(GPUS[gpu])
     result = {"capture": capture, "count_operations": count_operations}[function](int(batch_size), dtype, network)
     Path(path).write_bytes(pickle.dumps(result))
@@ -290,7 +290,7 @@ def main(function: str, gpu: str, batch_size: str, dtype: str, network: str, pat
 
 if __name__ == "__main__":
     load_before_torch(sys.argv[1])
-    # Under its own name, by which classes are pickled.
+    # Import this file under its own name, by which its classes are pickled.
     from benchmarks.speed_model import capture as module
 
     module.main(*sys.argv[2:])

@@ -1,9 +1,9 @@
-"""Predicts ATen's kernels for a training step of ResNet-18, 3x3 stem, bf16 autocast, channels_last, by their bytes.
+"""Estimate ATen's kernels by their bytes, in a training step of ResNet-18, 3x3 stem, bf16 autocast, channels_last.
 
-The machine code of ATen's kernels is not at hand, so a kernel takes the time of its bytes at a share of the bandwidth:
-an estimate, coarser than what is predicted from machine code. Which operators are dispatched is counted on fake tensors
-(tests/test_speed_model_peers.py), which kernels they launch is read in torch 2.13's Normalization.cu and .cuh. In bf16
-batch norms are ATen's. In fp16 they are cuDNN's: the same bytes in fewer launches; they get these rows, too.
+The machine code of ATen's kernels is not available, so the time of a kernel is that of its bytes at a share of the
+bandwidth, which is coarser than a prediction from machine code. The dispatched operators are counted on fake tensors
+(tests/test_speed_model_peers.py). Their kernels are those of torch 2.13's Normalization.cu and .cuh. In bf16 batch
+norms are ATen's. In fp16 they are cuDNN's, with the same bytes in fewer launches, but are estimated by the same rows.
 """
 
 from collections import Counter
@@ -19,19 +19,18 @@ from .gpus import Gpu
 from .rows import Row
 
 ITEM_SIZE = 2  # of an image's element
-# Shares of the bandwidth that a kernel reaches. Published by cudnn-frontend for eager's norms, bf16, on a GPU of the
-# H200's class, which copies at 4300 GB/s: forward 3094, backward 1542 GB/s, each input and output counted once.
-# Assumed: eager's backward reads its inputs twice, as a batch norm's, so its kernels move 5/3 of these bytes.
-# Those are norms over a row; that batch norms are as fast is a guess, and so is the same share on other GPUs and in
-# the L2 cache.
+# Shares of the bandwidth that a kernel reaches. For eager's norms in bf16 on a GPU of the H200's class, which copies at
+# 4300 GB/s, cudnn-frontend publishes 3094 GB/s forward and 1542 backward, counting each input and output once. Assumed:
+# the backward reads its inputs twice, like a batch norm's, so its kernels move 5/3 of these bytes. These are norms over
+# a row. That batch norms reach the same share, also on other GPUs and in the L2 cache, is a guess.
 NORM_FORWARD, NORM_BACKWARD = 3094 / 4300, 5 / 3 * 1542 / 4300
 ELEMENTWISE = 0.9  # vectorized by TensorIterator; assumed
-# What a kernel takes at least, without its launch. Assumed: as predicted for Inductor's on a few vectors, 0.4 to 1.1.
+# Least time of a kernel, without its launch. Assumed; the model predicts 0.4 to 1.1 for Inductor's on a few vectors.
 SHORTEST_US = 0.8
 
 
 class Kernel(NamedTuple):
-    """Images that a kernel reads and writes, and its share of the bandwidth; without images it works on vectors."""
+    """A kernel: the images that it reads and writes, 0 if it works on vectors, and its share of the bandwidth."""
 
     name: str
     reads: int = 0
@@ -40,7 +39,7 @@ class Kernel(NamedTuple):
 
 
 BATCH_NORM = (
-    Kernel("zero semaphores"),  # of the reduction over programs, from 2048 rows on
+    Kernel("zero semaphores"),  # for the reduction over programs, with 2048 rows or more
     Kernel("batch_norm_collect_statistics_channels_last_kernel", 1, 0, NORM_FORWARD),
     Kernel("batch_norm_update_stats_and_invert"),
     Kernel("batch_norm_transform_input_channels_last_kernel", 1, 1, NORM_FORWARD),
@@ -67,7 +66,7 @@ def operation_kernels(join: str, fork: bool) -> tuple[Kernel, ...]:
 def cast_elements(batch_size: int) -> Counter[int]:
     """Return how many copies between fp32 and 16 bits autocast makes in a step, by their elements.
 
-    Weights and the linear layer's bias once in each direction, images forward, logits and their gradient.
+    They are the weights and the linear layer's bias in each direction, the images, the logits and the logits' gradient.
     """
     with torch.device("meta"):
         model = eager_resnet18()
@@ -79,8 +78,8 @@ def cast_elements(batch_size: int) -> Counter[int]:
 
 
 def eager_rows(gpu: Gpu, batch_size: int) -> list[Row]:
-    """Return a row for each kernel and size of image."""
-    counts: Counter[tuple[Kernel, int, int]] = Counter()  # by channels and elements
+    """Return a row for each kernel and image size."""
+    counts: Counter[tuple[Kernel, int, int]] = Counter()  # by kernel, channels and elements
     for role, n_channels, width in NETWORK:
         for kernel in operation_kernels(role.join, role.fork):
             counts[kernel, n_channels, batch_size * n_channels * width * width] += 1

@@ -1,14 +1,14 @@
 """The GPUs that the speed model knows, with the source of every figure.
 
-The vendor's data sheets and architecture whitepapers have multiprocessors, boost clock, L2 size and matrix peaks
-(dense; GeForce: with fp32 accumulation). The rest:
+Multiprocessors, boost clock, L2 size and matrix peaks (dense; GeForce: with fp32 accumulation) are from the vendor's
+data sheets and architecture whitepapers. The rest:
 
 - clock_ghz: H200 and T4 below the boost clocks (1.98, 1.59), since power limits them; assumed.
-- memory_gb_s is a copy's, reads and writes together. H200: 4.3 of 4.8 TB/s, measured on such a GPU before this
-  project, without a record here. A100 of 80 GB: 1.7 of 2.04 TB/s, as in Triton's vector-addition tutorial. Others:
-  assumed, 90 % of the data sheet (RTX 4090: 1,008; RTX 3090: 936), T4 81 % of 320.
-- l2_gb_s, memory_ns and l2_ns are assumed: rounded, in the range that microbenchmarks report (arXiv 2402.13499 for
-  Hopper, Ada and Ampere, 2208.11174 for Ampere, 1903.07486 for T4), but taken from none of their tables.
+- memory_gb_s is that of a copy, reads plus writes. H200: 4.3 of 4.8 TB/s, measured on such a GPU before this project,
+  without a record here. A100 with 80 GB: 1.7 of 2.04 TB/s, as in Triton's vector-addition tutorial. Others: assumed to
+  be 90 % of the data sheet (RTX 4090: 1,008; RTX 3090: 936), for the T4 81 % of 320.
+- l2_gb_s, memory_ns and l2_ns are assumed: round numbers in the range that microbenchmarks report (arXiv 2402.13499 for
+  Hopper, Ada and Ampere, 2208.11174 for Ampere, 1903.07486 for T4), but not taken from their tables.
 - launch_us, the shortest time between two small kernels in a stream or a graph, is assumed.
 """
 
@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 
 class Architecture(NamedTuple):
-    """What a multiprocessor holds and issues (CUDA C++ Programming Guide, "Technical Specifications per Compute
-    Capability"); all have 65,536 registers and four schedulers.
+    """Limits of a multiprocessor, which has 65,536 registers and four schedulers on every GPU here.
 
-    fp32_lanes: multiply-adds in fp32 that a scheduler starts in a cycle.
-    parameters: where a kernel's parameters begin in the constant bank, in bytes (read off compiled kernels).
+    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+
+    fp32_lanes: multiply-adds in fp32 that a scheduler starts per cycle.
+    parameters: offset of a kernel's parameters in the constant bank, in bytes (read off compiled kernels).
     """
 
     max_warps: int
@@ -40,14 +41,14 @@ ARCHITECTURES = {
 }
 
 
-# Of the L2 cache, for one tensor among the few that a kernel reads and writes. Assumed.
+# Largest share of the L2 cache for one of the few tensors that a kernel reads and writes. Assumed.
 L2_SHARE = 0.2
 
 
 class Gpu(NamedTuple):
     """Bandwidths in 10⁹ bytes/s, unloaded latencies in ns, dense matrix peaks in 10¹² operations/s."""
 
-    name: str  # part of what the driver calls it
+    name: str  # part of the driver's name for it
     capability: int
     multiprocessors: int
     clock_ghz: float
@@ -57,7 +58,7 @@ class Gpu(NamedTuple):
     memory_ns: float
     l2_ns: float
     tflops_16_bit: float
-    tflops_fp32: float  # as cuDNN multiplies fp32 by torch's default: TF32 where there is such
+    tflops_fp32: float  # of fp32 products with torch's default for cuDNN: TF32 if the GPU has it
     launch_us: float
 
     @property
@@ -69,7 +70,7 @@ class Gpu(NamedTuple):
         return ARCHITECTURES[self.capability]
 
     def holds(self, n_bytes: float) -> bool:
-        """Whether the L2 cache serves a tensor of this size that another kernel has just read or written."""
+        """Return whether the L2 cache serves a tensor of this size that another kernel has just read or written."""
         return n_bytes <= L2_SHARE * self.l2_mb * 1e6
 
 

@@ -1,7 +1,7 @@
-"""Predicts the kernels of torch.compile for a training step of ResNet-18, 3x3 stem, autocast, channels_last.
+"""Predict the kernels of torch.compile for a training step of ResNet-18, 3x3 stem, autocast, channels_last.
 
-The kernels are those that Inductor generates for the GPU, compiled with all configurations among which it would choose
-by timing; here the one that is predicted to be the fastest counts. Shapes are static, the mode is the default.
+Inductor generates the kernels for the GPU. They are compiled with every configuration that Inductor would time; the one
+with the fastest prediction counts. Shapes are static, and the mode is the default.
 """
 
 import importlib.util
@@ -45,16 +45,16 @@ def build_fake_cuda(folder: Path) -> Path:
     library = folder / "fake_cuda.so"
     includes = [f"-I{path}" for path in include_paths()]
     source = Path(__file__).with_name("fake_cuda.cpp")
-    # Without -w torch's headers fill the screen.
+    # -w suppresses the many warnings of torch's headers.
     subprocess.run([compiler, "-w", "-shared", "-fPIC", "-std=c++20", source, "-o", library, *includes], check=True)
     return library
 
 
 def run_capture(function: str, gpu: str, batch_size: int, dtype: str, network: str = "resnet18") -> Any:
-    """Run a function of capture.py, named, in a process of its own, in which torch is patched; return what it returns.
+    """Run a function of capture.py, given by name, in a separate process with a patched torch; return its result.
 
     Raises:
-        RuntimeError: something that it needs is missing, or torch's internals have changed.
+        RuntimeError: a requirement is missing, or torch's internals have changed.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "captured.pickle"
@@ -64,12 +64,12 @@ def run_capture(function: str, gpu: str, batch_size: int, dtype: str, network: s
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"torch {torch.__version__} does not take the GPU for present:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"torch {torch.__version__} cannot pretend that a GPU exists:\n{done.stderr[-2000:]}")
         return pickle.loads(path.read_bytes())
 
 
 def group_of(launch: Launch) -> str:
-    """Return the launch's group, of `rows.GROUPS`; Inductor names a kernel after the operations in it."""
+    """Return the launch's group, one of `rows.GROUPS`, from the operations in the kernel's name."""
     if re.search("batch_norm|relu|threshold", launch.kernel):
         return "batch norm"
     if all(tensor == (1, 8) for tensor in launch.tensors.values()):  # int64
@@ -78,12 +78,12 @@ def group_of(launch: Launch) -> str:
 
 
 def work_of(launch: Launch, kernel: Kernel, blocks: dict[str, int], gpu: Gpu) -> Work:
-    """Return what a launch with these block sizes has to do; the images are all tensors that it covers."""
+    """Return the work of a launch with these block sizes; images are the tensors with an element per index."""
     sizes, offsets = launch.sizes, parameter_offsets(kernel.signature, gpu.capability)
     n_reduced = sizes.get("r0_numel", 1)
     n_elements = sizes["xnumel"] * sizes.get("ynumel", 1) * n_reduced
     images = {name: item_size for name, (elements, item_size) in launch.tensors.items() if elements == n_elements}
-    # One that is updated in place is read as well, if it is.
+    # A tensor updated in place counts twice if the kernel also reads it.
     accesses = {name: 1 + ("in_out" in name and f"tl.load({name} " in kernel.source) for name in images}
     x_block = blocks.get("XBLOCK", 1)
     return Work(
@@ -99,7 +99,7 @@ def work_of(launch: Launch, kernel: Kernel, blocks: dict[str, int], gpu: Gpu) ->
 
 
 def predict_candidate(launch: Launch, kernel: Kernel, candidate: Candidate, gpu: Gpu) -> tuple[float, float]:
-    """Return the microseconds, without the launch, and the bytes."""
+    """Return the predicted microseconds without the launch, and the bytes."""
     work = work_of(launch, kernel, candidate.blocks, gpu)
     code = read_code(candidate.cubin, candidate.warps, candidate.shared)
     largest = max(elements * item_size for elements, item_size in launch.tensors.values())
@@ -107,10 +107,10 @@ def predict_candidate(launch: Launch, kernel: Kernel, candidate: Candidate, gpu:
 
 
 def predict_kernel(launch: Launch, kernel: Kernel, gpu: Gpu) -> tuple[float, float]:
-    """Return the same of the fastest candidate, among those whose machine code the model can follow.
+    """Return the same for the fastest candidate whose machine code the model can follow.
 
     Raises:
-        ValueError: it can follow none.
+        ValueError: the model can follow none.
     """
     predictions, errors = [], []
     for candidate in kernel.candidates:
@@ -124,7 +124,7 @@ def predict_kernel(launch: Launch, kernel: Kernel, gpu: Gpu) -> tuple[float, flo
 
 
 def compile_rows(captured: Captured, gpu: Gpu) -> list[Row]:
-    """Return a row for each of the kernels, in the order of their first launch."""
+    """Return a row for each kernel, in the order of first launches."""
     counts = Counter(launch.kernel for launch in captured.launches)
     rows = []
     for launch in {launch.kernel: launch for launch in captured.launches}.values():

@@ -1,4 +1,4 @@
-"""Records the kernels that a fused operation launches, on tensors of the meta device, and compiles them for any GPU."""
+"""Record the kernels that a fused operation launches, on tensors of the meta device, and compile them for any GPU."""
 
 import ast
 import hashlib
@@ -27,14 +27,14 @@ POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.uint8:
 
 
 class Launch(NamedTuple):
-    """A kernel, the arguments that it is launched with, and the programs."""
+    """A launch: the kernel, its arguments, and the grid."""
 
     kernel: Any
     arguments: dict[str, Any]
     grid: tuple[int, ...]
 
     def signature(self, target: GPUTarget) -> tuple[dict, dict, dict]:
-        """Types, constants and attributes of the arguments, as Triton's launcher specializes them."""
+        """Return the arguments' types, constants and attributes, as Triton's launcher specializes them."""
         backend: Any = make_backend(target)
         types, constants, attributes = {}, {}, {}
         for position, parameter in enumerate(self.kernel.params):
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         return launch.compiler_options(self.arguments, int(target.arch) if target.backend == "cuda" else None)
 
     def images(self) -> dict[str, torch.Tensor]:
-        """The tensors that the launch reads or writes tile by tile, ReLU's bits included."""
+        """Return the tensors that the launch reads or writes tile by tile, including ReLU's bits."""
         if "TILE" not in self.arguments:  # a few rows at most
             return {}
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
@@ -72,7 +72,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Collect the launches instead of launching."""
+    """Collect launches instead of executing them."""
     launches: list[Launch] = []
     original = launch.launch_kernel
 
@@ -106,7 +106,7 @@ def training_launches(
 
 
 def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
-    """Return where the launcher puts each parameter in the constant bank; constants have no place."""
+    """Return each parameter's offset in the constant bank, in bytes; constants have none."""
     at, offsets = ARCHITECTURES[capability].parameters, {}
     for name, kind in types.items():
         if kind != "constexpr":
@@ -119,7 +119,7 @@ def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
 
 @cache
 def source_of(kernel: triton.JITFunction) -> str:
-    """Return the code of a kernel and of all that it calls, without comments, docstrings and line numbers."""
+    """Return the code of a kernel and of every function it calls, without comments, docstrings and line numbers."""
     parts, todo = {}, [kernel]
     while todo:
         function = todo.pop()
@@ -145,7 +145,7 @@ def compile_launch(recorded: Launch, gpu: Gpu) -> Code:
 
 
 class _Arguments:
-    """What a kernel is compiled for, hashed by how it prints."""
+    """The arguments and options of a compilation, hashed by their repr."""
 
     def __init__(self, parts: tuple[dict, dict, dict, dict]) -> None:
         self.parts = parts
@@ -166,19 +166,19 @@ def _compile(kernel: triton.JITFunction, capability: int, arguments: _Arguments)
 
 
 def work_of(recorded: Launch, gpu: Gpu) -> Work:
-    """Return what a launch has to do: images are read and written once, partial results by whoever has the channels."""
+    """Return the work of a launch: images are accessed once, partial results by each program of their channels."""
     types, _, _ = recorded.signature(GPUTarget("cuda", gpu.capability, 32))
     offsets = parameter_offsets(types, gpu.capability)
     images = recorded.images()
     grid = math.prod(recorded.grid)
     reads = {offsets[name]: image.nbytes / grid for name, image in images.items()}
     for name, value in recorded.arguments.items():
-        # Those that a kernel merges, not those that it writes.
+        # Only partial results that a kernel merges, not those that it writes.
         if isinstance(value, torch.Tensor) and name.endswith("partials_ptr") and "BLOCK_S" in recorded.arguments:
             tile = recorded.arguments.get("TILE")
             block_c = tile.block_c.value if tile else recorded.arguments["BLOCK_C"]
             n_channels = tile.n_channels.value if tile else recorded.arguments["N_CHANNELS"]
-            # Those of the forward begin with a pivot; there is one group.
+            # The forward's partial results begin with a pivot, as there is one group.
             splits = value if "gradient" in recorded.kernel.__name__ else value[1:]
             reads[offsets[name]] = splits.nbytes * min(1.0, block_c / n_channels)
     image_bytes = float(sum(image.nbytes for image in images.values()))
@@ -186,7 +186,7 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
 
 
 def key_of(recorded: Launch, gpu: Gpu) -> str:
-    """Return a hash of what is compiled, for what, and of the model: predictions with the same key are the same."""
+    """Return a hash of the kernel, its arguments, the GPU and the model; equal keys have equal predictions."""
     target = GPUTarget("cuda", gpu.capability, 32)
     parts = (
         triton.__version__, gpu, recorded.grid, source_of(recorded.kernel), recorded.signature(target),

@@ -1,4 +1,4 @@
-"""The kernels of a ResNet-18's training step (3x3 stem, 32x32 images), and what a step takes, predicted."""
+"""Predict the kernels and the time of ResNet-18's training step (3x3 stem, 32x32 images)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .gpus import GPUS, Gpu
 from .launches import DTYPES, Launch, compile_launch, key_of, training_launches, work_of
 from .simulate import predict
 
-# Of the dense peak of the matrix units, for all convolutions. Assumed.
+# Share of the matrix units' dense peak that convolutions reach. Assumed.
 CONVOLUTION_SHARE = 0.65
-# Bytes that SGD with momentum moves for a weight in fp32 (reads weight, gradient, momentum; writes two), and autocast
-# (reads the weight and writes 16 bits; the gradient the other way round).
+# Bytes per fp32 weight: SGD with momentum reads weight, gradient and momentum, and writes two of them. Autocast reads
+# the weight and writes 16 bits, and the reverse for the gradient.
 OPTIMIZER_BYTES, AUTOCAST_BYTES = 5 * 4, 2 * (4 + 2)
 
 KERNEL_KEY = ("channels", "width", "join", "fork", "precision", "batch_size", "direction", "kernel")
@@ -26,9 +26,10 @@ STEP_KEY = ("gpu", "precision", "batch_size", "provider")
 
 
 class Job(NamedTuple):
-    """A launch of a fused operation on a GPU. `key`: see `launches.key_of`.
+    """A launch of a fused operation on a GPU.
 
-    operations: of this kind in a step. launches: with this key in the operation.
+    operations: number of such operations in a step. launches: number of launches with this key in the operation.
+    key: see `launches.key_of`.
     """
 
     gpu: str
@@ -82,7 +83,7 @@ class Job(NamedTuple):
 
 
 def jobs(gpu: str, precision: str, batch_size: int) -> list[Job]:
-    """Return the launches of a step, each different one of an operation once."""
+    """Return the launches of a step; equal ones of an operation are counted in one job."""
     found: dict[tuple, Job] = {}
     for (role, n_channels, width), operations in Counter(NETWORK).items():
         operation = (n_channels, width, role.join, role.fork)
@@ -96,8 +97,8 @@ def jobs(gpu: str, precision: str, batch_size: int) -> list[Job]:
 
 
 def predict_all(jobs: Sequence[Job]) -> list[dict[str, str]]:
-    """Return the jobs' rows. Every key is predicted once, in parallel over the cores."""
-    # Neighbours that differ in the batch size alone are compiled once, in one process.
+    """Return the jobs' rows. Each key is predicted once, in parallel over the cores."""
+    # Jobs that differ only in the batch size are neighbors, so that one process compiles them once.
     distinct = sorted(
         {job.key: job for job in jobs}.values(),
         key=lambda job: (job.launch.kernel.__name__, job.n_channels, job.join, job.fork, job.batch_size),
@@ -114,8 +115,9 @@ def step_row(
     """Return a row of benchmarks/predicted/steps.csv.
 
     Args:
-        launches: of batch norms, additions and ReLU in a step.
-        kernels_us: their predicted time, without the launches'.
+        gpu, precision, batch_size, provider: the step.
+        launches: number of launches of batch norms, additions and ReLU in the step.
+        kernels_us: their predicted time in microseconds, without the launches' own.
     """
     batch_norm_us = kernels_us + launches * GPUS[gpu].launch_us
     return {
@@ -130,14 +132,14 @@ def step_row(
 
 
 def fused_step_row(gpu: str, precision: str, batch_size: int, rows: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return the step's row of the project's own kernels, from the kernels' rows."""
+    """Return the step's row for the project's own kernels, from the kernels' rows."""
     launches = [int(row["operations"]) * int(row["launches"]) for row in rows]
     kernels_us = sum(n * float(row["predicted_us"]) for n, row in zip(launches, rows, strict=True))
     return step_row(gpu, precision, batch_size, "fused", sum(launches), kernels_us)
 
 
 def _others_ms(gpu: Gpu, precision: str, batch_size: int) -> float:
-    """Convolutions by their operations, optimizer and copies of weights by their bytes; launches of both are hidden."""
+    """Return the time of convolutions by operations, and of optimizer and weight copies by bytes, without launches."""
     is_16_bit = DTYPES[precision].itemsize == 2
     operations = flops(fused_resnet18, (2, 3, 32, 32), input_needs_gradient=False) / 2 * batch_size
     peak = gpu.tflops_16_bit if is_16_bit else gpu.tflops_fp32

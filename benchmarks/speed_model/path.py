@@ -1,11 +1,13 @@
-"""Finds the path of a program through its machine code: which branches it takes, and how often it runs a loop.
+"""Find a program's path through its machine code: which branches it takes, and how often it runs a loop.
 
-Branches are decided by rules, not by values. A program reads a tensor in passes, each of which has a known number of
-bytes; a loop or a block runs while the pass has bytes left for its loads. A loop that finds none left starts a new pass
-if a reduction over threads lies between, else it is what unrolling leaves over, and does not run. Of nested loops that
-read the same tensor, the outer one is a retry (overflow) and runs once. Other conditional branches forward are not
-taken, except one that leaves a loop behind its last trip and one over a call (the slow path of a division); of two
-alternatives, the one with more accesses of memory is taken.
+Branches are decided by rules, not by values:
+
+- A program reads a tensor in passes of a known number of bytes. A loop or block runs while the pass has bytes left for
+  its loads. If none are left, a loop starts a new pass if threads have exchanged values since the last load. Otherwise
+  it is the remainder of an unrolled loop, and does not run.
+- Of nested loops that read the same tensor, the outer one is a retry (overflow) and runs once.
+- Other conditional forward branches are not taken, except one that leaves a loop after its last trip and one over a
+  call (the slow path of a division). Of two alternatives, the one that accesses more memory is taken.
 """
 
 import math
@@ -20,7 +22,7 @@ ADDRESS = re.compile(r"\[(R\d+)")
 
 
 class Loop(NamedTuple):
-    """From the target of a branch backwards to the branch."""
+    """A loop, from the target of a backward branch to the branch."""
 
     first: int
     last: int
@@ -30,7 +32,7 @@ class Loop(NamedTuple):
 
 
 def find_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
-    """Return the loops, inner ones first. A span with an exit in it is a block out of line, and no loop."""
+    """Return the loops, inner ones first. A span that contains an exit is an out-of-line block, not a loop."""
     loops = []
     for position, (text, target) in enumerate(instructions):
         if target is not None and target < position and decode(text).name == "BRA":
@@ -41,7 +43,7 @@ def find_loops(instructions: tuple[Instruction, ...]) -> list[Loop]:
 
 
 def follow_pointers(instructions: tuple[Instruction, ...], pointers: Iterable[int]) -> dict[int, int]:
-    """Return the pointer, by its offset in the constant bank, that each access of global memory goes through.
+    """Return, by the position of each global memory access, the offset of its pointer in the constant bank.
 
     Accesses through other pointers are left out.
     """
@@ -51,7 +53,7 @@ def follow_pointers(instructions: tuple[Instruction, ...], pointers: Iterable[in
     for position, (text, _) in enumerate(instructions):
         decoded = decode(text)
         origins = decoded.constants & known
-        # A predicate may leave the result what it was, but an address is read in any case.
+        # `decode` counts a predicated instruction's old result as read; only its inputs and its address matter here.
         reads = decoded.reads - decoded.writes | set(ADDRESS.findall(text)) if "@" in text else decoded.reads
         for register in reads:
             origins |= derived.get(register, frozenset())
@@ -64,10 +66,12 @@ def follow_pointers(instructions: tuple[Instruction, ...], pointers: Iterable[in
 
 
 class Reads:
-    """What is left of a program's pass over each tensor.
+    """The bytes left in a program's pass over each tensor.
 
     Args:
-        accesses: the pointer, by position, of `follow_pointers`.
+        code: the program.
+        loops: its loops, of `find_loops`.
+        accesses: pointers by position, of `follow_pointers`.
         bytes_of_pass: bytes that one program reads in a pass, by pointer.
     """
 
@@ -97,7 +101,7 @@ class Reads:
             self.reduced.discard(pointer)
 
     def _trip_sizes(self, loop: Loop) -> dict[int, int]:
-        """Bytes that a trip of the loop loads of each tensor, of those that no inner loop loads."""
+        """Return the bytes that a trip of the loop loads of each tensor that no inner loop loads."""
         sizes: Counter[int] = Counter()
         inner = set()
         for at, (pointer, n_bytes) in self.loads.items():
@@ -119,14 +123,14 @@ class Reads:
         return trips
 
     def skips(self, first: int, end: int) -> bool:
-        """Whether nothing is left to do for the block from `first` to `end`."""
+        """Return whether the block from `first` to `end` has nothing left to do."""
         needs = self._needs(first, end)
         return bool(needs) and all(
             self._is_over(pointer, need) and pointer not in self.reduced for pointer, need in needs.items()
         )
 
     def _needs(self, first: int, end: int) -> dict[int, int]:
-        """The least bytes of each tensor that the block loads at once, between branches."""
+        """Return the fewest bytes of each tensor that the block loads between two branches."""
         needs: dict[int, int] = {}
         at_once: Counter[int] = Counter()
         for at in range(first, end + 1):
@@ -140,11 +144,11 @@ class Reads:
 
     def _is_over(self, pointer: int, need: float) -> bool:
         left, whole = self.left[pointer], self.bytes_of_pass[pointer]
-        # A tensor of less than half a tile is read all the same, by the smallest block.
+        # The smallest block also reads a tensor of less than half a tile.
         return left <= need / 2 and (left < whole or need > self.least[pointer])
 
     def _has_rest(self, loop: Loop, pointer: int) -> bool:
-        """Whether the loop is unrolled: loads of what it leaves over follow, before threads exchange values."""
+        """Return whether the loop is unrolled: loads of its remainder follow before threads exchange values."""
         for at in range(loop.last + 1, len(self.decoded)):
             if self.decoded[at].name in ("SHFL", "BAR"):
                 return False
@@ -154,7 +158,7 @@ class Reads:
 
 
 def _is_carried(decoded: list[Decoded], load: int, loop: Loop) -> bool:
-    """Whether a value loaded before a loop is first used in it, or behind it: then the loop loads ahead."""
+    """Return whether a value loaded before a loop is first used in or after it, so that the loop prefetches."""
     values = decoded[load].writes
     if not values:  # into shared memory
         return True
@@ -200,10 +204,10 @@ def follow(code: Code, accesses: dict[int, int], bytes_of_pass: dict[int, float]
 
 
 def _is_taken(reads: Reads, position: int, target: int, trips: dict[Loop, int], done: Counter[Loop]) -> bool:
-    """Whether a conditional branch forward is taken."""
+    """Return whether a conditional forward branch is taken."""
     left = [loop for loop in trips if target > loop.last]
     if left:
-        # A loop that ends in an unconditional branch is tested at its top, once more than it runs, or just before.
+        # A loop that ends in an unconditional branch is tested at its top, once more than its trips, or before its end.
         return all(done[loop] >= trips[loop] - _is_behind(reads, position, loop) for loop in left)
     if reads.skips(position + 1, target):
         return True
@@ -216,13 +220,13 @@ def _is_taken(reads: Reads, position: int, target: int, trips: dict[Loop, int], 
 
 
 def _is_behind(reads: Reads, position: int, loop: Loop) -> bool:
-    """Whether a way out of the loop is behind all of a trip's accesses, or there is one at its end."""
+    """Return whether the branch at `position` is after all accesses of a trip, or the loop has an exit at its end."""
     end = reads.decoded[loop.last]
     return end.conditional or not any(reads.decoded[at].bytes for at in range(position, loop.last))
 
 
 def _ends(reads: Reads, position: int, trips: dict[Loop, int], done: Counter[Loop]) -> bool:
-    """Whether a conditional exit is the way out of a loop that has run: at its top, or behind all of its accesses."""
+    """Return whether a conditional exit leaves a loop that has run: at its top, or after all of its accesses."""
     return any(
         loop.holds(position)
         and not reads.decoded[loop.last].conditional

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.speed_model.peers`: predicts the kernels of eager and torch.compile in a training step.
+"""`python -m benchmarks.speed_model.peers` predicts the kernels of eager and torch.compile in a training step.
 
-Writes predicted/peers-<gpu>.csv: a row for each kernel. The GPU need not be there. Capturing and predicting what
-torch.compile generates takes about three minutes for each GPU and batch size.
+Writes predicted/peers-<gpu>.csv, a row for each kernel, without a GPU. Capturing and predicting torch.compile's kernels
+takes about three minutes for each GPU and batch size.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def peers_path(gpu: str) -> Path:
 
 
 def precision_of(gpu: str) -> str:
-    """Return the 16-bit type in which one trains on the GPU: before sm_80 bf16 is emulated."""
+    """Return the 16-bit type for training on the GPU: fp16 before sm_80, which emulates bf16."""
     return "bf16" if GPUS[gpu].has_bf16 else "fp16"
 
 
@@ -34,14 +34,14 @@ def predict_peers(gpu: str, batch_size: int) -> list[Row]:
     """Return the rows of eager and of torch.compile.
 
     Raises:
-        RuntimeError: something that the capture needs is missing; see `inductor.run_capture`.
+        RuntimeError: a requirement of the capture is missing (`inductor.run_capture`).
     """
     captured = run_capture("capture", gpu, batch_size, precision_of(gpu))
     return eager_rows(GPUS[gpu], batch_size) + compile_rows(captured, GPUS[gpu])
 
 
 def write_peers(gpu: str, batch_size: int, rows: list[Row]) -> None:
-    """Put the rows into the GPU's file, in the place of those of the same batch size."""
+    """Write the rows to the GPU's file, replacing those with the same batch size."""
     setting = {"batch_size": str(batch_size), "precision": precision_of(gpu)}
     texts = []
     for row in rows:
@@ -57,7 +57,7 @@ def write_peers(gpu: str, batch_size: int, rows: list[Row]) -> None:
 def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
     """Return the totals of eager and torch.compile from the GPU's file; none if the setting is not in it.
 
-    They lack convolutions, the linear layer, the loss and the optimizer, in which the providers do not differ.
+    They leave out convolutions, the linear layer, the loss and the optimizer, which are the same for all providers.
     """
     if not peers_path(gpu).exists():
         return {}
@@ -70,10 +70,13 @@ def read_totals(gpu: str, precision: str, batch_size: int) -> dict[str, Totals]:
 
 
 def main(
-    gpu: Annotated[list[GpuName], typer.Option(help="May be given several times.")] = [H200],  # noqa: B006
-    batch_size: Annotated[list[int], typer.Option(min=1, help="May be given several times.")] = [128, 512],  # noqa: B006
+    gpu: Annotated[list[GpuName], typer.Option(help="GPU; may be given several times.")] = [H200],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Images; may be given several times.")] = [128, 512],  # noqa: B006
 ) -> None:
-    """Predict the kernels of eager and torch.compile in a training step of ResNet-18."""
+    """Predict the kernels of eager and torch.compile in a training step of ResNet-18.
+
+    Writes benchmarks/predicted/peers-<gpu>.csv.
+    """
     for name, size in itertools.product(gpu, batch_size):
         write_peers(name, size, predict_peers(name, size))
         for provider, totals in read_totals(name, precision_of(name), size).items():

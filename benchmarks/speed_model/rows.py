@@ -1,15 +1,15 @@
-"""Rows of predicted kernels of a training step, and what they add up to."""
+"""Rows of predicted kernels of a training step, and their totals."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Batch norms, additions and ReLU; `num_batches_tracked`; autocast's copies; what else is neither a convolution, the
-# linear layer, the loss nor the optimizer.
+# Batch norms, additions and ReLU; `num_batches_tracked`; autocast's copies; everything else except convolutions, the
+# linear layer, the loss and the optimizer.
 GROUPS = ("batch norm", "counter", "cast", "rest")
 
 
 class Row(NamedTuple):
-    """A kernel: its launches in a step, and the time, without the launch, and bytes of one of them."""
+    """A kernel: its launches in a step, and the bytes and microseconds (without the launch's own) of one launch."""
 
     provider: str
     group: str
@@ -20,9 +20,9 @@ class Row(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """A step's launches, and their predicted microseconds without the launches.
+    """A step's launches, and their predicted microseconds without the launches' own.
 
-    A batch norm's counter is part of it, as it is of the fused kernels. What else a provider launches is in the rest.
+    `launches` are the groups "batch norm" and "counter". The other groups are in `rest_launches`.
     """
 
     launches: int

@@ -1,4 +1,4 @@
-"""Reads NVIDIA machine code as cuobjdump lists it: what an instruction reads, writes, occupies and moves."""
+"""Parse cuobjdump's listing of NVIDIA machine code: what each instruction reads, writes, occupies and moves."""
 
 import re
 import subprocess
@@ -13,14 +13,14 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Instruction(NamedTuple):
-    """One instruction; `target` is the position of the instruction that a branch goes to."""
+    """An instruction; `target` is the position of a branch's destination."""
 
     text: str
     target: int | None = None
 
 
 class Code(NamedTuple):
-    """A program's machine code: registers a thread, bytes of shared memory and warps of a program."""
+    """A program's machine code, its registers per thread, and its bytes of shared memory and warps."""
 
     instructions: tuple[Instruction, ...]
     registers: int
@@ -29,12 +29,12 @@ class Code(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What the model needs of an instruction.
+    """The properties of an instruction that the model needs.
 
-    name: the opcode without its suffixes. conditional: whether a predicate decides.
-    reads, writes: registers and predicates. constants: offsets into the constant bank, of whole 8-byte words.
-    pipe: the unit that executes it. latency: cycles until its result is there, except from memory.
-    bytes: that a thread loads or stores; 0 if it does not access memory.
+    name: opcode without suffixes. conditional: whether a predicate guards it.
+    reads, writes: registers and predicates. constants: offsets into the constant bank, rounded down to 8 bytes.
+    pipe: unit that executes it. latency: cycles until its result is available, except from memory.
+    bytes: bytes that a thread loads or stores; 0 if it does not access memory.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
     bytes: int
 
 
-# Units by opcode; "alu" has the others. "fma" may run in both halves of the multiply-add unit, "imad" in one.
+# Units of opcodes; the others use "alu". "fma" can use both halves of the multiply-add unit, "imad" only one.
 PIPES = {
     "fma": "FADD FMUL FFMA HADD2 HMUL2 HFMA2",
     "imad": "IMAD",
@@ -59,8 +59,8 @@ PIPES = {
 }
 PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
-# Cycles until a dependent instruction may issue, as microbenchmarks of these architectures have them (arXiv 1804.06826,
-# 1903.07486, 2208.11174), rounded.
+# Cycles until a dependent instruction can issue, rounded from microbenchmarks of these architectures (arXiv 1804.06826,
+# 1903.07486, 2208.11174).
 LATENCIES = {"alu": 5, "fma": 4, "imad": 5, "xu": 20, "lsu": 30, "uniform": 10, "control": 1, "special": 6}
 OPCODE_LATENCIES = {"SHFL": 24, "S2R": 25, "S2UR": 25, "LDC": 30}
 
@@ -69,7 +69,7 @@ PREDICATE = re.compile(r"U?P(?:\d|T)")
 
 
 class Listing(NamedTuple):
-    """Registers a thread, its stack in bytes, and the instructions of a cubin."""
+    """The instructions of a cubin, and a thread's registers and bytes of stack."""
 
     registers: int
     stack: int
@@ -78,7 +78,7 @@ class Listing(NamedTuple):
 
 @lru_cache(1)
 def read_cubin(cubin: bytes) -> Listing:
-    """Return what Triton's cuobjdump lists of a cubin."""
+    """Return the listing of a cubin by Triton's cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -92,10 +92,10 @@ def read_cubin(cubin: bytes) -> Listing:
     for position, (_, text) in enumerate(lines):
         branch = re.search(r"\b(BRA|CALL\.REL\.NOINC)\b.*\b0x([0-9a-f]+)$", text)
         target = positions[int(branch[2], 16)] if branch else None
-        if re.match(r"@!PT |BRA\.DIV", text):  # never, and where threads of a warp have gone different ways
+        if re.match(r"@!PT |BRA\.DIV", text):  # never taken, or taken only by divergent warps
             target = None
         elif branch and branch[1] != "BRA":
-            if target == position + 2:  # over a branch backwards: so ptxas leaves loops for sm_80
+            if target == position + 2:  # over a backward branch: how ptxas leaves loops for sm_80
                 text = text.replace(branch[1], "BRA")
             else:
                 target = None
@@ -105,14 +105,14 @@ def read_cubin(cubin: bytes) -> Listing:
 
 
 def read_code(cubin: bytes, warps: int, shared: int) -> Code:
-    """Return the machine code in a cubin of a kernel with so many warps a program, and bytes of shared memory."""
+    """Return the machine code of a cubin; `warps` and `shared` are a program's warps and bytes of shared memory."""
     listing = read_cubin(cubin)
     return Code(listing.instructions, listing.registers, shared, warps)
 
 
 @cache
 def decode(text: str) -> Decoded:
-    """Return what the model needs of an instruction's text."""
+    """Return the properties of an instruction, given as text."""
     match = re.match(r"(?:@!?(U?P\w+)\s+)?(\S+)\s*(.*)", text)
     assert match is not None
     predicate, opcode, rest = match.groups()
@@ -130,7 +130,7 @@ def decode(text: str) -> Decoded:
     reads = _registers(arguments[n_results:], 1)
     if name.startswith("ST") or "WIDE" in opcode or name[0] == "D":  # the last operand is as wide as the result
         reads |= _registers(arguments[-1:], width)
-    if predicate is not None:  # where it is false, the old value stays
+    if predicate is not None:  # if it is false, the old value remains
         reads |= writes | {predicate}
     conditional = predicate is not None or (name == "BRA" and re.match(r"!?U?P\d", arguments[0]) is not None)
     offsets = re.findall(r"c\[0x0\]\[0x([0-9a-f]+)\]", rest)
@@ -152,7 +152,7 @@ def _access_bytes(opcode: str) -> int:
 
 
 def _count_results(name: str, arguments: list[str]) -> int:
-    """How many of the operands are results: a register with predicates behind it, or predicates with one."""
+    """Return how many operands are results: a register and the predicates after it, or one or two predicates."""
     if name in WITHOUT_RESULT:
         return 0
     if PREDICATE.fullmatch(arguments[0]):
@@ -164,7 +164,7 @@ def _count_results(name: str, arguments: list[str]) -> int:
 
 
 def _registers(arguments: list[str], width: int) -> set[str]:
-    """The registers, of `width` words each, and predicates that operands name."""
+    """Return the predicates and registers, of `width` words each, that operands name."""
     names = set()
     for argument in arguments:
         names |= set(re.findall(r"\bU?P\d\b", argument))

@@ -1,11 +1,11 @@
-"""Simulates one multiprocessor that runs a kernel's machine code, and predicts the kernel's time.
+"""Simulate one multiprocessor that runs a kernel's machine code, and predict the kernel's time.
 
 Warps issue in order, one instruction per scheduler and cycle, and wait for registers, units, barriers and memory.
-Memory is a latency and a queue at the multiprocessor's share of the bandwidth. A multiprocessor's four schedulers run
-alike, so one is simulated, whose accesses count four times.
+Memory is a latency and a queue at the multiprocessor's share of the bandwidth. The four schedulers of a multiprocessor
+behave alike, so one is simulated, and its accesses count four times.
 
-Not modelled: the instruction cache, bank conflicts, the memory's turns between reading and writing, and the waits that
-the compiler writes into the instructions.
+Not modeled: the instruction cache, bank conflicts, the memory's turnarounds between reads and writes, and waits encoded
+in the instructions by the compiler.
 """
 
 from collections import Counter
@@ -21,25 +21,25 @@ __all__ = ["Code", "Instruction", "Prediction", "Work", "predict", "read_code"]
 
 SCHEDULERS = 4
 REGISTERS = 65536
-# Cycles. Assumed: a program's start where another one ended, a barrier, how far the queue of loads and stores is ahead.
+# Cycles, assumed: to start a program after another one, for a barrier, and of work that the load/store queue can hold.
 PROGRAM_START, BARRIER, QUEUE = 300, 20, 24
-FILL_BYTES = 64  # that a multiprocessor takes from the L2 cache in a cycle (A100 whitepaper; assumed for all)
-LINE_BYTES = 128  # that it moves between its cache or shared memory and registers in a cycle
-# Cycles that a unit is busy with a warp's instruction; with 32 lanes for fp32 there are two halves of 16.
+FILL_BYTES = 64  # per cycle from the L2 cache to a multiprocessor (A100 whitepaper; assumed for all)
+LINE_BYTES = 128  # per cycle between a multiprocessor's cache or shared memory and its registers
+# Cycles for which a warp's instruction keeps a unit busy; with 32 fp32 lanes the unit has two halves of 16.
 CYCLES = {"alu": 2, "fma": 2, "imad": 2, "xu": 8}
-WAVES = 4  # of resident programs are simulated; later ones take as long as the middle ones
+WAVES = 4  # waves of resident programs to simulate; later ones take as long as the middle ones
 
 
 class Work(NamedTuple):
-    """What one launch has to do.
+    """The work of one launch.
 
-    grid: programs.
-    image_parameters: where pointers to image-sized tensors lie in the constant bank (`launches.parameter_offsets`);
-        only their accesses use memory bandwidth, what else is loaded comes from the L2 cache.
-    image_bytes: bytes of images that the launch has to read and write, ReLU bits included.
-    program_reads: bytes that one program reads in a pass over a tensor, by the pointer's offset in the constant bank,
-        for every tensor over which a program may loop: images (bytes / grid) and partial results (their columns,
-        whole). A loop that loads from such a tensor takes as many trips as that needs; another loop takes one.
+    grid: number of programs.
+    image_parameters: offsets of pointers to image-sized tensors in the constant bank (`launches.parameter_offsets`).
+        Only accesses through them use memory bandwidth; all other loads come from the L2 cache.
+    image_bytes: bytes of images that the launch reads and writes, including ReLU bits.
+    program_reads: bytes that one program reads in a pass over a tensor, by the offset of its pointer, for every tensor
+        over which a program may loop: images (bytes / grid) and partial results (its columns, completely). A loop that
+        loads from such a tensor takes the trips that these bytes need. Other loops take one trip.
     """
 
     grid: int
@@ -49,13 +49,13 @@ class Work(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """us: the kernel's time, without its launch. bound: "bytes", "issue", "pipe" or "latency", the first three where
-    the time is at most a quarter above what they alone would take.
+    """A kernel's predicted time, and its causes.
 
-    roof: the share of the time that the bytes alone would take.
-    registers: a thread. resident: programs that a multiprocessor holds. waves: grid / (resident · multiprocessors).
-    bytes_in_flight: of images, the most that a multiprocessor's programs have asked for before they wait.
-    instructions: of all threads. serial_steps: how often a program waits for memory.
+    us: time in microseconds, without the launch. bound: "bytes", "issue" or "pipe" if the time is less than 1.25 times
+    the largest of what these alone would take, else "latency". roof: share of the time that the bytes alone would take.
+    registers: per thread. resident: programs that a multiprocessor holds. waves: grid / (resident · multiprocessors).
+    bytes_in_flight: most bytes of images that a multiprocessor's programs request before they wait.
+    instructions: over all threads. serial_steps: how often a program waits for memory.
     """
 
     us: float
@@ -72,8 +72,8 @@ class Prediction(NamedTuple):
 class Step(NamedTuple):
     """An instruction on a program's path.
 
-    source: what serves an access: "memory", "cache" or "" for neither. pending: groups of asynchronous copies that a
-    wait leaves on their way.
+    source: "memory" or "cache", whichever serves an access, or "" for neither. pending: number of groups of
+    asynchronous copies that may be unfinished after a wait.
     """
 
     name: str
@@ -88,14 +88,14 @@ class Step(NamedTuple):
 
 
 def predict(code: Code, work: Work, gpu: Gpu, in_l2: bool) -> Prediction:
-    """Predict a launch; `in_l2`: whether the L2 cache serves the images."""
+    """Return the prediction for a launch; `in_l2` tells whether the L2 cache serves the images."""
     steps = _steps(code, work)
     resident = _resident_programs(code, gpu)
-    programs = -(-work.grid // gpu.multiprocessors)  # of the busiest multiprocessor
+    programs = -(-work.grid // gpu.multiprocessors)  # on the busiest multiprocessor
     bandwidth = (gpu.l2_gb_s if in_l2 else gpu.memory_gb_s) / gpu.clock_ghz  # bytes in a cycle
     machine = Machine(
         gpu,
-        # Whoever has more programs than others in the end has more of the bandwidth.
+        # A multiprocessor with more programs than others ends up with more of the bandwidth.
         memory_share=min(bandwidth * programs / work.grid, FILL_BYTES),
         cache_share=min(gpu.l2_gb_s / gpu.clock_ghz * programs / work.grid, FILL_BYTES),
         memory_latency=(gpu.l2_ns if in_l2 else gpu.memory_ns) * gpu.clock_ghz,
@@ -122,11 +122,11 @@ def predict(code: Code, work: Work, gpu: Gpu, in_l2: bool) -> Prediction:
 
 
 def _steps(code: Code, work: Work) -> list[Step]:
-    """The instructions that a warp executes, in order."""
+    """Return the instructions that a warp executes, in order."""
     accesses = follow_pointers(code.instructions, work.image_parameters | work.program_reads.keys())
     path = follow(code, accesses, work.program_reads)
     decoded = [decode(instruction.text) for instruction in code.instructions]
-    # A row that programs share or a tile that is partly outside is in the instructions' bytes, not in the memory's.
+    # Instructions also count rows that programs share and the outside of tiles, which the memory does not move.
     is_image = {at for at, pointer in accesses.items() if pointer in work.image_parameters}
     asked = work.grid * code.warps * 32 * sum(decoded[at].bytes for at in path if at in is_image)
     if work.image_bytes > 1.3 * asked:
@@ -151,7 +151,7 @@ def _steps(code: Code, work: Work) -> list[Step]:
 
 
 def _resident_programs(code: Code, gpu: Gpu) -> int:
-    """How many programs fit on a multiprocessor: registers go to warps by 256, each scheduler has a quarter of them."""
+    """Return how many programs fit on a multiprocessor; registers are allocated by 256, a quarter per scheduler."""
     architecture = gpu.architecture
     warp_registers = -(-code.registers * 32 // 256) * 256
     by_registers = REGISTERS // SCHEDULERS // warp_registers * SCHEDULERS // code.warps
@@ -161,7 +161,7 @@ def _resident_programs(code: Code, gpu: Gpu) -> int:
 
 
 def _busy(steps: list[Step], fp32_lanes: int) -> float:
-    """Cycles of a scheduler that a warp keeps the busiest unit busy."""
+    """Return the cycles for which a warp keeps its scheduler's busiest unit busy."""
     n = Counter(step.pipe for step in steps)
     multiply_adds = n["fma"] + n["imad"]
     fma = 2 * multiply_adds if fp32_lanes == 16 else max(multiply_adds, 2 * n["imad"])
@@ -169,7 +169,7 @@ def _busy(steps: list[Step], fp32_lanes: int) -> float:
 
 
 def _waits(steps: list[Step]) -> tuple[float, int]:
-    """The most bytes of images that a warp has asked for before it waits, and how often it waits for memory."""
+    """Return the most bytes of images that a warp requests before it waits, and how often it waits for memory."""
     loading: set[str] = set()  # registers
     asked, most, waits, copies = 0.0, 0.0, 0, False
     for step in steps:
@@ -186,7 +186,7 @@ def _waits(steps: list[Step]) -> tuple[float, int]:
 
 
 class Warp:
-    """`ready`: when a register has its value. `copies`: when groups of asynchronous copies have arrived."""
+    """A warp. `ready`: when registers get their values. `copies`: when groups of asynchronous copies arrive."""
 
     def __init__(self, program: int) -> None:
         self.program, self.position, self.ready = program, 0, {}
@@ -195,7 +195,7 @@ class Warp:
 
 
 class Machine(NamedTuple):
-    """A multiprocessor's scheduler and its share of what all share, in bytes and cycles."""
+    """A multiprocessor's scheduler, its shares of bandwidth in bytes per cycle, and latencies in cycles."""
 
     gpu: Gpu
     memory_share: float
@@ -204,8 +204,8 @@ class Machine(NamedTuple):
     cache_latency: float
 
     def run(self, steps: list[Step], programs: int, resident: int, warps: int) -> float:
-        """Return the cycles that `programs` programs take, of which `resident` run at once."""
-        # Programs of less than four warps share the schedulers: several make one of four.
+        """Return the cycles of `programs` programs, of which `resident` run at once."""
+        # Programs with less than four warps share the schedulers: several count as one program with four.
         together = max(1, SCHEDULERS // warps)
         programs, resident = -(-programs // together), max(1, resident // together)
         simulated = min(programs, WAVES * resident)
@@ -217,7 +217,7 @@ class Machine(NamedTuple):
         return cycles
 
     def _simulate(self, steps: list[Step], programs: int, resident: int, warps: int) -> list[float]:
-        """Return when programs end, in order; `warps`: of a program, on one scheduler."""
+        """Return the end times of programs, in order; `warps` is a program's number of warps on the scheduler."""
         halves = 2 if self.gpu.architecture.fp32_lanes == 32 else 1
         free: dict[str, float] = dict.fromkeys(("alu", "xu", "heavy", "light"), 0.0)
         queues = {"memory": 0.0, "cache": 0.0}

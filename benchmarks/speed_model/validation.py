@@ -1,7 +1,7 @@
-"""Predicts kernels whose speed others have published: `TRITON_INTERPRET=0 python -m benchmarks.speed_model.validation`.
+"""Predict kernels whose speed others have published: `TRITON_INTERPRET=0 python -m benchmarks.speed_model.validation`.
 
-The kernels are written here as Triton's vector-addition tutorial and torch.compile's RMSNorm have them; what comes out
-stands in benchmarks/predicted/README.md beside what was published.
+The kernels follow Triton's vector-addition tutorial and torch.compile's RMSNorm. The predictions stand next to the
+published speeds in benchmarks/predicted/README.md.
 """
 
 import torch
@@ -31,7 +31,7 @@ def add_kernel(x_ptr, other_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, n_columns, BLOCK: tl.constexpr):
-    """A row a program: a loop for the mean square, a second one that reads the row again, from the cache."""
+    """Normalize one row per program: a loop for the mean square, and a second one that reads the row from the cache."""
     row = tl.program_id(0) * n_columns
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_columns, BLOCK):
@@ -55,7 +55,7 @@ def predict_gb_s(
     grid: int,
     warps: int,
 ) -> float:
-    """Return bytes of the images / predicted time."""
+    """Return the bytes of the images / predicted time, in GB/s."""
     target = GPUTarget("cuda", GPUS[gpu].capability, 32)
     types, constants, attributes = Launch(kernel, images | others, (grid,)).signature(target)
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)

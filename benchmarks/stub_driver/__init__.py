@@ -1,7 +1,7 @@
-"""A CUDA driver that executes nothing, in front of which Triton compiles, binds and launches kernels on CPU tensors.
+"""A stub CUDA driver that executes nothing, on which Triton compiles, binds and launches kernels on CPU tensors.
 
-It measures what a launch costs the host (host_cost.py), and tells which launches a real driver would refuse
-(tests/stub_step.py). It has to be put in place before the kernels are imported, in a process of its own.
+It serves to measure the host time of launches (host_cost.py), and to detect launches that a real driver would refuse
+(tests/stub_step.py). It must be put in place before the kernels are imported, in a separate process.
 """
 
 import atexit
@@ -22,9 +22,10 @@ import torch
 
 
 class Gpu(NamedTuple):
-    """What a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+    """Limits of a multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 
-    shared_per_program, shared: bytes of shared memory. threads, programs: resident. multiprocessors: of one GPU.
+    shared_per_program, shared: bytes of shared memory. threads, programs: the most that are resident.
+    multiprocessors: their number on the GPU.
     """
 
     shared_per_program: int
@@ -47,7 +48,7 @@ GPUS = {
 
 
 class Launch(NamedTuple):
-    """A launch as the driver got it; of the parameters a pointer is its address, any other one its bytes."""
+    """A launch as the driver received it; a pointer among the parameters is its address, any other its bytes."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -67,7 +68,7 @@ WATCHER = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint),
     ctypes.POINTER(ctypes.c_uint),
 )
-GLOBAL_SPACE = 4  # of a parameter that is a pointer
+GLOBAL_SPACE = 4  # memory space of pointer parameters
 _library: ctypes.CDLL | None = None
 
 
@@ -100,7 +101,7 @@ def build(folder: Path) -> None:
 
 
 def put_in_place(capability: int = 90) -> None:
-    """Have Triton launch on the stub driver, and resnet_fast take CPU tensors for those of a GPU of GPUS."""
+    """Make Triton launch on the stub driver, and resnet_fast treat CPU tensors as those of the GPU GPUS[capability]."""
     global _library
     folder = Path(mkdtemp(prefix="stub-driver-"))
     atexit.register(shutil.rmtree, folder)

@@ -1,1 +1,1 @@
-"""What any other module may use: argument checks, whole files, clean terminal output, the machine by name, imports."""
+"""Helpers for every module: argument checks, files written whole, clean terminal output, machine names, imports."""

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and folders that one process writes to."""
+"""Files that are written completely or not at all, and locks for folders."""
 
 import glob
 import os
@@ -16,24 +16,24 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-# Seconds to wait for a folder. The workers of a process that was killed hold it with that process, and notice within 5.
+# Seconds to wait for a folder's lock. The workers of a killed process share its lock, and end within 5.
 PATIENCE = 10
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only once it is complete and on the disk.
+    """Open a file for writing that gets its name only when it is complete and on the disk.
 
-    An exception or a full disk on the way leaves what was there before. SIGINT and SIGTERM wait until it is written, so
-    that no unfinished file stays behind.
+    If writing fails, an existing file remains unchanged. SIGINT and SIGTERM are delayed until the file is written, so
+    that no unfinished file remains.
 
     Raises:
-        OSError: it cannot be written; `filename` is `path`.
+        OSError: the file cannot be written; `filename` is `path`.
     """
     unfinished = unfinished_name(path)
     with signals_wait():
         try:
-            with open(unfinished, "xb") as file:  # O_EXCL, which follows no link
+            with open(unfinished, "xb") as file:  # O_EXCL follows no link
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -41,12 +41,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException as error:
             unfinished.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(unfinished)):
-                raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # a full disk names no file
+                # The error of a full disk names no file.
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error
             raise
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return an unpredictable name beside `path`, which `delete_unfinished` recognizes after a kill."""
+    """Return an unpredictable name next to `path` that `delete_unfinished` recognizes."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -58,16 +59,16 @@ def delete_unfinished(path: Path) -> None:
 
 @contextmanager
 def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the folder for this process until the end of the block; the system lets go of it however the process ends.
+    """Lock the folder for this process in the block; the system releases the lock if the process is killed.
 
-    Where there are no such locks (Windows, some network file systems) nothing is held.
+    On systems without such locks (Windows, some network file systems) nothing is locked.
 
     Args:
-        folder: an existing one.
+        folder: an existing folder.
         patience: seconds to wait for another process.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -77,7 +78,7 @@ def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         _lock(number, folder, patience)
         yield
     finally:
-        with suppress(OSError):  # for the processes that read images, too, which have the same lock
+        with suppress(OSError):  # also for processes that read images, which inherit the lock
             fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
@@ -90,14 +91,14 @@ def _lock(number: int, folder: Path, patience: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise BlockingIOError(f"another process writes to {folder}") from None
-        except OSError:  # not supported there
+        except OSError:  # the file system has no locks
             return
         time.sleep(0.1)
 
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM at the end of the block; only the main thread may, and needs to, do so."""
+    """Delay SIGINT and SIGTERM to the end of the block. Only the main thread receives signals, so others do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

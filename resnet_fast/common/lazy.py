@@ -1,11 +1,11 @@
-"""Packages whose names are imported when they are first used, because importing torch and torchvision takes seconds.
+"""Import a package's names when they are first used, because importing torch and torchvision takes seconds.
 
     if TYPE_CHECKING:
         from resnet_fast.data.loader import Loader
     else:
         lazy_imports(__name__, __all__)
 
-What a type checker reads there is what is imported: the package's source is parsed once a name is asked for.
+The imports that a type checker sees are the ones that run: the package's source is parsed when a name is first used.
 """
 
 import ast
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def lazy_imports(package: str, names: Sequence[str]) -> None:
-    """Let a package have `names` by the imports under its `if TYPE_CHECKING`, and its modules, once they are used."""
+    """Import the package's `names` when they are used, by its imports under `if TYPE_CHECKING`; its modules as well."""
 
     @cache
     def homes() -> dict[str, str]:
@@ -40,7 +40,7 @@ def lazy_imports(package: str, names: Sequence[str]) -> None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
         def __setattr__(self, name: str, value: Any) -> None:
-            # Importing models/article.py would put the module in the place of the function of that name.
+            # Importing models/article.py would replace the function of that name with the module.
             if name not in names or not isinstance(value, ModuleType):
                 super().__setattr__(name, value)
 

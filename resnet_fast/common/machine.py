@@ -1,4 +1,4 @@
-"""What a measurement says about the machine on which it was taken."""
+"""Facts about this machine, for the records of measurements."""
 
 import platform
 import re
@@ -29,7 +29,7 @@ def slug(name: str) -> str:
 
 
 def triton_version() -> str:
-    """Return triton's version, or nothing where there is none."""
+    """Return Triton's version, or "" if it is not installed."""
     try:
         import triton
     except ImportError:
@@ -38,7 +38,7 @@ def triton_version() -> str:
 
 
 def nvidia_driver() -> str | None:
-    """Return the version of NVIDIA's driver, None where there is none."""
+    """Return the version of NVIDIA's driver, or None."""
     if NVIDIA_MODULE.exists() and (match := re.search(r"\s(\d+\.[\d.]+)\s", NVIDIA_MODULE.read_text())):
         return match[1]
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""How the C library treats memory that a training step frees."""
+"""Reuse of memory that a training step on a CPU frees."""
 
 import ctypes
 import platform
@@ -9,8 +9,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for this process instead of returning it to the system; other C libraries ignore it.
 
-    A training step on a CPU frees and allocates the same gradients again. Returned, each of their pages is mapped and
-    zeroed anew in every step.
+    A training step on a CPU frees its gradients and allocates them again. If their memory were returned, every step
+    would map and zero each page again.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

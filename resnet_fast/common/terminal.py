@@ -1,5 +1,4 @@
-"""Keep escape codes from the terminal. Names, paths and strings of a file may hold them; they would move the cursor,
-rename the window, or hide a line.
+"""Keep escape codes in names, paths and files from the terminal, where they could move the cursor or hide a line.
 
     with clean_output():    # around a command: print, warnings and usage errors are clean
         ...
@@ -22,7 +21,7 @@ def clean(text: str, keep: str = "") -> str:
 
 
 class CleanStream:
-    """A text stream that cleans what is written to it; everything else goes to the stream beneath."""
+    """A text stream that cleans what is written to it, and passes everything else to the underlying stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -40,20 +39,20 @@ class CleanStream:
 
 @contextmanager
 def clean_output() -> Iterator[None]:
-    """Clean what is written to standard output and standard error in the block."""
+    """Clean everything written to standard output and standard error in the block."""
     before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal or log takes every character
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can encode every character
     cleaning: tuple[Any, Any] = CleanStream(sys.stdout), CleanStream(sys.stderr)
     sys.stdout, sys.stderr = cleaning
     try:
         yield
     finally:
-        # After a closed pipe typer puts other streams there, which stay.
+        # If a pipe was closed, typer has installed other streams, which remain.
         if (sys.stdout, sys.stderr) == cleaning:
             sys.stdout, sys.stderr = before
 
 
 def unfiltered(stream: Any) -> TextIO:
-    """Return the stream beneath a CleanStream; any other stream unchanged."""
+    """Return the stream under a CleanStream; any other stream unchanged."""
     return stream.stream if isinstance(stream, CleanStream) else stream

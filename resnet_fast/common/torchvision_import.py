@@ -1,11 +1,11 @@
-"""Makes `import torchvision` work beside a torch build that its compiled extension does not fit.
+"""Make `import torchvision` work with a torch build that does not match its compiled extension.
 
-PyPI's torchvision for Linux is built for CUDA. Next to a CPU build of torch its extension does not load, and the import
+PyPI's torchvision for Linux is built for CUDA. With a CPU build of torch its extension does not load, and the import
 fails with "operator torchvision::nms does not exist": torchvision registers a fake kernel for an operator that nobody
-defined. resnet_fast uses none of torchvision's compiled operators, so the two missing schemas are defined here, without
-kernels, and the import is tried again. Where torchvision imports as it is, nothing is defined.
+defined. resnet_fast uses none of torchvision's compiled operators. If the import fails so, the two missing schemas are
+defined here, without kernels, and the import is tried again.
 
-The package imports this module before anything else. It only watches for torchvision's import, which takes seconds.
+The package imports this module before anything else. It does not import torchvision itself, which takes seconds.
 """
 
 import sys
@@ -13,11 +13,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-schemas: Any = None  # those that were defined; torch keeps them as long as this does
+schemas: Any = None  # torch keeps the defined schemas as long as this object exists
 
 
 class _Finder:
-    """Finds torchvision as Python does, and lets it be executed twice."""
+    """Finds torchvision as Python does, with a loader that tries a failed import again."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:

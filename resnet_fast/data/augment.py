@@ -1,9 +1,9 @@
-"""What happens to a training image, and the random numbers for it: an epoch's order and augmentation as one table.
+"""Augmentation settings, and the plan of an epoch: the order of its images and the random numbers for each.
 
     plan = epoch_plan(len(dataset.train), dataset.train.size, augmentation, seed=0, epoch=1)    # int32 [N, 6 or 17]
 
-A row is an image. The numbers are drawn on the CPU from (seed, epoch) alone, so they are the same wherever, on however
-many processes and however often an epoch is computed. `Batch.augmented` (dataset.py) makes images of it.
+Each row is an image. The numbers are drawn on the CPU from (seed, epoch) alone, so a plan depends neither on the device
+nor on the number of processes. `Batch.augmented` (dataset.py) applies it.
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ from resnet_fast.ops.augment import per_channel
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image.
+    """How training images are augmented.
 
     Args:
-        mean, std: per channel, of images in [0, 1].
-        crop: pixels that a random crop may reach beyond each edge; 0 for no crop.
-        padding: what it sees there: "zero" (black) or "reflect".
-        flip: "none", "random" (each image with probability 1/2, each epoch anew) or "alternating" (half of the images
-            in one epoch, the other half in the next, so that two epochs show each image both ways; Jordan 2024,
-            arXiv:2404.00498, section 3.6).
+        mean, std: one value per channel, for images scaled to [0, 1].
+        crop: pixels by which a random crop may extend beyond each edge; 0 for no crop.
+        padding: how these pixels are filled: "zero" (black) or "reflect".
+        flip: "none", "random" (each image with probability 1/2, drawn again in each epoch) or "alternating" (half of
+            the images in one epoch, the other half in the next, so that two epochs show each image both ways; Jordan
+            2024, arXiv:2404.00498, section 3.6).
         cutout: side of the square that is set to the mean color, in pixels; 0 for none.
-        trivial_augment: one operation of TrivialAugment for each image, of random strength (ops/trivial_augment.py).
-        random_erasing: probability that a random rectangle is set to the mean color, in [0, 1].
-        mixup, cutmix: alpha of Beta(alpha, alpha), from which a batch draws the shares in which two images are mixed;
-            0 for none. With both, each batch takes one of the two.
+        trivial_augment: whether to apply one random operation of TrivialAugment to each image, with random strength.
+        random_erasing: probability in [0, 1] that a random rectangle is set to the mean color.
+        mixup, cutmix: alpha of Beta(alpha, alpha), from which the mixing weight of a batch is drawn; 0 for none. If
+            both are set, each batch uses one of the two, chosen at random.
 
     Raises:
-        ValueError: an unknown flip or padding, a negative size, mean and std that are not three values, a
-            trivial_augment that is no bool, a random_erasing outside [0, 1], or an alpha that is neither 0 nor in
-            [0.01, 100].
+        ValueError: flip or padding is unknown, a size is negative, mean or std is not three values, a std is not
+            positive, trivial_augment is not a bool, random_erasing is outside [0, 1], or mixup or cutmix is neither 0
+            nor in [0.01, 100].
     """
 
     mean: tuple[float, float, float]
@@ -69,17 +69,17 @@ class Augmentation:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether a network is trained on the images as they are, normalized like those that it is tested on."""
+        """Whether training images are only normalized, as test images are."""
         return self.crop == 0 and self.flip == "none" and self.cutout == 0 and not self.draws_more
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others, and have two labels then."""
+        """Whether images are mixed with others, which gives them two labels."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def draws_more(self) -> bool:
-        """Whether a plan has the further columns."""
+        """Whether a plan has the additional columns of draws.py."""
         return self.trivial_augment or self.random_erasing > 0 or self.mixes
 
 
@@ -92,27 +92,29 @@ def _check_channels(mean: object, std: object) -> None:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """Return a generator for these numbers; torch's own seed would drop all but 32 bits."""
+    """Return a generator seeded with all `numbers`; torch's CPU generator uses only 32 bits of a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
-    """Return the order of an epoch's images and what is drawn for each.
+    """Return the order of an epoch's images and the random numbers for each.
 
-    All is drawn whatever the augmentation, so that switching one part of it changes that part alone.
+    Numbers are drawn even if `augmentation` does not use them, so that changing one setting leaves the others' numbers
+    unchanged.
 
     Args:
-        n_images: of the split.
-        size: their height and width, in pixels.
-        augmentation: what is done to them.
-        seed, epoch: what the numbers are drawn from; epochs count from 1.
+        n_images: number of images in the split.
+        size: height and width of the images, in pixels.
+        augmentation: settings of the augmentation.
+        seed, epoch: seed of the random numbers; epochs count from 1.
 
     Returns:
         [n_images, 6], int32: index, shift_y, shift_x in 0 … 2·crop, mirror, cut_y, cut_x. If the augmentation
         `draws_more`: [n_images, 17], with the columns of draws.py.
 
     Raises:
-        TypeError, ValueError: an argument has another type, or a number is negative.
+        TypeError: augmentation or size has another type.
+        ValueError: size is not two numbers, or a number is not a non-negative integer.
     """
     check_type("augmentation", augmentation, Augmentation)
     check_type("size", size, tuple, list)
@@ -131,7 +133,7 @@ def epoch_plan(n_images: int, size: tuple[int, int], augmentation: Augmentation,
     if augmentation.flip == "none":
         mirror.zero_()
     if augmentation.flip == "alternating":
-        first = torch.randint(2, (n_images,), generator=seeded(seed))  # of each image, in the order of the data set
+        first = torch.randint(2, (n_images,), generator=seeded(seed))  # per image, in the data set's order
         mirror = ((first[order] + epoch) % 2)[:, None]
     plan = torch.cat([order[:, None], shifts, mirror, *corners], 1).int()
     if not augmentation.draws_more:
@@ -153,14 +155,15 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """Scale bytes to [0, 1], subtract the mean and divide by the standard deviation of each channel.
 
     Args:
-        images: [N, 3, H, W], bytes: uint8, or of a floating type.
-        mean, std: one value per channel, of images in [0, 1].
+        images: [N, 3, H, W], values 0 … 255 in uint8 or a floating-point type.
+        mean, std: one value per channel, for images scaled to [0, 1].
 
     Returns:
-        [N, 3, H, W], fp32, channels_last; the bits that `ops.augment` gives images that it leaves in place.
+        [N, 3, H, W], fp32, channels_last; bit-identical to `ops.augment` without crop, flip and cutout.
 
     Raises:
-        TypeError, ValueError: an argument is of another type, or mean and std are not three values, std above 0.
+        TypeError: images is not a tensor.
+        ValueError: images does not have 4 dimensions, mean or std is not three values, or a std is not positive.
     """
     check_type("images", images, Tensor)
     if images.ndim != 4:

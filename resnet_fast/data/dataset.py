@@ -1,4 +1,4 @@
-"""What a data set is: two splits that hand out uint8 batches, and what is needed to normalize and augment them.
+"""Data sets: two splits that yield uint8 batches, and the statistics and settings to normalize and augment them.
 
     dataset = load_dataset("digits")
     for images, labels in dataset.test.batches(32):   # uint8 [32, 3, 32, 32], int64 [32], in order
@@ -6,7 +6,7 @@
     for batch in dataset.train.planned(plan, sizes):  # shuffled: see loader.py
         images, labels = batch.augmented(augmentation)
 
-A split keeps its images as bytes. Cropping, flipping and normalizing happen on the batch, on its device.
+A split keeps its images as bytes. Each batch is cropped, flipped and normalized on its device.
 """
 
 import os
@@ -27,7 +27,7 @@ from resnet_fast.ops.trivial_augment import trivial_augment
 
 # A constant channel would divide by zero. Half a gray level is below the resolution of bytes.
 LEAST_STD = 0.5 / 255
-HOLDOUT_SEED = 0  # of the choice only: --seed must not change what is validated on
+HOLDOUT_SEED = 0  # --seed must not change which images are held out
 AS_BYTES = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # mean and std that leave the values 0 … 255
 
 
@@ -36,23 +36,23 @@ class DataError(RuntimeError):
 
 
 def check_no_file(folder: Path) -> None:
-    """Raise DataError if `folder`, or a folder above it, exists and is no folder."""
+    """Raise DataError if `folder`, or a folder above it, exists but is not a folder."""
     for path in (folder, *folder.parents):
         if path.is_dir():
             return
         if os.path.lexists(path):
-            kind = "a file" if path.is_file() else "no folder" if path.exists() else "a link to nothing"
-            raise DataError(f"{path} is {kind}, and a folder of data is needed there")
+            kind = "a file" if path.is_file() else "a special file" if path.exists() else "a broken link"
+            raise DataError(f"{path} must be a folder of data, but is {kind}")
 
 
 class Batch(NamedTuple):
-    """What a training batch is made of, on its device.
+    """A training batch before augmentation, on its device.
 
     Args:
-        images: [N, 3, H, W], uint8, channels_last: a whole split, the same tensor in every batch, or those of this one.
+        images: [N, 3, H, W], uint8, channels_last: the whole split, or only the images of this batch.
         labels: [N], int64.
-        plan: [B, 6 or 17], int32: which of them are taken, and what is done to each (augment.py: epoch_plan).
-        is_resident: whether images and labels are those of a whole split, which stay where they are.
+        plan: [B, 6 or 17], int32: the rows of `augment.epoch_plan` for this batch; the first column indexes `images`.
+        is_resident: whether images and labels are the whole split, as the same tensors in every batch.
     """
 
     images: Tensor
@@ -61,21 +61,20 @@ class Batch(NamedTuple):
     is_resident: bool = False
 
     def augmented(self, augmentation: Augmentation, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the images, [B, 3, H, W] in `dtype`, channels_last, augmented and normalized, and the labels, [B].
+        """Return the augmented and normalized images, [B, 3, H, W] in `dtype`, channels_last, and the labels, [B].
 
         Raises:
-            ValueError: the augmentation mixes images, which gives them two labels: see `mixed`; or the plan was drawn
-                for another one.
+            ValueError: the augmentation mixes images (use `mixed`), or the plan was drawn for another augmentation.
         """
         if augmentation.mixes:
             got = f"mixup {augmentation.mixup:g} and cutmix {augmentation.cutmix:g}"
-            raise ValueError(f"mixup and cutmix must be 0, or mixed() used: a mixed image has two labels; got {got}")
+            raise ValueError(f"mixup and cutmix must be 0, got {got}; use mixed(), which returns both labels")
         return self._augmented(augmentation, dtype)
 
     def mixed(
         self, augmentation: Augmentation, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor, Mixture | None]:
-        """Return what `augmented` does, and the images' second labels and shares if the augmentation mixes them.
+        """Return `augmented`'s images and labels, and the second labels and shares, None if nothing is mixed.
 
         Each image is mixed with the one before it in this batch, the first with the last. The loss is
 
@@ -86,7 +85,7 @@ class Batch(NamedTuple):
         """
         if not augmentation.mixes:
             return *self._augmented(augmentation, dtype), None
-        images, labels = self._augmented(augmentation, torch.float32)  # so that a pixel is rounded once
+        images, labels = self._augmented(augmentation, torch.float32)  # so that each pixel is rounded only once
         images, mixture = mix(images, labels, self.plan[:, MIXED])
         return images.to(dtype=dtype, memory_format=torch.channels_last), labels, mixture
 
@@ -122,27 +121,27 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Split(Protocol):
-    """The training or the test part of a data set."""
+    """The training or test part of a data set."""
 
     def __len__(self) -> int: ...
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Height and width of the images, in pixels."""
         ...
 
     def to(self, device: torch.device, images: str = "auto") -> "Split":
         """Return the split with its batches on `device`.
 
         Args:
-            device: where they are used.
-            images: of a split in files: "memory" reads all of them now and keeps them there, "stream" reads each when
-                it is needed, "auto" keeps them where they take at most a quarter of a GPU's free memory, or 2 GiB.
+            device: device of the batches.
+            images: for a split of image files: "memory" reads all images now and keeps them on `device`, "stream" reads
+                each when it is needed, "auto" keeps them if they fit into a quarter of a GPU's free memory, or 2 GiB.
         """
         ...
 
     def subset(self, indices: Tensor) -> "Split":
-        """Return the split of these images, [n] of int64."""
+        """Return a split of the images at `indices`, [n], int64."""
         ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,7 +149,7 @@ class Split(Protocol):
         ...
 
     def planned(self, plan: Tensor, sizes: Sequence[int]) -> Iterator[Batch]:
-        """Yield a batch for every so many rows of `plan`, [sum of sizes, 6 or 17]."""
+        """Yield a batch for each of `sizes`, from the next rows of `plan`, [sum of sizes, 6 or 17]."""
         ...
 
 
@@ -163,7 +162,8 @@ class TensorSplit:
         labels: [N], int64.
 
     Raises:
-        TypeError, ValueError: images or labels are no tensors, or have another shape or dtype.
+        TypeError: images or labels is not a tensor.
+        ValueError: images or labels has another shape or dtype.
     """
 
     images: Tensor
@@ -210,13 +210,13 @@ class ImageDataset:
     """A data set for image classification.
 
     Args:
-        name: what `--dataset` calls it.
+        name: name for `--dataset`.
         classes: the name of each label.
         train, test: the two splits.
-        mean, std: per channel, of the training images scaled to [0, 1].
-        crop_padding: pixels that a random crop may usefully reach beyond each edge; 0 for no crop.
+        mean, std: one value per channel, of the training images scaled to [0, 1].
+        crop_padding: pixels by which a random crop may usefully extend beyond each edge; 0 for no crop.
         flip: whether a mirrored image still shows its class.
-        notes: lines for the user about files that are left out, and images that show nothing.
+        notes: messages for the user about files that are left out and channels that hardly vary.
     """
 
     name: str
@@ -230,14 +230,14 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
 
     def to(self, device: torch.device, images: str = "auto") -> "ImageDataset":
-        """Return the data set with both splits as `Split.to` returns them."""
+        """Return the data set with both splits moved by `Split.to`."""
         return replace(self, train=self.train.to(device, images), test=self.test.to(device, images))
 
     def hold_out(self, n_images: int) -> "ImageDataset":
-        """Return the data set with `n_images` of the training images, always the same, in place of the test images.
+        """Return the data set with `n_images` training images, always the same ones, as its test split.
 
         Raises:
-            ValueError: fewer than 1, or no 2 images would be left to train on.
+            ValueError: n_images is not an integer of at least 1 that leaves at least 2 images to train on.
         """
         if not is_integer(n_images) or not 1 <= n_images <= len(self.train) - 2:
             most, got = len(self.train) - 2, shown(n_images)
@@ -250,8 +250,8 @@ class ImageDataset:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and std of each channel of uint8 images [N, 3, H, W], scaled to [0, 1].
 
-    Numerics: the 256 byte values are counted, and the moments are taken from the counts in fp64, so nothing is rounded
-    however many images there are. The std is the biased one, as in the published constants of CIFAR-10.
+    Numerics: the moments are computed in fp64 from the counts of the 256 byte values, so the error does not grow with
+    the number of images. The std is the biased one, as in the published constants of CIFAR-10.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []

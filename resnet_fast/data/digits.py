@@ -2,7 +2,7 @@
 
 digits.npz holds `images`, uint8 [1797, 8, 8] with values 0 … 16, and `labels`, uint8 [1797]: the test set of "Optical
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak 1998, UCI Machine Learning Repository,
-doi.org/10.24432/C50P49, CC BY 4.0), in the order in which scikit-learn has it.
+doi.org/10.24432/C50P49, CC BY 4.0), in scikit-learn's order.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ from resnet_fast.data.options import MAX_IMAGE_SIZE, NOT_MIRRORED
 FILE = Path(__file__).with_name("digits.npz")
 SCAN_SIZE = 8
 TEST_PER_CLASS = 36  # a fifth: 360 test images, 1,437 training images
-SPLIT_SEED = 0  # of the split only: --seed must not change what is tested on
+SPLIT_SEED = 0  # --seed must not change which images are tested on
 
 
 def load_digits(image_size: int = 32) -> ImageDataset:
     """Return the digits, always split in the same way.
 
-    Augmentation: a crop shifted by up to half a pixel of the scan, rounded: none at 8x8, 1 pixel at 12x12, 2 at 32x32.
-    The 4 pixels in 32 of CIFAR-10 would cut off strokes at the border. No horizontal flip: a mirrored 2 is no 2.
+    Augmentation: random crops shifted by up to half a scan pixel, rounded (0 at 8x8, 1 at 12x12, 2 at 32x32). The usual
+    4 pixels at 32x32 would cut off strokes at the border. No horizontal flip, because a mirrored 2 is not a 2.
 
     Args:
         image_size: height and width to which the scans are enlarged, 8 … 1024.

@@ -1,10 +1,10 @@
-"""A file from the internet: the whole one, or none.
+"""Download a file completely, or not at all.
 
     download(["https://fast.example/x.tar.gz", "https://first.example/x.tar.gz"], Path("data/x.tar.gz"), md5)
 
-The servers are asked in turn. The bytes go to a hidden file beside the target, `.x.tar.gz.part`. After a cut, the next
-request asks for the rest alone (HTTP Range): at the same server, at the next one, or in another process tomorrow. The
-file gets its name when torchvision finds the expected MD5; bytes with another MD5 are deleted.
+The servers are tried in this order. The bytes go to a hidden file next to the target, `.x.tar.gz.part`. After an
+interruption the next request, to any server and from any later process, asks only for the missing bytes (HTTP Range).
+The file is renamed to its target if its MD5 matches, and deleted otherwise.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-# The real one if it is installed, else a line with the percentage; torchvision imports it, too.
+# tqdm if it is installed, else a simple percentage; torchvision imports it from here, too.
 from torch.hub import tqdm  # type: ignore[attr-defined]
 from torchvision.datasets.utils import check_integrity
 
@@ -26,32 +26,33 @@ from resnet_fast.common.checks import one_line
 
 TIMEOUT = 30.0  # seconds without a byte
 PATIENCE = 20.0  # seconds before a server's speed is judged
-LEAST_SPEED = 100_000  # bytes/s; CIFAR-10's own server, the last to be asked, gives 66,000 to 85,000
-TRIES = 5  # requests to a server that is cut off each time and gives something each time
+LEAST_SPEED = 100_000  # bytes/s; CIFAR-10's own server, tried last, delivers 66,000 to 85,000
+TRIES = 5  # requests to one server, as long as each delivers some bytes
 CHUNK = 2**18  # bytes
 
 
 class DownloadError(Exception):
-    """No server gave the file; the message has a reason for each of them."""
+    """No server delivered the file; the message has a reason for each."""
 
 
 class _ServerError(Exception):
-    """A server does not give the file, or not all of it."""
+    """A server does not deliver the file, or not all of it."""
 
 
 class _SlowServerError(_ServerError):
-    """It would take too long."""
+    """The download would take too long."""
 
 
 def download(urls: Sequence[str], target: Path, md5: str) -> None:
-    """Write the file to `target`, whose folder exists.
+    """Download a file to `target`, whose folder must exist.
 
     Args:
-        urls: where its bytes are, in the order in which they are tried. A slow server is left for the next one.
-        md5: of the file, in hexadecimal digits.
+        urls: URLs of the file, in the order in which to try them. A slow server is given up, except the last.
+        target: path of the file.
+        md5: MD5 of the file, in hexadecimal digits.
 
     Raises:
-        DownloadError: none of them gave it. What came is kept beside the target for the next call.
+        DownloadError: no server delivered the file. The bytes received are kept next to `target` for the next call.
         OSError: the file cannot be written.
     """
     partial = target.with_name(f".{target.name}.part")
@@ -63,7 +64,7 @@ def download(urls: Sequence[str], target: Path, md5: str) -> None:
             return
         reasons.append(f"{url}: {reason}")
     size = _size(partial)
-    kept = [f"the {size:,} bytes that came are kept for the next attempt"] if size else []
+    kept = [f"the {size:,} bytes received are kept for the next attempt"] if size else []
     raise DownloadError("; ".join(reasons + kept))
 
 
@@ -72,7 +73,7 @@ def _size(path: Path) -> int:
 
 
 def _fetch(url: str, partial: Path, md5: str, may_be_slow: bool) -> str | None:
-    """Complete `partial` from one server; return why that was not possible, or None."""
+    """Complete `partial` from one server; return None, or the reason why that failed."""
     reason = ""
     for _ in range(TRIES):
         before = _size(partial)
@@ -88,12 +89,12 @@ def _fetch(url: str, partial: Path, md5: str, may_be_slow: bool) -> str | None:
         partial.unlink()
         reason = f"sends another file: its MD5 is not {md5}"
         if not before:
-            break  # else the wrong bytes may be those of before
+            break  # else the wrong bytes may come from an earlier request
     return reason
 
 
 def _append(url: str, partial: Path, may_be_slow: bool) -> None:
-    """Add to `partial` what it lacks; begin anew if the server cannot send a part."""
+    """Append the missing bytes to `partial`; start over if the server cannot send a part."""
     size = _size(partial)
     request = Request(url, headers={"User-Agent": f"resnet-fast/{__version__}"})
     if size:
@@ -102,16 +103,16 @@ def _append(url: str, partial: Path, may_be_slow: bool) -> None:
         try:
             response = urlopen(request, timeout=TIMEOUT)  # follows redirections
         except HTTPError as error:
-            if size and error.code == 416:  # nothing comes after these bytes: all are there, or they are wrong
+            if size and error.code == 416:  # no bytes are missing: the file is complete, or wrong
                 return
             raise
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise _ServerError("sends a web page in place of the file")
+            raise _ServerError("sends a web page instead of the file")
         if response.status != 206:
             size = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
-            raise _ServerError("sends another part of the file than the one asked for")
+            raise _ServerError("sends another part of the file than requested")
         length = response.headers.get("Content-Length", "")
         total = size + int(length) if length.isdecimal() else None
         print(f"downloading {url}" + (f", from byte {size:,} on" if size else ""), file=sys.stderr)
@@ -135,9 +136,9 @@ def _append(url: str, partial: Path, may_be_slow: bool) -> None:
 
 @contextmanager
 def _server_errors() -> Iterator[None]:
-    """Turn what the network raises into a _ServerError; an error of the disk is none."""
+    """Turn errors of the network into a _ServerError."""
     try:
         yield
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirection to what is no URL
-        reason = getattr(error, "reason", None)  # of a URLError, whose text has brackets about it
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to an invalid URL
+        reason = getattr(error, "reason", None)  # a URLError's own text has brackets around it
         raise _ServerError(one_line(reason if isinstance(reason, Exception) else error)) from error

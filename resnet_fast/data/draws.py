@@ -1,12 +1,12 @@
-"""What is drawn for an image beyond order, crop, mirror and cutout: the further columns of a plan, all 0 for nothing.
+"""Random numbers for erasing, TrivialAugment and mixing: columns 6 to 16 of a plan, 0 where nothing is done.
 
      6 …  9   top, left, height, width of the rectangle that is erased
     10, 11    TrivialAugment's operation, 0 … 13, and its strength, -30 … 30
     12 … 16   weight (the bits of an fp32), top, left, height, width of the region in which two images are mixed
 
-The draws are those of torchvision's v2 transforms RandomErasing, TrivialAugmentWide, MixUp and CutMix, in their default
-settings. Each part has a generator of its own, so that switching one changes that part alone. It is a RandomState of
-numpy, which gives the same numbers in every version.
+The distributions are those of torchvision's v2 transforms RandomErasing, TrivialAugmentWide, MixUp and CutMix with
+default settings. Each part has its own generator, so that switching one on or off leaves the others unchanged. numpy's
+RandomState gives the same numbers in every version.
 """
 
 import math
@@ -17,9 +17,9 @@ from resnet_fast.ops.trivial_augment import N_OPERATIONS, N_STRENGTHS
 
 ERASED, TRIVIAL, MIXED = slice(6, 10), slice(10, 12), slice(12, 17)
 N_COLUMNS = 17
-_ERASING, _TRIVIAL, _MIXING = 1, 2, 3  # whose generator
+_ERASING, _TRIVIAL, _MIXING = 1, 2, 3  # seeds of the generators
 
-# Of the image's area, and height to width; Zhong et al. 2017, arXiv:1708.04896.
+# Erased share of the image's area, and height / width; Zhong et al. 2017, arXiv:1708.04896.
 ERASED_SHARE, ERASED_RATIO, N_TRIES = (0.02, 0.33), (0.3, 3.3), 10
 
 
@@ -36,13 +36,13 @@ def further_draws(
 ) -> np.ndarray:
     """Return columns 6 to 16 of a plan, [n_images, 11], int32.
 
-    Args:
-        n_images: of the split.
-        size: their height and width, in pixels.
-        seed, epoch: what the numbers are drawn from.
-        trivial_augment, random_erasing, mixup, cutmix: as of `Augmentation`.
+    Mixing is drawn for each row. The loader copies the first row's to the whole batch.
 
-    A row's mixing is its own; the loader gives all rows of a batch the first one's.
+    Args:
+        n_images: number of images in the split.
+        size: height and width of the images, in pixels.
+        seed, epoch: seed of the random numbers.
+        trivial_augment, random_erasing, mixup, cutmix: as in `Augmentation`.
     """
     draws = np.zeros((n_images, N_COLUMNS), np.int32)
     if random_erasing:
@@ -62,7 +62,7 @@ def _generator(*numbers: int) -> np.random.RandomState:
 
 
 def _erased(random: np.random.RandomState, n_images: int, size: tuple[int, int], probability: float) -> np.ndarray:
-    """Return the rectangles, [n_images, 4]: the first of ten tries that fits in the image, or none if none does."""
+    """Return the rectangles, [n_images, 4]: the first of ten tries that fits in the image, or zeros."""
     height, width = size
     is_erased = random.random_sample(n_images) < probability
     area = height * width * random.uniform(*ERASED_SHARE, size=(n_images, N_TRIES))
@@ -80,7 +80,7 @@ def _erased(random: np.random.RandomState, n_images: int, size: tuple[int, int],
 def _mixed(
     random: np.random.RandomState, n_images: int, size: tuple[int, int], mixup: float, cutmix: float
 ) -> np.ndarray:
-    """Return weights and regions, [n_images, 5]: mixup is of the whole image, CutMix has weight 0 in a part of it."""
+    """Return weights and regions, [n_images, 5]: mixup covers the whole image, CutMix has weight 0 in a part of it."""
     height, width = size
     is_cut = random.random_sample(n_images) < (0.5 if mixup and cutmix else bool(cutmix))
     weight = random.beta(mixup, mixup, n_images) if mixup else np.zeros(n_images)

@@ -1,8 +1,7 @@
 """A folder of images: FOLDER/train/<class>/… and FOLDER/test/<class>/…, in any format that Pillow reads.
 
-Images are read and resized by worker processes: once where all of them fit in memory as bytes, else as they are needed,
-by processes that stay from epoch to epoch.
-listing.py says which files are images, images.py how one is read.
+Worker processes read and resize the images: once if all images fit in memory as bytes, otherwise in every epoch, by
+workers that persist between epochs. listing.py selects the image files; images.py reads one.
 """
 
 import os
@@ -23,8 +22,8 @@ from resnet_fast.data.images import ImageError, read_pixels, without_warnings
 from resnet_fast.data.listing import N_NAMED, PARTS, Listing, check_layout, list_images
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 
-READ_TOGETHER = 256  # images to a message of a worker, when all are read
-MEMORY_BUDGET = 2 * 2**30  # bytes of images that a CPU keeps
+READ_TOGETHER = 256  # images that a worker returns at once, when all are read
+MEMORY_BUDGET = 2 * 2**30  # bytes of images kept in a CPU's memory
 STATISTICS_IMAGES = 2048  # enough for mean and std to three digits; reading all of a large folder would take minutes
 
 
@@ -33,19 +32,19 @@ def load_folder(
 ) -> ImageDataset:
     """Return the images of `folder`, resized to image_size x image_size (the aspect ratio is not kept).
 
-    Augmentation: a crop with a shift of up to an eighth of the size (4 pixels at 32, as for CIFAR-10) and a flip.
-    Mean and std are measured on at most 2,048 evenly spaced training images. `notes` of the result name files that are
-    left out, and channels that hardly vary.
+    Augmentation: crops shifted by up to an eighth of the size (4 pixels at 32, as for CIFAR-10), and flips. Mean and
+    std are computed from at most 2,048 evenly spaced training images. The result's `notes` name files that are left out
+    and channels that hardly vary.
 
     Args:
-        folder: holds train/ and test/.
-        image_size: pixels, in height and width.
-        workers: processes that read; 0: this one.
-        skip_unreadable: read every image once, and leave out those that cannot be read. Otherwise the first of them
-            raises a DataError that names all, now or when it is read later.
+        folder: folder with train/ and test/.
+        image_size: height and width in pixels, 1 … 1024.
+        workers: number of processes that read; 0 for this process.
+        skip_unreadable: whether to read every image once now, and leave out those that cannot be read. Otherwise the
+            first of them, now or later, raises a DataError that names all.
 
     Raises:
-        ValueError: image_size or workers is not an integer, or too small.
+        ValueError: folder is not a path, or image_size or workers is not an integer in its range.
         DataError: the folder, its train/ or its test/ is missing, a class has no image, the classes of train/ and test/
             differ, there is only one class, or an image cannot be read.
     """
@@ -91,13 +90,13 @@ def load_folder(
 
 
 def _notes(folder: Path, train: Listing, test: Listing, unreadable: list[str], std: tuple[float, ...]) -> Iterator[str]:
-    """Yield a line for each reason why files are left out, and one if the images show nothing."""
+    """Yield a message for each reason why files are left out, and one for channels that hardly vary."""
     n_images = len(train.samples) + len(test.samples)
     n_files = n_images + sum(len(part.other_endings) + len(part.without_class) for part in (train, test))
     for files, total, reason in (
-        (train.other_endings + test.other_endings, f"{n_files:,} files", "no images by their ending"),
-        (train.without_class + test.without_class, f"{n_files:,} files", "in no class folder"),
-        (unreadable, f"{n_images:,} images", "which cannot be read"),
+        (train.other_endings + test.other_endings, f"{n_files:,} files", "without an image's extension"),
+        (train.without_class + test.without_class, f"{n_files:,} files", "not in a class folder"),
+        (unreadable, f"{n_images:,} images", "unreadable"),
     ):
         if files:
             names = few([name.removeprefix(f"{folder}{os.sep}") for name in files], N_NAMED, "; ")
@@ -105,8 +104,8 @@ def _notes(folder: Path, train: Listing, test: Listing, unreadable: list[str], s
     flat = [name for name, value in zip(("red", "green", "blue"), std, strict=True) if value <= LEAST_STD]
     if flat:
         yield (
-            f"the training images hardly differ in {', '.join(flat)}: the standard deviation is below half a level of "
-            f"255, which is used instead"
+            f"the training images hardly vary in {', '.join(flat)}: the standard deviation is below half a gray level "
+            f"(0.5 / 255), which is used instead"
         )
 
 
@@ -121,7 +120,7 @@ class _Images(Dataset):
 
     Args:
         samples: path and label of each image.
-        image_size: pixels, in height and width.
+        image_size: height and width, in pixels.
     """
 
     samples: list[tuple[str, int]]
@@ -131,9 +130,9 @@ class _Images(Dataset):
         return len(self.samples)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, Tensor, list[tuple[int, str]]]:
-        """Return images and labels; or, instead of the images, index and error of each that cannot be read.
+        """Return images, labels, and index and error of each unreadable image; the images are None if there is one.
 
-        An exception would come out of a worker buried in that worker's traceback.
+        An exception raised here would arrive with a worker's traceback around it.
         """
         pixels, failures = [], []
         with without_warnings():
@@ -147,33 +146,33 @@ class _Images(Dataset):
 
 
 class _Reader:
-    """Reads parts of some images by processes that stay after a whole pass for the next, and end with the reader.
+    """Reads batches of images in worker processes, which persist between complete passes and end with the reader.
 
     Args:
-        images: what is read.
-        workers: processes; 0: this one.
-        pin_memory: put what is read into pinned memory.
+        images: the images to read.
+        workers: number of processes; 0 for this process.
+        pin_memory: whether to put batches into pinned memory.
     """
 
     def __init__(self, images: _Images, workers: int, pin_memory: bool = False) -> None:
         self.images, self.workers, self.pin_memory = images, workers, pin_memory
-        self.idle: list[DataLoader] = []  # one, between passes
-        # Not by the garbage collector: it may end a loader's queues before the loader, which then waits for seconds.
+        self.idle: list[DataLoader] = []  # at most one, between passes
+        # The garbage collector may end a loader's queues before the loader, which then waits for seconds.
         weakref.finalize(self, self.idle.clear).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Reader, (self.images, self.workers, self.pin_memory)  # processes are not copied
 
     def read(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor | None, Tensor, list[tuple[int, str]]]]:
-        """Yield what `images` gives for each part, [B] indices."""
+        """Yield `images[part]` for each part, [B] indices."""
         n_workers = min(self.workers, len(parts))
-        # Taken away, so that a pass that begins before this one ends has processes of its own.
+        # Removed from idle, so that a pass that overlaps with this one starts its own processes.
         loader = self.idle.pop() if self.idle else None
         if loader is None or loader.num_workers != n_workers:
             loader = DataLoader(
                 self.images,
                 batch_size=None,  # a part is a batch
-                sampler=[],  # not drawn by the loader: the order does not depend on the workers
+                sampler=[],  # filled below, so the order does not depend on the workers
                 num_workers=n_workers,
                 pin_memory=self.pin_memory,
                 persistent_workers=n_workers > 0,
@@ -181,25 +180,25 @@ class _Reader:
             )
         loader.sampler[:] = [part.tolist() for part in parts]  # type: ignore[index]
         yield from loader
-        self.idle[:] = [loader]  # after a whole pass: else something may be on its way
+        self.idle[:] = [loader]  # only after a complete pass: otherwise batches may still be on their way
 
 
 def _find_unreadable(images: _Images, workers: int) -> dict[int, str]:
     """Read every image; return the index and the error of each that cannot be read."""
     parts = torch.arange(len(images)).split(READ_TOGETHER)
-    tiny = _Reader(replace(images, image_size=1), workers)  # whole images are decoded nevertheless
+    tiny = _Reader(replace(images, image_size=1), workers)  # images are decoded in full all the same
     return {index: error for *_, failures in tiny.read(parts) for index, error in failures}
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """A split read from files, again each time, by `workers` processes (0: by this one) that end with the split.
+    """A split that reads its files in every pass, in processes that end with the split.
 
     Args:
-        images: those of the split.
-        checked: those of the whole data set, which the error of an unreadable image is about.
-        workers: processes that read.
-        device: where the batches go.
+        images: images of the split.
+        checked: images of the whole data set, all of which are checked if one cannot be read.
+        workers: number of processes; 0 for this process.
+        device: device of the batches.
     """
 
     images: _Images
@@ -234,7 +233,7 @@ class FolderSplit:
         return TensorSplit(torch.cat(images), torch.cat(labels))
 
     def fits(self, device: torch.device) -> bool:
-        """Whether all images, as bytes, take a small part of the memory of `device`."""
+        """Whether all images, as bytes, fit into a quarter of a GPU's free memory, or a CPU's `MEMORY_BUDGET`."""
         budget = MEMORY_BUDGET
         if device.type == "cuda":
             budget = torch.cuda.mem_get_info(device)[0] // 4
@@ -247,7 +246,7 @@ class FolderSplit:
         parts = plan.split(list(sizes))
         for rows, (images, labels) in zip(parts, self._read([rows[:, 0] for rows in parts]), strict=True):
             rows = rows.clone()
-            rows[:, 0] = torch.arange(len(rows))  # of this batch's images
+            rows[:, 0] = torch.arange(len(rows))  # indices into this batch's images
             yield Batch(images, labels, rows.to(self.device, non_blocking=True))
 
     def _read(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,9 +257,9 @@ class FolderSplit:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _unreadable(self, failures: list[tuple[int, str]]) -> DataError:
-        """Return the error that names all images of the data set that cannot be read."""
+        """Return the error that names all unreadable images of the data set."""
         errors = list(_find_unreadable(self.checked, self.workers).values())
-        errors += [error for _, error in failures if error not in errors]  # it may be readable again
+        errors += [error for _, error in failures if error not in errors]  # the second read may succeed
         return DataError(
             f"{len(errors):,} of {len(self.checked):,} images cannot be read (--skip-unreadable leaves them out): "
             f"{few(errors, N_NAMED, '; ')}"

