@@ -87,8 +87,12 @@ UNFIT = {
     ),
     "python's state cut": ("random/0/python", lambda state: (3, state[1][:9], None), "does not fit its settings"),
     "torch's state cut": ("random/0/torch", lambda state: state[:9], "does not fit its settings"),
-    "an epoch too many": ("epoch", lambda epoch: epoch + 1, "is of epoch 3 and holds the metrics of 2"),
-    "metrics without one": ("history/0", lambda row: {"epoch": 1}, "history must be a list of each epoch's metrics"),
+    "an epoch too many": ("epoch", lambda epoch: epoch + 1, "is of epoch 3 but holds the metrics of 2 epochs"),
+    "metrics without one": (
+        "history/0",
+        lambda row: {"epoch": 1},
+        "history must be a list with a dict of numbers for each epoch",
+    ),
     "two means": ("mean", lambda mean: mean[:2], "mean must be 3 numbers in 0 … 1, got [0.5, 0.5]"),
     "a huge image": ("image_size", lambda size: 10**9, "image_size must be an integer in 8 … 1024, got 1000000000"),
     "a class twice": (
@@ -136,10 +140,10 @@ def test_the_settings_of_the_optimizer_are_those_of_config(broken: Path):
 
 
 CONFIGS = {
-    "nested": ("[" * 100_000, "is no JSON"),
-    "a list": ("[]", "holds no entries by name, but"),
+    "nested": ("[" * 100_000, "is not JSON"),
+    "a list": ("[]", "it must hold a dict, got a list"),
     "too large": ('{"x": "' + "x" * 2**24 + '"}', "bytes, and at most 16,777,216 are read"),
-    "not UTF-8": (b"\xff\xfe\xfd", "is no JSON"),
+    "not UTF-8": (b"\xff\xfe\xfd", "is not JSON"),
 }
 
 

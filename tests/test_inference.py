@@ -78,14 +78,16 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_offered(run: Path):
 
 def test_a_file_of_another_program_is_refused(run: Path):
     torch.save({"model": {}}, run / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="of another program or of an older version"):
+    with pytest.raises(CheckpointError, match="another program or an older version wrote it"):
         load_trained(run)
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "image_size"])
 def test_a_checkpoint_of_an_earlier_version_says_what_it_lacks(name: str, run: Path):
     rewrite(run / "checkpoint.pt", **{name: None})
-    with pytest.raises(CheckpointError, match=f"checkpoint.pt holds no {name}: it is of an earlier version"):
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint.pt holds no {name}: an earlier version of this program wrote it"
+    ):
         load_trained(run)
 
 

@@ -143,7 +143,7 @@ def test_a_run_without_an_epoch_needs_the_same_file_again(source: Result, tmp_pa
     monkeypatch.chdir(tmp_path / "elsewhere")
     weights.rename(tmp_path / "away.pt")
     with pytest.raises(
-        ResumeError, match="finished no epoch, so it needs the weights .*weights.pt does not exist; put"
+        ResumeError, match="has finished no epoch, so it needs the weights .*weights.pt does not exist; put"
     ):
         resume(out)
     torch.save(source.model.state_dict(), weights)
@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_used_is_named(content: bytes | None, code: int, m
 
 def test_a_fifo_is_no_file(tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
-    assert "fifo is no file" in command(tmp_path / "run", "--weights", tmp_path / "fifo").stderr
+    assert "fifo is not a file" in command(tmp_path / "run", "--weights", tmp_path / "fifo").stderr
 
 
 def test_after_the_end_both_ways_to_resume_say_how_to_train_on(source: Result):
