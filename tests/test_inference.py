@@ -51,7 +51,7 @@ def test_what_is_not_there_is_named(name: str, tmp_path: Path):
 
 
 def test_a_folder_of_something_else_is_no_run_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match="is no run folder: neither checkpoint.pt nor config.json is there"):
+    with pytest.raises(ValueError, match="is not a run folder: neither checkpoint.pt nor config.json is there"):
         load_trained(tmp_path)
 
 

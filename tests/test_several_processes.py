@@ -132,7 +132,7 @@ def test_and_with_another_number_of_steps(ran: Path):
 @pytest.mark.parametrize(
     ("case", "code", "message"),
     [
-        ("occupied", 2, "out must be a new or an empty folder, run already holds file; name another one"),
+        ("occupied", 2, "out must be a new or empty folder, run already holds file; name another one"),
         ("no data on the second", 1, "no data there"),
         ("other data", 1, "the data of process 1 differ from those of process 0"),
         ("diverged", 1, r"the loss became nan at epoch 2, step 2; suspects: .* up to epoch 1; --resume would .*"),

@@ -216,7 +216,7 @@ def test_a_fifo_is_no_file(tmp_path: Path):
 
 
 def test_after_the_end_both_ways_to_resume_say_how_to_train_on(source: Result):
-    hint = f"to train on from its weights, in a new run: resnet-fast train --weights {source.out} …"
+    hint = f"to train further from its weights, in a new run: resnet-fast train --weights {source.out} …"
     finished = invoke("train", "--resume", source.out)
     assert finished.exit_code == 0 and hint in finished.stdout.splitlines()
     longer = invoke("train", "--resume", source.out, "--epochs", 9)

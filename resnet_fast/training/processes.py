@@ -1,8 +1,7 @@
 """The processes of a run: a single one, or those that torchrun started.
 
 No process may leave alone, because the others would wait for it. So an error of one process is raised in all
-(`together`), and a signal is held until all can leave (`signals_together`). If a process is lost nevertheless, torchrun
-ends the others.
+(`together`), and a signal is kept until all can leave (`signals_together`). If one is lost, torchrun ends the others.
 """
 
 import os
@@ -84,7 +83,7 @@ class Processes:
         rank: number of this process; process 0 prints and writes.
         size: number of processes.
         device: the device that this process computes on.
-        kept: signals held until all processes can leave.
+        kept: signals kept until all processes can leave.
     """
 
     rank: int
