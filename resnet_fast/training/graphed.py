@@ -12,7 +12,7 @@
         loss = train_step(images, labels)
         scheduler.step()
 
-The first call of each kind runs unchanged, so that compilers and cuDNN choose and the optimizer creates its state. The
+The first call of each kind runs unchanged: compilers and cuDNN choose, and the optimizer creates its state. The
 second is recorded, and later ones replay it. Two calls are of one kind if they agree in: shapes, dtypes, strides and
 devices of the tensors; values of the other arguments; the optimizers' hyperparameters, the modules' modes and which
 weights are trained; autocast and grad modes around the call; which gradients exist, if the function reads any.

@@ -43,8 +43,8 @@ class Muon(torch.optim.Optimizer):
         nesterov: whether to use Nesterov momentum.
         weight_decay: in Muon, the share of a weight that is subtracted, times lr. SGD adds it to the gradient.
         n_iterations: number of Newton-Schulz iterations.
-        rescale: whether to scale a weight to norm √C_out before each step. Use it only for weights before a batch norm,
-            whose output does not depend on their scale.
+        rescale: whether to scale a weight to norm √C_out before each step. Use it only for layers before a batch norm,
+            whose output does not depend on the weight's scale.
         use_muon: whether Muon trains the group.
 
     Raises:

@@ -69,7 +69,7 @@ def check_data(
 
 
 def own_part(config: TrainConfig, dataset: ImageDataset, processes: Processes) -> ImageDataset:
-    """Return the process's share of the test images, and all training images, because it shares every batch."""
+    """Return this process's share of the test images, and all training images, for its share of every batch."""
     own = dataset
     if processes.size > 1:
         own = replace(
@@ -160,7 +160,7 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 
 @contextmanager
 def torch_settings(config: TrainConfig) -> Iterator[None]:
-    """Set torch's determinism as the run asks for, within the block."""
+    """Apply the run's setting `deterministic` to torch within the block."""
     deterministic: Any = torch.utils.deterministic
     fill = deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
