@@ -141,8 +141,8 @@ def test_the_settings_of_the_optimizer_are_those_of_config(broken: Path):
 
 CONFIGS = {
     "nested": ("[" * 100_000, "is not JSON"),
-    "a list": ("[]", "it must hold a dict, got a list"),
-    "too large": ('{"x": "' + "x" * 2**24 + '"}', "bytes, and at most 16,777,216 are read"),
+    "a list": ("[]", r"it must hold a dict, got \[\]"),
+    "too large": ('{"x": "' + "x" * 2**24 + '"}', "must have at most 16,777,216 bytes, got "),
     "not UTF-8": (b"\xff\xfe\xfd", "is not JSON"),
 }
 
@@ -151,14 +151,14 @@ CONFIGS = {
 def test_a_config_that_is_none(case: str, broken: Path):
     text, reason = CONFIGS[case]
     (broken / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ResumeError, match=f"config.json is not as .* writes it: it .*{reason}"):
+    with pytest.raises(ResumeError, match=f"config.json .*{reason}"):
         resume(broken)
 
 
 def test_a_fifo_in_place_of_config_is_named(broken: Path):
     (broken / "config.json").unlink()
     os.mkfifo(broken / "config.json")
-    with pytest.raises(ResumeError, match=r"config\.json is not as .*: it is no regular file"):
+    with pytest.raises(ResumeError, match=r"config\.json is no.* regular file"):
         resume(broken)
 
 
@@ -208,7 +208,7 @@ def test_an_out_of_any_length_is_told(command: tuple[str, ...]):
 
 def test_classes_that_differ_late_are_named(broken: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare, "load_dataset", lambda *a, **k: replace(make_dataset(), classes=("a", "c", "b")))
-    with pytest.raises(ResumeError, match="of the classes, the order differs from number 2 on: the data set has 'c'"):
+    with pytest.raises(ResumeError, match="in the classes, the order differs from number 2 on: the data set has 'c'"):
         resume(broken)
 
 

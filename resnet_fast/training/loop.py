@@ -212,7 +212,7 @@ def _restore(run: Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
     run.processes.together(partial(_set_back, run, checkpoint))
     history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
     run.processes.together(partial(_check_same_epoch, len(history), run.processes.broadcast(len(history))))
-    run.step.n_done = len(history) * len(run.loader)  # their number may depend on that of the processes
+    run.step.n_done = len(history) * len(run.loader)  # steps per epoch may depend on the number of processes
     return history
 
 
