@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_offered(run: Path):
         load_trained(run)
     assert load_trained(run / "checkpoint-previous.pt").epoch == 1
     (run / "checkpoint-previous.pt").unlink()
-    with pytest.raises(CheckpointError, match="written with it$"):
+    with pytest.raises(CheckpointError, match="stored in it$"):
         load_trained(run)
 
 

@@ -218,7 +218,7 @@ def test_nothing_in_a_foreign_file_is_run(tmp_path: Path):
 
     out = stop(tmp_path / "run", 2)
     checkpoint.write_checkpoint(out / "checkpoint.pt", {"config": Harm()}, None)  # with a checksum that is right
-    with pytest.raises(ResumeError, match="checkpoint.pt holds more than plain values"):
+    with pytest.raises(ResumeError, match="checkpoint.pt must hold plain values"):
         resume(out)
     assert not (tmp_path / "harm").exists()
 

@@ -91,7 +91,7 @@ def test_a_last_layer_of_more_values_than_the_file_has_bytes_is_refused(tmp_path
 
 
 def test_a_run_of_another_network_is_refused_though_its_names_fit(source: Result):
-    with pytest.raises(ValueError, match="run's network, plain20; .* holds those of resnet18"):
+    with pytest.raises(ValueError, match="run's network, plain20, got .* of resnet18"):
         load_weights(Tiny(3), source.out, "plain20")
 
 
