@@ -380,7 +380,7 @@ def test_a_bad_checkpoint_exits_with_1_and_the_command_it_offers_works(finished:
     result = run("--resume", finished)
     assert result.exit_code == 1
     assert "checkpoint.pt is cut short" in result.stderr and result.stderr.count("\n") == 1
-    offered = re.search(r"--resume (\S+) goes on after epoch 1", result.stderr)
+    offered = re.search(r"--resume (\S+) resumes after epoch 1", result.stderr)
     assert offered and run("--resume", offered[1]).exit_code == 0
 
 

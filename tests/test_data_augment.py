@@ -162,8 +162,8 @@ def test_the_network_gets_channels_last():
     ("settings", "message"),
     [
         ({"cutout": 8}, "cutout must be below the images' 8 pixels, got 8"),
-        ({"crop": 8}, "crop must leave something of images of 8x8 pixels, got 8"),
-        ({"crop": 8, "padding": "reflect"}, "crop must be below the images' 8 pixels to reflect, got 8"),
+        ({"crop": 8}, "crop must be below the images' 8 pixels, got 8"),
+        ({"crop": 8, "padding": "reflect"}, "crop must be below the images' 8 pixels, got 8"),
     ],
     ids=["cutout", "crop", "reflecting crop"],
 )

@@ -467,12 +467,12 @@ def schedules(model: Small, optimizer: Any) -> None:
 
 
 def replaces(model: Small, optimizer: Any) -> None:
-    for state in optimizer.state.values():  # it puts another momentum_buffer of SGD in the place
+    for state in optimizer.state.values():  # it replaces momentum_buffer of SGD; keep a tensor
         state["momentum_buffer"] = state["momentum_buffer"].clone()
 
 
 def counts(model: Small, optimizer: Any) -> None:
-    for state in optimizer.state.values():  # it puts another n of SGD in the place
+    for state in optimizer.state.values():  # it replaces n of SGD; keep a tensor
         state["n"] = state.get("n", 0) + 1
 
 
@@ -575,7 +575,7 @@ def test_on_a_cpu_it_runs_as_it_is_and_says_so_once():
         for batch in batches([4] * 3):
             loss = step(*batch)
     (warning,) = caught
-    reason = "step is not recorded as a CUDA graph: a graph needs a model on a CUDA device, and it is on cpu"
+    reason = "step is not recorded as a CUDA graph: a graph needs a model on a CUDA device, got cpu"
     reason = f"simple_step.<locals>.{reason}"
     assert str(warning.message) == f"{reason}. The step runs without a graph." and warning.filename == __file__
     assert step.why_not == reason and not loss.requires_grad
@@ -662,9 +662,9 @@ def test_the_images_of_a_resident_batch_are_read_where_they_are():
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [
-        (torch.ones(2, requires_grad=True), "an argument requires a gradient"),
+        (torch.ones(2, requires_grad=True), "arguments must not require a gradient"),
         ({1}, r"arguments must be tensors, numbers, .* got \{1\}"),
-        (torch.ones(2, device="meta"), "an argument is on meta, and must be on cpu"),
+        (torch.ones(2, device="meta"), "tensor arguments must be on cpu, got one on meta"),
     ],
 )
 def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
@@ -677,7 +677,7 @@ def test_an_argument_that_cannot_be_copied_is_named(argument: Any, reason: str):
 
 
 def test_the_page():
-    with pytest.warns(RuntimeWarning, match="on cpu") if not torch.cuda.is_available() else nullcontext():
+    with pytest.warns(RuntimeWarning, match="got cpu") if not torch.cuda.is_available() else nullcontext():
         names = run_example(DOCS / "own-loop.md", 1)  # the first is that of test_examples.py
     assert names["model"].bn1.num_batches_tracked == 3
     for remedy in ("fused=True", "GradScaler", "AveragedModel", "scheduler.step()", "torch.where"):
@@ -716,7 +716,7 @@ def test_an_interrupted_recording_leaves_everything_as_it_was(interruption: type
     "changes", [(), (nn.Identity(),), (torch.optim.lr_scheduler.LRScheduler,), (None,), ("model",)]
 )
 def test_what_a_step_changes_has_to_be_state(changes: tuple):
-    with pytest.raises((TypeError, ValueError), match="^(what )?a step changes m"):
+    with pytest.raises((TypeError, ValueError), match="^changes must "):
         graphed(print, *changes)
 
 
@@ -799,7 +799,7 @@ def test_new_memory_of_a_weight_is_named():
             parameter.data = parameter.data * 0.5
 
     step = graphed(train, model, make_graph=RecordedGraph)
-    with pytest.warns(RuntimeWarning, match=r"gives a weight other memory.*param\.data\.copy_"):
+    with pytest.warns(RuntimeWarning, match=r"moves a weight to other memory.*param\.data\.copy_"):
         for _ in range(3):
             step(torch.zeros(1))
 

@@ -51,7 +51,7 @@ def test_what_is_not_there_is_named(name: str, tmp_path: Path):
 
 
 def test_a_folder_of_something_else_is_no_run_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match="is no run folder: neither checkpoint.pt nor config.json is there"):
+    with pytest.raises(ValueError, match="is not a run folder: neither checkpoint.pt nor config.json is there"):
         load_trained(tmp_path)
 
 
@@ -72,20 +72,22 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_offered(run: Path):
         load_trained(run)
     assert load_trained(run / "checkpoint-previous.pt").epoch == 1
     (run / "checkpoint-previous.pt").unlink()
-    with pytest.raises(CheckpointError, match="written with it$"):
+    with pytest.raises(CheckpointError, match="stored in it$"):
         load_trained(run)
 
 
 def test_a_file_of_another_program_is_refused(run: Path):
     torch.save({"model": {}}, run / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="of another program or of an older version"):
+    with pytest.raises(CheckpointError, match="another program or an older version wrote it"):
         load_trained(run)
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "image_size"])
 def test_a_checkpoint_of_an_earlier_version_says_what_it_lacks(name: str, run: Path):
     rewrite(run / "checkpoint.pt", **{name: None})
-    with pytest.raises(CheckpointError, match=f"checkpoint.pt holds no {name}: it is of an earlier version"):
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint.pt holds no {name}: an earlier version of this program wrote it"
+    ):
         load_trained(run)
 
 

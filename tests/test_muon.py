@@ -203,7 +203,7 @@ def test_a_setting_that_breaks_its_rule_is_named(settings: dict[str, Any], messa
 
 
 def test_a_bias_is_not_for_muon():
-    with pytest.raises(ValueError, match=r"weights of Muon must have 2 dimensions or more, got \[4\]"):
+    with pytest.raises(ValueError, match=r"Muon's weights must have at least 2 dimensions, got \[4\]"):
         Muon([nn.Parameter(torch.zeros(4))])
 
 
@@ -216,6 +216,6 @@ class OneConvolution(nn.Module):
 def test_a_network_without_convolutions_is_refused():
     from test_graphed_step import AUGMENTATION
 
-    message = "optimizer muon needs a convolution to train behind the first one, OneConvolution has none"
+    message = "optimizer muon needs a convolution to train after the first one, OneConvolution has none"
     with pytest.raises(ValueError, match=message):
         TrainingStep(OneConvolution(), replace(RECIPES["fast94"], optimizer="muon"), AUGMENTATION, 1)

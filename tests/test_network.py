@@ -139,7 +139,7 @@ def test_whitening_looks_at_evenly_spaced_images(monkeypatch: pytest.MonkeyPatch
     "conv", [nn.Conv2d(3, 53, 3), nn.Conv2d(3, 64, 7), nn.Conv2d(1, 64, 3)], ids=["53 filters", "7x7", "grey"]
 )
 def test_a_stem_that_cannot_whiten_is_refused(conv: nn.Conv2d):
-    with pytest.raises(ValueError, match=r"whitening needs a stem of \[54 or more, 3, 3, 3\], got \["):
+    with pytest.raises(ValueError, match=r"the stem must have shape \[54 or more, 3, 3, 3\], got \["):
         whiten_stem(conv, smooth_dataset(2), MEAN, STD)
 
 

@@ -132,9 +132,9 @@ def test_and_with_another_number_of_steps(ran: Path):
 @pytest.mark.parametrize(
     ("case", "code", "message"),
     [
-        ("occupied", 2, "out must be a new or an empty folder, run already holds file; name another one"),
+        ("occupied", 2, "out must be a new or empty folder, run already holds file; name another one"),
         ("no data on the second", 1, "no data there"),
-        ("other data", 1, "the data of process 1 are not those of process 0"),
+        ("other data", 1, "the data of process 1 differ from those of process 0"),
         ("diverged", 1, r"the loss became nan at epoch 2, step 2; suspects: .* up to epoch 1; --resume would .*"),
         ("killed", 1, rf"another process of this run is gone; it, or torchrun, says why; run keeps .* epoch 1; {HOW}"),
     ],
@@ -222,7 +222,7 @@ def test_torchrun_shows_one_table_and_sigterm_ends_all(tmp_path: Path):
 def test_a_gpu_is_named_for_one_process_only(monkeypatch: pytest.MonkeyPatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="device must be cuda or auto on several processes, got cuda:1"):
+    with pytest.raises(ValueError, match="device must be cuda or auto with several processes, got cuda:1"):
         with connect("cuda:1"):
             pass
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

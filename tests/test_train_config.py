@@ -37,7 +37,7 @@ WRONG_SETTINGS = [
     ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     ({"device": "cpu:0"}, "device must be .*'cpu:0'"),
-    ({"device": "cuda:99"}, "'cuda:99' asks for a GPU that is not there"),
+    ({"device": "cuda:99"}, "device must be a GPU that is there, got 'cuda:99'"),
     ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
     ({"epochs": True}, "epochs must be an integer.*True"),
     ({"batch_size": 1}, "batch_size must be .* at least 2, got 1"),
@@ -114,7 +114,7 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images to each part of a batch of 8, got 5"),
+        ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images in each part of a batch of 8, got 5"),
         ({"ghost_batch_size": 8, "backend": "eager"}, "ghost_batch_size needs backend fused, got eager"),
         ({"ghost_batch_size": 8, "sync_bn": True}, "ghost_batch_size and sync_bn exclude each other"),
         (
@@ -128,17 +128,17 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
             r"freeze must name stages of resnet18, stem, layer1, .*, layer4, got 'layr1'; did you mean layer1\?",
         ),
         ({"freeze": "fc", "weights": "w.pt", "model": "article"}, r"residual_blocks.7, got 'fc'$"),
-        ({"whiten": True, "stem": "imagenet"}, "whiten needs a 3x3 stem, stem cifar, of 54 .*, got imagenet of 64"),
+        ({"whiten": True, "stem": "imagenet"}, "whiten needs stem cifar .* with 54 .*, got imagenet with 64"),
         ({"stem": "cifar", "model": "article"}, "stem must be imagenet for article, which has no other, got 'cifar'"),
         ({"zero_gamma": True, "model": "article"}, "zero_gamma must be False for article, got True: a block's one"),
         ({"zero_gamma": True, "model": "plain20"}, "zero_gamma must be False for plain20, got True: a block without"),
         ({"graph": True, "device": "cpu"}, "graph needs a CUDA device, got cpu"),
         (
             {"mirror": "https://mirror.example/data", "dataset": "digits"},
-            "mirror is for datasets cifar10, cifar100, svhn, got digits",
+            "mirror needs a dataset of cifar10, cifar100, svhn, got digits",
         ),
-        ({"skip_unreadable": True, "dataset": "digits"}, "skip_unreadable is for dataset folder, got digits"),
-        ({"images": "stream", "dataset": "digits"}, "images stream is for dataset folder, digits is always in memory"),
+        ({"skip_unreadable": True, "dataset": "digits"}, "skip_unreadable needs dataset folder, got digits"),
+        ({"images": "stream", "dataset": "digits"}, "images stream needs dataset folder, got digits"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -154,13 +154,13 @@ def test_the_stem_is_the_models():
 
 def test_whitening_needs_filters_for_every_direction(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(MODELS, "narrow", replace(MODELS["resnet18"], stem_width=53))
-    with pytest.raises(ValueError, match="whiten needs a 3x3 stem, stem cifar, of 54 .*, got cifar of 53"):
+    with pytest.raises(ValueError, match="whiten needs stem cifar .* with 54 .*, got cifar with 53"):
         TrainConfig(model="narrow", whiten=True)
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'cuda' asks for a GPU that is not there"):
+    with pytest.raises(ValueError, match="device must be a GPU that is there, got 'cuda'"):
         TrainConfig(device="cuda")
     assert TrainConfig(device="auto").device == "cpu"
 

@@ -181,9 +181,9 @@ def damage(name: str) -> Callable[[Path], None]:
         ("missing", "is missing"),
         ("truncated", "is cut short: its end is missing after"),
         ("flipped bit", "is damaged: its SHA-256 is not the one"),
-        ("a state dict", "does not end in the checksum of `resnet-fast train`: it is of another program"),
+        ("a state dict", "has no checksum of `resnet-fast train`: another program or an older version wrote it"),
         ("another format", r"has format 1, resnet_fast \S+ reads format 2"),
-        ("other settings", "is of another run: lr is 0.5 there and 0.0125 in config.json"),
+        ("other settings", "belongs to another run: lr is 0.5 there and 0.0125 in config.json"),
     ],
 )
 def test_a_bad_checkpoint_is_refused_with_its_reason_and_the_one_before_is_offered(
@@ -195,7 +195,7 @@ def test_a_bad_checkpoint_is_refused_with_its_reason_and_the_one_before_is_offer
     with pytest.raises(ResumeError, match=f"checkpoint.pt ({reason}).*; .*previous.pt is whole") as caught:
         resume(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    offered = re.search(r"--resume (\S+) goes on after epoch 1$", str(caught.value))
+    offered = re.search(r"--resume (\S+) resumes after epoch 1$", str(caught.value))
     assert offered and same_bits(resume(offered[1]).out, straight.out)
 
 
@@ -218,7 +218,7 @@ def test_nothing_in_a_foreign_file_is_run(tmp_path: Path):
 
     out = stop(tmp_path / "run", 2)
     checkpoint.write_checkpoint(out / "checkpoint.pt", {"config": Harm()}, None)  # with a checksum that is right
-    with pytest.raises(ResumeError, match="checkpoint.pt holds more than plain values"):
+    with pytest.raises(ResumeError, match="checkpoint.pt must hold plain values"):
         resume(out)
     assert not (tmp_path / "harm").exists()
 
@@ -245,7 +245,9 @@ def test_a_bad_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path
 
 def test_what_a_run_computes_cannot_be_changed(tmp_path: Path):
     out = stop(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match="a run keeps its settings, except graph, .*, tensorboard, wandb; got lr"):
+    with pytest.raises(
+        ValueError, match="a resumed run keeps its settings except graph, .*, tensorboard, wandb, got lr"
+    ):
         resume(out, lr=1)
 
 
@@ -256,11 +258,11 @@ def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         resume(out)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
-def test_a_damaged_config_is_refused(text: str, tmp_path: Path):
+@pytest.mark.parametrize(("text", "reason"), [("{", "is not JSON"), ("{}", "holds no .*: an earlier version")])
+def test_a_damaged_config_is_refused(text: str, reason: str, tmp_path: Path):
     out = stop(tmp_path / "run", 2)
     (out / "config.json").write_text(text)
-    with pytest.raises(ResumeError, match="config.json is not as `resnet-fast train` writes it"):
+    with pytest.raises(ResumeError, match=f"config.json {reason}"):
         resume(out)
 
 

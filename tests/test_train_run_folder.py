@@ -315,6 +315,6 @@ def test_a_run_that_was_faster_is_not_trained_over(tmp_path: Path, monkeypatch: 
         before.extend(path.read_bytes() for path in sorted(out.iterdir()))
 
     monkeypatch.setattr(loop, "check_is_free", check_and_lose)
-    with pytest.raises(FileExistsError, match="out must be a new or an empty folder, .* already holds"):
+    with pytest.raises(FileExistsError, match="out must be a new or empty folder, .* already holds"):
         train(tiny_run.config_for(out, seed=2))
     assert len(before) == 5 and [path.read_bytes() for path in sorted(out.iterdir())] == before

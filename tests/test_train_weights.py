@@ -91,7 +91,7 @@ def test_a_last_layer_of_more_values_than_the_file_has_bytes_is_refused(tmp_path
 
 
 def test_a_run_of_another_network_is_refused_though_its_names_fit(source: Result):
-    with pytest.raises(ValueError, match="run's network, plain20; .* holds those of resnet18"):
+    with pytest.raises(ValueError, match="run's network, plain20, got .* of resnet18"):
         load_weights(Tiny(3), source.out, "plain20")
 
 
@@ -143,7 +143,7 @@ def test_a_run_without_an_epoch_needs_the_same_file_again(source: Result, tmp_pa
     monkeypatch.chdir(tmp_path / "elsewhere")
     weights.rename(tmp_path / "away.pt")
     with pytest.raises(
-        ResumeError, match="finished no epoch, so it needs the weights .*weights.pt does not exist; put"
+        ResumeError, match="has finished no epoch, so it needs the weights .*weights.pt does not exist; put"
     ):
         resume(out)
     torch.save(source.model.state_dict(), weights)
@@ -212,11 +212,11 @@ def test_a_file_that_cannot_be_used_is_named(content: bytes | None, code: int, m
 
 def test_a_fifo_is_no_file(tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
-    assert "fifo is no file" in command(tmp_path / "run", "--weights", tmp_path / "fifo").stderr
+    assert "fifo is not a file" in command(tmp_path / "run", "--weights", tmp_path / "fifo").stderr
 
 
 def test_after_the_end_both_ways_to_resume_say_how_to_train_on(source: Result):
-    hint = f"to train on from its weights, in a new run: resnet-fast train --weights {source.out} …"
+    hint = f"to train further from its weights, in a new run: resnet-fast train --weights {source.out} …"
     finished = invoke("train", "--resume", source.out)
     assert finished.exit_code == 0 and hint in finished.stdout.splitlines()
     longer = invoke("train", "--resume", source.out, "--epochs", 9)

@@ -4,7 +4,7 @@ from resnet_fast.training import TrainConfig, train
 
 result = train(TrainConfig(dataset="digits"))
 print(result.test_accuracy, result.out)
-result = resume("runs/…")  # goes on with a run that was stopped
+result = resume("runs/…")  # finishes an interrupted run
 """
 
 from typing import TYPE_CHECKING

@@ -1,12 +1,12 @@
-"""An exponential moving average of a model's weights and buffers, without a bias towards its beginning.
+"""An exponential moving average of a model's weights and buffers, without bias towards its beginning.
 
 After t updates with the weights w_1 … w_t and decay d,
 
     average = (1 - d) · Σ d^(t-k)·w_k / (1 - d^t)
 
-so that the initial weights have no share in it however short the run (Kingma and Ba 2015, arXiv:1412.6980, section 3,
-for the correction; Polyak and Juditsky 1992 for averaging). Kept are the sum and that of its factors, 1 - d^t: an
-update is one pass with a constant factor, which a CUDA graph can hold.
+so that the initial weights have no share in it, however short the run (Kingma and Ba 2015, arXiv:1412.6980, section 3,
+for the correction; Polyak and Juditsky 1992 for averaging). The class keeps the weighted sum and the sum of its
+factors, 1 - d^t. So an update is one pass with a constant factor, which a CUDA graph can hold.
 """
 
 from typing import Any, cast
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class Average:
-    """The sum, beside the model that it is of.
+    """The moving average of a model, as a weighted sum.
 
     Args:
-        model: whose parameters and buffers are averaged; integer buffers are copied.
+        model: the model to average; integer buffers are copied.
         decay: d above, in (0, 1).
     """
 
@@ -32,26 +32,26 @@ class Average:
 
     @torch.no_grad()
     def update(self, overflow: Tensor | None = None) -> None:
-        """Take in the model as it is.
+        """Add the model's current values to the average.
 
         Args:
-            overflow: [], 1 if the step was skipped, so that nothing is taken in; else 0. None: steps are never skipped.
+            overflow: [], 1 if the step was skipped, so that nothing changes; else 0. None: steps are never skipped.
         """
         values, foreach = [self.one, *self.source.values()], cast(Any, torch)
         if overflow is None:
             foreach._foreach_lerp_(self.tensors(), values, 1 - self.decay)
             return
-        # The host does not know whether the step was skipped, so the share of the new values is a tensor.
+        # The host does not know whether the step was skipped, so the weight of the new values is a tensor.
         moves = foreach._foreach_sub(values, self.tensors())
         foreach._foreach_mul_(moves, (1 - self.decay) * (1 - overflow))
         foreach._foreach_add_(self.tensors(), moves)
 
     def tensors(self) -> list[Tensor]:
-        """Return what an update changes."""
+        """Return the tensors that an update changes."""
         return [self.weight, *self.sums.values()]
 
     def averaged(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's state dict with the averages in it; unchanged before the first update."""
+        """Return the model's state dict with the averages in it; before the first update, the model's own."""
         if float(self.weight) == 0:
             return model.state_dict()
         return model.state_dict() | {name: value / self.weight for name, value in self.sums.items()}

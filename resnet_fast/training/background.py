@@ -1,4 +1,4 @@
-"""Work on a thread beside the training: the files of an epoch are written while the next one trains."""
+"""A background thread, which writes the files of an epoch while the next one trains."""
 
 import signal
 import threading
@@ -12,11 +12,11 @@ class Background:
     """Runs one call at a time on a thread.
 
         with Background() as background:
-            background.start(write_files, then=report)  # waits for the call before, if there is one
-            ...                                         # `report` runs in this thread, by one of the other methods
+            background.start(write_files, then=report)  # waits for the previous call, if any
+            ...                                         # `report` runs in this thread, in the next method called
 
-    The end of the block waits for the call, whatever ends it. An error of the call is raised by `start`, by `finish` or
-    at the end of the block. Where SIGTERM would end the process at once, it does so after the call.
+    However the block ends, it waits for the call. An error of the call is raised by `start`, by `finish` or at the end
+    of the block. If SIGTERM would end the process at once, it does so after the call.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Background:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def start(self, call: Callable[[], object], then: Callable[[], object]) -> None:
-        """Run `call` on the thread; `then` follows in the thread that waits for it."""
+        """Run `call` on the background thread; `then` follows in the thread that waits for it."""
         with signals_wait():
             self.finish()
             self.then = then
@@ -46,15 +46,15 @@ class Background:
             self.thread.start()
 
     def poll(self) -> None:
-        """Do what follows a call that has ended without an error; wait for nothing."""
+        """Run `then` if the call has ended without an error; do not wait."""
         if self.thread is not None and not self.thread.is_alive() and self.error is None:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the call, and do what follows; SIGINT and SIGTERM wait, too.
+        """Wait for the call, then run its `then`; SIGINT and SIGTERM take effect after the wait.
 
         Raises:
-            BaseException: what the call raised.
+            BaseException: the error that the call raised.
         """
         if self.thread is None:
             return

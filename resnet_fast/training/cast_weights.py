@@ -1,7 +1,7 @@
-"""The weights of a network cast to bf16 or fp16 together: one launch forward and one backward for all of them.
+"""Cast all weights of a network to bf16 or fp16 together: one launch forward and one backward for all of them.
 
-Autocast takes one for each weight when a layer first reads it, and one to convert each weight's gradient. It leaves
-weights alone that are in its type already, so the network runs on copies that are cast before.
+Autocast launches one cast for each weight when a layer first reads it, and one for each weight's gradient. It does not
+cast weights that already have its type, so the network runs on copies that are cast beforehand.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from resnet_fast.models.blocks import has_own_hook
 
-# Layers from here read a weight only to compute with it under autocast; another's code may use it in fp32.
+# Layers of these packages use their weights only under autocast; other code may need them in fp32.
 SOURCES = ("torch.nn.modules.", "torchvision.models.", "resnet_fast.")
 
 
 class Shadow(NamedTuple):
-    """A weight, its copy in autocast's type, and the dictionaries of modules' parameters that hold the weight, with its
-    names.
-    """
+    """A weight, its copy in autocast's type, and the modules' dictionaries of parameters that hold it, by name."""
 
     weight: nn.Parameter
     copy: Tensor
@@ -27,19 +25,19 @@ class Shadow(NamedTuple):
 
 
 class CastWeights:
-    """Runs a model under autocast, its convolutions and linear layers on weights that are cast together.
+    """Runs a model under autocast, with the weights of its convolutions and linear layers cast together.
 
-    Outputs, and gradients of the fp32 parameters, have the bits of `model(x)`. Outside of a call the model is as it
-    was. If hooks look on, it runs as it is.
+    Outputs and gradients of the fp32 parameters are bit-identical to those of `model(x)`. The model is changed during a
+    call only. With hooks registered, the call is `model(x)`.
 
     Args:
-        model: on its device. Its parameters may be changed in place; neither they nor its layers may be replaced.
-        dtype: of autocast.
+        model: the network, on its device. Change its parameters in place; do not replace them or its layers.
+        dtype: the type of autocast, torch.bfloat16 or torch.float16.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.modules = model, tuple(model.modules())
-        shadows: dict[nn.Parameter, Shadow] = {}  # a weight that layers share is cast once
+        shadows: dict[nn.Parameter, Shadow] = {}  # a shared weight is cast once
         for module in self.modules:
             if type(module) not in (nn.Conv2d, nn.Linear):
                 continue
@@ -67,7 +65,7 @@ class CastWeights:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return the model's forward with its weights cast together, or the model if it has layers of somebody else."""
+    """Return the model's forward with its weights cast together, or the model if it has layers of other packages."""
     is_known = all(type(module).__module__.startswith(SOURCES) for module in model.modules())
     return CastWeights(model, dtype) if is_known else model
 

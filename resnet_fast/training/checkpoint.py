@@ -1,6 +1,6 @@
-"""A checkpoint: all that a run needs to go on, in one file that shows any damage.
+"""A checkpoint: all that a run needs to resume, in one file that reveals any damage.
 
-It is a signed archive of torch.save (checkpoints/signature.py): `torch.load(path, weights_only=True)` reads it, too.
+It is a signed archive of torch.save (checkpoints/signature.py), which `torch.load(path, weights_only=True)` reads, too.
 """
 
 import io
@@ -25,36 +25,36 @@ FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A file is no checkpoint of this program, or damaged; the message is the reason, after the name of the file."""
+    """A file is not a checkpoint of this program, or is damaged; the message names the file and the reason."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
-    """Replace the checkpoint `path`; the one that was there gets the name `previous`, if one is given.
+    """Replace the checkpoint at `path`, and keep the old one at `previous` if that is given.
 
-    `path` is a whole checkpoint at every moment, and `previous` is one from the second on.
+    At every moment `path` is a complete checkpoint; from the second checkpoint on, so is `previous`.
 
     Args:
-        path: of the newest checkpoint.
+        path: path of the newest checkpoint.
         state: plain values and tensors on the CPU, in dicts, lists and tuples (`to_host`).
-        previous: of the one before; None: what is there is not worth keeping.
+        previous: path of the checkpoint before; None: do not keep it.
     """
-    # In memory first: on a full disk torch.save reports a fault of its archive, a plain write the full disk.
+    # In memory first: on a full disk, torch.save reports a broken archive, but a plain write reports the full disk.
     archive = io.BytesIO()
     torch.save({"format": FORMAT, **state}, archive)
     sign(archive)
     with whole_file(path) as file:
         file.write(archive.getbuffer())
         if previous is not None and path.exists():
-            # Before the old one loses its name, the new one must be on the disk.
+            # The new one must be on the disk before the old one loses its name.
             file.flush()
             os.fsync(file.fileno())
             _copy(path, previous)
 
 
 def to_host(state: Any) -> Any:
-    """Return a copy, on the CPU, of the tensors in nested dicts, lists and tuples, which no later step changes.
+    """Return a copy of nested dicts, lists and tuples with all tensors copied to the CPU, where no step changes them.
 
-    It loads on a machine without a GPU. From a GPU all tensors are copied into pinned memory, and waited for once.
+    It loads on a machine without a GPU. Tensors on a GPU are copied into pinned memory, with one wait for all.
     """
     copied = _copy_tensors(state)
     if torch.cuda.is_initialized():
@@ -63,15 +63,15 @@ def to_host(state: Any) -> Any:
 
 
 def read_checkpoint(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
-    """Return what `write_checkpoint` wrote, after checking every byte and the entries that are needed.
+    """Return the state that `write_checkpoint` wrote, after checking every byte and the needed entries.
 
     Args:
-        path: of the checkpoint.
-        needed: names of entries, which schema.py has rules for.
+        path: path of the checkpoint.
+        needed: names of the entries that must be there; schema.py has their rules.
 
     Raises:
-        CheckpointError: the file is missing, cut short, damaged, or of another program or format; or a needed entry is
-            missing or breaks its rule.
+        CheckpointError: the file is missing, unreadable, truncated, damaged, or of another program or format; or a
+            needed entry is missing or breaks its rule.
     """
     try:
         data = read_regular(path)
@@ -87,41 +87,41 @@ def read_checkpoint(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
 
 
 def _read(data: bytes) -> dict[str, Any]:
-    """Return the values; raise ValueError with the reason, to be put after the name of the file."""
+    """Return the values; raise ValueError with a reason that follows the name of the file."""
     if not is_signed(data):
         raise ValueError(_what_else(data))
     if not is_whole(data):
-        raise ValueError("is damaged: its SHA-256 is not the one that was written with it")
+        raise ValueError("is damaged: its SHA-256 is not the one stored in it")
     try:
         state = load_values(data)
     except ArchiveError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError("holds more than plain values and tensors, which is not loaded") from error
-    except Exception as error:  # torch.load raises any
+        raise ValueError("must hold plain values and tensors only, and holds other objects") from error
+    except Exception as error:  # torch.load may raise any error
         raise ValueError(f"is damaged: {one_line(error)}") from error
     number = state.get("format") if isinstance(state, dict) else None
     if not isinstance(number, int) or number != FORMAT:
         raise ValueError(
             f"has format {shown(number)}, resnet_fast {__version__} reads format {FORMAT}: "
-            "the version that wrote it goes on with it"
+            "resume it with the version that wrote it"
         )
     return {name: fill_in(value) if name == "config" else value for name, value in state.items()}
 
 
 def _what_else(data: bytes) -> str:
-    """Say what a file without the mark is."""
+    """Return the reason why a file is not signed."""
     if not data:
         return "is empty"
     if not data.startswith(b"PK"):
-        return "is no checkpoint: it does not begin as one"
+        return "is not a checkpoint: it does not begin like one"
     if MARK in data[-COMMENT_BYTES:] or not zipfile.is_zipfile(io.BytesIO(data)):
         return f"is cut short: its end is missing after {len(data):,} bytes"
-    return "does not end in the checksum of `resnet-fast train`: it is of another program or of an older version"
+    return "has no checksum of `resnet-fast train`: another program or an older version wrote it"
 
 
 def _copy(path: Path, copy: Path) -> None:
-    """Give a file a second name, or, where the file system has no links, copy it; whole at every moment."""
+    """Link `copy` to a file, or copy the file if the file system has no links; `copy` is complete at every moment."""
     temporary = unfinished_name(copy)
     try:
         os.link(path, temporary)
@@ -132,7 +132,7 @@ def _copy(path: Path, copy: Path) -> None:
     try:
         os.replace(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)  # also where both names are one file already: rename does nothing then
+        temporary.unlink(missing_ok=True)  # if both names are already one file, replace does nothing
 
 
 def _copy_tensors(state: Any) -> Any:

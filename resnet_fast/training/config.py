@@ -1,4 +1,4 @@
-"""What a training run is: every setting, its default, and the one place where settings are checked."""
+"""The settings of a training run, their defaults, and the one place where they are checked."""
 
 import os
 import time
@@ -25,16 +25,15 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_SIZE = 32
-DIGITS_SIZE = 12  # by the digits' own recipe; others cut out squares of 12 pixels
-N_WHITENING = 54  # filters: 27 directions of 3x3 pixels of 3 channels, and their negatives
+DIGITS_SIZE = 12  # with recipe digits; the cutout of other recipes is a square of 12 pixels
+N_WHITENING = 54  # filters: one per value of a 3x3 patch of 3 channels, and their negatives
 
 MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
 
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """All settings of a run; docs/options.md has them as a table. Once made, every field but `crop`, `mirror` and
-    `weights` holds the value that will be used.
+    """All settings of a run (docs/options.md). Every default is filled in, except of `crop`, `mirror` and `weights`.
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.
@@ -137,7 +136,7 @@ class TrainConfig(Recipe):
     out: Annotated[Path, MAY_MOVE, "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]"] = FROM_RECIPE
 
     def __post_init__(self) -> None:
-        for name in ("model", "dataset"):  # which the defaults of others depend on
+        for name in ("model", "dataset"):  # other defaults depend on these
             SETTINGS[name].check(getattr(self, name))
         self._fill_in("stem", MODELS[self.model].stems[0])
         self._fill_in("recipe", DEFAULT_RECIPES[self.dataset])
@@ -155,7 +154,7 @@ class TrainConfig(Recipe):
         for name, setting in SETTINGS.items():
             self._set(name, setting.check(getattr(self, name)))
         self._check_combinations()
-        self._set("device", find_device(self.device))  # may import torch, so all else is checked before
+        self._set("device", find_device(self.device))  # may import torch, so all else is checked first
         if by_device:
             self._set("graph", self.device != "cpu" and world_size() == 1)
         if self.graph and self.device == "cpu":
@@ -176,20 +175,20 @@ class TrainConfig(Recipe):
         check_together(self)
         if self.accumulate > self.batch_size // 2:
             raise ValueError(
-                f"accumulate must leave 2 images to each part of a batch of {self.batch_size}, got {self.accumulate}"
+                f"accumulate must leave 2 images in each part of a batch of {self.batch_size}, got {self.accumulate}"
             )
         if self.ghost_batch_size == 1:
             raise ValueError("ghost_batch_size must be 0 or at least 2, got 1")
         if self.ghost_batch_size and self.backend != "fused":
             raise ValueError(f"ghost_batch_size needs backend fused, got {self.backend}")
         if self.ghost_batch_size and self.sync_bn:
-            raise ValueError("ghost_batch_size and sync_bn exclude each other: groups of images, or all processes'")
+            raise ValueError("ghost_batch_size and sync_bn exclude each other, got both")
         check_stem(self.model, self.stem)
         model = MODELS[self.model]
         if self.whiten and (self.stem != "cifar" or model.stem_width < N_WHITENING):
             raise ValueError(
-                f"whiten needs a 3x3 stem, stem cifar, of {N_WHITENING} filters or more, "
-                f"got {self.stem} of {model.stem_width}"
+                f"whiten needs stem cifar (3x3) with {N_WHITENING} filters or more, "
+                f"got {self.stem} with {model.stem_width}"
             )
         for name, reason in model.refused.items():
             if getattr(self, name):
@@ -212,16 +211,16 @@ class TrainConfig(Recipe):
         if self.graph and world_size() > 1:
             raise ValueError(f"graph needs a single process, got {world_size()}")
         if self.images != "auto" and self.dataset != "folder":
-            raise ValueError(f"images {self.images} is for dataset folder, {self.dataset} is always in memory")
+            raise ValueError(f"images {self.images} needs dataset folder, got {self.dataset}")
         if self.mirror is not None and self.dataset not in DOWNLOADED:
-            raise ValueError(f"mirror is for datasets {', '.join(DOWNLOADED)}, got {self.dataset}")
+            raise ValueError(f"mirror needs a dataset of {', '.join(DOWNLOADED)}, got {self.dataset}")
         if self.skip_unreadable and self.dataset != "folder":
-            raise ValueError(f"skip_unreadable is for dataset folder, got {self.dataset}")
+            raise ValueError(f"skip_unreadable needs dataset folder, got {self.dataset}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values that JSON and `torch.load(weights_only=True)` take.
+        """Return the settings as plain values, which JSON and `torch.load(weights_only=True)` accept.
 
-        The path of weights is absolute, because a run may be resumed in another working directory.
+        The path of `weights` is absolute, because a run may be resumed in another working directory.
         """
         values = asdict(self)
         if self.weights is not None:
@@ -234,10 +233,10 @@ MOVABLE = tuple(name for name, setting in SETTINGS.items() if setting.may_move)
 
 
 def choose_device(name: "str | torch.device") -> "torch.device":
-    """Return the device called `name`; "auto" is the first GPU where there is one.
+    """Return the device named `name`: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one, else a CPU.
 
     Raises:
-        ValueError: the name is not "auto", "cpu", "cuda" or "cuda:N", or there is no such GPU.
+        ValueError: the name is none of these, or there is no such GPU.
     """
     resolved = find_device(name)
     import torch
@@ -246,7 +245,7 @@ def choose_device(name: "str | torch.device") -> "torch.device":
 
 
 def find_device(name: object) -> str:
-    """Return the name of the device that `choose_device` returns; torch is imported where only it can tell."""
+    """Return the name of the device that `choose_device` returns; import torch only if needed."""
     text = SETTINGS["device"].check(name)
     if text == "cpu":
         return text
@@ -257,34 +256,37 @@ def find_device(name: object) -> str:
         return "cuda" if has_gpu else "cpu"
     count = torch.cuda.device_count() if has_gpu else 0
     if int(text.partition(":")[2] or 0) >= count:
-        raise ValueError(f"device '{text}' asks for a GPU that is not there: torch {torch.__version__} finds {count}")
+        raise ValueError(f"device must be a GPU that is there, got '{text}': torch {torch.__version__} finds {count}")
     return text
 
 
 def check_device(device: Any) -> "torch.device":
-    """Return torch's device of that name; raise ValueError if there is none."""
+    """Return `device` as a torch.device; raise ValueError if it does not exist."""
     import torch
 
     try:
         checked = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device must be a device of torch, got {shown(device)}") from None
+        raise ValueError(f"device must be a torch device, got {shown(device)}") from None
     return choose_device(checked) if checked.type == "cuda" else checked
 
 
 def choose_precision(device: "torch.device | str") -> str:
-    """Return the precision "auto": the fastest that the processor has instructions for, and does not emulate.
+    """Return the precision that "auto" stands for: the fastest that the processor computes in without emulation.
 
-    On a GPU the compute capability decides: "bf16" from 8.0 on, "fp16" from 7.0 to 7.5 (V100, T4), else "fp32". On a
-    CPU it is "bf16" with AVX512-BF16 or AMX, else "fp32".
+    On a GPU, the compute capability decides: "bf16" from 8.0 on, "fp16" from 7.0 to 7.5 (V100, T4), else "fp32". On a
+    CPU, it is "bf16" with AVX512-BF16 or AMX, else "fp32".
+
+    Raises:
+        ValueError: torch does not know the device, or there is no such GPU.
     """
     import torch
 
     device = check_device(device)
     if device.type == "cuda":
-        # By default torch.cuda.is_bf16_supported() says yes where bf16 is emulated, too.
+        # By default torch.cuda.is_bf16_supported() is True even if bf16 is emulated.
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
-    # Private, but in each torch from 2.4 on; get_capabilities(), its public successor, came after 2.11.
+    # Private, but in every torch from 2.4 on; get_capabilities(), the public successor, came after 2.11.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "fp32"

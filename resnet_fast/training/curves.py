@@ -26,16 +26,16 @@ def draw_curves(
     kind: str,
     augmented: bool,
 ) -> None:
-    """Write a PNG of four panels. Loss and error are on a logarithmic scale, as most of a run happens near zero.
+    """Write a PNG of four panels. Loss and error have logarithmic scales, because most of their values are near 0.
 
     Args:
-        file: open for writing in binary.
+        file: a file open for writing in binary.
         history: the epochs so far, at least one.
-        title: says what was trained on what.
-        n_epochs: of the whole run, for the width of the axes.
-        n_test: test images. No error is drawn below half an image, so that an error of 0 has a place.
-        kind: what those images are called: "test" or "validation".
-        augmented: whether training loss and error are of augmented images.
+        title: the names of network and data set.
+        n_epochs: number of epochs of the whole run, for the width of the axes.
+        n_test: number of test images. An error below half an image is drawn as half an image, so that 0 has a place.
+        kind: the name of those images: "test" or "validation".
+        augmented: whether training loss and error are measured on augmented images.
     """
     epochs = [metrics.epoch for metrics in history]
     losses = [m.train_loss for m in history], [m.test_loss for m in history]
@@ -66,7 +66,7 @@ def draw_curves(
         (lower[1], "training images/s", speeds, f"median {median(speeds):,.0f}", SPEED),
     ):
         _draw_line(axes, epochs, values, n_epochs, style)
-        # From zero, so that neither a schedule's end nor a change of speed looks larger than it is.
+        # From 0, so that neither the end of a schedule nor a change of speed looks larger than it is.
         axes.set_ylim(0, 1.3 * max(values) or 1)
         finish_panel(axes, name, n_epochs)
         axes.set_title(label, loc="right", color=style["color"], fontweight="bold", fontsize=11)
@@ -99,7 +99,7 @@ def _label_end(axes: Axes, epochs: list[int], values: list[float], label: str, s
 def _set_log_scale(axes: Axes, values: list[float]) -> None:
     axes.set_yscale("log")
     middle = (min(values) * max(values)) ** 0.5
-    if max(values) < 4 * min(values):  # or the first epochs would look as far apart as those of a whole run
+    if max(values) < 4 * min(values):  # else a few epochs would look as far apart as a whole run
         axes.set_ylim(middle / 2.2, middle * 2.2)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

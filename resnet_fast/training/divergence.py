@@ -1,4 +1,4 @@
-"""A loss that is no longer a finite number: when it happened, and what may have made it so."""
+"""A loss that became infinite or NaN: at which step, and possible causes."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from resnet_fast.training.step import bare
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss became infinite or NaN."""
 
 
 def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module, lr: float, precision: str) -> None:
     """Raise DivergedError, with the number of the first step, if a loss is infinite or NaN.
 
     Args:
-        losses: of the steps after the first `n_before`.
+        losses: [n], the losses of the steps that follow the first `n_before` of the epoch.
     """
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
@@ -24,10 +24,10 @@ def check_is_finite(losses: Tensor, epoch: int, n_before: int, model: nn.Module,
 
 
 def suspects(model: nn.Module, lr: float, precision: str) -> str:
-    """Say what may have made the loss infinite or NaN.
+    """Return possible causes of a loss that is infinite or NaN.
 
-    The running statistics come first: a forward spoils those of its first layer that is not finite and of all behind
-    it, whereas one step backward spoils every weight.
+    The running statistics come first: a forward spoils those of the first layer that is not finite and of all layers
+    after it, whereas one backward spoils every weight.
     """
     text = f"suspects: the learning rate, {lr:g} there (try a smaller --lr)"
     if precision == "fp16":

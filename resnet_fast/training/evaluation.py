@@ -13,11 +13,11 @@ from resnet_fast.training.processes import Processes
 
 
 class Scores(NamedTuple):
-    """Of a split.
+    """The scores of a network on a split.
 
     Args:
         loss: the mean cross entropy.
-        accuracy: the share of images that are right.
+        accuracy: the share of images classified correctly, in [0, 1].
     """
 
     loss: float
@@ -34,19 +34,19 @@ def evaluate(
     precision: str = "fp32",
     processes: Processes | None = None,
 ) -> Scores:
-    """Return the mean loss and the accuracy over the images of all processes, as they are, by running statistics.
+    """Return the mean loss and the accuracy over the images of all processes, not augmented, in evaluation mode.
 
     Args:
-        model: is put into evaluation mode.
-        split: of this process, on the model's device.
-        augmentation: for mean and std alone.
-        batch_size: images computed together.
+        model: the network, which stays in evaluation mode.
+        split: the images of this process, on the model's device.
+        augmentation: its mean and std normalize the images.
+        batch_size: number of images computed together.
         precision: "fp32", "bf16" or "fp16".
-        processes: that test together; None: this one alone.
+        processes: the processes that test together; None: this one alone.
 
     Raises:
-        ValueError: batch_size is no positive integer, precision is none of the three, or there are no images.
-        TypeError: another argument has another type.
+        ValueError: batch_size is no positive integer, precision is unknown, or there are no parameters or images.
+        TypeError: another argument has the wrong type.
     """
     check_type("model", model, nn.Module)
     check_type("split", split, Split)
@@ -55,11 +55,11 @@ def evaluate(
     check_choice("precision", precision, DTYPES)
     check_type("processes", processes, Processes, type(None))
     if next(model.parameters(), None) is None:
-        raise ValueError("model must have parameters, which say where it computes")
+        raise ValueError("model must have parameters, whose device is used, got none")
     model.eval()
     if processes is not None:
         processes.share_buffers(model)
-    # loss, right ones, images
+    # sum of losses, number of correct images, number of images
     totals = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
     for _, labels, logits, _ in logits_of(model, split, augmentation.mean, augmentation.std, batch_size, precision):
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
@@ -69,5 +69,5 @@ def evaluate(
         totals = processes.sum(totals)
     loss, n_correct, n_images = totals.tolist()
     if n_images == 0:
-        raise ValueError("split must hold an image at least, got none")
+        raise ValueError("split must hold at least one image, got none")
     return Scores(loss / n_images, n_correct / n_images)

@@ -1,4 +1,4 @@
-"""Records a user's training step as CUDA graphs.
+"""Record a user's training step as CUDA graphs.
 
     def train_step(images, labels):
         optimizer.zero_grad()
@@ -12,15 +12,14 @@
         loss = train_step(images, labels)
         scheduler.step()
 
-The first call of each kind runs unchanged: compilers and cuDNN choose, the optimizer makes its state. The second is
-recorded, and replayed from then on. A kind is: shapes, types, strides and devices of the tensors; the values of the
-other arguments; the optimizers' hyperparameters, the modules' modes and which weights are trained; autocast around the
-call; whether there are gradients, if the function does not begin by dropping them.
+The first call of each kind runs unchanged: compilers and cuDNN choose, and the optimizer creates its state. The
+second is recorded, and later ones replay it. Two calls are of one kind if they agree in: shapes, dtypes, strides and
+devices of the tensors; values of the other arguments; the optimizers' hyperparameters, the modules' modes and which
+weights are trained; autocast and grad modes around the call; which gradients exist, if the function reads any.
 
-A replay runs the kernels that were recorded on the addresses that were recorded, and no Python. So arguments are copied
-into tensors that stay, gradients of another recording are copied to where this one reads them, a learning rate becomes
-a tensor while the function is recorded, and what is returned and the gradients left behind lie where the next call
-writes.
+A replay runs the recorded kernels on the recorded addresses, and no Python. Therefore arguments are copied into tensors
+of the recording, and gradients of another recording to where this one reads them. A learning rate becomes a tensor.
+Returned tensors and gradients lie in memory that the next call overwrites.
 """
 
 import functools
@@ -44,10 +43,10 @@ from resnet_fast.training.unrecordable import Unrecordable, why_unrecordable
 
 MakeGraph = Callable[[Callable[[], Any]], Callable[[], Any]]
 MOST_RECORDINGS = 64
-# Values that do not change, and objects whose state `changes` hold.
+# Immutable values, and objects whose state belongs in `changes`.
 PLAIN = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
 STATEFUL = (torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler)
-N_FIRST = 16  # calls in a row of which each is the first of its kind: then something is said
+N_FIRST = 16  # warn after this many consecutive calls of which each is the first of its kind
 KIND = "its arguments", "a hyperparameter, a module's mode or which weights are trained", "autocast or the grad mode"
 
 
@@ -57,27 +56,28 @@ def graphed(
     fallback: bool = True,
     make_graph: MakeGraph = CudaGraph,
 ) -> "Graphed":
-    """Return `step` as CUDA graphs: on a GPU recorded once for each kind of call, then replayed.
+    """Return `step` as CUDA graphs: on a GPU, each kind of call is recorded once and then replayed.
 
     Args:
-        step: trains on a batch: forward, loss, backward, optimizer, or a part of these. Its arguments are tensors on
-            the GPU (also in tuples, lists and dicts), which it may not train, and hashable values of Python. It may
-            close over tensors that stay where they are; images and labels of a resident `Batch` stay, too.
-        changes: everything that it changes: modules, optimizers, enabled gradient scalers, single tensors.
-        fallback: where `step` cannot be recorded (on a CPU, with several processes, or for what it does), run it as it
-            is and warn once, with the line and the reason. False: raise that as an error.
-        make_graph: records a function without arguments.
+        step: a function that trains on a batch: forward, loss, backward, optimizer, or a part of these. Its arguments
+            are tensors on the GPU that need no gradient, plain Python values, modules and optimizers, also in tuples,
+            lists and dicts. It may close over tensors that keep their memory. A resident `Batch` is read in place.
+        changes: everything that `step` changes: modules, optimizers, enabled gradient scalers, single tensors.
+        fallback: if `step` cannot be recorded (on a CPU, with several processes, or because of its code), run it
+            unchanged and warn once, with the line and the reason. False: raise RuntimeError instead.
+        make_graph: a function that records another, without arguments, as a graph.
 
     Returns:
-        A function that computes what `step` does, to the bit if cuDNN is deterministic. Tensors that it returns are
-        detached and overwritten by its next call: clone what is kept. `why_not` is the reason why it is not recorded.
+        A function that computes the same as `step`, bit for bit if cuDNN is deterministic. Its next call overwrites the
+        tensors that it returns, which are detached: clone what you keep. Its `why_not` is None, or why it has no graph.
 
     Raises:
-        TypeError, ValueError: `step` is no function, or `changes` hold no tensor or something else.
-        RuntimeError: from a call, without `fallback`.
+        TypeError: `step` is not callable, `fallback` is no bool, or `changes` holds another kind of object.
+        ValueError: `changes` holds no tensor.
+        RuntimeError: a call cannot be recorded, and `fallback` is False.
 
-    Recording leaves `changes`, gradients and random states as they were. Between calls the learning rate may be set, by
-    hand or a scheduler, to floats or tensors; it is rounded to fp32. Optimizers that have `capturable` get it.
+    Recording leaves `changes`, gradients and random states unchanged. Between calls, set the learning rate by hand or a
+    scheduler, to floats or tensors; it is rounded to fp32. Optimizers that have `capturable` are set to it.
     """
     if not callable(step):
         raise TypeError(f"step must be callable, got {type(step).__name__}")
@@ -86,27 +86,27 @@ def graphed(
 
 
 class _Recorded(NamedTuple):
-    """A graph, the tensors that it reads, and those that it leaves as gradients."""
+    """A graph, the tensors that it reads, and the gradients that it leaves."""
 
     graph: Callable[[], Any]
     arguments: list[Tensor]
     rates: list[Tensor]
-    gradients: list[Tensor | None]  # from before, of each parameter; none if they are dropped unread
+    gradients: list[Tensor | None]  # of each parameter, before the call; empty if `step` does not read them
     left: list[Tensor | None]
     addresses: list[int]
-    resident: Any  # what is read where it is must stay
+    resident: Any  # keeps alive what is read in place
 
 
 class Graphed:
-    """What `graphed` returns."""
+    """The function that `graphed` returns."""
 
     def __init__(self, step: Callable[..., Any], state: StepState, fallback: bool, make_graph: MakeGraph) -> None:
         functools.update_wrapper(self, step, updated=())
         self.step, self.state, self.fallback, self.make_graph = step, state, fallback, make_graph
         self.name = getattr(step, "__qualname__", type(step).__name__)
         self.device: torch.device | None = None  # until the first call
-        # One call runs at a time, and what a recording returns and leaves behind is held by it: all others can use the
-        # memory of its intermediate results.
+        # Calls run one at a time, and each recording holds its results and gradients. So all recordings can share the
+        # memory of intermediate results.
         self.pool: Any = None
         self.why_not: str | None = None
         self.recorded: dict[Any, _Recorded] = {}
@@ -128,10 +128,10 @@ class Graphed:
         if self.state.is_shared:
             self._give_up("several processes exchange their gradients, and a graph needs a single process")
         elif self.make_graph is CudaGraph and self.state.device.type != "cuda":
-            self._give_up(f"a graph needs a model on a CUDA device, and it is on {self.state.device}")
+            self._give_up(f"a graph needs a model on a CUDA device, got {self.state.device}")
 
     def _give_up(self, why: str, error: BaseException | None = None) -> None:
-        """Run `step` as it is from now on, and say why; or raise it."""
+        """Run `step` unchanged from now on and warn why; without `fallback`, raise RuntimeError."""
         why = f"{self.name} is not recorded as a CUDA graph: {why}"
         if not self.fallback:
             raise RuntimeError(why) from error
@@ -140,7 +140,7 @@ class Graphed:
         warnings.warn(f"{why}. The step runs without a graph.", RuntimeWarning, stacklevel=4)
 
     def _kind(self, args: tuple, kwargs: dict, tensors: list[Tensor]) -> tuple | None:
-        """Return what a recording depends on, and append the arguments' tensors."""
+        """Return the kind of a call, None if it cannot be recorded, and append the arguments' tensors to `tensors`."""
         assert self.device is not None
         device = self.device.type
         around = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -149,7 +149,7 @@ class Graphed:
             kind = _kind_of((args, kwargs), tensors)
             for tensor in tensors:
                 if tensor.device != self.device:
-                    raise TypeError(f"an argument is on {tensor.device}, and must be on {self.device}; move it there")
+                    raise TypeError(f"tensor arguments must be on {self.device}, got one on {tensor.device}")
             return kind, self.state.settings(), around
         except TypeError as error:
             self._give_up(str(error))
@@ -169,7 +169,7 @@ class Graphed:
         return CudaGraph(run, pool=self.pool)
 
     def _is_first(self, kind: tuple) -> bool:
-        """Whether there was no such call yet; warn if there never seem to be two of a kind."""
+        """Return whether a call is the first of its kind; warn if kinds never seem to repeat."""
         if kind in self.seen:
             return False
         if len(self.seen) == 1000:
@@ -184,8 +184,8 @@ class Graphed:
         return True
 
     def _record(self, kind: tuple, tensors: list[Tensor], args: tuple, kwargs: dict) -> _Recorded | None:
-        """Record a call, and undo what its warm-up did; return None if the call has to run as it is."""
-        outside = sys.exc_info()[1]  # which is no reason of ours
+        """Record a call and undo the effects of its warm-up; return None if the call has to run unchanged."""
+        outside = sys.exc_info()[1]  # an exception that the caller is handling, not a reason of ours
         self.state.make_capturable()
         if self._is_first(kind):
             return None
@@ -201,7 +201,7 @@ class Graphed:
             nonlocal is_warm
             for parameter, gradient in zip(state.parameters, gradients, strict=True):
                 parameter.grad = gradient
-            torch.clear_autocast_cache()  # of autocast around the call: each replay casts the weights anew
+            torch.clear_autocast_cache()  # of an autocast around the call, so that each replay casts the weights
             with nullcontext() if is_warm else watch:
                 is_warm = True
                 return _detached(self.step(*static_args, **static_kwargs))
@@ -220,7 +220,7 @@ class Graphed:
             return None
         finally:
             torch.clear_autocast_cache()
-        if has_grown:  # the call makes it, as it should be made, and the next one is recorded
+        if has_grown:  # this call runs unchanged and creates the state; the next one is recorded
             self.n_grown += 1
             return None
         is_read = watch.has_seen or any(
@@ -231,7 +231,7 @@ class Graphed:
         else:
             gradients = []
         recorded = _Recorded(graph, static, rates, gradients, left, state.addresses(), (static_args, static_kwargs))
-        if len(self.recorded) == MOST_RECORDINGS:  # each holds what it returns, and gradients
+        if len(self.recorded) == MOST_RECORDINGS:  # each holds results and gradients
             del self.recorded[next(iter(self.recorded))]
         self.recorded[kind] = recorded
         return recorded
@@ -258,7 +258,7 @@ class Graphed:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees whether an operator gets one of some tensors."""
+    """Notices whether an operator receives one of the given tensors."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -274,10 +274,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _kind_of(value: Any, tensors: list[Tensor]) -> Any:
-    """Return what is recorded of a value, hashable, and append the tensors in it that are copied."""
+    """Return the kind of an argument, hashable, and append its tensors that a replay copies to `tensors`."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise TypeError("an argument requires a gradient, which a replay would not give it; detach it before")
+            raise TypeError("arguments must not require a gradient, which a replay would not compute; detach them")
         tensors.append(value)
         return value.shape, value.dtype, value.stride(), value.device
     if isinstance(value, Batch) and value.is_resident:
@@ -287,13 +287,13 @@ def _kind_of(value: Any, tensors: list[Tensor]) -> Any:
     if type(value) is dict:
         return dict, *[(name, _kind_of(part, tensors)) for name, part in value.items()]
     if not isinstance(value, PLAIN + STATEFUL):
-        rule = "arguments must be tensors, numbers, texts, modules, optimizers, or tuples, lists and dicts of them"
+        rule = "arguments must be tensors, numbers, strings, modules, optimizers, or tuples, lists and dicts of them"
         raise TypeError(f"{rule}, got {shown(value)}; the function may close over other objects")
     return type(value), value
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a value with other tensors in place of those that `_kind_of` appends."""
+    """Return `value` with `function` applied to the tensors that `_kind_of` appends."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Batch) and value.is_resident:

@@ -1,11 +1,11 @@
-"""Lookahead (Zhang et al. 2019, arXiv:1907.08610) as airbench has it (Jordan 2024, arXiv:2404.00498).
+"""Lookahead (Zhang et al. 2019, arXiv:1907.08610) as in airbench (Jordan 2024, arXiv:2404.00498).
 
 After every fifth step t of T, and after the last,
 
     slow = decay·slow + (1 - decay)·weights,   weights = slow,   decay = 0.95^5·(t / T)^3
 
-so that the weights move freely at first and are averaged ever more. The slow weights start as the initial ones; batch
-norms' running statistics are treated alike. (airbench throws away what up to four steps after the last fifth one did.)
+so that the weights move freely at first and are averaged ever more strongly. The slow weights start as the initial
+ones. Running statistics are averaged likewise. (airbench discards the steps after the last multiple of five.)
 """
 
 from typing import Any, cast
@@ -18,10 +18,10 @@ DECAY = 0.95**EVERY
 
 
 class Lookahead:
-    """The slow weights, beside the model that they belong to.
+    """The slow weights of a model.
 
     Args:
-        model: whose parameters and floating-point buffers are averaged in place.
+        model: the model whose parameters and floating-point buffers are averaged in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,9 +30,9 @@ class Lookahead:
 
     @torch.no_grad()
     def update(self, n_done: int, n_steps: int) -> None:
-        """Average, if it is due after `n_done` of `n_steps` steps.
+        """Average the weights, if that is due after `n_done` of `n_steps` steps.
 
-        That is two launches in five steps, outside of the step's CUDA graph, and nothing that waits for the GPU.
+        This costs two launches in five steps, outside of the step's CUDA graph, and never waits for the GPU.
         """
         if n_done % EVERY and n_done != n_steps:
             return

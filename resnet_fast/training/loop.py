@@ -1,10 +1,10 @@
-"""The training loop: an augmented step per batch, an evaluation and a checkpoint per epoch.
+"""The training loop: one step per batch, one evaluation and one checkpoint per epoch.
 
     result = train(TrainConfig(dataset="digits"))
     result.test_accuracy, result.model, result.out
-    result = resume("runs/…")    # of a run that was stopped: the same weights, bit for bit, as if it had not been
+    result = resume("runs/…")    # finishes an interrupted run
 
-The step itself is in step.py, evaluation in evaluation.py; under torchrun all processes run this loop together.
+The step is in step.py, the evaluation in evaluation.py. Under torchrun, all processes run this loop together.
 """
 
 import math
@@ -39,32 +39,32 @@ from resnet_fast.training.tensorboard import need_tensorboard
 from resnet_fast.training.weights import weights_file
 from resnet_fast.training.weights_and_biases import WeightsAndBiases, need_wandb
 
-# Reading a loss makes the program wait for the GPU: it is done every so many steps, and at the end of an epoch.
+# Steps between two readings of the losses, each of which waits for the GPU; the end of an epoch reads them, too.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
-    """Train a network, write its run folder, and return what came out.
+    """Train a network, write its run folder, and return the result.
 
-    On a CPU two calls with equal settings and equally many threads give bit-identical weights and metrics. The global
-    random states of python, numpy and torch are seeded, and left as the training leaves them. Under torchrun every
-    process calls this; the first one reports and writes.
+    On a CPU, two calls with equal settings and the same number of threads give bit-identical weights and metrics
+    (except times). The global random states of Python, NumPy and torch are seeded, and not restored. Under torchrun,
+    call this in every process; the first one reports and writes.
 
     Args:
-        config: the settings; its run folder must not exist, or be empty.
-        reporter: is told about every step and epoch.
+        config: the settings; the run folder `config.out` must be new or empty.
+        reporter: receives the progress of the run; None: nothing is reported.
 
     Returns:
-        Result, with the accuracy of the last epoch.
+        The result, with the accuracy after the last epoch.
 
     Raises:
-        FileExistsError: the run folder already holds something.
+        FileExistsError: the run folder is not empty, or another process writes to it.
         ValueError: the settings do not suit the data or the processes.
-        TypeError: an argument has another type.
-        TensorBoardError, WandbError: `tensorboard` or `wandb` is asked for and not installed, or W&B has no login.
-        DataError: the data set is not available, or damaged.
-        CheckpointMismatch, CheckpointError: `weights` belong to another network, or are damaged; nothing is written.
-        DivergedError: the loss became infinite or NaN; the files of the epochs before remain.
+        TypeError: an argument has the wrong type.
+        TensorBoardError, WandbError: `tensorboard` or `wandb` is set and not installed, or W&B has no login.
+        DataError: the data set is unavailable or damaged.
+        CheckpointMismatch, CheckpointError: `weights` belongs to another network or is damaged; nothing is written.
+        DivergedError: the loss became infinite or NaN; the files of earlier epochs remain.
         OtherProcessError, LostProcessError: another process failed or ended.
     """
     check_type("config", config, TrainConfig)
@@ -72,46 +72,46 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Result:
 
 
 def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved: Any) -> Result:
-    """Go on with a run that was stopped, from its last finished epoch, to the end that it would have had.
+    """Resume an interrupted run from its last finished epoch, and train it to its end.
 
-    On a CPU, in fp32 and with as many threads and processes as before, the weights and metrics (except times) are
-    bit-identical to those of a run that was never stopped. With another number of processes the order of the images
-    stays; sums are rounded differently and, without sync_bn, batch norm sees other shares. A run that is finished only
-    gets its table and curves written once more.
+    On a CPU in fp32, with the same number of threads and processes, the weights and metrics (except times) are
+    bit-identical to those of an uninterrupted run. With another number of processes, the order of the images is
+    unchanged, but sums are rounded differently and, without sync_bn, batch norm sees other shares of a batch. A
+    finished run only has its table and pictures written again.
 
     Args:
-        run: what `load_run` returned, or the run folder, or a checkpoint in it.
-        reporter: is told about every step and epoch.
-        moved: data_dir, mirror, device, workers, images, graph, time_budget, tensorboard or wandb, if they are others
-            than before, and `run` is a path.
+        run: a run folder, a checkpoint in it, or what `load_run` returned.
+        reporter: receives the progress of the run; None: nothing is reported.
+        moved: new values for data_dir, mirror, device, workers, images, graph, time_budget, tensorboard or wandb;
+            allowed if `run` is a path.
 
     Returns:
-        Result, of all epochs.
+        The result, with all epochs of the run.
 
     Raises:
-        ValueError: there is no run in that folder.
-        ResumeError: its checkpoint or settings cannot be used, or the data are others than before.
-        BlockingIOError: another process is at this run.
-        DataError, DivergedError: as for `train`.
+        ValueError: `run` is neither a run folder nor in one, or a value of `moved` breaks its rule.
+        ResumeError: the checkpoint or the settings cannot be used, or the data differ from before.
+        BlockingIOError: another process writes to this run.
+        DataError, DivergedError and others: as for `train`.
     """
     check_type("run", run, SavedRun, str, PathLike)
     if not isinstance(run, SavedRun):
         run = load_run(run, **moved)
     elif moved:
-        raise ValueError(f"run must be a path for it to move, got a SavedRun and {', '.join(moved)}")
+        raise ValueError(f"run must be a path if settings change, got a SavedRun and {', '.join(moved)}")
     return _run(run.config, run, reporter)
 
 
 def _run(config: TrainConfig, saved: SavedRun | None, reporter: Reporter | None) -> Result:
-    """Train from the beginning or, if something is `saved`, from there on."""
+    """Train from the beginning, or from `saved` if it is given."""
     check_type("reporter", reporter, Reporter, type(None))
     with connect(config.device) as processes, torch_settings(config):
         return _run_connected(config, saved, reporter or Reporter(), processes)
 
 
 def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Reporter, processes: Processes) -> Result:
-    """Do so with the other processes; with this frame all that exchanges between them is gone."""
-    # Two processes may have named the folder by two seconds, or chosen two precisions on two machines.
+    """Train with the other processes; this frame owns all that communicates, which must be freed before they part."""
+    # Processes may have named the folder in different seconds, or chosen different precisions on different machines.
     config = replace(processes.broadcast(config), data_dir=config.data_dir, workers=config.workers)
     if config.tensorboard:
         need_tensorboard()
@@ -132,7 +132,7 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
     with processes.signals_together(), ExitStack() as stack:
         processes.first_only(lambda: stack.enter_context(folder.hold(is_new=saved is None)))
         if saved is None:
-            # This looks again whether the folder is empty.
+            # Checks again, now that the folder is held, that it is empty.
             processes.first_only(partial(folder.start, run.origin and run.origin.sha256))
         if config.wandb and processes.is_first:
             board = WeightsAndBiases(run.reporter, config)
@@ -142,7 +142,7 @@ def _run_connected(config: TrainConfig, saved: SavedRun | None, reporter: Report
 
 
 def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
-    """Train what is left to train, and test after every epoch; a thread writes while the next one trains."""
+    """Train the remaining epochs and test after each; a thread writes an epoch's files while the next one trains."""
     config, processes, step = run.config, run.processes, run.step
     checkpoint = None if saved is None else saved.checkpoint
     history = [] if checkpoint is None else _restore(run, checkpoint)
@@ -160,7 +160,7 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
     n_before, epoch_seconds = len(history), 0.0
     with run.writing as writing:
         for epoch in range(n_before + 1, config.epochs + 1):
-            # The first epoch always begins, also in a resumed run; otherwise it would never end.
+            # Even a resumed run trains at least one epoch; otherwise it might never finish.
             if config.time_budget and epoch > n_before + 1:
                 if processes.broadcast(time.perf_counter() - start + epoch_seconds > config.time_budget):
                     break
@@ -184,13 +184,13 @@ def _train(run: Run, folder: RunFolder, saved: SavedRun | None) -> Result:
 
 
 def _start_writing(run: Run, folder: RunFolder, history: Sequence[EpochMetrics], state: dict[str, Any]) -> None:
-    """Copy the state and have a thread write it, once the epoch before is written; report the epoch after that."""
+    """Copy the state and have a thread write it after the previous epoch; report the epoch once it is written."""
     write = partial(folder.write_epoch, history, to_host(state))
     run.writing.start(write, then=partial(run.reporter.end_epoch, history[-1]))
 
 
 def _end(run: Run, folder: RunFolder) -> float | None:
-    """Draw what the network gets wrong; return its accuracy with mirror images where they show the same class."""
+    """Draw the network's errors; return its accuracy with mirror images, None if these may show another class."""
     test = run.dataset.test
     if run.processes.size > 1:
         test = folder.dataset.test.to(run.processes.device, run.config.images)
@@ -208,11 +208,11 @@ def _end(run: Run, folder: RunFolder) -> float | None:
 
 
 def _restore(run: Run, checkpoint: dict[str, Any]) -> list[EpochMetrics]:
-    """Set the run back to the checkpoint, and return the epochs until there."""
+    """Restore the run from the checkpoint, and return its finished epochs."""
     run.processes.together(partial(_set_back, run, checkpoint))
     history = [EpochMetrics(**metrics) for metrics in checkpoint["history"]]
     run.processes.together(partial(_check_same_epoch, len(history), run.processes.broadcast(len(history))))
-    run.step.n_done = len(history) * len(run.loader)  # among another number of processes it may be another
+    run.step.n_done = len(history) * len(run.loader)  # steps per epoch may depend on the number of processes
     return history
 
 
@@ -229,14 +229,14 @@ def _set_back(run: Run, checkpoint: dict[str, Any]) -> None:
         run.tested.load_state_dict(checkpoint["model"])
         if run.processes.rank < len(checkpoint["random"]):
             restore_random_states(checkpoint["random"][run.processes.rank], run.processes.device)
-    except Exception as error:  # python, numpy and torch each raise others for a state that is none
+    except Exception as error:  # Python, NumPy and torch raise different errors for an invalid state
         raise ResumeError(f"the checkpoint in {run.config.out} does not fit its settings: {one_line(error)}") from error
 
 
 def _check_same_epoch(n_done: int, expected: int) -> None:
     """Raise ResumeError unless all processes read the same checkpoint."""
     if n_done != expected:
-        raise ResumeError(f"this process has read a checkpoint of epoch {n_done}, the first one that of {expected}")
+        raise ResumeError(f"all processes must read the same checkpoint, got epoch {n_done}, the first one {expected}")
 
 
 def run_epoch(run: Run, epoch: int) -> EpochMetrics:
@@ -251,7 +251,7 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         run.tested,
         run.dataset.test,
         run.loader.augmentation,
-        batch_size=2 * run.config.batch_size,  # without a backward to store for, twice the batch fits
+        batch_size=2 * run.config.batch_size,  # twice the batch fits, as no backward needs activations
         precision=run.config.precision,
         processes=run.processes,
     )
@@ -273,12 +273,12 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
 
 
 def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
-    """Run one epoch of training steps; return the last one's learning rate, and how they went."""
+    """Run one epoch of training steps; return the last step's learning rate and the progress of all."""
     step, processes, reporter = run.step, run.processes, run.reporter
     device = processes.device
     batch_sizes = run.loader.batch_sizes()
     sizes = torch.tensor(batch_sizes, dtype=torch.float64)
-    losses = torch.zeros(len(sizes), device=device)  # of this process, in parts of the mean over all of them
+    losses = torch.zeros(len(sizes), device=device)  # this process's part of each step's mean
     n_correct = torch.zeros((), dtype=torch.int64, device=device)
     lr, checked, total_loss, progress = 0.0, 0, 0.0, EpochProgress(0.0, 0.0, 0.0)
     began = time.perf_counter()

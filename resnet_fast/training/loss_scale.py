@@ -1,12 +1,12 @@
-"""The loss scale of fp16: torch.amp.GradScaler, used so that a CUDA graph can hold all of its arithmetic.
+"""The loss scale of fp16: torch.amp.GradScaler, used in a way that a CUDA graph can record.
 
     scaler.scale(loss).backward()
-    scaler.step(optimizer)              # fused: the kernel divides by the scale, and skips the step by itself
+    scaler.step(optimizer)              # fused: the kernel divides by the scale and skips bad steps itself
     overflow = has_overflowed(scaler, optimizer)
     scaler.update()                     # doubles the scale after 2,000 good steps in a row, halves it after a bad one
 
 The scale, the number of good steps and the overflow are tensors on the device, and nothing here waits for them. Without
-fp16 the scaler is disabled, and its methods do nothing else than `loss.backward()` and `optimizer.step()`.
+fp16 the scaler is disabled: `scale` returns the loss unchanged, and `step` is `optimizer.step()`.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from torch.amp.grad_scaler import GradScaler
 
 
 def make_scaler(precision: str, device: torch.device) -> GradScaler:
-    """Return the scaler of a precision, disabled unless that is fp16, with its scale on the device."""
+    """Return the scaler for a precision, enabled in fp16 only, with its scale on the device."""
     scaler = GradScaler(device.type, enabled=precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # makes the tensors, which a graph must find there
+    scaler.scale(torch.zeros((), device=device))  # creates the tensors, which must exist before a graph is recorded
     return scaler
 
 
 def has_overflowed(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return whether the step just made was skipped: [], fp32, 1 or 0; to be called before `scaler.update()`."""
+    """Return whether the last step was skipped: [], fp32, 1 or 0. Call this before `scaler.update()`."""
     (overflow,) = scaler._found_inf_per_device(optimizer).values()
     return overflow
 
@@ -32,10 +32,10 @@ def has_overflowed(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> Tens
 def load_scale(own: GradScaler, saved: dict[str, Any]) -> None:
     """Load the scale and the position in the growth interval, not the settings, of a saved `GradScaler.state_dict()`.
 
-    Does nothing if `own` is disabled.
+    Do nothing if `own` is disabled.
 
     Raises:
-        ValueError: `own` cannot have that scale or that position.
+        ValueError: the scale is outside of fp32's range, or the position is outside of `own`'s growth interval.
     """
     if not own.is_enabled():
         return

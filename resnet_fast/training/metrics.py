@@ -1,4 +1,4 @@
-"""What is known about an epoch, and what a run returns."""
+"""The metrics of an epoch, and the result of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ class EpochMetrics:
     """One row of metrics.csv.
 
     Args:
-        epoch: from 1.
+        epoch: number of the epoch, from 1.
         lr: the learning rate of the epoch's last step.
         train_loss, train_accuracy: means over the epoch's augmented training images, while the weights change.
-        test_loss, test_accuracy: of the weights at the end of the epoch, on all test images, or on those that were held
-            out of the training images; accuracies in 0 … 1.
-        seconds: of training alone, without the evaluation and without writing files.
-        images_per_second: training images in that time.
-        skipped_steps: of the epoch, because their gradients overflowed in fp16.
+        test_loss, test_accuracy: means over the test images, or those held out of the training images, with the weights
+            at the end of the epoch. Accuracies are in [0, 1].
+        seconds: duration of the training alone, without evaluation and writing files.
+        images_per_second: training images per second of that time.
+        skipped_steps: number of steps skipped because their gradients overflowed in fp16.
     """
 
     epoch: int
@@ -36,16 +36,16 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` returns.
+    """The result of a run.
 
     Args:
         config: the settings that were used.
         history: one entry per epoch.
         model: the trained model, in evaluation mode, on its device.
-        seconds: of the whole run from the first step on, evaluations and files included; of a resumed run, up to the
-            checkpoint that it went on from and since.
-        mirrored_accuracy: of the mean of the logits of each image and of its mirror image ("flip TTA"); None where a
-            mirrored image may show another class.
+        seconds: duration of the run from the first step on, with evaluations and files; of a resumed run, the time up
+            to its checkpoint plus the time since it resumed.
+        mirrored_accuracy: accuracy of the mean logits of each image and its mirror image ("flip TTA"); None if a mirror
+            image may show another class.
     """
 
     config: TrainConfig
@@ -61,12 +61,12 @@ class Result:
 
     @property
     def test_accuracy(self) -> float:
-        """Of the last epoch: the best of all epochs would have been chosen on the test images."""
+        """Accuracy after the last epoch; to pick the best epoch would be to choose on the test images."""
         return self.history[-1].test_accuracy
 
     @property
     def train_seconds(self) -> float:
-        """Of the training steps alone."""
+        """Duration of the training steps alone."""
         return sum(metrics.seconds for metrics in self.history)
 
     @property

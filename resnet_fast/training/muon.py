@@ -1,18 +1,19 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose directions all get one length.
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum SGD with orthogonalized updates.
 
-With a weight as a matrix W, [C_out, C_in·kh·kw], its gradient G, momentum m, rate r and weight decay d, one step is
+For a weight as a matrix W, [C_out, C_in·kh·kw], with gradient G, momentum buffer B, momentum m, learning rate r and
+weight decay d, one step is
 
     B = m·B + (1 - m)·G                      U = m·B + (1 - m)·G with Nesterov's momentum, else B
     X = U / |U|, then n times                A = X·Xᵀ,  X = a·X + (b·A + c·A²)·X
     W = W·√C_out / |W|                       with `rescale`
     W = (1 - r·d)·W - r·√max(1, C_out / (C_in·kh·kw))·X
 
-|.| is the root of the sum of squares. The iteration (Newton-Schulz) brings all singular values of X near 1. Without
-`rescale` this is torch.optim.Muon, which takes matrices only; `rescale` is airbench94_muon's
+|.| is the Frobenius norm. The iteration (Newton-Schulz) brings all singular values of X near 1. Without `rescale` this
+is torch.optim.Muon, which accepts matrices only; `rescale` comes from airbench94_muon
 (https://github.com/KellerJordan/cifar10-airbench).
 
-Weights of one shape are one batch: a few matrix products a shape instead of a few a weight. The iteration runs in bf16
-on a GPU of compute capability 8.0 or higher, else in fp32; all else in the weights' own type.
+Weights of the same shape form one batch, with a few matrix products for all of them. The iteration runs in bf16 on a
+GPU of compute capability 8.0 or higher, else in fp32 or the weights' wider type. All else uses the weights' type.
 """
 
 import math
@@ -25,8 +26,8 @@ from torch.optim.sgd import sgd
 
 from resnet_fast.common.checks import check_integer, check_type, is_number, shown
 
-A, B, C = 3.4445, -4.7750, 2.0315  # of the iteration; they make the slope at 0 steep (Jordan et al. 2024)
-EPS = 1e-7  # the least that a norm counts as
+A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c of the iteration, for a steep slope at 0 (Jordan et al. 2024)
+EPS = 1e-7  # lower bound of a norm that is divided by
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,20 +37,20 @@ class Muon(torch.optim.Optimizer):
         Muon([{"params": filters, "lr": 0.12}, {"params": others, "lr": 0.2, "momentum": 0.9, "use_muon": False}])
 
     Args:
-        params: weights, or groups of them. Those of Muon have two dimensions or more; the first are the outputs.
-        lr: a number, or a tensor on the weights' device, which a CUDA graph reads anew.
+        params: weights, or groups of them. Muon's weights have at least two dimensions, of which the first is C_out.
+        lr: the learning rate: a number, or a tensor on the weights' device, which a CUDA graph reads in each replay.
         momentum: in [0, 1).
-        nesterov: whether the momentum is Nesterov's.
-        weight_decay: times the rate, a share of the weight that is subtracted. SGD adds it to the gradient.
-        n_iterations: of Newton-Schulz.
-        rescale: whether a weight gets the norm √C_out before each step. Only for weights before a batch norm, whose
-            output does not depend on their scale.
-        use_muon: whether a group is trained by Muon.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: in Muon, the share of a weight that is subtracted, times lr. SGD adds it to the gradient.
+        n_iterations: number of Newton-Schulz iterations.
+        rescale: whether to scale a weight to norm √C_out before each step. Use it only for layers before a batch norm,
+            whose output does not depend on the weight's scale.
+        use_muon: whether Muon trains the group.
 
     Raises:
-        TypeError, ValueError: a setting breaks its rule, or a weight of Muon has one dimension.
+        TypeError, ValueError: a setting breaks its rule, or one of Muon's weights has fewer than two dimensions.
 
-    It never waits for the GPU, and skips steps whose gradients overflow in fp16 as fused optimizers do (GradScaler).
+    It never waits for the GPU. Like fused optimizers, it skips steps whose gradients overflow in fp16 (GradScaler).
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of waiting for the GPU
@@ -77,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Without fp16's loss scale they are not there.
+        # GradScaler sets these, in fp16 only.
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -87,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def momentum_of(self, weight: Tensor) -> Tensor:
-        """Return the momentum of a weight, which is 0 at first; a CUDA graph must find it made."""
+        """Return the momentum buffer of a weight, initially 0; it must exist before a CUDA graph is recorded."""
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
@@ -133,18 +134,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, n_iterations: int) -> Tensor:
-    """Return about U·Vᵀ of each matrix U·S·Vᵀ: its singular values become about 0.7 to 1.2 after 5 iterations.
+    """Return approximately U·Vᵀ for each matrix U·S·Vᵀ: after 5 iterations, its singular values are about 0.7 to 1.2.
 
     Args:
-        matrices: [N, rows, columns].
-        n_iterations: of Newton-Schulz; with fewer, small singular values stay small.
+        matrices: [N, rows, columns], floating point.
+        n_iterations: number of Newton-Schulz iterations; with fewer, small singular values stay small.
 
     Returns:
-        [N, rows, columns], of the matrices' type.
+        [N, rows, columns], in the type of `matrices`.
     """
     x = matrices.to(_iteration_type(matrices))
     is_tall = x.shape[1] > x.shape[2]
-    if is_tall:  # the smaller of the two products with itself
+    if is_tall:  # so that X·Xᵀ is the smaller product
         x = x.mT
     x = x / _norms(x)
     for _ in range(n_iterations):
@@ -155,10 +156,10 @@ def orthogonalize(matrices: Tensor, n_iterations: int) -> Tensor:
 
 
 def split_filters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the weights that Muon is for, and all other parameters, each in the model's order.
+    """Return the weights that Muon trains, and all other parameters, each in the model's order.
 
-    Muon is for those of every convolution except the first, which reads the images; parameters that need no gradient
-    are left out.
+    Muon trains the weights of all convolutions except the first, which reads the images. Parameters that need no
+    gradient are left out.
 
     Raises:
         ValueError: no convolution except the first is trained.
@@ -167,14 +168,14 @@ def split_filters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     ids = {id(conv.weight) for conv in convolutions[1:] if conv.weight.requires_grad}
     if not ids:
         raise ValueError(
-            f"optimizer muon needs a convolution to train behind the first one, {type(model).__name__} has none"
+            f"optimizer muon needs a convolution to train after the first one, {type(model).__name__} has none"
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trained if id(p) in ids], [p for p in trained if id(p) not in ids]
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Raise unless a group's settings follow their rules; those of its weights are torch's."""
+    """Raise TypeError or ValueError if a setting of the group breaks its rule; torch checks the weights."""
     for name in ("nesterov", "rescale", "use_muon"):
         check_type(name, group[name], bool)
     check_integer("n_iterations", group["n_iterations"], 0, 100)
@@ -191,9 +192,9 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["use_muon"]:
         for weight in group["params"]:
             if weight.ndim < 2:
-                raise ValueError(f"weights of Muon must have 2 dimensions or more, got {list(weight.shape)}")
+                raise ValueError(f"Muon's weights must have at least 2 dimensions, got {list(weight.shape)}")
     elif group["nesterov"] and group["momentum"] == 0:
-        group["nesterov"] = False  # it is nothing without momentum, and SGD refuses the two
+        group["nesterov"] = False  # no effect without momentum, and SGD refuses the combination
 
 
 def _by_shape(weights: list[Tensor]) -> list[list[Tensor]]:
@@ -204,12 +205,12 @@ def _by_shape(weights: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Return [N, C_out, kh·kw·C_in]: the order of channels_last memory. Muon does not depend on that of the columns."""
+    """Return [N, C_out, kh·kw·C_in], as in channels_last memory; Muon does not depend on the order of columns."""
     return torch.stack([tensor.movedim(1, -1).flatten(1) for tensor in tensors])
 
 
 def _shaped(matrix: Tensor, like: Tensor) -> Tensor:
-    """Return a matrix of `_stacked` in the shape of a weight."""
+    """Return a matrix from `_stacked` in the shape of its weight `like`."""
     return matrix.view(like.movedim(1, -1).shape).movedim(-1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The network of a run, by backend, and how its weights start."""
+"""The network of a run and its initial weights."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,11 +13,11 @@ from resnet_fast.nn import FusedBatchNorm2d
 from resnet_fast.training.config import N_WHITENING, TrainConfig
 
 WHITENING_IMAGES = 5000
-WHITENING_EPS = 5e-4  # added to the variances, so that directions of almost none are not blown up (Jordan 2024)
+WHITENING_EPS = 5e-4  # added to the variances, so that directions of almost no variance are not amplified (Jordan 2024)
 
 
 def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
-    """Return the network, its weights drawn from torch's global random state and then as the recipe says."""
+    """Return the network, its weights drawn from torch's global generator, then initialized as the recipe says."""
     if config.backend != "fused":
         model = MODELS[config.model].make_plain(n_classes, config.stem)
     elif config.ghost_batch_size:
@@ -36,7 +36,7 @@ def make_network(config: TrainConfig, n_classes: int) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network: what has a second convolution of its own, as no stem has."""
+    """Return the blocks of a network: the modules with a `conv2`, which no stem has."""
     return [module for module in model.modules() if isinstance(getattr(module, "conv2", None), nn.Conv2d)]
 
 
@@ -53,12 +53,12 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def freeze(model: nn.Module, frozen: str, stages: Sequence[str]) -> None:
-    """Take the parameters of some stages out of the training; `TrainingStep` then leaves their batch norms alone, too.
+    """Exclude the parameters of some stages from training; `TrainingStep` then freezes their batch norms, too.
 
     Args:
-        model: the network, with its own names.
-        frozen: "stem,layer1": stages and "stem", which is everything before the first of them.
-        stages: all that the network has.
+        model: the network, not wrapped.
+        frozen: names of stages, as in "stem,layer1"; "stem" is everything before the first stage.
+        stages: all stages of the network, in order.
     """
     children = [name for name, _ in model.named_children()]
     stem = children[: children.index(stages[0].partition(".")[0])]
@@ -76,7 +76,7 @@ def zero_gamma(model: nn.Module) -> None:
 
 @torch.no_grad()
 def start_as_identity(model: nn.Module) -> None:
-    """Let the first C_in outputs of every 3x3 convolution in a block start as its inputs; the stem is left alone."""
+    """Initialize the first C_in outputs of every 3x3 convolution in a block as its inputs; the stem is unchanged."""
     for block in blocks_of(model):
         for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
             if conv.kernel_size == (3, 3) and conv.groups == 1:
@@ -85,16 +85,16 @@ def start_as_identity(model: nn.Module) -> None:
 
 @torch.no_grad()
 def whiten_stem(conv: nn.Conv2d, dataset: ImageDataset, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Start a 3x3 convolution of 3 channels with the whitening of the training images' patches, and its negative.
+    """Initialize a 3x3 convolution of 3 channels with whitening filters of the training images' patches (Page 2019).
 
-    With the covariance V·diag(λ)·Vᵀ of the 27 values of a patch, filter k is ±v_k / √(λ_k + eps): its outputs are
-    uncorrelated and have the same variance. Filters beyond the first 54 keep their initialization.
+    With the covariance V·diag(λ)·Vᵀ of the 27 values of a patch, filter k is ±v_k / √(λ_k + eps), so that the outputs
+    of one sign are uncorrelated and have the same variance. Filters beyond the first 54 are unchanged.
 
     Raises:
-        ValueError: the convolution is no 3x3 convolution of 3 channels with 54 filters or more.
+        ValueError: the convolution is not 3x3 on 3 channels with at least 54 filters.
     """
     if conv.weight.shape[1:] != (3, 3, 3) or len(conv.weight) < N_WHITENING:
-        raise ValueError(f"whitening needs a stem of [{N_WHITENING} or more, 3, 3, 3], got {list(conv.weight.shape)}")
+        raise ValueError(f"the stem must have shape [{N_WHITENING} or more, 3, 3, 3], got {list(conv.weight.shape)}")
     n_images = len(dataset.train)
     spaced = torch.linspace(0, n_images - 1, min(n_images, WHITENING_IMAGES)).round().long()
     covariance = torch.zeros(27, 27, dtype=torch.float64)

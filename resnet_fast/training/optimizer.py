@@ -1,4 +1,4 @@
-"""A recipe's optimizer: its groups of parameters, their learning rates, and its state, there from the beginning."""
+"""A recipe's optimizer: its groups of parameters, their learning rates, and its initial state."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ MUON_ITERATIONS = 3  # of Newton-Schulz, as in airbench94_muon; torch.optim.Muon
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer, in one fused pass over the parameters, with its state there and zero.
+    """Return the recipe's optimizer, a fused one, with its state created and zero.
 
-    The learning rate is a tensor, which a CUDA graph reads anew in each replay; a group's `lr_scale` is what the
-    schedule's value is multiplied by. Parameters that need no gradient are left out.
+    The learning rate is a tensor, which a CUDA graph reads in each replay. The learning rate of a group is its
+    `lr_scale` times the schedule's value. Parameters that need no gradient are left out.
     """
     biases = {id(m.bias) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if recipe.bn_bias_lr == 1:
@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # as in all checkpoints
+    for parameter in sorted(trained, key=lambda parameter: id(parameter) in biases):  # checkpoints rely on this order
         bias_scale = recipe.bn_bias_lr if id(parameter) in biases else 1.0
         scale = bias_scale * (1.0 if id(parameter) in head else recipe.body_lr)
         decay = recipe.weight_decay / bias_scale
@@ -40,8 +40,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     else:
         nesterov = recipe.nesterov and recipe.momentum > 0  # torch rejects nesterov without momentum
         optimizer = torch.optim.SGD([*groups.values()], lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
-    # A first step on gradients of zero at a rate of zero makes the state, which a graph must find there. Made by a step
-    # that overflows, momentum would be what was in memory: fused SGD allocates it, and then fills nothing in.
+    # A step with zero gradients at rate zero creates the state, which must exist before a graph is recorded. In a step
+    # that overflows, fused SGD would allocate the momentum and leave it uninitialized.
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -54,7 +54,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _make_muon(groups: list[dict[str, Any]], model: nn.Module, recipe: Recipe) -> Muon:
-    """Take Muon's weights out of the groups into groups of their own, with the rate and momentum that they have."""
+    """Split Muon's weights off the groups, with their own learning rate and momentum, and return the optimizer."""
     filters = {id(weight) for weight in split_filters(model)[0]}
     split = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""Where a run is: the folder that it may have, and its files in it."""
+"""The folder of a run, and the checkpoints in it."""
 
 import itertools
 import os
@@ -11,15 +11,15 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def free_folder(name: str) -> Path:
-    """Return runs/NAME, or NAME-2, -3 … where a run of the same second has it."""
+    """Return runs/NAME, or runs/NAME-2, -3 … if a run of the same second has that name."""
     candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
     return next(folder for folder in candidates if not folder.exists())
 
 
 def check_is_free(out: Path) -> None:
-    """Raise FileExistsError unless `out` is an empty folder or not there, OSError if it cannot be there."""
+    """Raise FileExistsError unless `out` is an empty folder or does not exist, OSError if it cannot exist."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        out.lstat()  # lexists hides that a name is too long
+        out.lstat()  # raises if a name is too long, which lexists hides
     there = next(path for path in (out, *out.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise FileExistsError(f"out must be a folder, {there} is a file")
@@ -28,14 +28,14 @@ def check_is_free(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir())
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise FileExistsError(f"out must be a new or an empty folder, {out} already holds {shown}; name another one")
+        raise FileExistsError(f"out must be a new or empty folder, {out} already holds {shown}; name another one")
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint of a run folder, which may be missing, or the checkpoint that `path` itself is.
+    """Return the checkpoint of the run folder `path`, which may be missing, or `path` itself if it is a file.
 
     Raises:
-        ValueError: `path` is neither.
+        ValueError: `path` does not exist, or is a folder without a run.
     """
     check_type("path", path, str, os.PathLike)
     path = Path(os.path.expanduser(path))
@@ -44,12 +44,12 @@ def find_checkpoint(path: Path | str) -> Path:
             raise ValueError(f"{path} does not exist; a run folder or a checkpoint in one is needed")
         return path
     if not any((path / name).exists() for name in (CHECKPOINT, PREVIOUS, "config.json")):
-        raise ValueError(f"{path} is no run folder: neither {CHECKPOINT} nor config.json is there")
+        raise ValueError(f"{path} is not a run folder: neither {CHECKPOINT} nor config.json is there")
     return path / CHECKPOINT
 
 
 def find_resumable(path: Path | str) -> Path:
-    """Return the checkpoint that a run may go on from, in its folder beside config.json; it may be missing.
+    """Return the checkpoint to resume from, which is next to config.json; it may be missing.
 
     Raises:
         ValueError: `path` is neither a run folder nor in one.

@@ -1,4 +1,4 @@
-"""From the settings of a run to all that its epochs need: the data, the network, the step, and torch's own settings."""
+"""Prepare what the epochs of a run need, from its settings: data, network, step, and torch's global settings."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs, what is written meanwhile, and the origin of the first weights, if they are not new."""
+    """What an epoch needs; `writing` writes its files, `origin` is the source of initial weights that were loaded."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -59,17 +59,17 @@ def load(config: TrainConfig) -> ImageDataset:
 def check_data(
     dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, expected: tuple
 ) -> None:
-    """Raise unless the data are the same in all processes, suffice for them and, of a resumed run, are as before."""
+    """Raise unless all processes have the same data, enough for each, and a resumed run has the data of before."""
     if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != expected:
-        raise DataError(f"the data of process {processes.rank} are not those of process 0")
+        raise DataError(f"the data of process {processes.rank} differ from those of process 0")
     if len(dataset.test) < processes.size:
-        raise ValueError(f"each process must have an image to test, got {len(dataset.test)} for {processes.size}")
+        raise ValueError(f"each process needs a test image, got {len(dataset.test)} for {processes.size} processes")
     if saved is not None:
         check_same_data(saved, dataset, augmentation)
 
 
 def own_part(config: TrainConfig, dataset: ImageDataset, processes: Processes) -> ImageDataset:
-    """Return its own images to test, and all to train on, because it takes a share of every batch."""
+    """Return this process's share of the test images, and all training images, for its share of every batch."""
     own = dataset
     if processes.size > 1:
         own = replace(
@@ -87,7 +87,7 @@ def prepare(
     reporter: Reporter,
     saved: SavedRun | None,
 ) -> Run:
-    """Make the network and all that trains it."""
+    """Create the network and everything that trains it."""
     device, rank, size = processes.device, processes.rank, processes.size
     loader = Loader(own.train, augmentation, config.batch_size, config.seed, rank, size)
     seed_everything(config.seed)
@@ -96,7 +96,7 @@ def prepare(
         whiten_stem(model.conv1, dataset, augmentation.mean, augmentation.std)  # type: ignore[arg-type]
     origin = None
     if config.weights is not None and (saved is None or saved.checkpoint is None):
-        # DistributedDataParallel gives them to the other processes.
+        # DistributedDataParallel copies them to the other processes.
         origin = processes.first_only(partial(first_weights, model, config, saved))
     seed_everything(config.seed, rank)  # each process draws its own dropout
     if config.sync_bn:
@@ -108,8 +108,8 @@ def prepare(
     trained = model
     if size > 1:
         trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        # Tested and saved are the first one's running statistics; the evaluation gives them to all, once an epoch.
-        trained.broadcast_buffers = False  # an attribute, because the argument has another name in newer versions
+        # The first process's running statistics are tested and saved; the evaluation copies them to all, once an epoch.
+        trained.broadcast_buffers = False  # the argument has another name in newer versions of torch
     step = TrainingStep(
         trained,
         config,
@@ -126,7 +126,7 @@ def prepare(
 
 
 def first_weights(model: nn.Module, config: TrainConfig, saved: SavedRun | None) -> Origin:
-    """Load the weights that a run starts from; raise ResumeError if it started from others before."""
+    """Load the initial weights; raise ResumeError if a resumed run started from others, or they are missing."""
     assert config.weights is not None
     try:
         origin = load_weights(model, config.weights, config.model, config.new_head)
@@ -134,24 +134,22 @@ def first_weights(model: nn.Module, config: TrainConfig, saved: SavedRun | None)
         if saved is None:
             raise
         raise ResumeError(
-            f"{config.out} finished no epoch, so it needs the weights that it started from: {error}; "
+            f"{config.out} has finished no epoch, so it needs the weights that it started from: {error}; "
             "put them back or start a new run"
         ) from error
     if saved is not None and saved.description.get("weights_sha256") != origin.sha256:
-        raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 is another")
+        raise ResumeError(f"{origin.path} does not hold the weights that the run began with: its SHA-256 differs")
     return origin
 
 
 def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
-    """Return what the recipe does to the images of this data set."""
+    """Return the recipe's augmentation of this data set; raise ValueError if it does not suit the images' size."""
     half = (0.5, 0.5, 0.5)
     mean, std = (dataset.mean, dataset.std) if config.normalize == "dataset" else (half, half)
     crop = dataset.crop_padding if config.crop is None else config.crop
     height, width = dataset.train.size
-    if config.padding == "reflect" and crop >= min(height, width):
-        raise ValueError(f"crop must be below the images' {min(height, width)} pixels to reflect, got {crop}")
     if crop >= min(height, width):
-        raise ValueError(f"crop must leave something of images of {height}x{width} pixels, got {crop}")
+        raise ValueError(f"crop must be below the images' {min(height, width)} pixels, got {crop}")
     if config.cutout >= min(height, width):
         raise ValueError(f"cutout must be below the images' {min(height, width)} pixels, got {config.cutout}")
     if config.sizes:
@@ -162,14 +160,14 @@ def augmentation_of(config: TrainConfig, dataset: ImageDataset) -> Augmentation:
 
 @contextmanager
 def torch_settings(config: TrainConfig) -> Iterator[None]:
-    """What torch is told for the length of a run."""
+    """Apply the run's setting `deterministic` to torch within the block."""
     deterministic: Any = torch.utils.deterministic
     fill = deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
-        # Every kernel here fills what it allocates.
+        # Not needed: the kernels here write everything that they allocate.
         deterministic.fill_uninitialized_memory = False
     try:
         yield
@@ -185,7 +183,7 @@ def check_same_data(saved: SavedRun, dataset: ImageDataset, augmentation: Augmen
     path = saved.config.out / "config.json"
     before = saved.description
     if unlike := difference(now["classes"], before["classes"], "the data set", "config.json"):
-        raise ResumeError(f"the data are not those that the run began with: of the classes, {unlike}; see {path}")
+        raise ResumeError(f"the data are not those that the run began with: in the classes, {unlike}; see {path}")
     for name in ("train_images", "test_images", "mean", "std", "crop"):
         if before[name] != now[name]:
             raise ResumeError(

@@ -1,8 +1,7 @@
-"""The processes of a run: one, or those that torchrun started.
+"""The processes of a run: a single one, or those that torchrun started.
 
-None may leave alone: the others would wait for it. An error that one process may have alone is told to all at once
-(`together`), a signal is kept until all can leave (`signals_together`), and where a process is lost all the same,
-torchrun ends the others.
+No process may leave alone, because the others would wait for it. So an error of one process is raised in all
+(`together`), and a signal is kept until all can leave (`signals_together`). If one is lost, torchrun ends the others.
 """
 
 import os
@@ -23,13 +22,13 @@ from resnet_fast.training.torchrun import rank, world_size
 
 T = TypeVar("T")
 
-# The others wait while the first one downloads, and while it draws what the network gets wrong.
+# The others wait while the first one downloads data, and while it draws the network's errors.
 PATIENCE = timedelta(hours=1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run has an error, which the message holds."""
+    """Another process of the run failed; the message holds its error."""
 
 
 class LostProcessError(RuntimeError):
@@ -37,7 +36,7 @@ class LostProcessError(RuntimeError):
 
 
 class KeptSignals:
-    """SIGINT and SIGTERM that arrived and have had no effect yet."""
+    """SIGINT and SIGTERM that have arrived and not taken effect yet."""
 
     def __init__(self) -> None:
         self.arrived: set[int] = set()
@@ -45,7 +44,7 @@ class KeptSignals:
 
     @contextmanager
     def all(self) -> Iterator[None]:
-        """Keep those that arrive in the block; only the main thread may, and needs to, do so."""
+        """Keep the signals that arrive in the block; outside of the main thread, which gets them, do nothing."""
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
         try:
@@ -59,7 +58,7 @@ class KeptSignals:
             self.arrived.clear()
 
     def deliver(self, number: int) -> None:
-        """Let a signal have its effect."""
+        """Let a signal take effect."""
         self.arrived.discard(number)
         if number in self.handlers:
             signal.signal(number, self.handlers[number])
@@ -68,7 +67,7 @@ class KeptSignals:
             signal.signal(number, self._keep)
 
     def deliver_all(self) -> None:
-        """Let all have their effect."""
+        """Let all kept signals take effect."""
         for number in sorted(self.arrived):
             self.deliver(number)
 
@@ -78,13 +77,13 @@ class KeptSignals:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run.
+    """This process, connected with the others of the run.
 
     Args:
-        rank: its number; 0 prints and writes.
-        size: how many there are.
-        device: what it computes on.
-        kept: signals for which it waits for the others.
+        rank: number of this process; process 0 prints and writes.
+        size: number of processes.
+        device: the device that this process computes on.
+        kept: signals kept until all processes can leave.
     """
 
     rank: int
@@ -97,14 +96,14 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all processes."""
+        """Return the sum of a tensor over all processes."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Return everybody's value, by rank."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -120,16 +119,16 @@ class Processes:
         return values[0]
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the first one's running statistics."""
+        """Copy the first process's buffers, such as running statistics, to all others."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def together(self, call: Callable[[], T]) -> T:
-        """Return what the call returns here, once it has returned everywhere.
+        """Run `call` in every process; return its result here once it has returned everywhere.
 
         Raises:
-            OtherProcessError: it failed elsewhere; of those where it failed the first raises its own error.
+            OtherProcessError: it failed in another process. The first process in which it failed raises its own error.
         """
         if self.size == 1:
             return call()
@@ -142,11 +141,11 @@ class Processes:
         return value  # type: ignore[return-value]
 
     def first_only(self, call: Callable[[], T]) -> T | None:
-        """Let the first process alone do something; the others wait, and fail if it fails."""
+        """Run `call` in the first process only; the others wait, and fail if it fails."""
         return self.together(call if self.is_first else lambda: None)
 
     def first_goes_first(self, call: Callable[[], T]) -> T:
-        """As `together`, the first process before the others: what it downloads is there for them then."""
+        """Do as `together`, but in the first process before the others, which then find what it downloaded."""
         if not self.is_first:
             self._agree(None)
         value = self.together(call)
@@ -155,7 +154,7 @@ class Processes:
         return value
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise everywhere if there is an error anywhere."""
+        """Raise in every process if there is an error in any."""
         reasons = self.gather(None if error is None else str(error) or type(error).__name__)
         failed = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
         if failed == self.rank and error is not None:
@@ -165,9 +164,9 @@ class Processes:
 
     @contextmanager
     def signals_together(self) -> Iterator[None]:
-        """Keep SIGINT and SIGTERM until all processes call `deliver_signals`; one process gets them at once.
+        """Keep SIGINT and SIGTERM until all processes call `deliver_signals`; a single process gets them at once.
 
-        A process that left at once would leave the others waiting for it, on GPUs where no signal reaches them.
+        If one process left at once, the others would wait for it: on GPUs, in a wait that no signal interrupts.
         """
         if self.size == 1:
             yield
@@ -176,15 +175,15 @@ class Processes:
             try:
                 yield
             except RuntimeError as error:
-                # Those that read images got the signal, too, and may be what is missed; but where a process is gone,
-                # torchrun has sent it because of that.
+                # The signal also reaches the workers that read images; the error may only mean that they ended. But if
+                # a process is lost, torchrun has sent the signal for that reason.
                 if not _is_lost(error):
                     self.kept.deliver_all()
                 raise
             self.kept.deliver_all()
 
     def deliver_signals(self) -> None:
-        """Give to every process the signals that any got; outside of `signals_together` none is kept."""
+        """Deliver to every process the signals that any process kept; none does outside of `signals_together`."""
         if self.size == 1:
             return
         arrived = torch.tensor([float(number in self.kept.arrived) for number in SIGNALS], device=self.device)
@@ -195,12 +194,12 @@ class Processes:
 
 @contextmanager
 def connect(device_name: str) -> Iterator[Processes]:
-    """Connect the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; alone without it.
+    """Connect the processes that torchrun started, by NCCL on GPUs and gloo on CPUs; without torchrun, there is one.
 
-    Within another `connect`, or where torch.distributed is initialized already, they stay connected at the end.
+    If torch.distributed is already initialized, as within another `connect`, it stays so at the end.
 
     Args:
-        device_name: "cpu", "cuda" or "cuda:N"; on several processes each takes the GPU of its number on its machine.
+        device_name: "cpu", "cuda" or "cuda:N"; each of several processes uses the GPU numbered by its local rank.
 
     Raises:
         ValueError: one GPU is named for several processes, or this machine has fewer GPUs than processes.
@@ -216,7 +215,7 @@ def connect(device_name: str) -> Iterator[Processes]:
     if device.type == "cuda":
         n_here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if device.index is not None:
-            raise ValueError(f"device must be cuda or auto on several processes, got {device_name}: each has its own")
+            raise ValueError(f"device must be cuda or auto with several processes, got {device_name}")
         if n_here > count:
             raise ValueError(f"each process needs a GPU of its own, got {count} for {n_here} processes")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -234,8 +233,9 @@ def connect(device_name: str) -> Iterator[Processes]:
 def _process_group(device: torch.device) -> Iterator[None]:
     """Connect the processes within the block.
 
-    What exchanges by them, as DistributedDataParallel, must be gone at its end: gloo's group waits for its threads when
-    it goes, and they wait for the interpreter, which the group lets go of only where python holds its last reference.
+    What communicates through the group, such as DistributedDataParallel, must be freed before the block ends.
+    Destroying gloo's group joins its threads, which need the interpreter lock. It is released only if Python drops the
+    last reference to the group.
     """
     if dist.is_initialized():
         yield
@@ -260,5 +260,5 @@ def _process_group(device: torch.device) -> Iterator[None]:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Whether this is how an exchange says that another process is gone; gloo has no exception of its own."""
+    """Return whether the error means that another process is gone; gloo has no exception type of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

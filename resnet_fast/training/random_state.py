@@ -1,4 +1,4 @@
-"""The global random states of python, numpy and torch, as values that `torch.load(weights_only=True)` takes.
+"""The global random states of Python, NumPy and torch, as values that `torch.load(weights_only=True)` accepts.
 
 seed_everything(seed); states = random_states(device); restore_random_states(states, device)
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed the global random states; each process of a run may have its own."""
+    """Seed the global random states, with another seed for each rank."""
     if rank:
         seed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
     random.seed(seed)
@@ -20,7 +20,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the global states; that of a GPU is only there if `device` is one."""
+    """Return the global states, with the GPU's if `device` is one."""
     name, keys, *rest = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
@@ -34,7 +34,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Set the global states; that of a GPU if it was saved and there is one."""
+    """Set the global states, with the GPU's if it was saved and `device` is one."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

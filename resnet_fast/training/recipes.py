@@ -1,21 +1,21 @@
-"""Recipes: everything that decides what is learned, as opposed to where and on what.
+"""Recipes: the settings that decide what is learned, as opposed to where it is computed and on which data.
 
     RECIPES["fast94"].epochs
     dataclasses.replace(RECIPES["fast94"], cutout=0)    # an ablation
 
-baseline   200 epochs, cosine, batch 128: how this network is usually trained (kuangliu/pytorch-cifar)
-fast94     26 epochs, batch 512. The recipe that it begins from, with batch 500, gives 93.4 %, and 94.0 % with flip TTA
+baseline   200 epochs, cosine, batch 128: the usual training of this network (kuangliu/pytorch-cifar)
+fast94     26 epochs, batch 512. The original, with batch 500, reaches 93.4 %, and 94.0 % with flip TTA
            (KellerJordan/cifar10-zoo at d5a9ca5, airbench/baselines/train_resnet18_94.py)
-fast95     80 epochs of the same; there 95.4 %, and 95.88 % with flip TTA (train_resnet18_96.py)
-faster94   12 epochs: whitening, identity initialization, fast biases of batch norms, lookahead, Muon and smoothing, as
-           in airbench94_muon (KellerJordan/cifar10-airbench). Not measured yet. The epochs are a guess: those of fast94
-           times 37 / 80, what airbench96's network takes to 96 % beside this one
-faster95   37 epochs of the same, with airbench96's crop and cutout. Not measured yet
-folder     30 epochs, one-cycle, batch 128: for images of which nothing is known
+fast95     fast94 with 80 epochs. The original reaches 95.4 %, and 95.88 % with flip TTA (train_resnet18_96.py)
+faster94   12 epochs with whitening, identity initialization, a higher rate of batch-norm biases, Lookahead, Muon and
+           label smoothing, as in airbench94_muon (KellerJordan/cifar10-airbench). Not measured yet. 12 is a guess:
+           fast94's epochs times 37 / 80, the epochs that airbench96's network and this one need for 96 %
+faster95   faster94 with 37 epochs and airbench96's crop and cutout. Not measured yet
+folder     30 epochs, one-cycle, batch 128: for images of any kind
 article    Adam at a constant rate, no augmentation, as in an introduction to skip connections
 digits     3 epochs, batch 24, for UCI's digits at 12x12: a minute on a CPU
 
-The accuracies given are those that others published for CIFAR-10, of their programs.
+The accuracies are published results of the named programs on CIFAR-10.
 """
 
 from dataclasses import dataclass, replace
@@ -36,16 +36,16 @@ from resnet_fast.training.options import (
 )
 from resnet_fast.training.schedule import SCHEDULES
 
-# Any, so that a field may be `int` to those who read it although TrainConfig fills in its default.
+# Typed as Any, so that a field is declared as `int` although its default is only filled in by TrainConfig.
 FROM_RECIPE: Any = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is learned, and how; docs/options.md has the fields as a table."""
+    """The settings that decide what is learned and how; docs/options.md lists them."""
 
     epochs: Annotated[int, integer(1), "Passes over the training images."] = FROM_RECIPE
-    # Batch norm cannot take statistics over a single value.
+    # Batch norm cannot compute statistics of a single value.
     batch_size: Annotated[int, integer(2), "Images of a step, of all processes together."] = FROM_RECIPE
     optimizer: Annotated[
         str,
@@ -164,7 +164,7 @@ _BASELINE = Recipe(
     weight_decay=5e-4,
     bn_bias_lr=1.0,
     body_lr=1.0,
-    # airbench94_muon has 0.24 at batch 2000; here times the root of 512 / 2000.
+    # airbench94_muon uses 0.24 at batch 2000; this is 0.24·√(512 / 2000).
     muon_lr=0.12,
     muon_momentum=0.6,
     rescale_filters=False,
@@ -236,9 +236,9 @@ RECIPES = {
     "folder": replace(_BASELINE, epochs=30, schedule="one-cycle", nesterov=True),
     "digits": replace(_BASELINE, epochs=3, batch_size=24, lr=0.0125, schedule="triangular", nesterov=True, flip="none"),
 }
-# Others report for ResNet-18 on CIFAR-100, with `baseline` except for the schedule (x0.2 at epochs 60, 120 and 160):
-# 75.6 %, weiaicunzai/pytorch-cifar100; with Nesterov momentum 77.5 %, DeVries and Taylor 2017, arXiv:1708.04552.
-# No published recipe of this network is known for SVHN; `fast94` is the shortest of those for 32x32 images.
+# Published for ResNet-18 on CIFAR-100, with `baseline` except for the schedule (x0.2 at epochs 60, 120 and 160): 75.6 %
+# (weiaicunzai/pytorch-cifar100) and, with Nesterov momentum, 77.5 % (DeVries and Taylor 2017, arXiv:1708.04552). No
+# published recipe of this network for SVHN is known; `fast94` has the fewest epochs of its published recipes.
 DEFAULT_RECIPES = {
     "cifar10": "fast94",
     "cifar100": "baseline",

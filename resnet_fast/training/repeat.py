@@ -1,4 +1,4 @@
-"""The same run with several seeds: what one accuracy is worth is known when others are seen beside it."""
+"""The same run with several seeds, which shows how far an accuracy depends on the seed."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Spread(NamedTuple):
-    """Of one quantity over the runs: mean and standard deviation (of a sample: n - 1)."""
+    """Mean and standard deviation (of a sample: n - 1) of one quantity over the runs."""
 
     mean: float
     std: float
@@ -27,7 +27,7 @@ class Spread(NamedTuple):
 
 
 def repeated(config: TrainConfig, n_runs: int) -> Iterator[TrainConfig]:
-    """Return the settings of each run, one by one: seeds from config.seed on, folders seed-<number> in config.out.
+    """Return the settings of each run, one by one: seeds config.seed, … and folders seed-<number> in config.out.
 
     Raises:
         ValueError: a seed would be too large.
@@ -38,12 +38,12 @@ def repeated(config: TrainConfig, n_runs: int) -> Iterator[TrainConfig]:
 
 
 def check_seeds(seed: int, n_runs: int) -> None:
-    """Raise ValueError if a seed of so many runs would be too large."""
+    """Raise ValueError if the last of `n_runs` consecutive seeds would be too large."""
     SETTINGS["seed"].rule.check("seed + repeat - 1", seed + n_runs - 1)
 
 
 def write_summary(out: Path, results: "Sequence[Result]") -> None:
-    """Write summary.csv: a row per run, of its last epoch."""
+    """Write summary.csv: one row per run, with the accuracy after its last epoch."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["seed", "epochs", "accuracy", "mirrored_accuracy", "train_seconds", "seconds"])

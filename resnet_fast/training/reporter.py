@@ -1,4 +1,4 @@
-"""What is told how a run goes."""
+"""The interface through which a run reports its progress."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from resnet_fast.training.metrics import EpochMetrics
 
 
 class EpochProgress(NamedTuple):
-    """Of the steps of an epoch that are done.
+    """The scores and the speed of an epoch's steps so far.
 
     Args:
-        loss, accuracy: means over their augmented images.
-        images_per_second: of all processes together.
+        loss, accuracy: means over the augmented images of these steps.
+        images_per_second: training images per second, of all processes together.
     """
 
     loss: float
@@ -22,22 +22,22 @@ class EpochProgress(NamedTuple):
 
 
 class Reporter:
-    """Is told how a run goes. This one says nothing; the terminal output derives from it."""
+    """A base class whose methods a run calls as it proceeds. They do nothing here; override those that you need."""
 
     def note(self, line: str) -> None:
-        """Before `start`: a line about the run, such as the origin of its first weights."""
+        """Called before `start`, with a line about the run, such as the origin of its initial weights."""
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        """The data are loaded; training begins."""
+        """Called when the data are loaded, before training begins."""
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
-        """After `start`, if the run goes on from a checkpoint: the epochs that are done, which may be none or all."""
+        """Called after `start` if the run is resumed, with its finished epochs, which may be none or all."""
 
     def start_epoch(self, epoch: int, n_steps: int) -> None:
-        """An epoch of `n_steps` steps begins; the first is epoch 1."""
+        """Called before an epoch of `n_steps` steps; the first is epoch 1."""
 
     def step(self, done: int, progress: EpochProgress | None) -> None:
-        """`done` steps of the epoch are done; now and then it is known how they went."""
+        """Called after each step, with the number of steps done; `progress` is None unless losses were just read."""
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        """The epoch is trained, tested and written; the next one may have begun, but writes nothing yet."""
+        """Called when an epoch's files are written; the next epoch may have begun, but has written nothing yet."""

@@ -1,9 +1,8 @@
-"""Progressive resizing: the first steps on smaller images, which cost less (Howard 2018; fast.ai's DAWNBench entry).
+"""Progressive resizing: the first steps use smaller images, which cost less (Howard 2018; fast.ai's DAWNBench entry).
 
-With k sizes, each has an equal share of the run's steps, in ascending order; the last step always has the last size.
-Images are reduced after augmentation, by bilinear interpolation with antialiasing: an output pixel is the mean of the
-pixels under a triangle twice as wide as itself. Batch norm's statistics depend on the size, so those of the last size
-alone are tested and saved.
+Each size has an equal share of the run's steps, in ascending order; the last step always has the last size. Images are
+reduced after augmentation, by bilinear interpolation with antialiasing: an output pixel is the mean of the pixels under
+a triangle twice as wide as itself. Batch norm's statistics depend on the size, so they restart with each size.
 """
 
 from collections.abc import Iterator
@@ -18,18 +17,18 @@ from resnet_fast.training.options import sizes_in
 
 
 class Sizes:
-    """Which size a step has.
+    """The image size of each step.
 
     Args:
-        text: "16,24,32", as in a recipe.
-        n_steps: of the whole run.
+        text: the sizes, as in a recipe: "16,24,32".
+        n_steps: number of steps of the whole run.
     """
 
     def __init__(self, text: str, n_steps: int) -> None:
         self.text, self.sizes, self.n_steps = text, sizes_in(text), n_steps
 
     def at(self, step: int) -> int:
-        """Return the size at a step, which counts from 0."""
+        """Return the size at a step, counted from 0."""
         left = max(self.n_steps - 1 - step, 0)
         return self.sizes[len(self.sizes) - 1 - left * len(self.sizes) // self.n_steps]
 
@@ -40,7 +39,7 @@ class Sizes:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Return [N, C, size, size], channels_last, of the type of [N, C, H, W]."""
+    """Return images, [N, C, H, W], as [N, C, size, size] in channels_last and their own type."""
     smaller = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
     return smaller.to(images.dtype, memory_format=torch.channels_last)
 
@@ -48,9 +47,9 @@ def resized(images: Tensor, size: int) -> Tensor:
 @contextmanager
 @torch.no_grad()
 def fresh_statistics(model: nn.Module) -> Iterator[None]:
-    """Let the running statistics be those of the forwards in this context alone.
+    """Restart the running statistics, so that only the forwards in this context count.
 
-    Starting from 0, k updates leave the share 1 - (1 - momentum)^k of the statistics, by which they are divided.
+    From 0, k updates give the batch statistics a total weight of 1 - (1 - momentum)^k, by which the result is divided.
     """
     norms: list[Any] = [
         module

@@ -1,7 +1,7 @@
-"""The run folder: config.json, checkpoint.pt, metrics.csv and curves.png, each there as a whole or not at all.
+"""The run folder: config.json, checkpoint.pt, metrics.csv and curves.png, each either complete or absent.
 
-From the second epoch on checkpoint-previous.pt is the checkpoint of the epoch before; at the end confusion.png and
-mistakes.png are drawn, and with `tensorboard` there is a folder of events.
+From the second epoch on, checkpoint-previous.pt is the checkpoint of the epoch before. After the last epoch,
+confusion.png and mistakes.png are drawn. With `tensorboard`, there is a folder of event files.
 """
 
 import csv
@@ -30,7 +30,7 @@ from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, check_is_free
 from resnet_fast.training.tensorboard import TensorBoard
 
-# Seconds. A picture takes half a second to draw, as long as an epoch of CIFAR-10 on a large GPU is meant to.
+# Seconds. Drawing takes half a second, as long as an epoch of CIFAR-10 should take on a large GPU.
 DRAW_EVERY = 30
 
 
@@ -38,10 +38,10 @@ class RunFolder:
     """Writes the files of one run.
 
     Args:
-        config: names the folder.
-        dataset: what is trained on, for config.json, the checkpoint and the axes.
-        augmentation: what is done to its images.
-        keep: whether the checkpoint that is there is kept as the previous one when the next is written.
+        config: the settings of the run; `out` is the folder.
+        dataset: the data set, described in config.json, the checkpoint and the pictures.
+        augmentation: the augmentation of its images.
+        keep: whether to keep the existing checkpoint as the previous one when the next is written.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class RunFolder:
         self.board: TensorBoard | None = None
 
     def start(self, weights_sha256: str | None = None) -> None:
-        """Write config.json, the first file, into the folder that `hold` has made.
+        """Write config.json, the first file, into the folder that `hold` made.
 
         Args:
-            weights_sha256: digest of the file that the first weights are from; None if they are new.
+            weights_sha256: digest of the file of initial weights; None if they are new.
 
         Raises:
-            FileExistsError: the folder holds something already.
+            FileExistsError: the folder is not empty.
         """
         check_is_free(self.config.out)
         values = run_settings(self.config, self.dataset, self.augmentation)
@@ -70,14 +70,14 @@ class RunFolder:
 
     @contextmanager
     def hold(self, is_new: bool = False) -> Iterator[None]:
-        """Keep other processes out until the end of the block.
+        """Lock the folder against other processes until the end of the block.
 
         Args:
-            is_new: make the folder, and leave it to another process that holds it already.
+            is_new: whether the run is new: make the folder, and do not wait for another process that holds it.
 
         Raises:
-            FileExistsError: is_new, and another process holds the folder.
-            BlockingIOError: another process is at this run.
+            FileExistsError: `is_new`, and another process holds the folder.
+            BlockingIOError: not `is_new`, and another process holds the folder.
         """
         out = self.config.out
         with ExitStack() as stack:
@@ -101,14 +101,14 @@ class RunFolder:
             delete_unfinished(self.config.out / name)
 
     def write_epoch(self, history: Sequence[EpochMetrics], state: dict[str, Any]) -> None:
-        """Replace the checkpoint, the table and the curves by those of the last epoch of `history`."""
+        """Write checkpoint, table, curves and TensorBoard events after the last epoch of `history`."""
         checkpoint = {
             **state,
             "epoch": history[-1].epoch,
             "history": [asdict(metrics) for metrics in history],
             "config": {**self.config.as_dict(), "crop": self.augmentation.crop},  # as in config.json
             "classes": list(self.dataset.classes),
-            # With these a checkpoint alone says what to do with an image.
+            # With these, a checkpoint alone suffices to classify an image.
             "mean": list(self.augmentation.mean),
             "std": list(self.augmentation.std),
             "image_size": self.dataset.test.size[0],
@@ -121,7 +121,7 @@ class RunFolder:
             self.board.write(history[-1])
 
     def write_tables(self, history: Sequence[EpochMetrics], is_last: bool = False) -> None:
-        """Replace the table and, at the end or where they are older than DRAW_EVERY, the curves."""
+        """Write the table and, after the last epoch or if they are older than DRAW_EVERY, the curves."""
         with whole_file(self.config.out / "metrics.csv") as file:
             file.write(_table(history, self.config).encode())
         is_last = is_last or len(history) == self.config.epochs
@@ -134,18 +134,18 @@ class RunFolder:
             draw_curves(file, history, self.title, self.config.epochs, n_test, kind, augmented)
 
     def write_end(self, predictions: Predictions) -> None:
-        """Write confusion.png and mistakes.png, of what the network says about the test images after the last epoch."""
+        """Write confusion.png and mistakes.png from the trained network's predictions of the test images."""
         kind = "validation" if self.config.holdout else "test"
         write_pictures(self.config.out, predictions, self.dataset.classes, f"{self.title}, {kind} images")
 
     @property
     def title(self) -> str:
-        """What was trained on what."""
+        """Title of the pictures: the network and the data set."""
         return f"{self.config.model} ({self.config.stem} stem) on {self.config.dataset}"
 
 
 def run_settings(config: TrainConfig, dataset: ImageDataset, augmentation: Augmentation) -> dict[str, Any]:
-    """Return what config.json holds."""
+    """Return the contents of config.json."""
     device = torch.device(config.device)
     return {
         **config.as_dict(),
@@ -168,7 +168,7 @@ def run_settings(config: TrainConfig, dataset: ImageDataset, augmentation: Augme
 
 def _table(history: Sequence[EpochMetrics], config: TrainConfig) -> str:
     text = io.StringIO()
-    # What is held out of the training images is not called a test.
+    # Scores on held-out training images are named val_, not test_.
     names = {f.name: f.name.replace("test_", "val_") if config.holdout else f.name for f in fields(EpochMetrics)}
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names.values())

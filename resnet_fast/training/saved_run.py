@@ -1,6 +1,6 @@
-"""What a run folder says about a run that stopped: its settings, and the checkpoint it goes on from.
+"""An interrupted run, read from its folder: the settings, and the checkpoint to resume from.
 
-The newest checkpoint is taken or refused, never replaced in silence by the one before: that one must be named.
+The newest checkpoint is used or refused. The one before is never used silently; it must be named.
 """
 
 import json
@@ -17,22 +17,22 @@ from resnet_fast.training.paths import CHECKPOINT, PREVIOUS, find_resumable
 from resnet_fast.training.schema import IN_CHECKPOINT, IN_CONFIG_JSON, SETTINGS, check_entries, check_settings, fill_in
 from resnet_fast.training.torchrun import world_size
 
-MAX_CONFIG_BYTES = 2**24  # enough for 100,000 classes; a parsed file takes ten times its size
+MAX_CONFIG_BYTES = 2**24  # enough for 100,000 classes; parsed, a file needs ten times its size
 
 
 class ResumeError(RuntimeError):
-    """A run cannot be resumed; the message gives the reason and, where there is one, what can be done."""
+    """A run cannot be resumed; the message gives the reason and, if there is one, a remedy."""
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run that can go on.
+    """A run that can be resumed.
 
     Args:
         config: its settings.
-        description: all of config.json.
-        checkpoint: of its last finished epoch; None if there is none.
-        is_newest: whether that is checkpoint.pt, not one that was named instead of it.
+        description: the contents of config.json.
+        checkpoint: the checkpoint to resume from; None if no epoch is finished.
+        is_newest: whether that is checkpoint.pt, not another one that was named.
     """
 
     config: TrainConfig
@@ -46,21 +46,24 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
 
     Args:
         path: a run folder, for its checkpoint.pt, or a checkpoint in it, such as checkpoint-previous.pt.
-        moved: what MOVABLE lists, except `out`, if it is other than before.
+        moved: new values for data_dir, mirror, device, workers, images, graph, time_budget, tensorboard or wandb.
+
+    Returns:
+        The run, for `resume`.
 
     Raises:
-        ValueError: `path` is not in a run folder, or a value of `moved` breaks its rule or is not among them.
-        ResumeError: config.json or the checkpoint is missing, damaged, foreign, or they do not belong together.
+        ValueError: `path` is not in a run folder, a value of `moved` breaks its rule, or another setting is in `moved`.
+        ResumeError: config.json or the checkpoint is missing, damaged or foreign, or they do not belong together.
     """
     kept = [name for name in moved if name not in MOVABLE or name == "out"]
     if kept:
-        raise ValueError(f"a run keeps its settings, except {', '.join(MOVABLE[:-1])}; got {', '.join(kept)}")
+        raise ValueError(f"a resumed run keeps its settings except {', '.join(MOVABLE[:-1])}, got {', '.join(kept)}")
     target = find_resumable(path)
     out, name = target.parent, target.name
     description = _describe(out / "config.json")
     saved = {name: description[name] for name in SETTINGS}
     if "device" in moved or world_size() > 1:
-        saved["graph"] = None  # as it suits the machine
+        saved["graph"] = None  # chosen again for this machine
     config = TrainConfig(**{**saved, "out": out, **moved})
 
     if name == CHECKPOINT and not any((out / other).exists() for other in (CHECKPOINT, PREVIOUS, "metrics.csv")):
@@ -77,12 +80,12 @@ def _describe(path: Path) -> dict[str, Any]:
     try:
         data = read_regular(path)
         if len(data) > MAX_CONFIG_BYTES:
-            raise ValueError(f"has {len(data):,} bytes, and at most {MAX_CONFIG_BYTES:,} are read")
+            raise ValueError(f"must have at most {MAX_CONFIG_BYTES:,} bytes, got {len(data):,}")
         description = fill_in(_parse(data))
         check_settings(description)
         check_entries(description, IN_CONFIG_JSON)
     except ValueError as error:
-        raise ResumeError(f"{path} is not as `resnet-fast train` writes it: it {one_line(error)}") from error
+        raise ResumeError(f"{path} {one_line(error)}") from error
     return description
 
 
@@ -90,26 +93,26 @@ def _parse(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON: {one_line(error)}") from error
+        raise ValueError(f"is not JSON: {one_line(error)}") from error
 
 
 def _read(path: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint that belongs to config.json."""
     checkpoint = read_checkpoint(path, IN_CHECKPOINT)
     if unlike := difference(checkpoint["classes"], description["classes"], "the checkpoint", "config.json"):
-        raise CheckpointError(f"{path} is of another run: of the classes, {unlike}")
+        raise CheckpointError(f"{path} belongs to another run: in the classes, {unlike}")
     settings = {name: checkpoint["config"][name] for name in SETTINGS if name not in MOVABLE}
     for name, value in {**settings, "mean": checkpoint["mean"], "std": checkpoint["std"]}.items():
         if value != description[name]:
             there, here = shown(value), shown(description[name])
-            raise CheckpointError(f"{path} is of another run: {name} is {there} there and {here} in config.json")
+            raise CheckpointError(f"{path} belongs to another run: {name} is {there} there and {here} in config.json")
     if checkpoint["epoch"] > description["epochs"]:
-        raise CheckpointError(f"{path} is of epoch {checkpoint['epoch']} of {description['epochs']}")
+        raise CheckpointError(f"{path} is of epoch {checkpoint['epoch']}, the run has {description['epochs']}")
     return checkpoint
 
 
 def _offer(out: Path, refused: str, description: dict[str, Any]) -> str:
-    """Say which checkpoint beside the refused one is whole."""
+    """Return the command that resumes from the other checkpoint, or the reason why that is refused, too."""
     reasons = []
     for name in (CHECKPOINT, PREVIOUS):
         if name == refused:
@@ -119,5 +122,5 @@ def _offer(out: Path, refused: str, description: dict[str, Any]) -> str:
         except CheckpointError as error:
             reasons.append(f"{error}; no whole checkpoint is left")
         else:
-            return f"{out / name} is whole: --resume {shlex.quote(str(out / name))} goes on after epoch {epoch}"
+            return f"{out / name} is whole: --resume {shlex.quote(str(out / name))} resumes after epoch {epoch}"
     return "; ".join(reasons)

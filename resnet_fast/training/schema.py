@@ -1,10 +1,10 @@
-"""What config.json and a checkpoint must hold: one rule for each entry, whichever of the two files it is in.
+"""The entries of config.json and of a checkpoint, with one rule for each, whichever of the two files it is in.
 
     check_entries(checkpoint, IN_CHECKPOINT)
     check_settings(checkpoint["config"])
 
-Anybody who changes a checkpoint can sign it again, so a valid signature says nothing about its values. Each ValueError
-is the reason, to be put after the name of the file.
+Anybody who changes a checkpoint can sign it again, so a valid signature says nothing about its values. The message of
+each ValueError is a reason that follows the name of the file.
 """
 
 import re
@@ -21,14 +21,14 @@ from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.recipes import RECIPES
 
-# Settings that there were not when format 2 began. Those of recipes were as in the first recipe.
+# Settings added since format 2 began, with the values that have the behavior of before.
 _NEW = """
     weights skip_unreadable mirror new_head freeze body_lr wandb trivial_augment random_erasing mixup cutmix
     muon_lr muon_momentum rescale_filters lookahead bn_momentum sizes
 """.split()
 ADDED = {name: getattr(RECIPES["baseline"], name, SETTINGS[name].default) for name in _NEW}
 METRICS = {field.name for field in fields(EpochMetrics)}
-ADDED_METRICS = {"skipped_steps"}  # whose defaults EpochMetrics has
+ADDED_METRICS = {"skipped_steps"}  # EpochMetrics has defaults for these
 LARGE = 1e300  # a larger number may overflow when it is added or shown
 
 
@@ -45,7 +45,7 @@ def _is_switch(value: Any) -> bool:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether it can be compared; TrainConfig checks the rest."""
+    """Return whether the value can be compared; TrainConfig checks the rest."""
     return _is_switch(value) or is_text(value) or _is_number(value)
 
 
@@ -81,7 +81,7 @@ def _are_random_states(value: Any) -> bool:
 
 
 def _is_random_state(value: Any) -> bool:
-    """Python and torch check theirs when they are set; numpy reads wherever its position points to."""
+    """Return whether the state is valid. NumPy's is checked here, because NumPy reads wherever `position` points."""
     if not isinstance(value, dict) or not {"python", "numpy", "torch"} <= value.keys():
         return False
     numpy = value["numpy"]
@@ -108,7 +108,7 @@ SETTING_RULES: dict[str, Rule] = {
         name: _SWITCH if setting.kind is bool else (_is_setting, "a number, text, True or False")
         for name, setting in SETTINGS.items()
     },
-    "device": (  # of a run it is resolved
+    "device": (  # never auto: a run has resolved it
         lambda value: isinstance(value, str) and bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", value)),
         "cpu or cuda:N",
     ),
@@ -124,7 +124,7 @@ RULES: dict[str, Rule] = {
     "test_images": _COUNT,
     "epoch": _COUNT,
     "seconds": (lambda value: _is_number(value, 0), "a number of at least 0"),
-    "history": (_are_epochs, "a list of each epoch's metrics, numbers"),
+    "history": (_are_epochs, "a list with a dict of numbers for each epoch"),
     "config": (lambda value: isinstance(value, dict), "a dict of settings"),
     "model": (_are_weights, "a dict of tensors"),
     "trained_model": (lambda value: value is None or _are_weights(value), "None or a dict of tensors"),
@@ -142,14 +142,14 @@ def check_entries(entries: Any, names: Collection[str]) -> None:
     if "config" in names:
         _check(entries["config"], SETTINGS, SETTING_RULES)
     if "history" in names and len(entries["history"]) != entries["epoch"]:
-        raise ValueError(f"is of epoch {entries['epoch']} and holds the metrics of {len(entries['history'])}")
+        raise ValueError(f"is of epoch {entries['epoch']} but holds the metrics of {len(entries['history'])} epochs")
 
 
 def _check(entries: Any, names: Collection[str], rules: Mapping[str, Rule]) -> None:
     if not isinstance(entries, dict):
-        raise ValueError(f"holds no entries by name, but {shown(entries)}")
+        raise ValueError(f"is not valid: it must hold a dict, got {shown(entries)}")
     if missing := [name for name in names if name not in entries]:
-        raise ValueError(f"holds no {few(missing, 5)}: it is of an earlier version of this program")
+        raise ValueError(f"holds no {few(missing, 5)}: an earlier version of this program wrote it")
     for name in names:
         follows, rule = rules[name]
         if not follows(entries[name]):
@@ -157,7 +157,7 @@ def _check(entries: Any, names: Collection[str], rules: Mapping[str, Rule]) -> N
 
 
 def fill_in(settings: Any) -> Any:
-    """Return the settings of a run, with those that an earlier version did not have."""
+    """Return the settings of a run, with values for those that an earlier version did not have."""
     return {**ADDED, **settings} if isinstance(settings, dict) else settings
 
 
@@ -167,5 +167,5 @@ def check_settings(settings: Any) -> None:
     elsewhere = {"device": "cpu", "graph": False, "sync_bn": False}
     try:
         TrainConfig(**{**{name: settings[name] for name in SETTINGS}, **elsewhere})
-    except Exception as error:  # values of a file may raise anything
+    except Exception as error:  # values from a file may raise any error
         raise ValueError(f"is not valid: {one_line(error)}") from error

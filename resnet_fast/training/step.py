@@ -1,20 +1,20 @@
 """One training step.
 
-    step = augment, mix -> zero the gradients -> forward -> cross entropy -> backward -> clip -> optimizer -> average
+    step = zero the gradients -> augment, mix -> forward -> cross entropy -> backward -> clip -> optimizer -> average
 
-A recipe may reduce the images between the first two (resizing.py), and have Lookahead follow every fifth step.
+A recipe may also reduce the images after mixing (resizing.py) and apply Lookahead every fifth step (lookahead.py).
 
-`TrainingStep` is all of it, on a GPU as one CUDA graph, recorded at the second batch and replayed from then on
-(graphed.py); the short batch at the end of an epoch runs outside of the graph. `training_step` is its middle, from
-images that are augmented to the optimizer, which profile and benchmarks compare.
+`TrainingStep` runs all of it. With `graph`, the second batch is recorded as a CUDA graph and later ones replay it
+(graphed.py), except for the short batch at the end of an epoch. `training_step` is the part from augmented images to
+the optimizer, which profile and benchmarks compare.
 
-Numerics: in bf16 the forward runs under autocast: convolutions and the linear layer in bf16; weights, their gradients,
-the optimizer, the batch-norm statistics and the loss in fp32. `TrainingStep` casts the weights together, to the bits of
-autocast's own casts (cast_weights.py).
+Numerics: in bf16, autocast runs convolutions and the linear layer in bf16. Weights, their gradients, the optimizer, the
+batch-norm statistics and the loss are fp32. `TrainingStep` casts all weights together, with the same bits as autocast's
+own casts (cast_weights.py).
 
-fp16 is the same in fp16, with a loss scale, without which small gradients would become 0 (loss_scale.py). A step whose
-gradients overflow is skipped: weights, optimizer state and moving average stay as they were. As in any loop with
-torch.amp.GradScaler, its forward has moved the running statistics and their counters, and the learning rate moves on.
+fp16 works likewise, with a loss scale that keeps small gradients from becoming 0 (loss_scale.py). A step whose
+gradients overflow is skipped: weights, optimizer state and moving average stay unchanged. As in any loop with
+torch.amp.GradScaler, its forward still updates the running statistics, and the schedule of the learning rate advances.
 """
 
 import weakref
@@ -56,19 +56,19 @@ def training_step(
     precision: str,
     scaler: GradScaler,
 ) -> tuple[Tensor, Tensor]:
-    """Run one step on a batch that is augmented already; the gradients stay to be looked at until the next.
+    """Run one step on an augmented batch; the gradients remain readable until the next step.
 
     Args:
-        model: gives logits, [N, classes].
-        optimizer: of its parameters.
-        images: [N, 3, H, W], normalized.
+        model: a network that returns logits, [N, classes].
+        optimizer: the optimizer of the model's parameters.
+        images: [N, 3, H, W], floating point, normalized.
         labels: [N], int64.
         precision: "fp32", "bf16" or "fp16".
-        scaler: of the loss (`make_scaler`), disabled unless the precision is fp16. With an optimizer that is not fused,
-            an enabled one waits for the GPU.
+        scaler: the loss scaler (`make_scaler`), enabled in fp16 only. An enabled one waits for the GPU unless the
+            optimizer is fused.
 
     Returns:
-        The mean loss, [], in fp32, and the logits, without their graph.
+        The mean loss, [], fp32, and the logits, both detached.
     """
     optimizer.zero_grad(set_to_none=True)
     loss, logits = forward_loss(model, images, labels, precision)
@@ -86,9 +86,9 @@ def forward_loss(
     label_smoothing: float = 0.0,
     mixture: Mixture | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean cross entropy, [], in fp32, and the logits.
+    """Return the mean cross entropy, [], fp32, and the logits.
 
-    Of mixed images it is that with targets of `share` for the one label and 1 - `share` for the other, smoothed then.
+    A mixed image's target is `share` for its own label and 1 - `share` for the other, before smoothing.
     """
     with autocast(images.device, precision):
         logits = model(images)
@@ -105,11 +105,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, mixtur
 
 
 class StepOutput(NamedTuple):
-    """What a step returns. Reading it waits for the GPU; the next step overwrites it.
+    """The result of a step. Reading it waits for the GPU; the next step overwrites it.
 
     Args:
-        loss: [], fp32, the mean over this process's images, smoothed labels included.
-        n_correct: [], int64, of its images; a mixed one counts if the label with the larger share is found.
+        loss: [], fp32, mean over this process's images, with smoothed labels.
+        n_correct: [], int64, number of its images classified correctly. The correct label of a mixed image is the one
+            with the larger share.
     """
 
     loss: Tensor
@@ -117,7 +118,7 @@ class StepOutput(NamedTuple):
 
 
 class TrainingStep:
-    """Everything that a step changes: a call runs the next one.
+    """The state of a training run: network, optimizer, schedule and averages. A call runs the next step.
 
         loader = Loader(dataset.train, augmentation, recipe.batch_size)
         step = TrainingStep(model, recipe, augmentation, n_steps=recipe.epochs * len(loader))
@@ -125,33 +126,33 @@ class TrainingStep:
             loss, n_correct = step(batch)
 
     Args:
-        model: in channels_last, on its device; DistributedDataParallel for several processes. Parameters with
-            `requires_grad=False` are not trained, and batch norms whose weight is one of them stay in evaluation mode.
+        model: the network on its device, in channels_last; DistributedDataParallel for several processes. Parameters
+            with `requires_grad=False` are not trained, and batch norms with such a weight stay in evaluation mode.
         recipe: optimizer, schedule, label smoothing, clipping, averaging and sizes.
-        augmentation: what is done to the images.
-        n_steps: of the whole run, which the schedule spans.
+        augmentation: the augmentation and normalization of the images.
+        n_steps: number of steps of the whole run, which the schedule spans.
         precision: "fp32", "bf16" or "fp16".
-        graph: whether to run as a CUDA graph, with one process, on a GPU.
-        accumulate: parts in which a batch is computed one after the other; batch norm sees each by itself.
-        forward: what computes the logits, if not the model itself: the model compiled.
-        world_size: processes that share a batch.
-        make_graph: records a function.
+        graph: whether to run as a CUDA graph, which needs a GPU and a single process.
+        accumulate: number of parts in which a batch is computed one after the other, each with its own statistics.
+        forward: a function that computes the logits, such as the compiled model; None: the model.
+        world_size: number of processes that share a batch.
+        make_graph: a function that records another as a graph.
 
     Raises:
-        ValueError: an unknown precision, n_steps below 1, a model without parameters that need a gradient, a recipe
-            whose field breaks its rule or needs a last layer that is not there, or a graph with several processes, or
-            of a model on a CPU.
-        TypeError: an argument has another type.
+        ValueError: precision is unknown; n_steps, accumulate or world_size is no positive integer; no parameter of the
+            model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks; or
+            graph is set with several processes or a model on a CPU.
+        TypeError: another argument has the wrong type.
 
-    A recorded step has the bits of one that is not. Between steps weights may be changed in place, not replaced.
+    A recorded step is bit-identical to an unrecorded one. Between steps, change weights in place; do not replace them.
 
-    A batch that is smaller than those before, such as the last of an epoch, is one step like every other, but runs
-    outside of the graph and with the algorithms of cuDNN's heuristic, until two of its size come in a row. So it costs
-    no second graph, no second memory pool and no search by cuDNN. Padding would change the batch statistics. To carry
-    its images into the next epoch would change the order and the number of steps, and old runs could not be resumed.
+    A batch smaller than those before it, such as the last of an epoch, runs outside of the graph and with the
+    algorithms of cuDNN's heuristic, until two batches of its size come in a row. This saves a second graph, a second
+    memory pool and a search by cuDNN. Padding the batch would change its statistics. Carrying its images over to the
+    next epoch would change the order and number of steps, so that old runs could not be resumed.
 
-    Other batches run with `torch.backends.cudnn.benchmark`, unless torch or cuDNN is told to be deterministic. The flag
-    is the caller's again after each step.
+    Other batches run with `torch.backends.cudnn.benchmark`, unless torch or cuDNN is set to be deterministic. Each step
+    restores the flag.
     """
 
     def __init__(
@@ -186,10 +187,10 @@ class TrainingStep:
         self.model, self.recipe, self.augmentation, self.n_steps = model, recipe, augmentation, n_steps
         self.precision, self.accumulate, self.world_size = precision, accumulate, world_size
         self.forward = model if forward is None else forward
-        # DistributedDataParallel exchanges gradients as they come, and a compiler places casts itself.
+        # DistributedDataParallel exchanges gradients as backward produces them; a compiler places casts itself.
         if precision != "fp32" and forward is None and not isinstance(model, DistributedDataParallel):
             self.forward = cast_weights(model, DTYPES[precision])
-        # Fine-tuners keep the statistics of a frozen batch norm, too: those of its weights.
+        # As usual in fine-tuning, a frozen batch norm also keeps the running statistics that belong to its weights.
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self.frozen_norms = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
         self.optimizer = make_optimizer(model, recipe)
@@ -208,7 +209,7 @@ class TrainingStep:
         self.graphed: Callable[..., StepOutput] | None = None
         if graph:
             averages = [] if self.average is None else self.average.tensors()
-            run: Any = weakref.WeakMethod(self._run)  # a step that nobody has is gone, and its memory with it
+            run: Any = weakref.WeakMethod(self._run)  # no cycle: an unused step is freed at once
             changes = (model, self.optimizer, self.scaler, self._n_skipped, *averages)
             self.graphed = graphed(lambda *batch: run()(*batch), *changes, fallback=False, make_graph=make_graph)
 
@@ -219,22 +220,22 @@ class TrainingStep:
 
     @property
     def n_skipped(self) -> int:
-        """Steps of this object that were skipped because their gradients overflowed in fp16; waits for the GPU."""
+        """Number of steps skipped since construction because gradients overflowed in fp16; waits for the GPU."""
         return int(self._n_skipped) if self.scaler.is_enabled() else 0
 
     def __call__(self, batch: Batch, n_images: int | None = None) -> StepOutput:
         """Run a step.
 
         Args:
-            batch: this process's share.
-            n_images: of all processes' shares, for several; None: this one's alone.
+            batch: this process's share of the batch.
+            n_images: number of images in all processes' shares; None: in this one's.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.lr * group["lr_scale"])
         n_images = len(batch.plan) if n_images is None else n_images
-        if not bare(self.model).training:  # an evaluation has left it so
+        if not bare(self.model).training:  # after an evaluation
             self.model.train()
-        for norm in self.frozen_norms:  # which train() puts back
+        for norm in self.frozen_norms:  # train() has switched them
             norm.eval()
         size = len(batch.plan)
         is_short = size < self.largest_batch and size != self.last_batch
@@ -248,7 +249,7 @@ class TrainingStep:
         return output
 
     def _run_reduced(self, run: Callable[..., StepOutput], batch: Batch, n_images: int, sizes: Sizes) -> StepOutput:
-        """Run a step on images of the size that it has."""
+        """Run a step on images reduced to the size scheduled for it."""
         sizes.check(*batch.images.shape[2:])
         size = sizes.at(self.n_done)
         is_new = self.n_done > 0 and size != sizes.at(self.n_done - 1)
@@ -257,7 +258,7 @@ class TrainingStep:
 
     def _run(self, batch: Batch, n_images: int, size: int | None = None) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
-        # As many parts in all processes, whose synchronized batch norms meet in each: as the smallest share allows.
+        # Synchronized batch norms meet in every part, so all processes use as many parts as the smallest share allows.
         n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
         plans = batch.plan.tensor_split(n_parts)
         losses, correct = [], []
@@ -269,7 +270,7 @@ class TrainingStep:
             with nullcontext() if is_last else self._without_exchange():
                 smoothing = self.recipe.label_smoothing
                 loss, logits = forward_loss(self.forward, images, labels, self.precision, smoothing, mixture)
-                # DistributedDataParallel takes the mean over the processes, whatever the size of their shares.
+                # DistributedDataParallel averages over processes with equal weights, whatever the size of their shares.
                 share = torch.full_like(loss, len(plan) * self.world_size / n_images)
                 self.scaler.scale(loss).backward(share)
             losses.append(loss.detach() if n_parts == 1 else loss.detach() * (len(plan) / len(batch.plan)))
@@ -292,15 +293,12 @@ class TrainingStep:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the weights to be tested and saved: the averages where there are any, else the model's."""
+        """Return the state dict to test and save: with the moving averages if there are any, else the model's own."""
         model = bare(self.model)
         return model.state_dict() if self.average is None else self.average.averaged(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return optimizer, position in the schedule, average, and in fp16 the loss scale.
-
-        The model has a state dict of its own.
-        """
+        """Return the state of optimizer, schedule, averages and loss scale; the model has its own state dict."""
         state = {"optimizer": self.optimizer.state_dict(), "n_done": self.n_done}
         if self.average is not None:
             state["average"] = self.average.state_dict()
@@ -311,10 +309,10 @@ class TrainingStep:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; the optimizer keeps the settings of the recipe, the scaler its own.
+        """Load a saved state. The optimizer keeps the recipe's settings, and the scaler keeps its own.
 
         Raises:
-            ValueError: the state belongs to another model or recipe; nothing has changed.
+            ValueError: the state belongs to another model or recipe, or its loss scale is invalid; nothing changes.
         """
         own, saved = ({**one, "optimizer": {"state": one["optimizer"]["state"]}} for one in (self.state_dict(), state))
         if unlike := first_difference(own, saved, "step"):

@@ -1,12 +1,12 @@
-"""Everything that a training step changes: found, copied, put back.
+"""The state that a training step changes: find it, copy it, restore it.
 
     state = StepState((model, optimizer, scaler))
     snapshot = Snapshot(state)
     …                              # any number of steps
-    snapshot.put_back()            # weights, buffers, gradients, optimizer, scaler and random states, to the bit
+    snapshot.put_back()            # weights, buffers, gradients, optimizer, scaler and random states, bit for bit
 
-Containers are the dictionaries that hold state (a module's buffers, an optimizer's state of a parameter, …). A snapshot
-keeps which objects stand in them, and the values of the tensors.
+Containers are the dictionaries that hold state, such as a module's buffers or an optimizer's state of a parameter. A
+snapshot remembers which objects they hold, and copies the tensors' values.
 """
 
 import itertools
@@ -26,11 +26,11 @@ class StepState:
     """The state of modules, optimizers, gradient scalers and single tensors.
 
     Args:
-        objects: hold it. Later neither layers nor parameters may be replaced.
+        objects: modules, optimizers, scalers and tensors. Their layers and parameters must not be replaced later.
 
     Raises:
-        TypeError: one is of another kind.
-        ValueError: none of them holds a tensor.
+        TypeError: an object is of another kind.
+        ValueError: no object holds a tensor.
     """
 
     def __init__(self, objects: Sequence[Any]) -> None:
@@ -46,16 +46,16 @@ class StepState:
             elif isinstance(part, Tensor):
                 self.single.append(part)
             else:
-                rule = "what a step changes must be modules, optimizers, gradient scalers and tensors, one by one"
+                rule = "changes must be modules, optimizers, gradient scalers and tensors, each an argument of its own"
                 raise TypeError(f"{rule}, got {type(part).__name__}")
         self.modules = list(modules)
         self.buffers = [module._buffers for module in self.modules if module._buffers]
         self.find_parameters()
         if not self.tensors():
-            raise ValueError("what a step changes must hold a tensor: pass the model and the optimizer")
+            raise ValueError("changes must hold at least one tensor, got none: pass the model and the optimizer")
 
     def find_parameters(self) -> None:
-        """Find those of the modules, and of the optimizers, which may have got new ones."""
+        """Find the parameters of the modules and the optimizers; an optimizer may have got new ones."""
         owned = (module._parameters.values() for module in self.modules)
         optimized = (group["params"] for group in self.groups())
         self.parameters = list(dict.fromkeys(p for p in itertools.chain(*owned, *optimized) if p is not None))
@@ -96,23 +96,23 @@ class StepState:
         return tuple([parameter.grad is not None for parameter in self.parameters])
 
     def settings(self) -> tuple:
-        """Return what a step reads as Python values: hyperparameters, modes, and which weights are trained."""
+        """Return the Python values that a step reads: hyperparameters, modes, and which weights are trained."""
         hyperparameters = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for name in optimizer.defaults:
-                    if name == "capturable":  # which is set here
+                    if name == "capturable":  # set by make_capturable
                         continue
                     value = group.get(name)
-                    if name == "lr":  # a number may change, and the values in a tensor
+                    if name == "lr":  # its value may change between calls, in a number or a tensor
                         value = id(value) if isinstance(value, Tensor) else None
                     hyperparameters.append(tuple(value) if isinstance(value, list) else value)
         own = [module.__dict__ for module in self.modules]
-        modes = [(one["training"], one.get("momentum"), one.get("eps")) for one in own]  # the last two of batch norms
+        modes = [(one["training"], one.get("momentum"), one.get("eps")) for one in own]  # batch norms have all three
         return tuple(hyperparameters), tuple(modes), tuple([weight.requires_grad for weight in self.parameters])
 
     def make_capturable(self) -> None:
-        """Have the optimizers count their steps on the GPU."""
+        """Make the optimizers count their steps on the GPU."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if "capturable" not in group or group["params"][0].device.type != "cuda":
@@ -139,7 +139,7 @@ class Value(NamedTuple):
 
 
 class Snapshot:
-    """The state as it is now, random states and gradients included; as a context, it puts it back at its end."""
+    """The current state, with random states and gradients; as a context manager, it restores the state at the end."""
 
     def __init__(self, state: StepState) -> None:
         self.state = state
@@ -175,7 +175,7 @@ class Snapshot:
         restore_random_states(self.random, self.state.device)
 
     def make_rates_tensors(self) -> list[Tensor]:
-        """Replace each learning rate that is a number by a tensor on the device, and return them."""
+        """Make every learning rate a tensor on the device, and return these tensors."""
         for group in self.state.rated_groups():
             rate = group["lr"]
             if not isinstance(rate, Tensor) or rate.device != self.state.device:
@@ -188,23 +188,23 @@ class Snapshot:
         return any(content.keys() < container.keys() for _, container, content in self.contents)
 
     def check_nothing_is_replaced(self) -> None:
-        """Raise Unrecordable if Python changed something, which a replay does not repeat, other than in place."""
+        """Raise Unrecordable if Python replaced something, which a replay does not repeat."""
         for group, (rate, value) in zip(self.state.rated_groups(), self.rates, strict=True):
             if group["lr"] is not rate or not torch.equal(rate, value):
                 raise Unrecordable("it changes the learning rate; call scheduler.step() after it")
         if any(self.scaled) or any(scaler._per_optimizer_states for scaler in self.state.scalers):
             raise Unrecordable("the gradient scaler's unscale_(), step() and update() must be in one function")
         if self.addresses != [*map(Tensor.data_ptr, self.state.parameters)]:
-            raise Unrecordable("it gives a weight other memory, as param.data = ... does; write param.data.copy_(...)")
+            raise Unrecordable("it moves a weight to other memory, as param.data = ... does; use param.data.copy_(...)")
         for owner, container, content in self.contents:
             for name, value in content.items():
                 if name != "lr" and not _is_same(container.get(name), value):
                     what = name if isinstance(name, str) else "state"
-                    raise Unrecordable(f"it puts another {what} of {owner} in the place of the one before")
+                    raise Unrecordable(f"it replaces {what} of {owner}; keep a tensor there, and change it in place")
 
 
 def add_tensors(values: Iterable[Any], found: list[Tensor]) -> None:
-    """Append the tensors among the values, and those in dicts, lists and tuples of them."""
+    """Append the tensors among the values, and in nested dicts, lists and tuples, to `found`."""
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
@@ -215,7 +215,7 @@ def add_tensors(values: Iterable[Any], found: list[Tensor]) -> None:
 
 
 def _is_same(value: Any, before: Any) -> bool:
-    """Whether they are the same tensors, or equal in all else; dictionaries are looked at on their own."""
+    """Return whether these are the same tensors, or equal values; of dictionaries, which are containers, the keys."""
     if isinstance(value, Tensor) or isinstance(before, Tensor):
         return value is before
     if isinstance(value, dict) and isinstance(before, dict):

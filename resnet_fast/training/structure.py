@@ -9,12 +9,12 @@ from resnet_fast.common.checks import shown
 
 
 def first_difference(own: Any, saved: Any, name: str) -> str:
-    """Return in words the first place where `saved` is not built as `own`; "" if there is none.
+    """Return a message about the first difference in structure between `saved` and `own`; "" if there is none.
 
     Args:
-        own: tensors and other values in dicts; of other values only the type counts.
-        saved: must have the names, shapes and types of `own`.
-        name: what the message calls them.
+        own: tensors and other values in dicts; of other values, only the type counts.
+        saved: the values that must have the names, shapes and types of `own`.
+        name: their name in the message.
     """
     if isinstance(own, Tensor):
         if not isinstance(saved, Tensor):
@@ -36,7 +36,7 @@ def first_difference(own: Any, saved: Any, name: str) -> str:
 
 @torch.no_grad()
 def copy_into(own: Any, saved: Any) -> None:
-    """Copy the tensors of `saved` into those of `own`, which are built alike."""
+    """Copy the tensors of `saved` into those of `own`, which has the same structure."""
     if isinstance(own, Tensor):
         own.copy_(saved)
     elif isinstance(own, dict):

@@ -1,11 +1,11 @@
-"""TensorBoard's event files: a point of every curve per epoch, and the settings.
+"""TensorBoard's event files: one point of each curve per epoch, and the settings.
 
     board = TensorBoard(out, config.as_dict(), history)   # history: the epochs done before, () for a new run
     board.write(metrics)                                  # after the epoch's checkpoint is written
     board.close()
 
-`tensorboard --logdir runs` then shows all runs. A resumed run adds a file whose first event takes back what a process
-that was killed wrote beyond the checkpoint: each epoch is shown once.
+`tensorboard --logdir runs` then shows all runs. A resumed run adds a file whose first event purges what a killed
+process wrote beyond the checkpoint, so that each epoch is shown once.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ TAGS = {
     "lr": "lr",
     "images_per_second": "images_per_second",
 }
-RESULT = "test_accuracy"  # what the table of settings compares runs by
+RESULT = "test_accuracy"  # the metric in the table that compares the settings of runs
 
 
 def tags(is_holdout: bool) -> dict[str, str]:
@@ -34,11 +34,11 @@ def tags(is_holdout: bool) -> dict[str, str]:
 
 
 class TensorBoardError(RuntimeError):
-    """TensorBoard is not installed; the message says how to mend that."""
+    """TensorBoard is not installed; the message says how to install it."""
 
 
 def need_tensorboard() -> None:
-    """Raise TensorBoardError unless the package is there: to be asked before a run begins."""
+    """Raise TensorBoardError unless the package is installed; call this before a run begins."""
     if importlib.util.find_spec("tensorboard") is None:
         raise TensorBoardError("tensorboard is not installed: pip install tensorboard (or the extra 'tensorboard')")
 
@@ -49,8 +49,8 @@ class TensorBoard:
     Args:
         run: the run folder.
         settings: plain values, such as `TrainConfig.as_dict()`.
-        history: the epochs that are done already. The last of them is written again, for a process may have been killed
-            between its checkpoint and its events; all of them where there are no events yet.
+        history: the finished epochs. The last one is written again, because a process may have been killed between its
+            checkpoint and its events. If there are no events yet, all are written.
 
     Raises:
         TensorBoardError: the package is not installed.
@@ -66,7 +66,7 @@ class TensorBoard:
         goes_on = bool(history) and any(folder.glob("events.out.tfevents.*"))
         done = history[-1:] if goes_on else history
         first = done[0].epoch if done else 1
-        # Events from this step on, in the files that are there, are shown no more.
+        # Hides the events from this step on in existing files.
         self.writer = SummaryWriter(str(folder), purge_step=first)
         if not goes_on:
             self._write_settings(settings)
@@ -74,7 +74,7 @@ class TensorBoard:
             self.write(metrics)
 
     def write(self, metrics: EpochMetrics) -> None:
-        """Add an epoch, to be seen at once."""
+        """Add an epoch; it is visible at once."""
         for tag, field in self.tags.items():
             self.writer.add_scalar(tag, getattr(metrics, field), metrics.epoch)
         self.writer.flush()
@@ -86,10 +86,10 @@ class TensorBoard:
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        # Indented by four: TensorBoard's Markdown shows it as it is.
+        # Indented by four, so that TensorBoard's Markdown shows the text unchanged.
         text = json.dumps(dict(settings), indent=2, ensure_ascii=False)
         self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
-        # add_hparams would make a folder, and with it a run, of its own.
+        # add_hparams would make another folder, shown as another run.
         plain = {
             name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for name, value in settings.items()

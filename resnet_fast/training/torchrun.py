@@ -1,4 +1,4 @@
-"""What torchrun tells each process: RANK, LOCAL_RANK (on its machine), WORLD_SIZE, LOCAL_WORLD_SIZE."""
+"""The environment that torchrun sets for each process: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE."""
 
 import os
 import shlex
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def world_size() -> int:
-    """Return how many processes torchrun started; 1 without it."""
+    """Return the number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Return which of them this one is."""
+    """Return the rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -21,12 +21,12 @@ def is_first_process() -> bool:
 
 
 def is_first_on_machine() -> bool:
-    """Return whether this process tells an error that all of them have."""
+    """Return whether this process reports an error that all processes share."""
     return world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command() -> str:
-    """Return the command that starts such processes: resnet-fast, or torchrun."""
+    """Return the command that starts processes like these: resnet-fast, or torchrun."""
     if world_size() == 1:
         return "resnet-fast"
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
@@ -36,5 +36,5 @@ def command() -> str:
 
 
 def format_train_on(run: Path) -> str:
-    """Return how to train a finished run for more epochs."""
-    return f"to train on from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"
+    """Return a hint how to train a finished run further."""
+    return f"to train further from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"

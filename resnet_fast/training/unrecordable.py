@@ -1,4 +1,4 @@
-"""Why a function cannot be recorded as a CUDA graph: the line at which recording failed, the reason, the remedy."""
+"""Why a function cannot be recorded as a CUDA graph: the line at which recording failed, a reason and a remedy."""
 
 import re
 import traceback
@@ -11,7 +11,7 @@ from resnet_fast.common.checks import one_line
 LIBRARY = Path(traceback.__file__).resolve().parent
 PACKAGES = [Path(path).resolve() for path in (torch.__path__[0], Path(__file__).parents[1])]
 
-# What the recorded line calls, or the file of torch's in which it ended; why that is no kernel; what to do instead.
+# By the file of torch in which recording failed (IN_TORCH), or a pattern of the failing line (IN_LINE): reason, remedy.
 IN_TORCH = {
     "torch/optim/swa_utils.py": (
         "AveragedModel counts its updates on the host",
@@ -23,17 +23,17 @@ IN_TORCH = {
     ),
     "torch/optim/": (
         "the optimizer reads its learning rate or counts its steps on the host",
-        "make it with fused=True or capturable=True, or take an optimizer that has these",
+        "make it with fused=True or capturable=True, or use an optimizer that has one of these",
     ),
 }
 IN_LINE = {
     r"^\s*(if|elif|while|assert)\b|\sif\s.+\selse\s": (
-        "it is a Python branch on a tensor, which waits for its value, and a replay takes no other branch",
+        "it is a Python branch on a tensor, which waits for its value, and a replay always takes the same branch",
         "compute both sides and choose with torch.where, or branch outside of the function",
     ),
     r"\btensor\(|as_tensor\(|from_numpy\(|\.to\(|\.cuda\(|\.pin_memory\(": (
         "it allocates memory on the host, or copies from there",
-        "make the tensor before, on the device, and pass it or close over it",
+        "make the tensor beforehand, on the device, and pass it or close over it",
     ),
     r"": (
         "it waits for a result, as .item(), .tolist(), .cpu(), float(), print() and masks of unknown size do",
@@ -44,21 +44,21 @@ WAITS = ("synchroniz", "captur", "waits for a result")  # in messages of CUDA, a
 
 
 class Unrecordable(Exception):
-    """Something that no operator refuses, and a replay would not repeat; the message is the reason."""
+    """A replay would not repeat something that no operator refuses while recording; the message is the reason."""
 
 
 def why_unrecordable(error: Exception, outside: BaseException | None) -> str:
     """Return in one line what could not be recorded, where, and what to do.
 
     Args:
-        error: raised while the function was recorded.
-        outside: handled when that began.
+        error: the error raised while the function was recorded.
+        outside: the error that was being handled when recording began, if any.
     """
     if isinstance(error, Unrecordable):
         return str(error)
     while (
         isinstance(error.__context__, Exception) and error.__context__ is not outside
-    ):  # ending a recording that is invalid raises another error
+    ):  # ending an invalid recording raises another error
         error = error.__context__
     frames = traceback.extract_tb(error.__traceback__)
     message = f"{type(error).__name__}: {one_line(error)}"
@@ -80,7 +80,7 @@ def why_unrecordable(error: Exception, outside: BaseException | None) -> str:
 
 
 def _is_in(frame: traceback.FrameSummary, packages: list[Path]) -> bool:
-    """Whether it is a line of these packages, of Python's library, or of a mode that watches torch."""
+    """Return whether the frame belongs to these packages, Python's library, or a mode that intercepts torch."""
     path = Path(frame.filename).resolve()
     is_mode = frame.name in ("__torch_dispatch__", "__torch_function__")
     return is_mode or path.parent == LIBRARY or any(package in path.parents for package in packages)

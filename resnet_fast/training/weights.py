@@ -1,4 +1,4 @@
-"""The weights that a run starts from: another run's, or those of a file."""
+"""The initial weights of a run, loaded from another run or a file."""
 
 import copy
 import hashlib
@@ -15,16 +15,17 @@ from resnet_fast.training.checkpoint import CheckpointError, read_checkpoint
 from resnet_fast.training.network import find_head
 from resnet_fast.training.run_folder import CHECKPOINT
 
-HUB_WEIGHTS = "model.safetensors"  # as huggingface_hub calls the file
+HUB_WEIGHTS = "model.safetensors"  # huggingface_hub's name for the file
 
 
 class Origin(NamedTuple):
-    """Where the first weights are from; its str() is for people.
+    """The source of the initial weights; str() describes it.
 
     Args:
         path: the file.
         sha256: the digest of its bytes.
-        n_there, n_here: numbers of classes of the file, 0 if it has no last layer, and of the run.
+        n_there: number of classes in the file, 0 if it has no last layer.
+        n_here: number of classes in the run.
         new_head: whether the last layer is new.
     """
 
@@ -42,34 +43,33 @@ class Origin(NamedTuple):
 
 
 def weights_file(path: Path) -> Path:
-    """Return the file of weights that `path` names: itself, the checkpoint of a run folder, or model.safetensors of a
-    folder from the Hugging Face Hub.
+    """Return the file of weights: `path`, or in a folder of a run or from the Hugging Face Hub the one with weights.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     file = path / CHECKPOINT if path.is_dir() else path
     if not file.is_file() and (path / HUB_WEIGHTS).is_file():
         file = path / HUB_WEIGHTS
     if not file.is_file():
-        reason = "is no file" if file.exists() else "does not exist"
+        reason = "is not a file" if file.exists() else "does not exist"
         raise ValueError(f"weights must be a run folder or a file of weights, {file} {reason}")
     return file
 
 
 def load_weights(model: nn.Module, path: Path, model_name: str, new_head: bool = False) -> Origin:
-    """Put the weights and running statistics of a run or a file into a new network.
+    """Load the weights and running statistics of a run or a file into a new network.
 
     Args:
-        model: a network of any family. Its last layer stays unchanged if the file has none, or one of other classes.
-        path: a run folder, or what `load_checkpoint` reads.
+        model: a network. Its last layer is unchanged if the file has none, or one with another number of classes.
+        path: a run folder, a folder from the Hugging Face Hub, or a file that `load_checkpoint` reads.
         model_name: the name of the network.
-        new_head: leave the last layer unchanged, whatever the file has for it.
+        new_head: whether to leave the last layer unchanged in any case.
 
     Raises:
         ValueError: there is no such file, or a run of another network wrote it.
         CheckpointMismatch: the weights belong to another network.
-        CheckpointError: the file is damaged, or holds no weights, or some that are not finite.
+        CheckpointError: the file is damaged, holds no weights, or holds weights that are not finite.
         OSError: the file cannot be read.
     """
     path = weights_file(path)
@@ -98,20 +98,20 @@ def load_weights(model: nn.Module, path: Path, model_name: str, new_head: bool =
 
 
 def _check_network(path: Path, model_name: str) -> None:
-    """Raise ValueError if the file is of a run of another network: names and shapes alone may be the same."""
+    """Raise ValueError if a run of another network wrote the file; names and shapes may agree nevertheless."""
     try:
         theirs = read_checkpoint(path, ("config",))["config"]["model"]
-    except CheckpointError:  # from elsewhere, or damaged, which load_checkpoint says
+    except CheckpointError:  # not a run's, or damaged, which load_checkpoint reports
         return
     if theirs != model_name:
         raise ValueError(
-            f"weights must be of the run's network, {model_name}; {path} holds those of {theirs}: --model {theirs}?"
+            f"weights must belong to the run's network, {model_name}, got {path} of {theirs}: --model {theirs}?"
         )
 
 
 def _load(model: nn.Module, path: Path) -> Loaded:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that are not finite, which are refused
+        warnings.simplefilter("ignore")  # values that are not finite are refused later
         return load_checkpoint(model, path)
 
 
@@ -123,7 +123,7 @@ def _classes_there(mismatch: CheckpointMismatch, name: str, head: nn.Linear) -> 
     shape = re.fullmatch(rf"\[(\d+), {head.in_features}\]", in_file.get(f"{name}.weight", ""))
     if set(in_file) != own or mismatch.missing or mismatch.unexpected or shape is None:
         raise mismatch
-    # A view that stands for more values than the file has bytes would take the memory of all of them.
+    # A stored view may stand for more values than the file has bytes; do not allocate memory for all of them.
     if int(shape[1]) == 0 or int(shape[1]) * head.in_features > mismatch.path.stat().st_size:
         raise mismatch
     return int(shape[1])

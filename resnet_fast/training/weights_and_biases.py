@@ -1,6 +1,6 @@
-"""Weights & Biases: the settings, and a point of every curve per epoch, beside what is reported anyway.
+"""Weights & Biases: the settings, and one point of each curve per epoch, in addition to the usual reports.
 
-The run there is called as its folder, and a resumed run goes on with it. Its files are in wandb/ in the run folder.
+W&B names the run after its folder, and a resumed run continues the same one. Its files are in wandb/ in the run folder.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ class WandbError(RuntimeError):
 
 
 def need_wandb() -> None:
-    """Raise WandbError unless W&B is there and somebody is logged in: to be asked before a run begins."""
+    """Raise WandbError unless W&B is installed and a user is logged in; call this before a run begins."""
     if importlib.util.find_spec("wandb") is None:
         raise WandbError("wandb is not installed: pip install wandb (or the extra 'wandb')")
     import wandb
@@ -32,7 +32,7 @@ def need_wandb() -> None:
 
 
 class WeightsAndBiases(Reporter):
-    """Tells W&B and `beside`."""
+    """Reports to W&B and to the reporter `beside`."""
 
     def __init__(self, beside: Reporter, config: TrainConfig) -> None:
         import wandb
@@ -50,7 +50,7 @@ class WeightsAndBiases(Reporter):
             raise WandbError(f"wandb: {one_line(error)}") from None
 
     def resume(self, history: Sequence[EpochMetrics]) -> None:
-        for metrics in history[-1:] if self.goes_on else history:  # a killed process may have left out the last
+        for metrics in history[-1:] if self.goes_on else history:  # a killed process may not have logged the last
             self._log(metrics)
         self.beside.resume(history)
 
@@ -59,7 +59,7 @@ class WeightsAndBiases(Reporter):
         self.beside.end_epoch(metrics)
 
     def close(self, error_type: object, *_: object) -> None:
-        """End the run there, as failed if there was an error."""
+        """End the run at W&B, as failed if there was an error."""
         self.run.finish(exit_code=int(error_type is not None))
 
     def _log(self, metrics: EpochMetrics) -> None:
