@@ -283,12 +283,32 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns_until_ctrl_c(tmp_path: Path
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == int(kept[1])
 
 
+EVERY = dict(  # every augmentation, every stage frozen
+    flip="alternating", cutout=12, trivial_augment=True, random_erasing=0.125, mixup=0.125, cutmix=0.125,
+    weights="w.pt", freeze="stem,layer1,layer2,layer3,layer4",
+)  # fmt: skip
+
+
+def test_the_opening_names_augmentations_and_frozen_stages():
+    dataset = load_dataset("digits")
+    config = TrainConfig(dataset="digits", device="cpu", crop=None, padding="reflect", **EVERY)
+    assert format_start(config, dataset)[2:-1] == [
+        f"augmentation: crop {dataset.crop_padding} (reflect), flip alternating, cutout 12, trivial-augment,",
+        "  random-erasing 0.125, mixup 0.125, cutmix 0.125",
+        "frozen: stem, layer1, layer2, layer3, layer4",
+    ]
+    plain = format_start(TrainConfig(dataset="digits", device="cpu", recipe="article"), dataset)
+    assert plain[2:-1] == ["augmentation: none"]
+
+
 def test_the_widest_lines_fit_80_columns():
     metrics = EpochMetrics(200, 1.2e-05, 12.3456, 1.0, 123.4567, 1.0, 1234.5, 99999)
     assert len(HEADER) == len(format_row(metrics, 200)) <= 80
-    config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu")
+    config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu", **EVERY)
     sized = type("Sized", (), {"__len__": lambda self: 1_281_167})()
-    dataset = type("Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": ()})()
+    dataset = type(
+        "Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": (), "crop_padding": 28}
+    )()
     assert max(map(len, format_start(config, dataset))) <= 80
 
 

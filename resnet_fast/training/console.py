@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from resnet_fast.training.torchrun import command, format_train_on, is_first_pro
 
 FIRST_SILENCE = 8.0  # seconds without a line, after which an epoch's progress is printed; then twice as long each time
 
+WIDTH = 80  # columns
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
 
@@ -76,9 +78,27 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
         f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
         f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
         f"lr {config.lr:g}, seed {config.seed}",
+        *format_augmentation(config, dataset),
+        *(textwrap.wrap(f"frozen: {config.freeze.replace(',', ', ')}", WIDTH) if config.freeze else []),
         *(f"note: {note}" for note in dataset.notes),
         "",
     ]
+
+
+def format_augmentation(config: TrainConfig, dataset: ImageDataset) -> list[str]:
+    """Return the lines that name the augmentations in use."""
+    crop = dataset.crop_padding if config.crop is None else config.crop
+    in_use = {
+        f"crop {crop} ({config.padding})": crop,
+        f"flip {config.flip}": config.flip != "none",
+        f"cutout {config.cutout}": config.cutout,
+        "trivial-augment": config.trivial_augment,
+        f"random-erasing {config.random_erasing:g}": config.random_erasing,
+        f"mixup {config.mixup:g}": config.mixup,
+        f"cutmix {config.cutmix:g}": config.cutmix,
+    }
+    names = ", ".join(text for text, is_on in in_use.items() if is_on) or "none"
+    return textwrap.wrap(f"augmentation: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def format_end(result: Result) -> list[str]:
