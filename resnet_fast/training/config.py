@@ -188,8 +188,8 @@ class TrainConfig(Recipe):
         model = MODELS[self.model]
         if self.whiten and (self.stem != "cifar" or model.stem_width < N_WHITENING):
             raise ValueError(
-                f"whiten needs a 3x3 stem, stem cifar, of {N_WHITENING} filters or more, "
-                f"got {self.stem} of {model.stem_width}"
+                f"whiten needs stem cifar (3x3) with at least {N_WHITENING} filters, "
+                f"got stem {self.stem} with {model.stem_width} ({self.model})"
             )
         for name, reason in model.refused.items():
             if getattr(self, name):
