@@ -301,6 +301,19 @@ def test_the_opening_names_augmentations_and_frozen_stages():
     assert plain[2:-1] == ["augmentation: none"]
 
 
+def test_the_opening_notes_settings_that_do_not_pay(monkeypatch: pytest.MonkeyPatch):
+    def notes(**settings: object) -> list[str]:
+        lines = format_start(TrainConfig(dataset="digits", device="cpu", **settings), load_dataset("digits"))
+        return [line for line in lines if line.startswith("note: ")]
+
+    alone = "note: --sync-bn has no effect with a single process"
+    slow = "note: --precision fp16 is several times slower than fp32 on a CPU"
+    assert notes(sync_bn=True, precision="fp16") == [alone, slow]
+    assert notes(precision="fp32") == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert notes(sync_bn=True) == []
+
+
 def test_the_widest_lines_fit_80_columns():
     metrics = EpochMetrics(200, 1.2e-05, 12.3456, 1.0, 123.4567, 1.0, 1234.5, 99999)
     assert len(HEADER) == len(format_row(metrics, 200)) <= 80

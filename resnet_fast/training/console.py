@@ -80,7 +80,7 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
         f"lr {config.lr:g}, seed {config.seed}",
         *format_augmentation(config, dataset),
         *(textwrap.wrap(f"frozen: {config.freeze.replace(',', ', ')}", WIDTH) if config.freeze else []),
-        *(f"note: {note}" for note in dataset.notes),
+        *(f"note: {note}" for note in (*dataset.notes, *without_use(config))),
         "",
     ]
 
@@ -99,6 +99,16 @@ def format_augmentation(config: TrainConfig, dataset: ImageDataset) -> list[str]
     }
     names = ", ".join(text for text, is_on in in_use.items() if is_on) or "none"
     return textwrap.wrap(f"augmentation: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def without_use(config: TrainConfig) -> list[str]:
+    """Return a note on each setting that has no effect, or a bad one, where the run computes."""
+    notes = []
+    if config.sync_bn and world_size() == 1:
+        notes.append("--sync-bn has no effect with a single process")
+    if config.precision == "fp16" and config.device == "cpu":
+        notes.append("--precision fp16 is several times slower than fp32 on a CPU")
+    return notes
 
 
 def format_end(result: Result) -> list[str]:
