@@ -1,5 +1,6 @@
 """The command line's frame, and what its commands share."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,14 @@ def complain(line: str) -> None:
 
 
 def stop(code: int, message: str, *more: str) -> NoReturn:
-    """End the command with a message of one line or more."""
+    """End the command with a message of one line or more; quietly if it only says that a pipe is closed.
+
+    Raises:
+        BrokenPipeError: standard output is closed, as by `| head`; typer then ends the command without a message.
+    """
+    cause = sys.exception()
+    if isinstance(cause, BrokenPipeError) and message == f"error: {cause}":
+        raise cause
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
     raise typer.Exit(code)
