@@ -77,7 +77,7 @@ WRONG_SETTINGS = [
     ({"cutmix": 0.001}, r"cutmix must be 0 or in \[0.01, 100\], got 0.001"),
     ({"zero_gamma": "yes"}, "zero_gamma must be True or False, got 'yes'"),
     ({"body_lr": 0}, "body_lr must be a positive finite number, got 0"),
-    ({"freeze": ["stem"]}, r"freeze must be names of stages with commas between them, got \['stem'\]"),
+    ({"freeze": ["stem"]}, r"freeze must be stage names with commas between them, got \['stem'\]"),
     ({"new_head": 1}, "new_head must be True or False, got 1"),
     ({"dirac": 0}, "dirac must be True or False, got 0"),
     ({"whiten": 1}, "whiten must be True or False, got 1"),

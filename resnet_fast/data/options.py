@@ -1,10 +1,10 @@
-"""What may be asked of the data."""
+"""The choices and limits of the data settings."""
 
 from resnet_fast.common.checks import is_number
 
 DOWNLOADED = ("cifar10", "cifar100", "svhn")
 DATASETS = (*DOWNLOADED, "digits", "folder")
-NOT_MIRRORED = ("svhn", "digits")  # a mirrored 2 is no 2
+NOT_MIRRORED = ("svhn", "digits")  # a mirrored 2 is not a 2
 FLIPS = ("none", "random", "alternating")
 PADDINGS = ("zero", "reflect")
 MAX_IMAGE_SIZE = 1024  # pixels, in height and width
@@ -15,5 +15,5 @@ def is_probability(value: object) -> bool:
 
 
 def is_alpha(value: object) -> bool:
-    """Whether Beta(value, value) can be drawn from without overflow, or is not drawn from: 0."""
+    """Return whether `value` is 0 (off), or Beta(value, value) can be sampled without overflow."""
     return is_number(value) and (value == 0 or 0.01 <= value <= 100)  # type: ignore[operator]
