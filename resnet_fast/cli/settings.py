@@ -64,7 +64,7 @@ def _shown(value: object) -> str:
 
 def help_text(setting: Setting) -> str:
     """Return the help of a setting, followed by its default."""
-    if "[default" in setting.help or setting.name not in RECIPE_FIELDS and setting.kind is bool:
+    if "[default" in setting.help:
         return setting.help
     if setting.name in RECIPE_FIELDS:
         return f"{setting.help} {_by_recipe(setting.name)}"
