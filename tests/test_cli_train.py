@@ -128,8 +128,8 @@ def test_what_is_held_out_is_not_called_a_test(tmp_path: Path):
 def test_a_time_budget_says_how_to_go_on(tmp_path: Path):
     result = digits(tmp_path / "run", "--time-budget", 1e-6)
     assert result.exit_code == 0
-    assert "the time budget ended it before epoch 2 of 2" in result.stdout
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stdout
+    assert "the time budget ended the run before epoch 2 of 2" in result.stdout
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}" in result.stdout
     assert run("--resume", tmp_path / "run").exit_code == 0
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
@@ -396,7 +396,7 @@ def test_resume_goes_on_and_shows_the_whole_table(tmp_path: Path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_in_epoch_2(monkeypatch)
         first = digits(tmp_path / "run")
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
     result = run("--resume", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
@@ -433,7 +433,7 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(finished: Path):
     for args, name in ((["--epochs", "2"], "--epochs"), (["--no-nesterov"], "--nesterov"), (["--out", "x"], "--out")):
         result = run("--resume", finished, *args)
         assert result.exit_code == 2
-        assert f"beside it only {BESIDE} may be given, got {name}" in result.stderr
+        assert f"only {BESIDE} may be given as well, got {name}" in result.stderr
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -469,6 +469,6 @@ def test_sigterm_exits_with_143_and_says_how_to_go_on(tmp_path: Path, monkeypatc
     result = digits(tmp_path / "run")
     assert result.exit_code == 143
     assert f"terminated; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stderr
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}" in result.stderr
     assert "Traceback" not in result.output and signal.getsignal(signal.SIGTERM) == before
     assert not list((tmp_path / "run").glob(".*"))
