@@ -152,7 +152,14 @@ INTERPRETED, PRECISION = "resnet_fast.ops.backend._INTERPRETED", "resnet_fast.do
     [
         (doctor.find_backend, "cpu", INTERPRETED, True, "triton on cpu", "TRITON_INTERPRET is set"),
         (doctor.find_backend, "cpu", INTERPRETED, False, "CPU tensors need Triton's interpreter", ""),
-        (doctor.find_precision, "cpu", PRECISION, lambda device: "bf16", "bf16 for train: this processor computes", ""),
+        (
+            doctor.find_precision,
+            "cpu",
+            PRECISION,
+            lambda device: "bf16",
+            "bf16 for train: this processor has instr",
+            "",
+        ),
         (doctor.find_precision, "cpu", PRECISION, lambda device: "fp32", "fp32 for train: this processor has no", ""),
         (doctor.find_precision, "cuda", PRECISION, lambda device: "fp16", "fp16 for train: this GPU has no bf16", ""),
         (doctor.find_compiler, "cpu", "shutil.which", lambda name: None, "which torch.compile needs", "set CXX to"),

@@ -39,8 +39,10 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Height and width of the test images, in pixels.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=2, help="Number of test images.")] = 4,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="Height and width of the images in the check, in pixels.")
+    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=2, help="Number of images in the check.")] = 4,
 ) -> None:
     """Show which batch norms of a model resnet_fast.convert fuses, and check that the results stay the same.
 

@@ -226,7 +226,7 @@ def check_parity(device: torch.device) -> Iterator[Finding]:
         return
     value = f"right: {len(checks)} of {parity.N_CHECKS} checks, in fp32, {parity.NAMES[half]} and fp64, used at most "
     value += f"{max(check.share for check in checks):.0%} of their error budget; {seconds:.1f} s"
-    late = "run it again for the other checks: compiling used up the time, and is not repeated"
+    late = "the time ran out: run it again for the other checks; compiled kernels are kept"
     yield Finding("parity", value, advice=late if len(checks) < parity.N_CHECKS else "")
 
 
