@@ -207,7 +207,7 @@ def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     assert "unset TRITON_INTERPRET" in str(why_not(torch.device("cuda")))
     monkeypatch.setattr("resnet_fast.tuning.measurement.is_interpreted", lambda: False)
     monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: "triton cannot be imported")
-    assert "nothing is fused here: triton cannot be imported" in str(why_not(torch.device("cuda")))
+    assert "no kernel is used here: triton cannot be imported" in str(why_not(torch.device("cuda")))
     monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: None)
     assert why_not(torch.device("cuda")) is None
 
