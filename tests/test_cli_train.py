@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,8 +128,8 @@ def test_what_is_held_out_is_not_called_a_test(tmp_path: Path):
 def test_a_time_budget_says_how_to_go_on(tmp_path: Path):
     result = digits(tmp_path / "run", "--time-budget", 1e-6)
     assert result.exit_code == 0
-    assert "the time budget ended it before epoch 2 of 2" in result.stdout
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stdout
+    assert "the time budget ended the run before epoch 2 of 2" in result.stdout
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}" in result.stdout
     assert run("--resume", tmp_path / "run").exit_code == 0
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
@@ -283,12 +284,90 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns_until_ctrl_c(tmp_path: Path
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == int(kept[1])
 
 
+TWICE = """
+import os, signal, sys, time
+from resnet_fast.cli import app
+from resnet_fast.common.files import whole_file
+from resnet_fast.training import loop
+def train_epoch(*args):
+    if os.fork() == 0:  # as a process that reads images, to which the same Ctrl-C goes
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            os._exit(0)
+    os.wait()
+    print("training", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        with whole_file(args[0].config.out / "file"):
+            print("writing", flush=True)
+            time.sleep(60)
+loop.train_epoch = train_epoch
+app()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWICE, "train", "--dataset", "digits", "--device", "cpu", "--out", "run"],
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line in ("training\n", "writing\n"):
+            process.send_signal(signal.SIGINT)
+            begin = time.monotonic()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and time.monotonic() - begin < 20
+    assert stderr == "resnet-fast: interrupted again; ended at once\n"
+
+
+EVERY = dict(  # every augmentation, every stage frozen
+    flip="alternating", cutout=12, trivial_augment=True, random_erasing=0.125, mixup=0.125, cutmix=0.125,
+    weights="w.pt", freeze="stem,layer1,layer2,layer3,layer4",
+)  # fmt: skip
+
+
+def test_the_opening_names_augmentations_and_frozen_stages():
+    dataset = load_dataset("digits")
+    config = TrainConfig(dataset="digits", device="cpu", crop=None, padding="reflect", **EVERY)
+    assert format_start(config, dataset)[2:-1] == [
+        f"augmentation: crop {dataset.crop_padding} (reflect), flip alternating, cutout 12, trivial-augment,",
+        "  random-erasing 0.125, mixup 0.125, cutmix 0.125",
+        "frozen: stem, layer1, layer2, layer3, layer4",
+    ]
+    plain = format_start(TrainConfig(dataset="digits", device="cpu", recipe="article"), dataset)
+    assert plain[2:-1] == ["augmentation: none"]
+
+
+def test_the_opening_notes_settings_that_do_not_pay(monkeypatch: pytest.MonkeyPatch):
+    def notes(**settings: object) -> list[str]:
+        lines = format_start(TrainConfig(dataset="digits", device="cpu", **settings), load_dataset("digits"))
+        return [line for line in lines if line.startswith("note: ")]
+
+    alone = "note: --sync-bn has no effect with a single process"
+    slow = "note: --precision fp16 is several times slower than fp32 on a CPU"
+    assert notes(sync_bn=True, precision="fp16") == [alone, slow]
+    assert notes(precision="fp32") == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert notes(sync_bn=True) == []
+
+
 def test_the_widest_lines_fit_80_columns():
     metrics = EpochMetrics(200, 1.2e-05, 12.3456, 1.0, 123.4567, 1.0, 1234.5, 99999)
     assert len(HEADER) == len(format_row(metrics, 200)) <= 80
-    config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu")
+    config = TrainConfig(model="resnet152", stem="imagenet", schedule="triangular", lr=0.0125, device="cpu", **EVERY)
     sized = type("Sized", (), {"__len__": lambda self: 1_281_167})()
-    dataset = type("Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": ()})()
+    dataset = type(
+        "Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": (), "crop_padding": 28}
+    )()
     assert max(map(len, format_start(config, dataset))) <= 80
 
 
@@ -317,7 +396,7 @@ def test_resume_goes_on_and_shows_the_whole_table(tmp_path: Path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_in_epoch_2(monkeypatch)
         first = digits(tmp_path / "run")
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}\n" in first.stderr
     result = run("--resume", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert [line for line in first.stdout.splitlines() if line.startswith("    1/2")][0] in result.stdout
@@ -354,7 +433,7 @@ def test_resume_takes_no_setting_beside_it_not_even_the_same(finished: Path):
     for args, name in ((["--epochs", "2"], "--epochs"), (["--no-nesterov"], "--nesterov"), (["--out", "x"], "--out")):
         result = run("--resume", finished, *args)
         assert result.exit_code == 2
-        assert f"beside it only {BESIDE} may be given, got {name}" in result.stderr
+        assert f"only {BESIDE} may be given as well, got {name}" in result.stderr
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -390,6 +469,6 @@ def test_sigterm_exits_with_143_and_says_how_to_go_on(tmp_path: Path, monkeypatc
     result = digits(tmp_path / "run")
     assert result.exit_code == 143
     assert f"terminated; {tmp_path / 'run'} keeps the checkpoint, metrics and curves up to epoch 1" in result.stderr
-    assert f"to go on: resnet-fast train --resume {tmp_path / 'run'}" in result.stderr
+    assert f"to resume: resnet-fast train --resume {tmp_path / 'run'}" in result.stderr
     assert "Traceback" not in result.output and signal.getsignal(signal.SIGTERM) == before
     assert not list((tmp_path / "run").glob(".*"))

@@ -72,7 +72,7 @@ def test_the_last_line_and_the_exit_code():
     right, note, wrong = Finding("a", "x"), Finding("b", "x", advice="do y"), Finding("c", "x", ok=False)
     for findings, code, end in (
         ([right], 0, "All is well."),
-        ([right, note], 0, "What is needed works; see the notes."),
+        ([right, note], 0, "Everything required works; see the notes."),
         ([right, note, wrong], 1, "Something is wrong: c."),
     ):
         assert (exit_code(findings), format_end(findings)) == (code, end)
@@ -108,12 +108,12 @@ def test_a_gpu_that_torch_cannot_use(cuda, visible, value: str, advice: str, mon
     ("major", "minor", "built_for", "advice"),
     [
         (7, 5, "sm_70 sm_75", ""),
-        (7, 0, "sm_70 sm_75", "older than 7.5"),
+        (7, 0, "sm_70 sm_75", "not tested below 7.5"),
         (8, 6, "sm_80 sm_90", ""),  # a later minor
-        (8, 0, "sm_86 sm_90", "holds no code for it"),  # an earlier one
+        (8, 0, "sm_86 sm_90", "has no code for it"),  # an earlier one
         (12, 0, "sm_90 compute_90", ""),  # compiled for it by the driver
-        (12, 0, "sm_90a", "holds no code for it"),
-        (7, 5, "sm_80 compute_90", "holds no code for it"),
+        (12, 0, "sm_90a", "has no code for it"),
+        (7, 5, "sm_80 compute_90", "has no code for it"),
         (10, 3, "sm_100", ""),
         (9, 0, "", ""),  # nothing is known
     ],
@@ -152,7 +152,14 @@ INTERPRETED, PRECISION = "resnet_fast.ops.backend._INTERPRETED", "resnet_fast.do
     [
         (doctor.find_backend, "cpu", INTERPRETED, True, "triton on cpu", "TRITON_INTERPRET is set"),
         (doctor.find_backend, "cpu", INTERPRETED, False, "CPU tensors need Triton's interpreter", ""),
-        (doctor.find_precision, "cpu", PRECISION, lambda device: "bf16", "bf16 for train: this processor computes", ""),
+        (
+            doctor.find_precision,
+            "cpu",
+            PRECISION,
+            lambda device: "bf16",
+            "bf16 for train: this processor has instr",
+            "",
+        ),
         (doctor.find_precision, "cpu", PRECISION, lambda device: "fp32", "fp32 for train: this processor has no", ""),
         (doctor.find_precision, "cuda", PRECISION, lambda device: "fp16", "fp16 for train: this GPU has no bf16", ""),
         (doctor.find_compiler, "cpu", "shutil.which", lambda name: None, "which torch.compile needs", "set CXX to"),

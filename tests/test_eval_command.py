@@ -1,6 +1,7 @@
 """`resnet-fast eval` reports the same values as the training, to the bit, and writes them to a file."""
 
 import csv
+import errno
 import re
 from pathlib import Path
 
@@ -202,6 +203,15 @@ def test_what_stops_it_is_said_in_a_line(
     result = invoke("eval", digits.out, "--out", tmp_path)
     assert result.exit_code == code and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_ends_it_without_a_message(digits: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def write_to_closed_pipe(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # as `print` does after `| head`
+
+    monkeypatch.setattr("resnet_fast.evaluation.predict_split", write_to_closed_pipe)
+    result = invoke("eval", digits.out, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 NAMES = {

@@ -175,7 +175,7 @@ def test_without_the_data_it_is_checked_on_random_images_and_says_so(tmp_path: P
     run_folder = train_tiny(tmp_path / "run", dataset="folder", data_dir=data, image_size=24, batch_size=8).out
     data.rename(tmp_path / "elsewhere")
     result = invoke("export", run_folder, "--format", "torch")
-    assert result.exit_code == 0 and "no real ones: the data are not there" in result.stdout
+    assert result.exit_code == 0 and "no real ones (data missing" in result.stdout
     result = invoke("export", run_folder, "--format", "torch", "--data-dir", tmp_path / "elsewhere")
     assert "and 9 real ones" in result.stdout
 

@@ -1,4 +1,4 @@
-"""docs/options.md is made from the documentation of the fields: `python tests/test_options_page.py` rewrites it."""
+"""docs/options.md is generated from the fields of TrainConfig: `python tests/test_options_page.py` rewrites it."""
 
 import re
 
@@ -15,7 +15,7 @@ def table() -> str:
     for name in NAMES:
         setting = SETTINGS[name]
         text, default = re.fullmatch(r"(.*?)(?: \[(.*)\])?", help_text(setting)).groups()
-        moves = "; beside `--resume`, too" if setting.may_move and name != "out" else ""
+        moves = "; also with `--resume`" if setting.may_move and name != "out" else ""
         rows.append(f"| `{setting.flag}` | {setting.rule.text}{moves} | {text}{f' *{default}*' if default else ''} |")
     return "\n".join(rows).replace("<", "&lt;")
 

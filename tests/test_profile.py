@@ -189,7 +189,7 @@ def test_a_kernel_that_no_operator_launched_is_other():
 
 def test_a_gpu_on_which_no_kernel_was_seen_is_an_error():
     events = [event for event in gpu_events() if event.device_type == ON_CPU]
-    with pytest.raises(ProfileError, match="the profiler saw no kernel on cuda"):
+    with pytest.raises(ProfileError, match="the profiler recorded no kernel on cuda"):
         parts_of(events, GPU, 2)
 
 

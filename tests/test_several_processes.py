@@ -24,7 +24,7 @@ pytestmark = [
 ]
 # Of sums in another order, in fp64, through five steps; a wrong weight of one image is 1e-3.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-HOW = "to go on: torchrun --nproc-per-node 2 -m resnet_fast.cli train --resume run"
+HOW = "to resume: torchrun --nproc-per-node 2 -m resnet_fast.cli train --resume run"
 
 
 def run_worker(folder: Path, *groups: str) -> Path:

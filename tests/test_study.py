@@ -129,15 +129,15 @@ LOW, HIGH, NOISY = [0.01, 0.01, 0.01], [0.6, 0.62, 0.64], [0.0, 0.05, 0.01]
 @pytest.mark.parametrize(
     ("plain_deep", "deep", "words", "end"),
     [
-        (HIGH, LOW, ("worse than", "as well as"), "Depth hurts without skip connections, and not with them."),
-        (HIGH, HIGH, ("worse than", "worse than"), "Depth hurts without skip connections, and with them, too."),
+        (HIGH, LOW, ("worse than", "as well as"), "Depth hurts without skip connections, but not with them."),
+        (HIGH, HIGH, ("worse than", "worse than"), "Depth hurts both with and without skip connections."),
         (
             NOISY,
             [0, 0, 0],
             ("as well as", "better than"),
-            "Depth hurts neither without skip connections nor with them.",
+            "Depth hurts neither with nor without skip connections.",
         ),
-        ([0, 0, 0], HIGH, ("better than", "worse than"), "Depth hurts with skip connections alone: the opposite"),
+        ([0, 0, 0], HIGH, ("better than", "worse than"), "Depth hurts only with skip connections, the opposite"),
     ],
 )
 def test_the_verdict_follows_the_numbers(plain_deep, deep, words, end):
@@ -171,7 +171,7 @@ def test_one_seed_has_no_deviation_and_no_verdict():
     assert found == [
         "plain-14 has 64.30 % training error, plain-8 0.00 %: +64.30 points.",
         "ResNet-14 has 1.00 % training error, ResNet-8 2.00 %: -1.00 points.",
-        "One seed tells nothing about the spread: whether depth hurts takes several.",
+        "One seed shows no spread: run several seeds to tell whether depth hurts.",
     ]
 
 
@@ -179,7 +179,7 @@ def test_one_seed_has_no_deviation_and_no_verdict():
 def test_a_study_of_one_seed_says_so(tmp_path: Path):
     result = run("--epochs", 1, "--seeds", 1, "--out", tmp_path / "s")
     assert result.exit_code == 0, result.output
-    assert "(after the last epoch, one seed)\n" in result.stdout and "One seed tells nothing" in result.stdout
+    assert "(after the last epoch, one seed)\n" in result.stdout and "One seed shows no spread" in result.stdout
     assert not any(words in result.stdout for words in ("±", "deviation", "Depth hurts", "A difference counts"))
 
 
@@ -276,7 +276,7 @@ def test_bad_values_are_refused(args, message, tmp_path: Path):
 
 def test_other_depths_and_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
     study = command.small_study()
-    with pytest.raises(ValueError, match="depths must be a smaller and a larger one, got 20 and 14"):
+    with pytest.raises(ValueError, match="depths must be a smaller and a larger number, got 20 and 14"):
         replace(study, depths=(20, 14))
     with pytest.raises(ValueError, match="got 21; the nearest are 20 and 26"):
         replace(study, depths=(20, 21))

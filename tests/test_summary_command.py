@@ -56,7 +56,7 @@ def test_every_network_fits_80_columns(name: str):
     [
         (["artcle"], "model must be one of resnet18, .*, got 'artcle'; did you mean article?"),
         (["article", "--stem", "cifar"], "stem must be imagenet for article, which has no other, got 'cifar'"),
-        (["article", "--image-size", "3"], "article cannot take images of 3x3 pixels: "),
+        (["article", "--image-size", "3"], "article does not support images of 3x3 pixels: "),
         (["--image-size", "0"], "--image-size"),
     ],
     ids=" ".join,

@@ -119,7 +119,7 @@ def test_where_training_takes_fp32_there_is_nothing_to_choose(own: Path, monkeyp
     monkeypatch.setattr(command, "choose_precision", lambda device: "fp32")
     done = run("--batch-size", 64)
     assert done.exit_code == 2 and not own.exists()
-    assert "training takes fp32 on cpu, and there is a choice in bf16 and fp16 alone" in done.stderr
+    assert "precision must be bf16 or fp16 to tune, got fp32, which training uses on cpu" in done.stderr
     assert run("--batch-size", 64, "--precision", "fp16").exit_code == 0
 
 
@@ -137,7 +137,7 @@ def test_the_time_budget_is_kept_and_another_run_goes_on(own: Path, monkeypatch:
     problems = find_problems("resnet18", None, [64], 32, "bf16")
     for n_kept in (2, 4):
         done = run("--batch-size", 64, "--time-budget", "1m")
-        assert done.exit_code == 0 and f"{36 - n_kept} are left after 1m: run it again" in done.stdout
+        assert done.exit_code == 0 and f"{36 - n_kept} problems are left after 1m: run it again" in done.stdout
         assert set(read(own, ENVIRONMENT)) == set(problems[:n_kept])
     assert [len(entries) for entries in seen] == [0, 1, 2, 3]  # what is compared with runs as the table says so far
     assert run("--batch-size", 64, "--time-budget", "1h").exit_code == 0
@@ -160,7 +160,7 @@ def test_a_table_that_does_not_count_is_replaced(own: Path, field: str, reason: 
         add(own, ENVIRONMENT | {field: "2.11.0"}, entries(7))
     done = run("--batch-size", 64)
     assert done.exit_code == 0
-    assert f"The table that is there does not count: {reason}" in " ".join(done.stdout.split())
+    assert f"The existing table is not used: {reason}" in " ".join(done.stdout.split())
     assert set(read(own, ENVIRONMENT)) == set(find_problems("resnet18", None, [64], 32, "bf16"))
 
 
@@ -199,7 +199,7 @@ def test_on_a_cpu_the_command_says_in_a_sentence_that_there_is_nothing_to_choose
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = run("--device", "cpu")
     assert done.exit_code == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "there is nothing to choose on a CPU" in done.stderr and not (tmp_path / "resnet_fast").exists()
+    assert "a CPU cannot be tuned" in done.stderr and not (tmp_path / "resnet_fast").exists()
 
 
 def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch):
@@ -207,7 +207,7 @@ def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     assert "unset TRITON_INTERPRET" in str(why_not(torch.device("cuda")))
     monkeypatch.setattr("resnet_fast.tuning.measurement.is_interpreted", lambda: False)
     monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: "triton cannot be imported")
-    assert "nothing is fused here: triton cannot be imported" in str(why_not(torch.device("cuda")))
+    assert "no kernel is used here: triton cannot be imported" in str(why_not(torch.device("cuda")))
     monkeypatch.setattr("resnet_fast.tuning.measurement.why_not_triton", lambda device: None)
     assert why_not(torch.device("cuda")) is None
 
@@ -267,7 +267,7 @@ def test_a_problem_without_the_memory_for_it_is_skipped(own: Path, monkeypatch: 
     done = run("--batch-size", 64)
     assert done.exit_code == 0 and "  convolution 64             skipped: not enough memory" in done.stdout.splitlines()
     n_skipped = done.stdout.count("skipped: not enough memory")
-    assert f"{n_skipped} skipped; what is not measured runs as the default." in done.stdout.splitlines()
+    assert f"{n_skipped} skipped; problems that are not measured run as the default." in done.stdout.splitlines()
     assert len(read(own, ENVIRONMENT)) == 36 - n_skipped and all(
         problem.width < 32 for problem in read(own, ENVIRONMENT)
     )

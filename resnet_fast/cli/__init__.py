@@ -1,12 +1,16 @@
 """The command line: `resnet-fast train`, `eval`, `predict`, `export`, `push`, `profile`, `convert`, `study`,
-`summary`, `tune` and `doctor`, a module each.
+`summary`, `tune` and `doctor`, one module each.
 
-Exit codes: 0 done, 1 a run that failed (data not available, loss not finite, disk full), a checkpoint or an image that
-cannot be read, or a machine on which something needed is missing or computes wrong, 2 a wrong argument, 130
-interrupted, 143 terminated.
+Exit codes:
+    0    success
+    1    failure: data not available, loss not finite, disk full, an unreadable checkpoint or image, a closed pipe, or a
+         machine that lacks a required package or computes wrong results
+    2    a wrong argument
+    130  interrupted
+    143  terminated
 
-A command imports what computes (torch, the networks, matplotlib …) in its function, once its arguments are right, so
-that `--help` and refusals answer at once.
+A command imports torch, the networks, matplotlib … inside its function, after checking its arguments, so that `--help`
+and refusals answer at once.
 """
 
 from resnet_fast.cli.extra import stop_without

@@ -1,5 +1,6 @@
-"""The command line's frame, and what its commands share."""
+"""The typer app, and the helpers that its commands share."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from resnet_fast.cli.extra import stop_without
 from resnet_fast.common.terminal import clean, clean_output
 from resnet_fast.training.torchrun import is_first_on_machine
 
-QUIET = 5  # seconds that a process waits for another to speak
+QUIET = 5  # seconds for which a process lets another one report the error
 
 
 class CleanGroup(TyperGroup):
-    """A group whose commands, like typer's own messages, write clean text only."""
+    """A group in which commands and typer itself write no control characters."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with clean_output():
@@ -27,7 +28,7 @@ class CleanGroup(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose help has its options in groups, those of the same `rich_help_panel` together."""
+    """A command whose help lists its options by `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -42,7 +43,7 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
 
-# Plain help and errors: rich would take the brackets of "[default: …]" for markup, and frame a one-line error.
+# Plain help and errors: rich would read "[default: …]" as markup, and draw a frame around a one-line error.
 app = typer.Typer(name="resnet-fast", cls=CleanGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def command(summary: str, example: str, name: str | None = None) -> Callable[[Any], Any]:
-    """Make a function a command of the app; `summary` is its line in the list of commands, 65 characters at most."""
+    """Register a function as a command; `summary` is its line in the list of commands, at most 65 characters."""
     return app.command(name, cls=Command, short_help=summary, epilog=f"Example: resnet-fast {example}")
 
 
@@ -61,12 +62,19 @@ def choice_metavar(names: object) -> str:
 
 
 def complain(line: str) -> None:
-    """Write one line to standard error, even if a name in it holds a line break."""
+    """Write one line to standard error, without the line breaks of names in it."""
     typer.echo(clean(line.replace("\n", " ")), err=True)
 
 
 def stop(code: int, message: str, *more: str) -> NoReturn:
-    """End the command with a message of one line or more."""
+    """End the command with a message of one or more lines, or without one if only a pipe is closed.
+
+    Raises:
+        BrokenPipeError: standard output is closed, as by `| head`; typer then ends the command without a message.
+    """
+    cause = sys.exception()
+    if isinstance(cause, BrokenPipeError) and message == f"error: {cause}":
+        raise cause
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
     raise typer.Exit(code)
@@ -74,7 +82,7 @@ def stop(code: int, message: str, *more: str) -> NoReturn:
 
 @contextmanager
 def refusals(*failures: type[Exception]) -> Iterator[None]:
-    """Stop with the error's line: 2 for a wrong argument, 1 for what the system or one of `failures` says."""
+    """Stop on an error, with its message: exit code 2 for a ValueError, 1 for an OSError or one of `failures`."""
     try:
         yield
     except ValueError as error:
@@ -84,9 +92,9 @@ def refusals(*failures: type[Exception]) -> Iterator[None]:
 
 
 def stop_all(code: int, message: str | None) -> NoReturn:
-    """Stop for a reason that all processes have: one of each machine says it; or, without a message, another one does.
+    """Stop for a reason that all processes share; one process per machine prints it, or none without a message.
 
-    torchrun ends the others when the first one has ended, which should be one that has spoken.
+    torchrun ends all processes once the first one has ended, so those that print nothing wait.
     """
     if message is not None and is_first_on_machine():
         stop(code, message)

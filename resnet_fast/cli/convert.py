@@ -18,38 +18,41 @@ from resnet_fast.common.checks import did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-# What anybody's code may raise: a module that ends the process, sys.exit(), would end this command without a word.
+# Raised by foreign code. sys.exit() in a module would end this command without a message.
 ANYTHING = (Exception, SystemExit)
 
 
-@command("Show what `convert` makes of a model, and check its results.", "convert torchvision.models:resnet50")
+@command("Show what `convert` fuses in a model, and check its results.", "convert torchvision.models:resnet50")
 def convert(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODULE:FUNCTION",
-            help="What makes the model: torchvision.models:resnet50, timm:create_model, models/resnet.py:ResNet18.",
+            help="Function that returns a model: torchvision.models:resnet50, timm:create_model, nets/my.py:ResNet18.",
             show_default=False,
         ),
     ],
     arg: Annotated[
         list[str] | None,
         typer.Option(
-            help="An argument of the function: resnet26d, num_classes=10. Again for more.", show_default=False
+            help="Argument of the function, such as resnet26d or num_classes=10; may be given several times.",
+            show_default=False,
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the images that it is tried on.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=2, help="How many of them.")] = 4,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="Height and width of the images in the check, in pixels.")
+    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=2, help="Number of images in the check.")] = 4,
 ) -> None:
-    """Show what resnet_fast.convert makes of a model: batch norm by batch norm, and whether its results stay.
+    """Show which batch norms of a model resnet_fast.convert fuses, and check that the results stay the same.
 
-    It imports MODULE and calls FUNCTION, so name only code that you trust.
+    This imports MODULE and calls FUNCTION, so name only code that you trust.
     """
     before = list(sys.path)
     try:
         _show(model, arg or [], (batch_size, 3, image_size, image_size))
     finally:
-        sys.path[:] = before  # as tests want it, which run the command in their own process
+        sys.path[:] = before  # for tests, which run the command in their own process
 
 
 def _show(model: str, arguments: list[str], shape: tuple[int, ...]) -> None:
@@ -77,10 +80,10 @@ def _show(model: str, arguments: list[str], shape: tuple[int, ...]) -> None:
 
 
 def _make(target: str, arguments: list[str]) -> "nn.Module":
-    """Import and call what makes a model.
+    """Return the model that MODULE:FUNCTION makes.
 
     Raises:
-        ValueError: there is no such module or function, it fails, or makes something else.
+        ValueError: the module or function does not exist or fails, or does not return an nn.Module.
     """
     module_name, _, name = target.rpartition(":")
     if not module_name or not name:
@@ -96,7 +99,7 @@ def _make(target: str, arguments: list[str]) -> "nn.Module":
     from torch import nn
 
     if not isinstance(made, nn.Module):
-        raise ValueError(f"{target} must make an nn.Module, got {type(made).__name__}")
+        raise ValueError(f"{target} must return an nn.Module, got {type(made).__name__}")
     return made
 
 
@@ -104,7 +107,7 @@ def _import(name: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
     path = Path(os.path.expanduser(name))
     if path.suffix == ".py" and not os.path.isfile(path):
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     try:
         return _run(path) if path.suffix == ".py" else importlib.import_module(name)
     except ANYTHING as error:
@@ -112,10 +115,10 @@ def _import(name: str) -> ModuleType:
 
 
 def _run(path: Path) -> ModuleType:
-    sys.path.insert(0, str(path.parent))  # what stands beside it
-    name = f"_resnet_fast_convert_{path.stem}"  # that of no other module: a file may be called torch.py
+    sys.path.insert(0, str(path.parent))  # the modules next to it
+    name = f"_resnet_fast_convert_{path.stem}"  # distinct from any other module: a file may be called torch.py
     spec: Any = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -125,7 +128,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _reason(error: BaseException) -> str:
-    """The kind of an error and its message, in a line."""
+    """Return an error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
@@ -141,7 +144,7 @@ def _parse(arguments: list[str]) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number, list, None …, or else the text itself."""
+    """Return the Python literal in the text (a number, list, None …), or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

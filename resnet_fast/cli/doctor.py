@@ -12,16 +12,15 @@ if TYPE_CHECKING:
     from resnet_fast.doctor import Finding
 
 
-@command("Say what runs here, and check that it computes right.", "doctor")
+@command("Show what runs on this machine, and check its results.", "doctor")
 def doctor(
     device: Annotated[str, option("device")] = TrainConfig.device,
 ) -> None:
-    """Say what runs here and why, check that it computes right, and say what to do where something is missing."""
-
+    """Show what runs on this machine and why, check its results, and say what to do if something is missing."""
     try:
         find_device(device)  # before torch is imported
     except ValueError as error:
-        stop(2, f"error: {error}; resnet-fast doctor without --device says what there is")
+        stop(2, f"error: {error}; resnet-fast doctor without --device shows the devices")
 
     from resnet_fast.doctor import diagnose, exit_code, format_end, format_finding
 

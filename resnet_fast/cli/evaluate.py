@@ -22,34 +22,36 @@ if TYPE_CHECKING:
 
 SPLITS = ("test", "train", "validation")
 MAX_ROWS = 20  # of the table of classes
-MAX_MATRIX = 10  # classes of a confusion matrix in 80 columns
+MAX_MATRIX = 10  # classes in a confusion matrix of 80 columns
 NAME_WIDTH = 24
 
 
 @command("Test a trained network: accuracy, confusion, mistakes.", "eval runs/digits", "eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.", show_default=False)],
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data are. [default: as in training]", show_default=False)
+        Path | None, typer.Option(help="Folder of the data. [default: as in training]", show_default=False)
     ] = None,
     device: Annotated[str, option("device")] = "auto",
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at a time. [default: as the training evaluated]", show_default=False),
+        typer.Option(
+            min=1, help="Images per batch. [default: twice the batch size of the training]", show_default=False
+        ),
     ] = None,
-    precision: Annotated[str | None, option("precision", "[default: as in training]")] = None,
+    precision: Annotated[str | None, option("precision", "Precision of the network. [default: as in training]")] = None,
     split: Annotated[
         str | None,
         typer.Option(
             metavar=choice_metavar(SPLITS),
-            help="Which images. [default: test; after --holdout validation, the images that were held out]",
+            help="Images to test. [default: test; validation, the images held out, for a run with --holdout]",
             show_default=False,
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes reading a folder.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read an image folder.")] = 0,
     skip_unreadable: Annotated[
         bool | None,
-        typer.Option(help="Leave out the images that cannot be read. [default: as in training]", show_default=False),
+        typer.Option(help="Leave out images that cannot be read. [default: as in training]", show_default=False),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
@@ -77,13 +79,13 @@ def evaluate(
     config = trained.config
     used = precision or config["precision"]
     used = choose_precision(chosen) if used == "auto" else used
-    # The training evaluates with twice its batch; with another one the last digits differ.
+    # As in training; with another batch size the last digits differ.
     at_once = batch_size or 2 * config["batch_size"]
     out = out or trained.path.parent
     reported = "validation" if config["holdout"] else "test"
     split = split or reported
     if split == "validation" and not config["holdout"]:
-        stop(2, f"error: split validation needs a run with --holdout, {run} has none")
+        stop(2, f"error: split validation needs a run with --holdout, got {run} without it")
     suffix = "" if split == reported else f"-{split}"
     try:
         dataset = load_dataset(
@@ -105,12 +107,12 @@ def evaluate(
         print(flush=True)
         predictions = predict_split(
             trained.model,
-            images.to(chosen, "stream"),  # each is read once
+            images.to(chosen, "stream"),  # each image is read once
             trained.mean,
             trained.std,
             batch_size=at_once,
             precision=used,
-            # Neither the data nor the user say that a mirror image shows something else.
+            # Unless the data or the user say that a mirror image shows something else.
             flip=dataset.flip and config["flip"] != "none",
         )
         # Before the results are printed: `| head` closes the pipe.
@@ -130,7 +132,7 @@ def evaluate(
 
 
 def format_evaluation(predictions: "Predictions", trained: "Trained") -> list[str]:
-    """Return the results: totals, a line per class, and the confusion matrix where it fits 80 columns."""
+    """Return the results: totals, a line per class, and the confusion matrix if it fits 80 columns."""
     lines = [
         f"accuracy     {100 * predictions.accuracy:6.2f} %  {predictions.n_correct:,} of {len(predictions):,}",
         f"loss         {predictions.loss:6.4f}",
@@ -170,7 +172,7 @@ def _matrix(confusion: "torch.Tensor", classes: tuple[str, ...]) -> list[str]:
     width = min(widest + 2, (WIDTH - first) // len(classes))
     if len(str(int(confusion.max()))) >= width:
         return []
-    # Longer names lose their end; the columns are in the order of the rows.
+    # Long names are cut; columns are in the order of the rows.
     header = "".join(" " * (width - cell_len(name)) + name for name in (head(name, width - 1) for name in names))
     lines = ["", "confusion matrix, a row for each true class, a column for each predicted one:"]
     lines.append(" " * first + header)

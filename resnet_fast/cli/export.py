@@ -20,24 +20,28 @@ N_REAL = 16
 
 @command("Write a trained network as ONNX and for torch.export.", "export runs/digits --format onnx")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.", show_default=False)],
     format: Annotated[
-        str, typer.Option(metavar=choice_metavar([*FORMATS, "both"]), help="onnx: model.onnx; torch: model.pt2.")
+        str,
+        typer.Option(
+            metavar=choice_metavar([*FORMATS, "both"]), help="Format to write. onnx: model.onnx; torch: model.pt2."
+        ),
     ] = "both",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: the run folder]", show_default=False)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per call, fixed. [default: any number]", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Fixed number of images per call. [default: any number]", show_default=False),
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the data are, to check with. [default: as in training]", show_default=False),
+        typer.Option(help="Folder of the data used in the check. [default: as in training]", show_default=False),
     ] = None,
 ) -> None:
-    """Write a trained network as ONNX and as a program of torch.export, checked before they get their names.
+    """Write a trained network as ONNX and as a torch.export program, and check both.
 
-    Both take images in [0, 1], float32 [N, 3, size, size], normalize them, and give logits [N, classes].
+    Both accept images in [0, 1], float32 [N, 3, size, size], normalize them, and return logits [N, classes].
     """
     with refusals():
         check_choice("format", format, (*FORMATS, "both"))
@@ -61,14 +65,14 @@ def export(
     except ValueError as error:
         stop(2, f"error: {error}")
     except ExportError as error:
-        stop(1, f"error: {error}" + ("; --format torch needs no package" if format == "both" else ""))
+        stop(1, f"error: {error}" + ("; --format torch needs no further package" if format == "both" else ""))
     except (CheckpointError, DataError, OSError) as error:
         stop(1, f"error: {error}")
     out = out or trained.path.parent
     size, n_classes, number = trained.image_size, len(trained.classes), batch_size or "N"
     print(trained.description)
     print(f"images, float32 [{number}, 3, {size}, {size}] in [0, 1] -> logits, float32 [{number}, {n_classes}]")
-    beside = "no real ones: the data are not there, or of another size" if real is None else f"{len(real)} real ones"
+    beside = "no real ones (data missing, or of another size)" if real is None else f"{len(real)} real ones"
     print(f"largest difference of a logit from fp64, on random images and {beside}:\n", flush=True)
     try:
         for name in formats:
@@ -87,7 +91,7 @@ def export(
 
 
 def real_images(trained: "Trained", data_dir: Path | None) -> "torch.Tensor | None":
-    """Return some test images; None if the data are not there, or of another size. Nothing is downloaded."""
+    """Return some test images, or None if the data are missing or of another size. Download nothing."""
     from resnet_fast.data import DataError, load_dataset
     from resnet_fast.data.options import DOWNLOADED
     from resnet_fast.data.torchvision_sets import is_there

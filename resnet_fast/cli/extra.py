@@ -1,11 +1,11 @@
-"""The extra `train`, which the command line needs."""
+"""The check for the extra `train`, which the command line needs."""
 
 import sys
 from typing import NoReturn
 
 
 def stop_without(error: ModuleNotFoundError) -> NoReturn:
-    """End the process with the command that installs the missing package; raise any other error again."""
+    """Exit with the command that installs the extra; re-raise the error if another package is missing."""
     packages = ("matplotlib", "rich", "typer")
     if (error.name or "").partition(".")[0] not in packages:
         raise error

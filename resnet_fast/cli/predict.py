@@ -23,18 +23,18 @@ BAR = 30  # columns
 
 @command("Classify image files.", "predict runs/pets cat.png dog.jpg --top 3")
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.", show_default=False)],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE", help="Files in any format that Pillow reads.", show_default=False),
+        typer.Argument(metavar="IMAGE", help="Image files in any format that Pillow reads.", show_default=False),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes shown, the most probable first.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show, the most probable first.")] = 5,
     device: Annotated[str, option("device")] = "auto",
 ) -> None:
-    """Name what is on image files: the most probable classes.
+    """Classify image files: show the most probable classes of each.
 
-    An image is read as training reads those of a folder, and resized bilinearly to the size of the training images; its
-    aspect ratio is not kept. The network runs on it in fp32, without augmentation.
+    Images are read as in training on a folder, and resized bilinearly to the size of the training images; the aspect
+    ratio is not kept. The network runs in fp32, without augmentation.
     """
     with refusals():
         find_checkpoint(run)
@@ -57,7 +57,9 @@ def predict(
                 continue
             probabilities = classify(trained, image)
             if not bool(probabilities.isfinite().all()):
-                stop(1, f"error: the network's output for {path} is not finite: its weights are too large, or are not")
+                stop(
+                    1, f"error: the network's output for {path} is not finite: its weights are too large or not finite"
+                )
             for line in format_prediction(path, probabilities, trained, top):
                 print(line, flush=True)
     except KeyboardInterrupt:

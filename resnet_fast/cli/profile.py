@@ -20,19 +20,21 @@ def profile(
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step. [default: 128; on a CPU 32]", show_default=False)
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
+    image_size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = IMAGE_SIZE,
     precision: Annotated[str, option("precision")] = TrainConfig.precision,
     device: Annotated[str, option("device")] = TrainConfig.device,
     optimizer: Annotated[
-        str, option("optimizer", "muon shows what Newton-Schulz costs, beside sgd. [default: sgd]")
+        str, option("optimizer", "Optimizer of the step; muon shows the cost of Newton-Schulz. [default: sgd]")
     ] = "sgd",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Profiled steps, averaged. [default: 10]", show_default=False),
+        typer.Option(min=1, help="Number of profiled steps, averaged. [default: 10]", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder, new or empty. [default: runs/profile-<model>-<time>]", show_default=False),
+        typer.Option(
+            help="Folder for the files, new or empty. [default: runs/profile-<model>-<time>]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Show where the time of a training step goes, eager and fused: tables, profile.csv, profile.png and traces."""
@@ -55,7 +57,7 @@ def profile(
         report.show(profiles)
         names = write_files(config.out, profiles, config)
     except KeyboardInterrupt:
-        # Each file is there as a whole or not at all, and hidden ones are not left behind.
+        # Every file here is complete; unfinished ones were deleted.
         kept = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
         stop(130, f"interrupted; {config.out} keeps {', '.join(kept)}" if kept else "interrupted; nothing was written")
     except (ProfileError, torch.OutOfMemoryError, OSError) as error:

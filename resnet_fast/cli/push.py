@@ -10,15 +10,15 @@ from resnet_fast.common.checks import one_line
 from resnet_fast.training.paths import find_checkpoint
 
 
-@command("Write a trained network to the Hugging Face Hub.", "push runs/digits me/digits-resnet18 --private")
+@command("Upload a trained network to the Hugging Face Hub.", "push runs/digits me/digits-resnet18 --private")
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.", show_default=False)],
     repo_id: Annotated[
-        str, typer.Argument(metavar="NAME/MODEL", help="The repository; made if missing.", show_default=False)
+        str, typer.Argument(metavar="NAME/MODEL", help="Repository; created if it does not exist.", show_default=False)
     ],
-    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you can read.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
 ) -> None:
-    """Write a trained network to the Hugging Face Hub; needs the extra `hub`, and `hf auth login` before it."""
+    """Upload a trained network to the Hugging Face Hub. Needs the extra `hub` and a login by `hf auth login`."""
     with refusals():
         find_checkpoint(run)
     try:
@@ -36,5 +36,5 @@ def push(
         print(model.push_to_hub(repo_id, private=private or None, model_card_kwargs={"repo_id": repo_id}))
     except KeyboardInterrupt:
         stop(130, "interrupted")
-    except Exception as error:  # those of the HTTP client, which has changed with versions, among them
+    except Exception as error:  # including those of the HTTP client, which differ between versions
         stop(1, f"error: {repo_id} was not written: {one_line(error, 300)}")

@@ -1,8 +1,10 @@
-"""What `resnet-fast train` does once its options are right: runs, and how they end."""
+"""The runs of `resnet-fast train` once its options are checked, and how they end."""
 
 import os
 import shlex
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +27,20 @@ from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.processes import LostProcessError, OtherProcessError, connect
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.tensorboard import TensorBoardError
-from resnet_fast.training.torchrun import command, is_first_process
+from resnet_fast.training.torchrun import command, is_first_process, world_size
 from resnet_fast.training.weights_and_biases import WandbError
+
+_watched: list[int] = []  # wakeup descriptors in use
+
+
+def _forget_in_child() -> None:
+    """Leave the descriptor to the parent: the processes that read images get the same Ctrl-C, which counts once."""
+    if _watched:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def run_once(config: TrainConfig) -> None:
@@ -35,20 +49,20 @@ def run_once(config: TrainConfig) -> None:
 
 
 def run_repeated(config: TrainConfig, n_runs: int) -> None:
-    """Train with one seed after the other, each into a folder of its own."""
+    """Train with one seed after the other, each in a folder of its own."""
     with failures_told(config), connect(config.device) as processes:
         processes.first_only(lambda: check_is_free(config.out))
         results = []
         for one in repeated(config, n_runs):
             results.append(run_to_the_end(one, lambda reporter, one=one: run_training(one, reporter)))
-            processes.first_only(lambda: write_summary(config.out, results))  # a later one may fail
+            processes.first_only(lambda: write_summary(config.out, results))  # a later run may fail
         if is_first_process():
             for line in format_repeated(config.out, results):
                 typer.echo(line)
 
 
 def run_on(path: Path, moved: dict[str, Any]) -> None:
-    """Go on with the run in `path`."""
+    """Resume the run in `path`."""
     try:
         saved = load_run(path, **moved)
     except ValueError as error:
@@ -59,17 +73,17 @@ def run_on(path: Path, moved: dict[str, Any]) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM arrived."""
+    """Raised by SIGTERM."""
 
 
 def run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Result:
-    """Run and show how it goes."""
+    """Run and report the progress."""
     if config.device == "cpu":
         keep_freed_memory()
     with failures_told(config):
         reporter = make_reporter()
         try:
-            with _sigterm_raises():
+            with _second_interrupt_ends(), _sigterm_raises():
                 result = run(reporter)
         finally:
             reporter.close()
@@ -79,12 +93,12 @@ def run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Re
 
 @contextmanager
 def failures_told(config: TrainConfig) -> Iterator[None]:
-    """Say why a run stops, what is kept, and how to go on; of several processes one says it."""
+    """Stop on a failure with its reason, the files kept, and the command to resume; one process prints it."""
     try:
         yield
     except FileExistsError as error:
         stop(2, f"error: {error}")
-    except CheckpointMismatch as error:  # of --weights
+    except CheckpointMismatch as error:  # from --weights
         first, *rest = str(error).split("\n")
         stop(1, f"error: {first}", *rest)
     except ValueError as error:
@@ -93,24 +107,24 @@ def failures_told(config: TrainConfig) -> Iterator[None]:
         code, word = (130, "interrupted") if isinstance(arrived, KeyboardInterrupt) else (143, "terminated")
         if not is_first_process():
             raise typer.Exit(code) from None
-        stop(code, f"{word}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}")
+        stop(code, f"{word}; {_what_is_kept(config.out)}{_how_to_resume(config.out)}")
     except DivergedError as error:
         kept = f"error: {error}; {_what_is_kept(config.out)}; --resume would come to the same end"
         stop_all(1, kept if is_first_process() else None)
     except OtherProcessError:
         stop_all(1, None)
     except LostProcessError as error:
-        kept = f"error: {error}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}"
+        kept = f"error: {error}; {_what_is_kept(config.out)}{_how_to_resume(config.out)}"
         stop_all(1, kept if is_first_process() else None)
     except (ResumeError, CheckpointError, TensorBoardError, WandbError, BlockingIOError) as error:
         stop(1, f"error: {error}")
     except torch.OutOfMemoryError:
         hint = "the device is out of memory: try a smaller --batch-size, or --accumulate"
-        stop(1, f"error: {hint}; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}")
+        stop(1, f"error: {hint}; {_what_is_kept(config.out)}{_how_to_resume(config.out)}")
     except (DataError, OSError) as error:
-        # Of several processes only the first one knows the folder, and it is told that this one is lost.
+        # With several processes only the first one knows the folder, and learns that this one is lost.
         started = is_first_process() and _is_started(config.out)
-        stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}{_how_to_go_on(config.out)}" if started else ""))
+        stop(1, f"error: {error}" + (f"; {_what_is_kept(config.out)}{_how_to_resume(config.out)}" if started else ""))
     except RuntimeError as error:
         if not (config.deterministic and "deterministic" in str(error)):
             raise
@@ -119,14 +133,14 @@ def failures_told(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the block by _Terminated, as Ctrl-C ends it by KeyboardInterrupt."""
+    """Raise _Terminated in the block on SIGTERM, as Ctrl-C raises KeyboardInterrupt."""
     process = os.getpid()
 
     def handle(number: int, frame: object) -> None:
-        if os.getpid() != process:  # one that reads images has the handler too, until torch gives it another
+        if os.getpid() != process:  # a process that reads images inherits this handler until torch replaces it
             os._exit(143)
         if hasattr(signal, "SIGCHLD"):
-            # Those that read images may end by the same SIGTERM, of which torch would make an exception of its own.
+            # The same SIGTERM may end processes that read images, for which torch would raise its own exception.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise _Terminated
 
@@ -140,16 +154,54 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
+@contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """End the process at once, with exit code 130, on a second Ctrl-C in the block.
+
+    The first one raises KeyboardInterrupt, after which files are completed and other signals wait. Python writes the
+    number of each signal to its wakeup descriptor, whatever the main thread does, and a thread counts them. torchrun
+    passes a single Ctrl-C on a second time, and ends its processes itself.
+    """
+    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+
+    def count() -> None:
+        n_interrupts = 0
+        while numbers := reading.recv(64):
+            n_interrupts += numbers.count(signal.SIGINT)
+            if n_interrupts > 1:
+                if sys.stdout.isatty():
+                    os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # show the cursor, which a progress bar hides
+                os.write(2, b"resnet-fast: interrupted again; ended at once\n")
+                os._exit(130)
+
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    _watched.append(writing.fileno())
+    watcher = threading.Thread(target=count, name="resnet_fast interrupts", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        _watched.pop()
+        writing.close()
+        watcher.join()
+        reading.close()
+
+
 def _is_started(out: Path) -> bool:
     return os.path.isfile(out / "config.json")  # Path.is_file() raises for a long name
 
 
-def _how_to_go_on(out: Path) -> str:
-    return f"; to go on: {command()} train --resume {shlex.quote(str(out))}" if _is_started(out) else ""
+def _how_to_resume(out: Path) -> str:
+    return f"; to resume: {command()} train --resume {shlex.quote(str(out))}" if _is_started(out) else ""
 
 
 def _what_is_kept(out: Path) -> str:
-    """Say which files of a run that did not reach its end are there."""
+    """Return which files an unfinished run has left."""
     if not _is_started(out):
         return "nothing was written"
     if not (out / "metrics.csv").is_file():

@@ -1,4 +1,4 @@
-"""The options of `resnet-fast train`: one for each field of TrainConfig, made of what is said there."""
+"""The options of `resnet-fast train`: one for each field of TrainConfig, built from its annotation."""
 
 import inspect
 from collections.abc import Callable
@@ -20,14 +20,22 @@ GROUPS = {
     "Recipe": ("recipe", *RECIPE_FIELDS),
 }
 GROUP_OF = {name: group for group, names in reversed(GROUPS.items()) for name in names}  # the first one counts
+METAVARS = {
+    "model": "NAME",  # its choices are too many for the left column
+    "weights": "RUN|FILE",
+    "mirror": "URL",
+    "freeze": "STAGES",
+    "sizes": "SIZES",
+    "time_budget": "TIME",
+}
 NAMES = (*(name for name in SETTINGS if name not in RECIPE_FIELDS), *RECIPE_FIELDS)  # the recipe before what it gives
 
 
 def parse_seconds(text: str) -> float:
-    """Return "90", "90s", "15m" or "2h" in seconds.
+    """Return the seconds in a time such as "90", "90s", "15m" or "2h".
 
     Raises:
-        ValueError: it is none of these, or not above 0.
+        ValueError: the text is not a time, or not above 0.
     """
     units = {"s": 1, "m": 60, "h": 3600}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
@@ -41,7 +49,7 @@ def parse_seconds(text: str) -> float:
 
 
 def _by_recipe(name: str) -> str:
-    """Return "fast94: 26, fast95: 80, …": what differs from one recipe to the other, or the one value."""
+    """Return the value in each recipe, "[fast94: 26, fast95: 80, …]", or the default if all recipes agree."""
     values = {recipe: getattr(settings, name) for recipe, settings in RECIPES.items()}
     if len(set(values.values())) == 1:
         return f"[default: {_shown(next(iter(values.values())))}]"
@@ -55,38 +63,33 @@ def _shown(value: object) -> str:
 
 
 def help_text(setting: Setting) -> str:
-    """Return the help of a setting, and its default."""
-    if "[default" in setting.help or setting.name not in RECIPE_FIELDS and setting.kind is bool:
+    """Return the help of a setting, followed by its default."""
+    if "[default" in setting.help:
         return setting.help
     if setting.name in RECIPE_FIELDS:
         return f"{setting.help} {_by_recipe(setting.name)}"
-    if setting.default in (None, "") or setting.name == "time_budget":
+    if setting.default in (None, ""):
         return setting.help
     return f"{setting.help} [default: {_shown(setting.default)}]"
 
 
 def option(name: str, text: str | None = None) -> Any:
-    """Return typer's option for a setting; `text` replaces its help."""
+    """Return the typer option for a setting; `text` replaces its help."""
     setting = SETTINGS[name]
-    # The networks are too many for the left column.
-    metavar = (
-        {"model": "NAME", "weights": "RUN|FILE", "mirror": "URL", "freeze": "STAGES"}.get(name)
-        or choice_metavar(setting.rule.names)
-        or None
-    )
+    metavar = METAVARS.get(name) or choice_metavar(setting.rule.names) or None
     flag = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.kind is bool else setting.flag
     return typer.Option(flag, help=help_text(setting) if text is None else text, metavar=metavar, show_default=False)
 
 
 def in_group(name: str) -> Any:
-    """Return `option` with its place in the help of `resnet-fast train`."""
-    typers = option(name)
-    typers.rich_help_panel = GROUP_OF.get(name, "Run")
-    return typers
+    """Return the option in its group of the help of `resnet-fast train`."""
+    grouped = option(name)
+    grouped.rich_help_panel = GROUP_OF.get(name, "Run")
+    return grouped
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, which takes them as `**settings`, an option for every setting; None: it is not given."""
+    """Give a command an option for every setting, passed to its `**settings`; None if it was not given."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     for name in NAMES:

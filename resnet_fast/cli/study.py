@@ -26,26 +26,31 @@ def study() -> None:
 
 
 @study_app.command(
-    cls=Command, short_help="Train with skip connections and without.", epilog="Example: resnet-fast study skip"
+    cls=Command, short_help="Train with and without skip connections.", epilog="Example: resnet-fast study skip"
 )
 def skip(
     full: Annotated[
-        bool, typer.Option("--full", help="The paper's: CIFAR-10, 16 channels, 64k iterations. For a GPU.")
+        bool,
+        typer.Option("--full", help="The experiment of the paper: CIFAR-10, 16 channels, 64k iterations; for a GPU."),
     ] = False,
-    seeds: Annotated[int, typer.Option(help="Runs of each network, with --seed, --seed + 1, ...")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="[default: 10; --full: 164]", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Number of runs per network, with --seed, --seed + 1, …")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of each run. [default: 12; --full: 164]", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="First seed, of the weights and the order of the images.")] = 0,
     device: Annotated[str, option("device")] = "auto",
-    data_dir: Annotated[Path, typer.Option(help="Where CIFAR-10 is or goes to.")] = Path("data"),
+    data_dir: Annotated[Path, typer.Option(help="Folder to which CIFAR-10 is downloaded, with --full.")] = Path("data"),
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder, new or empty. [default: runs/skip-<dataset>-<time>]", show_default=False),
+        typer.Option(
+            help="Folder for the files, new or empty. [default: runs/skip-<dataset>-<time>]", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Train plain-20, plain-56, ResNet-20 and ResNet-56: what skip connections do.
+    """Train plain-20, plain-56, ResNet-20 and ResNet-56 to show the effect of skip connections.
 
-    Draws training error, test error and the gradient in each layer (skip.png), and says whether depth hurts. Without
-    --full: digits of 16x16 pixels, 8 channels, minutes on a CPU.
+    Plots training error, test error and the gradient of each layer (skip.png), and says whether depth hurts. Without
+    --full, the images are digits of 16x16 pixels, the first stage has 8 channels, and a CPU takes minutes.
     """
     make = full_study if full else small_study
     try:
@@ -93,7 +98,7 @@ def skip(
 
 
 def format_run(trained: "Trained") -> str:
-    """Return a line about one network that is trained."""
+    """Return the line about a trained network."""
     last, seconds = trained.epochs[-1], sum(row.seconds for row in trained.epochs)
     return (
         f"{trained.network.name:<10}  seed {trained.seed:<4} training error {100 * last.train_error:6.2f} %  "
@@ -102,7 +107,7 @@ def format_run(trained: "Trained") -> str:
 
 
 def _what_is_kept(folder: "StudyFolder | None", done: "list[Trained]", n_runs: int) -> str:
-    """Say which files of a study that did not reach its end are there."""
+    """Return which files an unfinished study has left."""
     if folder is None or not os.path.isfile(folder.out / "config.json"):
         return "nothing was written"
     if not done:

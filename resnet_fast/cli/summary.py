@@ -19,10 +19,14 @@ N_CLASSES = 10
 def summary(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=SETTINGS["model"].help)] = TrainConfig.model,
     stem: Annotated[str | None, option("stem")] = None,
-    image_size: Annotated[int, typer.Option(min=1, max=2**20, help="Pixels, in height and width.")] = IMAGE_SIZE,
-    num_classes: Annotated[int, typer.Option(min=1, max=2**31, help="Outputs of the last layer.")] = N_CLASSES,
+    image_size: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Height and width of the images, in pixels.")
+    ] = IMAGE_SIZE,
+    num_classes: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Number of outputs of the last layer.")
+    ] = N_CLASSES,
 ) -> None:
-    """Print the layers of a network with output shapes and parameters, and what they add up to."""
+    """Print the layers of a network with their output shapes and parameters, and the totals."""
     try:
         check_name(model)
         stem = stem or MODELS[model].stems[0]
@@ -36,13 +40,13 @@ def summary(
     from resnet_fast.models.summary import summarize
 
     try:
-        with torch.device("meta"):  # shapes alone, whatever the size
+        with torch.device("meta"):  # shapes only, whatever the size
             network = get_model(model, num_classes=num_classes, stem=stem, norm_layer=nn.BatchNorm2d)
             totals = summarize(network, image_size)
     except ValueError as error:
         stop(2, f"error: {error}")
     except RuntimeError as error:
-        stop(2, f"error: {model} cannot take images of {image_size}x{image_size} pixels: {error}")
+        stop(2, f"error: {model} does not support images of {image_size}x{image_size} pixels: {error}")
     family = MODELS[model].family
     print(f"{model} ({family}), {stem} stem, images of 3x{image_size}x{image_size}, {num_classes} classes\n")
     print("\n".join(format_summary(totals)))
@@ -65,7 +69,7 @@ def format_summary(totals: "Summary") -> list[str]:
         f"{totals.running:,} running statistics, a",
         f"{'':>12}  mean and a variance for each channel of a batch norm",
         "",
-        "Rows are the steps of plain PyTorch; fused, batch norm, addition and ReLU that",
-        "follow each other run as one.",
+        "Rows are the steps of plain PyTorch. The fused backend runs consecutive batch",
+        "norm, addition and ReLU as one.",
     ]
     return lines

@@ -1,4 +1,4 @@
-"""Text that fits: names and paths of any length and any characters, in a line of 80 columns."""
+"""Fit names and paths of any length and any characters into a line of 80 columns."""
 
 import sys
 
@@ -8,12 +8,12 @@ WIDTH = 80
 
 
 def fit(text: str, width: int) -> str:
-    """Return the text, cut at the end, filled up to `width` columns."""
+    """Return the text cut or padded to `width` columns."""
     return _pad(head(text, width - 3) + "..." if cell_len(text) > width else text, width)
 
 
 def fit_path(path: str, width: int) -> str:
-    """Return a path of at most `width` columns, cut in the middle: the beginning and the file's name tell most."""
+    """Return a path cut in the middle to at most `width` columns: its beginning and the file's name tell most."""
     if cell_len(path) <= width:
         return path
     tail = (width - 3) * 2 // 3
@@ -21,14 +21,14 @@ def fit_path(path: str, width: int) -> str:
 
 
 def head(text: str, width: int) -> str:
-    """Return as much of the beginning as `width` columns hold."""
+    """Return the beginning of the text, at most `width` columns."""
     while cell_len(text) > width:
         text = text[:-1]
     return text
 
 
 def can_show(characters: str) -> bool:
-    """Return whether standard output is a terminal that shows these characters."""
+    """Return whether standard output is a terminal that can show these characters."""
     try:
         characters.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

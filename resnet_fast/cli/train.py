@@ -14,7 +14,7 @@ from resnet_fast.training.paths import check_is_free, find_resumable
 from resnet_fast.training.repeat import check_seeds
 from resnet_fast.training.torchrun import format_train_on, world_size
 
-# What a run that goes on may be told: where the data are and what computes, not what is computed.
+# The settings that may change on resuming: where the data are and what computes, not what is computed.
 BESIDE_RESUME = tuple(name for name in MOVABLE if name != "out")
 
 
@@ -30,8 +30,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="RUN_FOLDER",
-            help="Resume an interrupted run from its last finished epoch. Takes a run folder or a checkpoint in one. "
-            f"The run's settings stay; beside this only {_flags(BESIDE_RESUME)} may be given.",
+            help="Resume an interrupted run after its last finished epoch, given its folder or a checkpoint in it. The "
+            f"settings are kept; only {_flags(BESIDE_RESUME)} may be given as well.",
             show_default=False,
             rich_help_panel="Run",
         ),
@@ -40,13 +40,13 @@ def train(
         int,
         typer.Option(
             min=1,
-            help="Train so many times, with --seed, --seed + 1, …, and report mean and deviation.",
+            help="Number of runs, with --seed, --seed + 1, …; reports mean and standard deviation.",
             rich_help_panel="Run",
         ),
     ] = 1,
     **settings: Any,
 ) -> None:
-    """Train a network; write config.json, metrics.csv, curves.png, checkpoint.pt and more to a run folder.
+    """Train a network, and write config.json, metrics.csv, curves.png, checkpoint.pt and more to a run folder.
 
     On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli train …
     """
@@ -57,7 +57,7 @@ def train(
         if repeat > 1:
             check_seeds(given.get("seed", TrainConfig.seed), repeat)
         if resume is None:
-            if "out" in given and world_size() == 1:  # of several processes the first one looks, and tells the others
+            if "out" in given and world_size() == 1:  # else the first process checks, and tells the others
                 check_is_free(check_path("out", given["out"]))
             config = TrainConfig(**given)
     except ValueError as error:
@@ -78,14 +78,14 @@ def train(
 
 
 def _refuse(given: dict[str, Any], repeat: int, path: Path) -> None:
-    """Stop unless the run in `path` can go on with these settings."""
+    """Stop unless the run in `path` can be resumed with these settings."""
     refused = [name for name in given if name not in BESIDE_RESUME] + (["repeat"] if repeat > 1 else [])
     if refused:
         train_on = f"; {format_train_on(path)}" if "epochs" in refused else ""
         stop_all(
             2,
-            f"error: --resume keeps the settings of the run; beside it only {_flags(BESIDE_RESUME)} may be "
-            f"given, got {_flags(refused)}{train_on}",
+            f"error: --resume keeps the settings of the run; only {_flags(BESIDE_RESUME)} may be given as well, "
+            f"got {_flags(refused)}{train_on}",
         )
     try:
         for name, value in given.items():

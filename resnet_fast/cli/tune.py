@@ -36,17 +36,21 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels, in height and width.")] = IMAGE_SIZE,
+    image_size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = IMAGE_SIZE,
     precision: Annotated[
-        str, typer.Option(metavar=choice_metavar(PRECISIONS), help="Of the activations; auto: as training takes it.")
+        str,
+        typer.Option(metavar=choice_metavar(PRECISIONS), help="Precision of the activations; auto: as in training."),
     ] = PRECISIONS[0],
-    device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = TrainConfig.device,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each candidate, of which the median counts.")] = ROUNDS,
+    device: Annotated[str, typer.Option(help="Device: auto (a GPU), cuda or cuda:N.")] = TrainConfig.device,
+    rounds: Annotated[int, typer.Option(help="Number of timed runs per candidate; the median counts.")] = ROUNDS,
     time_budget: Annotated[
-        str, typer.Option(metavar="<time>", help="For all of it, such as 90, 15m or 2h; the largest operations first.")
+        str,
+        typer.Option(
+            metavar="TIME", help="Time limit, such as 90 (seconds), 15m or 2h; the largest operations come first."
+        ),
     ] = TIME_BUDGET,
 ) -> None:
-    """Measure on this GPU which implementation of each operation is the fastest, and keep it for training."""
+    """Measure which implementation of each operation is the fastest on this GPU, and keep the choice for training."""
     sizes = batch_size or BATCH_SIZES
     try:
         check_name(model)
@@ -78,10 +82,10 @@ def tune(
         environment = environment_of(chosen)
         path, in_table, why_not_used = find_table(environment)
         if path is None:
-            raise ValueError("the system names no home for a table: set XDG_CACHE_HOME to a folder")
-        problems.sort(key=lambda problem: problem in in_table)  # so that another run goes on where one ended
+            raise ValueError("there is no cache folder for the table: set XDG_CACHE_HOME to a folder")
+        problems.sort(key=lambda problem: problem in in_table)  # so that a second run continues the first
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # or raise before anything is measured
+        with tempfile.TemporaryFile(dir=path.parent):  # raise before anything is measured
             pass
     except ValueError as error:
         stop(2, f"error: {error}")
@@ -90,7 +94,7 @@ def tune(
     _print(f"{model}, images of {image_size}x{image_size}, {precision}, {chosen}: {environment['gpu']}")
     _print(f"{len(problems)} problems, {rounds} timed runs of each candidate")
     if why_not_used:
-        _print(f"The table that is there does not count: {why_not_used}")
+        _print(f"The existing table is not used: {why_not_used}")
     try:
         for i, problem in enumerate(problems):
             begin = time.monotonic()
@@ -101,32 +105,32 @@ def tune(
             with using({**in_table, **{done.problem: done.measured.choice for done in outcomes if done.measured}}):
                 outcome = measure(problem, candidates, chosen, rounds)
             outcomes.append(outcome)
-            n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost whatever comes
+            n_kept = _keep(path, environment, outcomes)  # at once, so that nothing is lost
             print("\n".join(format_outcome(outcome)), flush=True)
             longest = max(longest, time.monotonic() - begin)
     except KeyboardInterrupt:
         with suppress(OSError):
-            n_kept = _keep(path, environment, outcomes)  # what was measured when it came
+            n_kept = _keep(path, environment, outcomes)  # including a problem just measured
         stop(130, f"interrupted; {_kept(path, n_kept, len(problems))}")
     except (OSError, RuntimeError) as error:
         stop(1, f"error: {error}; {_kept(path, n_kept, len(problems))}")
     print()
     print("\n".join(format_end(outcomes)))
     if n_left := sum(problem not in in_table for problem in problems[len(outcomes) :]):
-        _print(f"{n_left} are left after {time_budget}: run it again, or with a longer --time-budget.")
+        _print(f"{n_left} problems are left after {time_budget}: run it again, or with a longer --time-budget.")
     print(f"Written: {path}")
     if is_off():
-        _print(f"{SWITCH}=0 is set: training uses no table until it is unset.")
+        _print(f"{SWITCH}=0 is set: training ignores the table until it is unset.")
     n_wrong = sum(len(outcome.wrong) for outcome in outcomes)
     if n_wrong:
         stop(1, f"error: {n_wrong} candidates are wrong and were not chosen; please report the lines above")
 
 
 def _resolve(precision: str, device: "torch.device") -> str:
-    """Return bf16 or fp16: the one that is named, or that training takes."""
+    """Return bf16 or fp16: the one given, or for auto the one that training uses."""
     if precision == "auto" and (precision := choose_precision(device)) not in CHOOSABLE:
         raise ValueError(
-            f"training takes {precision} on {device}, and there is a choice in {' and '.join(CHOOSABLE)} alone"
+            f"precision must be {' or '.join(CHOOSABLE)} to tune, got {precision}, which training uses on {device}"
         )
     return precision
 
@@ -137,14 +141,14 @@ def _problems(model: str, stem: str | None, sizes: Sequence[int], image_size: in
     try:
         problems = find_problems(model, stem, sizes, image_size, precision)
     except RuntimeError as error:
-        raise ValueError(f"{model} cannot take images of {image_size}x{image_size} pixels: {error}") from None
+        raise ValueError(f"{model} does not support images of {image_size}x{image_size} pixels: {error}") from None
     if not problems:
-        raise ValueError(f"{model} must have a fused batch norm to choose for, and has none")
+        raise ValueError(f"{model} must have a fused batch norm to tune, got none")
     return problems
 
 
 def _keep(path: Path, environment: "Environment", outcomes: "list[Outcome]") -> int:
-    """Write what was measured; return of how many problems."""
+    """Write the choices measured so far; return their number."""
     from resnet_fast.ops.choices import add
 
     entries = {outcome.problem: outcome.measured.choice for outcome in outcomes if outcome.measured is not None}

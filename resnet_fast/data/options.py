@@ -1,4 +1,4 @@
-"""Names and ranges of the data options."""
+"""The choices and limits of the data settings."""
 
 from resnet_fast.common.checks import is_number
 
@@ -15,5 +15,5 @@ def is_probability(value: object) -> bool:
 
 
 def is_alpha(value: object) -> bool:
-    """Return whether `value` is 0, for no mixing, or Beta(value, value) can be drawn from without overflow."""
+    """Return whether `value` is 0 (off), or Beta(value, value) can be sampled without overflow."""
     return is_number(value) and (value == 0 or 0.01 <= value <= 100)  # type: ignore[operator]

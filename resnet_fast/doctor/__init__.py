@@ -1,4 +1,4 @@
-"""`resnet-fast doctor`: what runs on this machine and why, a self-check, and advice where something is missing."""
+"""`resnet-fast doctor`: what runs on this machine and why, a self-check, and advice if something is missing."""
 
 from .diagnosis import Finding, diagnose, exit_code, format_end, format_finding
 

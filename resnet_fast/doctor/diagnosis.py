@@ -1,6 +1,6 @@
-"""What is there, what runs on this machine and why, and what to do where something is missing.
+"""Find out what is installed, what runs on this machine and why, and what to do if something is missing.
 
-Nothing on the machine is changed, except that Triton keeps the kernels that it compiles.
+This changes nothing on the machine, except that Triton caches the kernels that it compiles.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from ..tuning import why_not
 from ..tuning.report import format_changed
 from . import parity
 
-# As in pyproject.toml; the library works without the optional ones.
+# The versions of pyproject.toml. The library works without the optional packages.
 NEEDED = {"torch": "2.11", "torchvision": "0.26", "numpy": "1.26", "pillow": "10"}
 OPTIONAL = {"matplotlib": "3.8", "rich": "13", "typer": "0.12", "triton": "3.6"}
 OLDEST_GPU = (7, 5)  # the kernels are compiled for sm_75 and later (docs/kernels.md)
@@ -38,7 +38,7 @@ DEFAULTS_RUN = "convolutions are cuDNN's, batch norms take two passes"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what is, whether that is all right, and what to do. Advice beside `ok` is no failure."""
+    """One line of the report: its value, whether it is all right, and advice, which may come with `ok`, too."""
 
     name: str
     value: str
@@ -47,14 +47,14 @@ class Finding:
 
 
 def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
-    """Look at everything, then check what is computed on `device`; takes about 10 seconds at most.
+    """Examine the machine, then check results computed on `device`; takes at most about 10 seconds.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N", as for training.
-        show: gets each finding as soon as there is one.
+        show: called with each finding as soon as it is made.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: `device` is not one of these, or does not exist.
     """
     target, findings = choose_device(device), []
     probes = {
@@ -69,32 +69,32 @@ def diagnose(device: str = "auto", show: Callable[[Finding], None] = lambda find
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of old drivers and GPUs; the findings say so themselves
-        for name, probe in probes.items():  # each begins here
+        for name, probe in probes.items():  # generators, which run here
             if name == "parity" and not all(finding.ok for finding in findings):
                 probe = [Finding("parity", "not checked while a needed package is missing, broken or too old")]
             try:
                 for finding in probe:
                     show(finding)
                     findings.append(finding)
-            except Exception as error:  # one line that fails leaves the others; what cannot be checked is not right
+            except Exception as error:  # a failing line leaves the others; an impossible check counts as failed
                 findings.append(Finding(name, f"cannot be told: {parity.first_line(error)}", ok=name != "parity"))
                 show(findings[-1])
     return findings
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """Return 1 if a needed package is missing, broken or too old or a result is wrong, else 0."""
+    """Return 1 if a required package is missing, broken or too old, or a result is wrong; else 0."""
     return 0 if all(finding.ok for finding in findings) else 1
 
 
 def torch_build() -> str:
-    """What the installed torch was built for."""
+    """Return what the installed torch was built for."""
     versions = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
     return next((f"{name} {version} build" for name, version in versions.items() if version is not None), "CPU build")
 
 
 def find_package(name: str, at_least: str) -> Iterator[Finding]:
-    """A package: imported, for only that tells whether it is whole, and not too old."""
+    """Check the version of a package by importing it, since only that shows whether it is intact."""
     module_name = "PIL" if name == "pillow" else name
     advice = INSTALL_TORCH if name == "torch" else f"pip install '{name}>={at_least}'"
     try:
@@ -105,21 +105,21 @@ def find_package(name: str, at_least: str) -> Iterator[Finding]:
         have, need = ([int(n) for n in re.findall(r"\d+", v.partition("+")[0])[:2]] for v in (version, at_least))
         if have >= need:
             if name == "torchvision" and torchvision_import.schemas is not None:
-                value += "; its compiled operators do not fit this torch, none is used here"
+                value += "; its compiled operators do not fit this torch, but are not needed"
             return (yield Finding(name, value))
         value += f"; {at_least} or later is needed"
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
         value = "not installed" if missing else f"cannot be imported ({parity.first_line(error)})"
     if name == "triton" and platform.system() != "Linux":
-        yield Finding(name, f"{value}; it is for Linux, ATen runs here")
+        yield Finding(name, f"{value}; it needs Linux, so ATen runs here")
     else:
         advice += "; until then nothing is fused" if name == "triton" else ""  # ATen computes the same
         yield Finding(name, value, name not in NEEDED, advice)
 
 
 def find_gpus() -> Iterator[Finding]:
-    """NVIDIA's driver and the GPUs that torch sees, or why it sees none."""
+    """Find NVIDIA's driver and the GPUs that torch sees, or the reason why it sees none."""
     if (driver := nvidia_driver()) is not None:
         yield Finding("driver", f"NVIDIA {driver}")
     if torch.cuda.is_available():
@@ -129,10 +129,10 @@ def find_gpus() -> Iterator[Finding]:
     elif torch_build() == "CPU build":
         yield Finding("GPU", "not usable: this torch is a CPU build", advice=INSTALL_TORCH)
     else:
-        reason, visible = "for a reason that it does not give", os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason, visible = "it gives no reason", os.environ.get("CUDA_VISIBLE_DEVICES")
         advice = f"CUDA_VISIBLE_DEVICES={visible!r} is set, which may hide it: unset it"
         if visible is None:
-            advice = f"update the driver, or take a torch that fits it: {INSTALL_TORCH}"
+            advice = f"update the driver, or install a torch that fits it: {INSTALL_TORCH}"
         try:
             torch.cuda.init()
         except Exception as error:
@@ -141,7 +141,7 @@ def find_gpus() -> Iterator[Finding]:
 
 
 def find_gpu(index: int) -> Finding:
-    """One GPU that torch sees."""
+    """Describe one GPU that torch sees."""
     gpu = torch.cuda.get_device_properties(index)
     name, value, advice = f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB", ""
     if torch.version.hip is not None:
@@ -151,14 +151,14 @@ def find_gpu(index: int) -> Finding:
     # sm_XY runs on X.Y and later minors of X, compute_XY on everything later.
     fits = [kind == "compute" or target[0] == gpu.major for kind, target in targets if target <= capability]
     if targets and not any(fits):
-        advice = f"this torch holds no code for it: {INSTALL_TORCH}"
+        advice = f"this torch has no code for it: {INSTALL_TORCH}"
     elif capability < OLDEST_GPU:
-        advice = "older than 7.5, for which the kernels are not tested; use --device cpu"
+        advice = "the kernels are not tested below 7.5; use --device cpu"
     return Finding(name, f"{value}, compute capability {gpu.major}.{gpu.minor}", advice=advice)
 
 
 def find_compiler(device: torch.device) -> Iterator[Finding]:
-    """What torch.compile needs: on a CPU a C++ compiler; on a GPU Triton, whose launcher a C compiler builds."""
+    """Find the compiler that torch.compile needs: C++ on a CPU; on a GPU, C, which builds Triton's launcher."""
     name, variable, uses, usual = "C compiler", "CC", "Triton (and with it torch.compile)", ["gcc", "clang"]
     if device.type == "cpu":
         name, variable, uses = "C++ compiler", "CXX", "torch.compile"
@@ -177,20 +177,20 @@ def find_compiler(device: torch.device) -> Iterator[Finding]:
 
 
 def find_backend(device: torch.device) -> Iterator[Finding]:
-    """What computes the fused operation on `device`, as the operation itself chooses it."""
+    """Name the backend that the fused operation chooses on `device`."""
     backend, reason = choose_backend(torch.empty(1, device=device)), why_not_triton(device)
     value, advice = f"{backend} on {device}", ""
     if backend == "aten":
-        value += f", which is eager PyTorch's own steps; {reason}"
+        value += f", the steps of eager PyTorch; {reason}"
         value += " (for tests: it is slow)" if device.type == "cpu" and "interpreter" in str(reason) else ""
     if is_interpreted():
-        advice = f"{INTERPRETER} is set: kernels are interpreted, which is for tests, and slow; unset it"
+        advice = f"{INTERPRETER} is set: kernels are interpreted, which is slow and meant for tests; unset it"
     yield Finding("backend", value, advice=advice)
 
 
 def find_precision(device: torch.device) -> Iterator[Finding]:
-    """What `train` computes in, and why."""
-    precision, reason = choose_precision(device), "this processor computes in it"
+    """Name the precision that `train` chooses, and why."""
+    precision, reason = choose_precision(device), "this processor has instructions for it"
     if precision == "fp32":
         reason = "this processor has no bf16 instructions, so bf16 would be emulated and slower"
     elif precision == "fp16":
@@ -199,7 +199,7 @@ def find_precision(device: torch.device) -> Iterator[Finding]:
 
 
 def find_tuning(device: torch.device) -> Iterator[Finding]:
-    """By which table implementations are chosen, or why the one that is there does not count."""
+    """Name the table that chooses implementations, or the reason why it is not used."""
     if (reason := why_not(device)) is not None:
         return (yield Finding("tuning", reason))
     if choices.is_off():
@@ -214,7 +214,7 @@ def find_tuning(device: torch.device) -> Iterator[Finding]:
 
 
 def check_parity(device: torch.device) -> Iterator[Finding]:
-    """Compute, and compare with the formula in fp64: one line where all is well, else one for each wrong case."""
+    """Compare results with the formula in fp64: one line if all are right, else one for each wrong case."""
     half = torch.bfloat16 if choose_precision(device) == "bf16" else torch.float16
     begin = time.perf_counter()
     checks = parity.self_check(device, half)
@@ -224,14 +224,14 @@ def check_parity(device: torch.device) -> Iterator[Finding]:
         yield Finding("parity", f"{len(wrong)} of {len(checks)} checks failed, in {seconds:.1f} s", False, advice)
         yield from (Finding("", f"{check.case}: {check.result}", ok=False) for check in wrong)
         return
-    value = f"right: {len(checks)} of {parity.N_CHECKS} checks, in fp32, {parity.NAMES[half]} and fp64, took at most "
+    value = f"right: {len(checks)} of {parity.N_CHECKS} checks, in fp32, {parity.NAMES[half]} and fp64, used at most "
     value += f"{max(check.share for check in checks):.0%} of their error budget; {seconds:.1f} s"
-    late = "run again for the rest: compiling took the time, and is not repeated"
+    late = "the time ran out: run it again for the other checks; compiled kernels are kept"
     yield Finding("parity", value, advice=late if len(checks) < parity.N_CHECKS else "")
 
 
 def format_finding(finding: Finding) -> list[str]:
-    """The lines of a finding: aligned, at most 80 columns, plain."""
+    """Return the lines of a finding: plain text, aligned, at most 80 columns."""
     mark = "FAIL" if not finding.ok else "note" if finding.advice else "ok"
     lines = []
     for begin, text in ((f"{mark:<6}{finding.name:<14}", finding.value), (f"{'':20}-> ", finding.advice)):
@@ -241,7 +241,7 @@ def format_finding(finding: Finding) -> list[str]:
 
 
 def format_end(findings: Collection[Finding]) -> str:
-    """The last line: the result in one sentence."""
+    """Return the last line: the result in one sentence."""
     if failed := dict.fromkeys(finding.name for finding in findings if not finding.ok and finding.name):
         return f"Something is wrong: {', '.join(failed)}."
-    return "What is needed works; see the notes." if any(f.advice for f in findings) else "All is well."
+    return "Everything required works; see the notes." if any(f.advice for f in findings) else "All is well."

@@ -1,10 +1,10 @@
-"""The self-check: the fused operation and a network's training step, computed on this machine, against the formula.
+"""The self-check: compare the fused operation and a network's training step on this machine with the formula.
 
-The largest error of a result against fp64 (ops/reference.py), relative to its largest value, may be
+The largest error of a result against fp64 (ops/reference.py), relative to its largest value, may be at most
 
     2 · eager's error + half an eps of the result's type + ROUNDINGS eps of the accumulation's type
 
-with eager's share capped, so that a torch that computes wrong excuses nothing. tests/ looks at far more, and closer.
+Eager's share is capped, so that a torch that computes wrong results excuses nothing. tests/ checks far more.
 """
 
 import math
@@ -26,18 +26,18 @@ RANGES = {"running_mean": (-1, 1), "running_var": (0.5, 2), "weight": (0.5, 1.5)
 TRAINING_STEP = "training step of a ResNet, fp64, 4x3x8x8, against torchvision"
 N_CHECKS = 7
 
-# A term is rounded up to 30 times on its way (kernels/README.md: N1, B2-B4), and a sum of 256 terms whose signs differ
-# is 16 times smaller than they are together. Independent errors add up as square roots: 5.5 · 16 half eps.
+# A term is rounded up to 30 times (kernels/README.md: N1, B2-B4), and a sum of 256 terms of both signs is 16 times
+# smaller than the sum of their magnitudes. Independent errors add up as a square root: 5.5 · 16 half eps.
 ROUNDINGS = 44
-EAGER_ROUNDINGS = 4  # eager rounds after each of up to four steps: two batch norms, the sum, and what it saves
-STEP_TOLERANCE = 1e-9  # in fp64 ten layers make 1e-14; a wrong formula shows from 1e-4 on
+EAGER_ROUNDINGS = 4  # eager rounds after up to four steps: two batch norms, the sum, and the tensors it saves
+STEP_TOLERANCE = 1e-9  # ten layers in fp64 differ by 1e-14, a wrong formula by at least 1e-4
 # A GPU's first run compiles up to six kernels per case, 0.3 s each, and twenty for the step. To end within 10 s, no
-# case begins after 8 s and the step not after 3: compiled kernels are kept, so that the next run gets further.
+# case starts after 8 s, and the step not after 3. Compiled kernels are cached, so the next run gets further.
 SECONDS_FOR_CASES, SECONDS_BEFORE_STEP = 8.0, 3.0
 
 
 class Case(NamedTuple):
-    """One operation with batch statistics: join "none", "add" or "bn", and x: `shape` in `layout`."""
+    """One operation with batch statistics; `join` is "none", "add" or "bn", and x has `shape` in `layout`."""
 
     join: str
     layout: str
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A result and the share of its allowance that its error takes (wrong above 1), or why there is none."""
+    """A result, or why there is none, and its error as a share of the allowed one (above 1 it is wrong)."""
 
     case: str
     result: str
@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
 
 def cases(half: torch.dtype) -> list[Case]:
-    """Every join and every type in both layouts; few, because a GPU compiles each."""
+    """Return cases that cover joins, types and layouts; only a few, because a GPU compiles each."""
     return [
         Case("none", "channels_last", torch.float32, (3, 13, 5, 7)),
         Case("add", "channels_last", half, (4, 64, 8, 8)),
@@ -69,7 +69,7 @@ def cases(half: torch.dtype) -> list[Case]:
 
 
 def self_check(device: torch.device, half: torch.dtype) -> list[Check]:
-    """Return the worst of each case and of the training step, except of what would begin too late."""
+    """Return the worst check of each case and of the training step, without those that would start too late."""
     jobs = {str(case): (partial(check_case, case, device), SECONDS_FOR_CASES) for case in cases(half)}
     jobs[TRAINING_STEP] = (partial(check_step, device), SECONDS_BEFORE_STEP)
     checks, begin = [], time.monotonic()
@@ -77,7 +77,7 @@ def self_check(device: torch.device, half: torch.dtype) -> list[Check]:
         if time.monotonic() - begin < latest:
             try:
                 checks.append(max(run_checks(), key=lambda check: check.share))
-            except Exception as error:  # whatever a broken compiler or driver raises
+            except Exception as error:  # anything that a broken compiler or driver raises
                 checks.append(Check(case, first_line(error), math.inf))
     return checks
 
@@ -107,8 +107,8 @@ def check_case(case: Case, device: torch.device) -> Iterator[Check]:
 
 
 def check_step(device: torch.device) -> Iterator[Check]:
-    """In fp64, where practically no activation lies within a rounding of ReLU's kink, at which gradients jump."""
-    from torchvision.models import resnet as torchvision_resnet  # here: without it doctor has more to say
+    """Check a step in fp64, where almost no activation is within a rounding of 0, at which ReLU's gradient jumps."""
+    from torchvision.models import resnet as torchvision_resnet  # here, because doctor also runs without it
 
     from ..models import resnet
     from ..profiling.check import gradient_difference
@@ -129,7 +129,7 @@ def compute(
 ) -> dict[str, Tensor]:
     """Return y, every gradient and every running statistic of operation(x, norm, residual, residual_norm).
 
-    Each call draws the same values, and computes in fp32 and the case's type, or with these values in `dtype`.
+    Each call draws the same values. It computes in fp32 and the case's type, or converts the values to `dtype`.
     """
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name in ("x", "dy") if case.join == "none" else ("x", "dy", "residual"):
@@ -151,7 +151,7 @@ def compute(
 
 
 def formula(relu_mask: Tensor, x: Tensor, norm: BatchNormArgs, residual: Tensor | None, residual_norm) -> Tensor:
-    """ReLU's gradient jumps at 0: it counts as closed where the result that is judged is 0."""
+    """Compute the formula; ReLU's gradient, which jumps at 0, counts as 0 where the checked result is 0."""
     z = exact_batch_norm(x, *norm)
     if residual is not None:
         z = z + (residual if residual_norm is None else exact_batch_norm(residual, *residual_norm))

@@ -1,4 +1,4 @@
-"""What a network gets right and wrong: accuracy, confusion matrix, worst mistakes, as numbers, pictures and a table.
+"""Evaluate a network: accuracy, confusion matrix and worst mistakes, as numbers, pictures and a table.
 
 from resnet_fast.evaluation import predict_split, write_pictures
 

@@ -1,4 +1,4 @@
-"""confusion.png: which class is taken for which."""
+"""confusion.png: the confusion matrix."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,24 +15,24 @@ from torch import Tensor
 from resnet_fast.common.terminal import clean
 
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#ffffff", "#f6b48f", "#c2410c", "#7c2708"])
-# Pale: what is right must not outshine what is wrong.
+# Pale, so that right answers do not outshine errors.
 RIGHT = LinearSegmentedColormap.from_list("right", ["#ffffff", "#a9c3dd"])
-SMALLEST_FONT = 5  # points; smaller numbers are not drawn
-MARGIN = 2.4  # inches beside the cells, for the names of the classes and the color bar
+SMALLEST_FONT = 5  # points; smaller numbers are left out
+MARGIN = 2.4  # inches around the cells, for class names and the color bar
 
 
 def draw_confusion(file: BinaryIO, matrix: Tensor, classes: Sequence[str], title: str = "") -> None:
     """Write a PNG of the confusion matrix.
 
-    Colors are shares of the true class, so that a rare class looks as a frequent one does. Errors have a scale of their
-    own, up to the largest of them, with its lower part stretched; the diagonal has another. Numbers are counts, in
-    cells that have room for them; zeros are left out.
+    Colors show shares of the true class, so that rare and frequent classes look alike. Errors and the diagonal have
+    separate color scales; that of the errors ends at the largest error, with its lower part stretched. Numbers are
+    counts, drawn if they fit the cell; zeros are left out.
 
     Args:
         file: open for writing in binary.
         matrix: [C, C], counts; rows are the true class, columns the predicted one.
         classes: C names.
-        title: what was predicted by what.
+        title: of the figure, such as the network and the data set.
 
     Raises:
         ValueError: matrix is not [C, C].
@@ -43,7 +43,7 @@ def draw_confusion(file: BinaryIO, matrix: Tensor, classes: Sequence[str], title
     counts: np.ndarray = matrix.cpu().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(n_classes, dtype=bool)
-    # At least 1 %: one error among thousands is no alarm.
+    # At least 1 %, so that one error among thousands does not stand out.
     norm = PowerNorm(0.6, vmin=0, vmax=max(0.01, shares[~right].max(initial=0)))
     pixels = np.where(right[:, :, None], RIGHT(shares), ERRORS(norm(shares)))
 
@@ -63,24 +63,24 @@ def draw_confusion(file: BinaryIO, matrix: Tensor, classes: Sequence[str], title
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=font, color=color)
     bar = figure.colorbar(ScalarMappable(norm, ERRORS), ax=axes, shrink=0.6, pad=0.02)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-    bar.set_label("errors: share of the true class (what is right is blue)")
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs take for a call
+    bar.set_label("errors: share of the true class (right answers are blue)")
+    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which the stubs declare as a function
     if title:
         figure.suptitle(title, fontsize=13, parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font has no Chinese, Arabic …: boxes are drawn
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks Chinese, Arabic …, and draws boxes
         figure.savefig(file, format="png")
 
 
 def shorten(name: str, length: int) -> str:
-    """Return a name of at most `length` characters; nothing in it that moves a line."""
+    """Return a name of at most `length` printable characters."""
     name = clean(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _name_axes(axes, classes: Sequence[str], cell: float) -> None:
     font = min(11.0, 0.85 * cell)
-    step = 1 if font >= SMALLEST_FONT else -(-SMALLEST_FONT // font)  # every so many classes get their name
+    step = 1 if font >= SMALLEST_FONT else -(-SMALLEST_FONT // font)  # name every step-th class
     ticks = list(range(0, len(classes), int(step)))
     names = [shorten(classes[i], 22) for i in ticks]
     font = max(font, SMALLEST_FONT)

@@ -1,4 +1,4 @@
-"""A network's logits for a split, batch by batch, and the precision in which they are computed."""
+"""Compute a network's logits for a split, batch by batch, in a given precision."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which a forward runs: bf16 or fp16 under autocast, or fp32."""
+    """Return the context for a forward pass in a precision: autocast to bf16 or fp16, or none for fp32."""
     is_low = precision != "fp32"
     return torch.autocast(device.type, dtype=DTYPES[precision] if is_low else None, enabled=is_low)
 
@@ -25,15 +25,15 @@ def logits_of(
     precision: str,
     flip: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Yield the images, uint8 [B, 3, H, W], labels, [B], logits, [B, classes] in fp32, and those of the mirror images.
+    """Yield images, uint8 [B, 3, H, W], labels, [B], logits, fp32 [B, classes], and logits of the mirror images.
 
     Args:
         model: in evaluation mode.
         split: on the model's device.
         mean, std: per channel, of images in [0, 1].
-        batch_size: images at a time.
+        batch_size: images per batch.
         precision: "fp32", "bf16" or "fp16".
-        flip: ask about the mirror images, too; else their logits are None.
+        flip: also compute logits of the mirror images; if False, they are None.
     """
     for images, labels in split.batches(batch_size):
         x = normalize(images, mean, std)

@@ -1,4 +1,4 @@
-"""mistakes.png: the images about which a network was most sure and wrong."""
+"""mistakes.png: the images on which a network was wrong with the highest confidence."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from resnet_fast.evaluation.confusion import shorten
 
 COLUMNS = 5
 CELL = 1.9  # inches
-NAME_LENGTH = 16  # characters that a cell has room for, beside an arrow and a probability
+NAME_LENGTH = 16  # characters that fit a cell, next to an arrow and a probability
 
 
 def draw_mistakes(
@@ -29,12 +29,12 @@ def draw_mistakes(
 
     Args:
         file: open for writing in binary.
-        images: [N, 3, H, W], uint8; small ones are shown with their pixels.
-        labels, predictions: [N], int64. Images for which they agree are passed over.
+        images: [N, 3, H, W], uint8; small ones are enlarged without smoothing.
+        labels, predictions: [N], int64; images for which they agree are left out.
         probabilities: [N], of the prediction.
         classes: the name of each label.
-        n: images shown at most.
-        title: None: how many of how many mistakes are shown.
+        n: maximum number of images.
+        title: of the figure; None: the number of mistakes shown and made.
     """
     wrong = (labels != predictions).nonzero()[:, 0]
     worst = wrong[probabilities[wrong].sort(descending=True, stable=True).indices][:n].tolist()
@@ -59,12 +59,12 @@ def draw_mistakes(
         text = f"{true}\n→ {taken_for}, {_percent(float(probabilities[index]))}"
         axes.set_title(text, fontsize=9, loc="left", parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font has no Chinese, Arabic …: boxes are drawn
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks Chinese, Arabic …, and draws boxes
         figure.savefig(file, format="png")
 
 
 def describe_mistakes(n_shown: int, n_wrong: int, n_images: int) -> str:
-    """Return the title: which mistakes of how many are shown."""
+    """Return the title, which says how many of the mistakes are shown."""
     among = f"{n_images:,} images" if n_images != 1 else "1 image"
     if n_wrong == 0:
         return f"No mistake in {among}"
@@ -75,5 +75,5 @@ def describe_mistakes(n_shown: int, n_wrong: int, n_images: int) -> str:
 
 
 def _percent(probability: float) -> str:
-    """Return "98.3 %", and never "100 %" of what is less."""
+    """Return "98.3 %"; a probability below 1 never becomes "100.0 %"."""
     return "> 99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"

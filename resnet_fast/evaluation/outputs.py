@@ -1,4 +1,4 @@
-"""The files of an evaluation: confusion.png, mistakes.png and predictions.csv, each there as a whole or not at all."""
+"""The files of an evaluation, confusion.png, mistakes.png and predictions.csv, each complete or absent."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from resnet_fast.evaluation.predictions import Predictions
 def write_pictures(
     folder: Path, predictions: Predictions, classes: Sequence[str], title: str = "", suffix: str = ""
 ) -> list[str]:
-    """Write confusion.png and mistakes.png, with `suffix` behind their stems; return their names."""
+    """Write confusion.png and mistakes.png, with `suffix` before the ".png"; return their names."""
     confusion, mistakes = f"confusion{suffix}.png", f"mistakes{suffix}.png"
     result = f"{100 * predictions.accuracy:.2f} % of {len(predictions):,} images right"
     with whole_file(folder / confusion) as file:
@@ -39,7 +39,7 @@ def write_pictures(
 def write_predictions(
     path: Path, predictions: Predictions, classes: Sequence[str], paths: Sequence[str] | None
 ) -> None:
-    """Write a CSV with a row per image: index, label, prediction, probability and, where there are files, path."""
+    """Write a CSV with a row per image: index, label, prediction, probability and, if given, path."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "label", "prediction", "probability", *(["path"] if paths is not None else [])])
@@ -48,10 +48,10 @@ def write_predictions(
         row = [index, classes[label], classes[prediction], f"{probability:.6g}"]
         writer.writerow(row if paths is None else [*row, paths[index]])
     with whole_file(path) as file:
-        # Bytes of a file name that are no UTF-8 are lone surrogates in Python: they go back as they were.
+        # Python reads bytes of a file name that are not UTF-8 as lone surrogates; this restores the bytes.
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def image_paths(split: Split) -> list[str] | None:
-    """Return the file of each image of a folder, in the order of the split; None for other data sets."""
+    """Return the path of each image of a folder split, in its order; None for other data sets."""
     return [path for path, _ in split.images.samples] if isinstance(split, FolderSplit) else None

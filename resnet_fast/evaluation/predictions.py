@@ -1,4 +1,4 @@
-"""What a network says about every image of a split, in one pass.
+"""Predict every image of a split, in one pass.
 
 probability = softmax(logits)[prediction]    prediction = the class of the largest logit
 flipped     = the class of the largest of (logits of the image + logits of its mirror image) / 2
@@ -17,11 +17,11 @@ from resnet_fast.evaluation.logits import logits_of
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The wrong answers given with the highest probability, the worst first.
+    """The wrong predictions with the highest probability, the worst first.
 
     Args:
         images: [K, 3, H, W], uint8.
-        labels, predictions: [K], int64; they differ in every place.
+        labels, predictions: [K], int64; they differ everywhere.
         probabilities: [K], fp32, of the prediction.
     """
 
@@ -33,14 +33,14 @@ class Mistakes:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The answers to all images of a split, in its order, on the CPU.
+    """The predictions for all images of a split, in its order, on the CPU.
 
     Args:
         loss: mean cross entropy.
         labels, predictions: [N], int64.
         probabilities: [N], fp32, of the prediction.
-        flipped: [N], int64, predictions from the mean logits of each image and its mirror image; None if not asked for.
-        mistakes: the worst of them, with their images.
+        flipped: [N], int64, predictions from the mean logits of each image and its mirror image; None without flip.
+        mistakes: the worst predictions, with their images.
     """
 
     loss: float
@@ -83,19 +83,19 @@ def predict_split(
     flip: bool = False,
     n_mistakes: int = 25,
 ) -> Predictions:
-    """Ask a network about every image of `split`, as it is; the network is left in evaluation mode.
+    """Predict every image of `split`, without augmentation; leave the network in evaluation mode.
 
-    With twice the batch size of the training, loss and accuracy have the bits that the training reported on the same
-    device: the batches, the operations and their order are the same.
+    With twice the batch size of the training, on the same device, loss and accuracy are bit-identical to those that the
+    training reported, because the batches, the operations and their order are the same.
 
     Args:
-        model: takes normalized images, gives logits, [N, classes].
+        model: maps normalized images to logits, [N, classes].
         split: the images, on the model's device.
         mean, std: per channel, of images in [0, 1].
-        batch_size: images at a time.
+        batch_size: images per batch.
         precision: "fp32", or "bf16" or "fp16" for autocast.
-        flip: ask about the mirror images, too.
-        n_mistakes: how many images of wrong answers are kept.
+        flip: also predict from each image and its mirror image together.
+        n_mistakes: maximum number of wrong predictions kept with their images.
 
     Raises:
         ValueError: the split has no images.
@@ -119,7 +119,7 @@ def predict_split(
 
 
 def _keep_worst(before: Mistakes | None, batch: Mistakes, count: int) -> Mistakes:
-    """Merge the worst so far with those of a batch, whose right answers go; equally bad ones stay in order."""
+    """Return the worst mistakes so far and of a batch; those of equal probability keep their order."""
     wrong = batch.predictions != batch.labels
     new = [tensor[wrong].cpu() for tensor in (batch.images, batch.labels, batch.predictions, batch.probabilities)]
     if before is not None:

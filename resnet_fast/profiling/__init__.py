@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: eager and fused under torch.profiler, side by side.
+"""Profile a training step with torch.profiler, eager and fused side by side.
 
 config = profile_config(model="resnet18", batch_size=128)
 profiles = profile_steps(config, n_steps=10)

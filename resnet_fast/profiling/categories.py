@@ -1,12 +1,12 @@
-"""What an operator or a kernel is for: the innermost name that says something, from the kernel out to the step.
+"""Assign operators and kernels to categories, by the innermost name that matches, from the kernel out to the step.
 
     names:     void nchwToNhwc… < aten::cudnn_convolution < aten::conv2d < training step    -> layout and casts
     innermost:                    aten::copy_ < aten::to < aten::conv2d < training step      -> layout and casts
     a view:                       aten::t < aten::linear < training step                     -> convolution, linear
 
-Everything the optimizer runs is the optimizer's, its copies too, and so are the checks of fp16's loss scale. All other
-additions are "batch norm + add + ReLU": the block's own, and the autograd engine's of the two gradients of a block's
-input. The fused kernels do both.
+Everything that the optimizer runs counts as optimizer, including its copies and the checks of fp16's loss scale. All
+other additions count as "batch norm + add + ReLU": those of a block, and autograd's additions of the two gradients of a
+block's input. The fused kernels compute both.
 """
 
 import re
@@ -18,10 +18,10 @@ LAYOUT = "layout and casts"
 OPTIMIZER = "optimizer"
 LOSS = "loss"
 OTHER = "pooling, other"
-# In the order of the tables and bars; what is left of the step follows as "idle" or "between operators".
+# In the order of the tables and bars; the rest of the step follows as "idle" or "between operators".
 CATEGORIES = (CONVOLUTION, NORM, LAYOUT, OPTIMIZER, LOSS, OTHER)
 
-# Of autograd's nodes, at the end: the engine has an event "autograd::engine::evaluate_function: XBackward0", too.
+# Names of autograd's nodes, and of events such as "autograd::engine::evaluate_function: XBackward0".
 _NODE = r"Backward\d*$"
 _SAYS = {
     LAYOUT: rf"^aten::(to|_to_copy|copy_|contiguous|clone)$|ToCopy{_NODE}|nchwToNhwc|nhwcToNchw",
@@ -40,10 +40,10 @@ def category_of(names: Iterable[str]) -> str:
     """Return the category of an event.
 
     Args:
-        names: of the kernel, if it is one, of the operator that launched it, and of all its ancestors, innermost first.
+        names: of the kernel, if it is one, its operator, and the operator's ancestors, innermost first.
 
     Returns:
-        One of CATEGORIES; "pooling, other" where no name says anything.
+        One of CATEGORIES; "pooling, other" if no name matches.
     """
     names = list(names)
     if any(name.startswith("Optimizer.") for name in names):
@@ -56,5 +56,5 @@ def category_of(names: Iterable[str]) -> str:
 
 
 def is_operator(name: str) -> bool:
-    """Return whether an event is an operator's: autograd's nodes and annotations are what calls operators."""
+    """Return whether an event belongs to an operator, rather than to autograd or an annotation that calls it."""
     return _OPERATOR.search(name) is not None

@@ -1,8 +1,8 @@
-"""What is wrong is not profiled: the gradients in fp64, then loss and logits of the first step as it will be profiled.
+"""Refuse to profile wrong results: check the gradients in fp64, then loss and logits of the first step.
 
-Two checks, because each sees what the other cannot. Rounding to bf16 moves the gradients of a network with random
-weights by 0.3 (ResNet-18) to 1.5 (ResNet-152) of their size, so there they tell little; and the loss is about log(10)
-whatever the network does, so the logits are looked at, too.
+The first step runs in the precision that is profiled. There, rounding to bf16 changes the gradients of a network with
+random weights by 0.3 (ResNet-18) to 1.5 (ResNet-152) of their size, so they are checked in fp64. The loss is about
+log(10) for any network with random weights, so the logits are checked as well.
 """
 
 import copy
@@ -13,28 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.ops.backend import is_interpreted
+from resnet_fast.ops.backend import INTERPRETER, is_interpreted
 from resnet_fast.profiling.recording import ProfileError
 from resnet_fast.training.config import TrainConfig
 
-# fp64 needs four times the memory of bf16: with so few images it fits wherever the step itself does.
+# fp64 needs four times the memory of bf16; with few images it fits wherever the step fits.
 N_IMAGES = 16
-# Of all gradients and running statistics together, in L2 norm. Another order of summation in fp64 gives 4e-15
-# (ResNet-18) to 2e-12 (ResNet-152), a block of ResNet-18 whose shortcut has lost its gradient 0.2.
+# Of all gradients and running statistics together, in L2 norm. A different order of summation in fp64 changes them by
+# 4e-15 (ResNet-18) to 2e-12 (ResNet-152); a block of ResNet-18 that loses its shortcut's gradient, by 0.2.
 MAX_DIFFERENCE = 1e-6
 
 
 def refuse_interpreter() -> None:
-    """Raise ProfileError where Triton's kernels are interpreted."""
+    """Raise ProfileError if Triton's kernels are interpreted."""
     if is_interpreted():
         raise ProfileError(
-            "interpreted kernels are not profiled: Triton's interpreter is thousands of times slower than what it "
-            "interprets; switch it off"
+            "interpreted kernels are not profiled, because Triton's interpreter is thousands of times slower than a "
+            f"GPU; unset {INTERPRETER}"
         )
 
 
 def check_gradients(models: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> None:
-    """Compare the gradients and running statistics of the first model and the others on N_IMAGES images in fp64.
+    """Compare gradients and running statistics of the other models with the first, on N_IMAGES images in fp64.
 
     Raises:
         ProfileError: they differ by more than MAX_DIFFERENCE of their size.
@@ -42,7 +42,7 @@ def check_gradients(models: Mapping[str, nn.Module], images: Tensor, labels: Ten
     (_, expected), *others = models.items()
     for name, model in others:
         difference = gradient_difference(model, expected, images[:N_IMAGES], labels[:N_IMAGES])
-        if not difference <= MAX_DIFFERENCE:  # not "difference > MAX_DIFFERENCE", which NaN passes
+        if not difference <= MAX_DIFFERENCE:  # not "difference > MAX_DIFFERENCE", which NaN would pass
             raise ProfileError(
                 f"{name} is wrong and is not profiled: in fp64 its gradients and running statistics must differ by at "
                 f"most {MAX_DIFFERENCE:g} of their size, got {difference:.3g}"
@@ -56,7 +56,7 @@ def gradient_difference(model: nn.Module, expected: nn.Module, images: Tensor, l
 
 
 def exact_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits of all images in fp64; forward only, which keeps no activations."""
+    """Return the logits of all images in fp64, without keeping activations."""
     with torch.no_grad():
         return _exact(model)(images.double().contiguous())
 
@@ -68,20 +68,20 @@ def check_first_step(
     models: Mapping[str, nn.Module],
     config: TrainConfig,
 ) -> None:
-    """Compare loss and logits: error against fp64 <= 2 x the first model's + sqrt(layers) roundings, in L2 norm.
+    """Check loss and logits: error against fp64 <= 2 x the first model's + sqrt(layers) roundings, in L2 norm.
 
-    The first model's own error is what the precision costs. The second term is for where it happens to be exact: every
-    layer rounds independently of the others, so their errors add up as a square root.
+    The first model's error is the cost of the precision. The second term covers a first model that happens to be exact:
+    layers round independently of each other, so their errors add up as a square root.
 
     Args:
-        first: the loss, [], and the logits, [N, 10], of each model's first step.
+        first: the loss, [], and the logits, [N, 10], of each model's first step, by name.
         exact: the logits in fp64.
         labels: [N].
-        models: by the same names.
-        config: for the precision.
+        models: the models, by the same names.
+        config: names the precision and the device.
 
     Raises:
-        ProfileError: a loss or a logit is not what it should be, or not finite.
+        ProfileError: an error is larger, or not finite.
     """
     exact_values = (F.cross_entropy(exact, labels), exact)
     baseline = next(iter(first))
@@ -108,7 +108,7 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]
 
 
 def _exact(model: nn.Module) -> nn.Module:
-    """A copy in fp64, in training mode; NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    """Return a copy in fp64 and training mode; NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     model = copy.deepcopy(model).to(dtype=torch.float64, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.train()
 
@@ -118,9 +118,7 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def rounding_of(precision: str, device: torch.device) -> float:
-    """Return the largest relative error of one rounding of a convolution's inputs; in fp32 on a GPU cuDNN rounds them
-    to TF32, by torch's default.
-    """
+    """Return the largest relative error of rounding a convolution's inputs; by default cuDNN rounds fp32 to TF32."""
     if precision == "fp32":
         return 2.0**-11 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 2.0**-24
     return 2.0**-8 if precision == "bf16" else 2.0**-11

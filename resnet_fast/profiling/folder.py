@@ -1,4 +1,4 @@
-"""The files of a profile: profile.csv, profile.png and a Chrome trace of each provider, each whole or not at all."""
+"""The files of a profile: profile.csv, profile.png and a Chrome trace per provider, each complete or absent."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ def write_files(out: Path, profiles: Sequence[StepProfile], config: TrainConfig)
     """Write the files to the folder `out`, and return their names.
 
     Raises:
-        OSError: the folder cannot be made, or a file not be written.
+        OSError: the folder cannot be created, or a file cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
@@ -76,7 +76,7 @@ def _row(profile: StepProfile, part: Part) -> dict[str, str]:
 
 
 def _write_trace(path: Path, trace: torch.profiler.profile) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # the profiler writes to a name, not to an open file
+    with tempfile.TemporaryDirectory() as folder:  # the profiler writes to a path, not to an open file
         unpacked = Path(folder) / path.name.removesuffix(".gz")
         trace.export_chrome_trace(str(unpacked))
         with whole_file(path) as file, gzip.GzipFile("", "wb", fileobj=file) as packed, open(unpacked, "rb") as text:

@@ -1,4 +1,4 @@
-"""Warm up, time a few steps without the profiler, profile a few with it."""
+"""Warm up, time a few steps without the profiler, then profile a few."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from resnet_fast.profiling.providers import PROVIDERS, checked_steps
 from resnet_fast.profiling.recording import StepProfile, parts_of, record, synchronize
 from resnet_fast.training.config import TrainConfig
 
-# By device. A GPU needs more steps until cuDNN has chosen its algorithms, the kernels are compiled and the clock is up.
+# By device. A GPU needs more steps for cuDNN to choose algorithms, kernels to compile and the clock to rise.
 WARM_UP = {"cpu": 2, "cuda": 20}
 N_STEPS = 10
 MIN_TIMED = 3
@@ -27,16 +27,16 @@ def profile_steps(
     """Profile the training step of every provider.
 
     Args:
-        config: model, stem, batch_size, image_size, precision, device and seed count.
-        n_steps: profiled of each, averaged; None: 10.
-        providers: make the networks; the first is what the others are compared with.
+        config: only model, stem, batch_size, image_size, precision, device, seed and the optimizer's settings are used.
+        n_steps: number of profiled steps of each, averaged; None: 10.
+        providers: functions that make the networks; the first is the baseline.
 
     Returns:
-        A profile by provider, in their order.
+        A profile for each provider, in their order.
 
     Raises:
         ValueError: n_steps is not an integer of at least 1.
-        ProfileError: a provider does not compute the step, the kernels are interpreted, or the profiler saw nothing.
+        ProfileError: a provider computes wrong results, kernels are interpreted, or the profiler recorded nothing.
     """
     device = torch.device(config.device)
     if n_steps is None:
@@ -60,13 +60,15 @@ def profile_steps(
 def _record(
     steps: Mapping[str, Callable[[], object]], device: torch.device, n_steps: int
 ) -> dict[str, list[torch.profiler.profile]]:
-    """On a CPU single steps in turns (A B, B A, ...), so that a change of the machine's speed meets both; on a GPU all
-    steps of a provider at once, because the time between two of them is idle time, too.
+    """Record the steps of each provider.
+
+    On a CPU, single steps alternate (A B, B A, ...), so that a change of speed affects both. On a GPU, all
+    steps of a provider run in a row, because the time between two of them counts as idle.
     """
     n_rounds = n_steps if device.type == "cpu" else 1
     traces: dict[str, list[torch.profiler.profile]] = {name: [] for name in steps}
     order = list(steps)
-    record(steps[order[0]], device, 1)  # the first recording of a process sets up what records
+    record(steps[order[0]], device, 1)  # the first recording of a process sets up the profiler
     for _ in range(n_rounds):
         for name in order:
             traces[name].append(record(steps[name], device, n_steps // n_rounds))
@@ -75,9 +77,9 @@ def _record(
 
 
 def _time(steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """The median time of each step in milliseconds, in turns, so that a change of the machine's speed meets both.
+    """Return the median time of each step in milliseconds; steps alternate, so that a change of speed affects both.
 
-    On a GPU it is the time between two events on its own time line: the program runs ahead, as in training.
+    On a GPU it is the time between two events of its stream: the program runs ahead, as in training.
     """
     times: dict[str, list[Callable[[], float]]] = {name: [] for name in steps}
     synchronize(device)

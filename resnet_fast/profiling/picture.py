@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from resnet_fast.profiling.categories import CATEGORIES, CONVOLUTION, LAYOUT, LOSS, NORM, OPTIMIZER, OTHER
 from resnet_fast.profiling.recording import StepProfile
 
-# What this library is about stands out; the rest of the step, in which nothing runs, is the palest.
+# The part that this library fuses stands out; idle time is palest.
 COLORS = {
     CONVOLUTION: "#3b6ea5",
     NORM: "#c2410c",
@@ -20,7 +20,7 @@ COLORS = {
 }
 REST = "#e3e6ea"
 DARK = {"#3b6ea5", "#c2410c", "#6b4c9a", "#3f8f6b"}
-# Narrower segments have no room for their number: it would run into the neighbours'.
+# Narrower segments have no room for a number.
 MIN_SHARE = 0.045
 
 
@@ -30,8 +30,8 @@ def draw_bars(file: BinaryIO, profiles: Sequence[StepProfile], title: str, devic
     Args:
         file: open for writing in binary.
         profiles: the bars, from the top down.
-        title: says what step it is.
-        device: names where it ran.
+        title: of the figure.
+        device: name of the device.
         rest: the category of the time in which nothing runs.
     """
     # Figure without pyplot: no global state, no window, and no backend to choose.
@@ -64,6 +64,6 @@ def draw_bars(file: BinaryIO, profiles: Sequence[StepProfile], title: str, devic
 
 
 def format_ms(ms: float, of: float) -> str:
-    """Return milliseconds with as many decimals as suit a step of `of` milliseconds: to a thousandth or finer."""
+    """Return milliseconds with the decimals for a step of `of` milliseconds, to a thousandth of it or finer."""
     decimals = 1 if of >= 100 else 2 if of >= 10 else 3
     return f"{ms:.{decimals}f}"

@@ -1,4 +1,4 @@
-"""The two training steps to be profiled: from the same weights, on the same images, and checked before they are.
+"""The two training steps to profile, with the same weights and images; both are checked first.
 
 steps = checked_steps(config)   # {"eager": …, "fused": …}
 steps["fused"]()                # one step on the next batch
@@ -19,7 +19,7 @@ from resnet_fast.training.optimizer import make_optimizer
 from resnet_fast.training.step import training_step
 
 N_CLASSES = 10
-N_BATCHES = 4  # in rotation: no step finds the images of the step before in a cache
+N_BATCHES = 4  # in rotation, so that no step finds its images in a cache
 
 
 def eager(config: TrainConfig) -> nn.Module:
@@ -30,7 +30,7 @@ def fused(config: TrainConfig) -> nn.Module:
     return MODELS[config.model].make(N_CLASSES, config.stem)
 
 
-# The first is what the other is compared with.
+# The first is the baseline.
 PROVIDERS: Mapping[str, Callable[[TrainConfig], nn.Module]] = {"eager": eager, "fused": fused}
 
 
@@ -54,14 +54,14 @@ class Step:
 def checked_steps(
     config: TrainConfig, providers: Mapping[str, Callable[[TrainConfig], nn.Module]] = PROVIDERS
 ) -> dict[str, Step]:
-    """Return the step of every provider, tuned alike (channels_last, cudnn.benchmark), its first one run and checked.
+    """Return the step of every provider, all with channels_last and cudnn.benchmark, after checking its first run.
 
     Raises:
-        ProfileError: a provider does not compute the training step.
+        ProfileError: a provider computes wrong results.
     """
     device = torch.device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # torch refuses "cuda" without a number here
+        torch.cuda.set_device(device.index or 0)  # torch requires a number here
     batches = _random_batches(config, device)
     with torch.random.fork_rng(devices=[]):  # the models are made on the CPU
         torch.manual_seed(config.seed)
@@ -80,7 +80,7 @@ def checked_steps(
 
 
 def _random_batches(config: TrainConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Random images in channels_last, never zeros, on which a processor draws less power and clocks higher."""
+    """Return random images in channels_last, not zeros, on which a processor uses less power and clocks higher."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, 3, config.image_size, config.image_size)
     batches = []

@@ -1,9 +1,9 @@
-"""From the profiler's events to the parts of a step, which sum up to its time.
+"""Turn the profiler's events into the parts of a step, which add up to its time.
 
     GPU:  time of the kernels, by the operator that launched them + idle = from the first kernel to the end of the last
     CPU:  self time of the operators + the time between operators        = wall time
 
-Both per step, the mean over the profiled steps.
+Both are means per step over the profiled steps.
 """
 
 import os
@@ -21,24 +21,24 @@ from resnet_fast.profiling.categories import OPTIMIZER, category_of, is_operator
 STEP = "training step"
 IDLE = "idle"
 BETWEEN = "between operators"
-# What libkineto calls waiting, which some versions put on the GPU's time line.
+# Names of waiting in libkineto, which some versions put on the GPU's time line.
 WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 
 class ProfileError(RuntimeError):
-    """There is no profile to show."""
+    """Raised if a step cannot be profiled, or its results are wrong."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one operator (CPU) or one kernel of one operator (GPU) takes of a step.
+    """The time of one operator (CPU), or one kernel of one operator (GPU), in a step.
 
     Args:
         category: one of CATEGORIES, or "idle", or "between operators".
-        operator: that ran or launched it; empty for idle.
-        kernel: its full name; empty on a CPU.
+        operator: the operator that ran or launched it; empty for idle.
+        kernel: full name of the kernel; empty on a CPU.
         ms: milliseconds per step.
-        calls: per step; on a GPU launches of kernels, copies and fills.
+        calls: calls per step; on a GPU, launches of kernels, copies and fills.
     """
 
     category: str
@@ -54,10 +54,10 @@ class StepProfile:
 
     Args:
         provider: "eager" or "fused".
-        parts: all of the step; their times sum up to `ms`.
-        ms: of a profiled step, milliseconds.
-        unprofiled_ms: of a step without the profiler, which costs time itself; the median of a few.
-        trace: the profiler that recorded it, or the last of its steps.
+        parts: the parts of the step; their times add up to `ms`.
+        ms: milliseconds of a profiled step.
+        unprofiled_ms: median milliseconds of a step without the profiler, which itself takes time.
+        trace: the profiler that recorded the steps, or the last one.
     """
 
     provider: str
@@ -74,13 +74,13 @@ class StepProfile:
 
 
 def rest_of(device: torch.device) -> str:
-    """Return what the part of a step is called in which no kernel, or no operator, runs."""
+    """Return the name of the time in which no kernel (GPU) or operator (CPU) runs."""
     return BETWEEN if device.type == "cpu" else IDLE
 
 
 def record(step: Callable[[], object], device: torch.device, n_steps: int) -> torch.profiler.profile:
-    """Run steps under the profiler, each under the annotation "training step"."""
-    # libkineto prints its stages as if they were warnings. If it fails, no kernels are seen, which is an error below.
+    """Run steps under the profiler, each annotated as "training step"."""
+    # libkineto prints its stages as warnings. If it fails, no kernels are recorded, which is an error below.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     synchronize(device)
@@ -98,15 +98,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def parts_of(events: Sequence[FunctionEvent], device: torch.device, n_steps: int) -> tuple[tuple[Part, ...], float]:
-    """Return the parts of a step, largest first, and its time in milliseconds, to which they sum up.
+    """Return the parts of a step, largest first, and their sum, the step's time in milliseconds.
 
     Args:
-        events: of a recording, with parents and kernels filled in, as `profiler.events()` returns them.
+        events: as returned by `profiler.events()`, with parents and kernels filled in.
         device: where the step ran.
-        n_steps: under the annotation "training step".
+        n_steps: number of steps recorded.
 
     Raises:
-        ProfileError: there are no steps, or no kernels of a GPU, among the events.
+        ProfileError: the events contain no steps or, on a GPU, no kernels.
     """
     parts = _cpu_parts(events) if device.type == "cpu" else _gpu_parts(events, device)
     if not parts:
@@ -122,7 +122,7 @@ def parts_of(events: Sequence[FunctionEvent], device: torch.device, n_steps: int
 
 
 def _cpu_parts(events: Sequence[FunctionEvent]) -> list[tuple[str, str, str, float, int]]:
-    """Category, operator, "", self time in µs, and 1 for a call, of every event of a step."""
+    """Return category, operator, "", self time in µs, and 1 for a call, for each event of a step."""
     parts = []
     for event in events:
         names = list(_names(event))
@@ -137,18 +137,18 @@ def _cpu_parts(events: Sequence[FunctionEvent]) -> list[tuple[str, str, str, flo
 
 
 def _gpu_parts(events: Sequence[FunctionEvent], device: torch.device) -> list[tuple[str, str, str, float, int]]:
-    """Category, operator, kernel, time in µs, and 1 for a launch, of every kernel, and the idle time."""
+    """Return category, operator, kernel, time in µs, and 1 for a launch, for each kernel and the idle time."""
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    # Annotations have a copy on the GPU's time line, from their first kernel to their last: those are not kernels.
+    # Copies of annotations on the GPU's time line, from their first kernel to their last, are not kernels.
     no_kernels = {*WAITS, *(event.name for event in on_cpu if event.is_user_annotation)}
     kernels = [event for event in events if event.device_type != DeviceType.CPU and event.name not in no_kernels]
     if not kernels:
         raise ProfileError(
-            f"the profiler saw no kernel on {device}: it needs CUPTI, and no other profiler beside it; "
-            "KINETO_LOG_LEVEL=0 shows what it says"
+            f"the profiler recorded no kernel on {device}: it needs CUPTI, and no other profiler may run; "
+            "KINETO_LOG_LEVEL=0 shows its messages"
         )
-    # An operator knows its kernels by name and duration only. Of two that are equal in both it does not matter which
-    # is whose, if each is given away once.
+    # An operator knows its kernels only by name and duration. Two kernels equal in both may be exchanged, if each is
+    # assigned once.
     launched_by: defaultdict[tuple[str, float], list[FunctionEvent]] = defaultdict(list)
     for event in on_cpu:
         for launched in event.kernels:
@@ -165,9 +165,9 @@ def _gpu_parts(events: Sequence[FunctionEvent], device: torch.device) -> list[tu
 
 
 def exclusive_times(spans: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the time of each span (start, end) in which none that began earlier is running.
+    """Return the time of each span (start, end) that no earlier span covers.
 
-    They sum up to the length of the union, so that kernels that overlap are not counted twice.
+    The times add up to the length of the union, so that overlapping kernels are not counted twice.
     """
     times = [0.0] * len(spans)
     covered = float("-inf")
@@ -179,7 +179,7 @@ def exclusive_times(spans: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _names(event: FunctionEvent) -> Iterator[str]:
-    """The event's name, its parent's, and so on to the step's."""
+    """Yield the names of the event, its parent and so on, up to the step."""
     ancestor: FunctionEvent | None = event
     while ancestor is not None:
         yield ancestor.name

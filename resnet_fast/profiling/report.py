@@ -1,4 +1,4 @@
-"""What a profile shows: tables that fit 80 columns, with colors on a terminal and plain elsewhere."""
+"""The output of `resnet-fast profile`: tables that fit 80 columns, colored on a terminal and plain elsewhere."""
 
 import re
 import sys
@@ -29,8 +29,8 @@ class Report:
     """Prints to standard output.
 
     Args:
-        config: what is profiled.
-        n_steps: profiled of each provider; None: as many as suit the device.
+        config: the step that is profiled.
+        n_steps: number of profiled steps of each provider; None: 10.
     """
 
     def __init__(self, config: TrainConfig, n_steps: int | None) -> None:
@@ -47,7 +47,7 @@ class Report:
         )
 
     def start(self) -> None:
-        """Say what is about to be profiled."""
+        """Print what is about to be profiled."""
         config = self.config
         size = f"{config.image_size}x{config.image_size}"
         self._print(f"One training step of {config.model} ({config.stem} stem, {size} images)", "bold")
@@ -56,7 +56,7 @@ class Report:
         self._print(f"eager and fused: the first step is checked, {n_warm} more warm up, {self.n_steps} are profiled")
 
     def show(self, profiles: Sequence[StepProfile]) -> None:
-        """Print both tables and what is to be known about them."""
+        """Print both tables and remarks on them."""
         self._print("")
         self.console.print(self._categories(profiles))
         self._print("")
@@ -66,9 +66,9 @@ class Report:
             self._print(line)
 
     def finish(self, out: Path, names: Sequence[str]) -> None:
-        """Say what was written."""
+        """Print the names of the files written."""
         self._print("")
-        self._print("Written, the traces for https://ui.perfetto.dev:")
+        self._print("Written (open the traces in https://ui.perfetto.dev):")
         self._print(", ".join(names))
         self._print(str(out))
 
@@ -125,7 +125,7 @@ class Report:
         text = format_ms(ms[1] - ms[0], longest)
         zero = float(text) == 0
         sign = "" if zero or text.startswith("-") else "+"
-        # On a CPU a difference is noise, which a color would make look like a finding.
+        # On a CPU a difference is noise, which a color would emphasize.
         color = "" if zero or self.device.type == "cpu" else "red" if sign else "green"
         cells.append(Text(f"{sign}{text.lstrip('-') if zero else text}", style=color))
         if self.device.type != "cpu":
@@ -135,27 +135,27 @@ class Report:
     def _remarks(self, profiles: Sequence[StepProfile]) -> list[str]:
         longest = max(profile.unprofiled_ms for profile in profiles)
         times = [f"{profile.provider} {format_ms(profile.unprofiled_ms, longest)} ms" for profile in profiles]
-        lines = [f"A step without the profiler, which costs time: {', '.join(times)}"]
+        lines = [f"A step without the profiler's overhead: {', '.join(times)}"]
         if self.device.type != "cpu":
             idle = [max(0.0, profile.unprofiled_ms - _busy(profile)) for profile in profiles]
             texts = [f"{p.provider} {format_ms(ms, longest)} ms" for p, ms in zip(profiles, idle, strict=True)]
-            lines.append(f"of it idle, the step less its kernels: {', '.join(texts)}")
+            lines.append(f"of which idle, the step minus its kernels: {', '.join(texts)}")
         reason = why_not_triton(self.device)
         if self.device.type == "cpu":
-            lines.append("On a CPU both run the same ATen operators: a difference is the machine's noise.")
+            lines.append("On a CPU both run the same ATen operators; differences are noise.")
         elif reason is not None:
-            lines.append(f"fused runs on ATen like eager, so no gain is to be expected: {reason}")
+            lines.append(f"fused runs on ATen like eager, so expect no gain: {reason}")
         return lines
 
     def _print(self, line: str, style: str | None = None) -> None:
-        # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
+        # Without markup, because a folder may be called [red]. Soft wrapping keeps paths whole for copying.
         self.console.print(clean(line), style=style, markup=False, soft_wrap=True)
 
 
 def label(part: Part) -> str:
-    """Return the operator's name (CPU), or the kernel's without its namespaces, arguments and template arguments.
+    """Return the name of the operator (CPU), or of the kernel without namespaces, arguments and template arguments.
 
-    ATen's kernels are templates of the same few names, so for them the operator is named, too.
+    ATen's kernels are templates with few names, so the operator is added to them.
     """
     if not part.kernel:
         return part.operator

@@ -1,4 +1,4 @@
-"""The training step that is profiled."""
+"""Settings of the training step that is profiled."""
 
 import time
 from dataclasses import replace
@@ -8,7 +8,7 @@ from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.paths import free_folder
 
 BATCH_SIZE = {"cpu": 32, "cuda": 128}
-# Small: the labels are random, and a step on infinite or NaN values is not the step that is asked about.
+# Small, because the labels are random, and infinite or NaN values would change the step.
 LEARNING_RATE = 0.01
 
 
@@ -22,11 +22,12 @@ def profile_config(
     out: Path | None = None,
     optimizer: str = "sgd",
 ) -> TrainConfig:
-    """Return the settings of the step, checked and filled in: the stem that training takes; batch_size 32 on a CPU, 128
-    on a GPU.
+    """Return the checked settings of the step. The arguments are those of TrainConfig.
+
+    Defaults: the model's stem; batch_size 32 on a CPU, 128 on a GPU.
 
     Raises:
-        ValueError: a setting breaks the rule that TrainConfig has for it.
+        ValueError: a setting breaks its rule in TrainConfig.
     """
     config = TrainConfig(
         model=model,

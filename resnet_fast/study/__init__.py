@@ -1,4 +1,4 @@
-"""Studies: experiments that show by measurement why the networks are built as they are.
+"""Experiments that measure why the networks are built as they are.
 
 from resnet_fast.study import run_study, small_study
 

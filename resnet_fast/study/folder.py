@@ -1,6 +1,6 @@
-"""The folder of a study: config.json, skip.csv, gradients.csv and skip.png, each there as a whole or not at all.
+"""The folder of a study: config.json, skip.csv, gradients.csv and skip.png, each complete or absent.
 
-The tables grow by a network at a time; the picture is drawn at the end.
+The tables grow after each network; the picture is drawn at the end.
 """
 
 import csv
@@ -21,7 +21,7 @@ from resnet_fast.training.recipes import RECIPE_FIELDS
 from resnet_fast.training.run_folder import run_settings
 
 NAMES = ("skip.png", "skip.csv", "gradients.csv", "config.json")
-# Of what config.json of a training run holds, that which a study has, too.
+# The entries of a training run's config.json that a study also has.
 DESCRIBED = (
     *RECIPE_FIELDS,
     *("dataset", "data_dir", "device", "precision", "graph", "classes", "train_images", "test_images", "mean", "std"),
@@ -33,9 +33,9 @@ class StudyFolder:
     """Writes the files of one study.
 
     Args:
-        study: names the folder.
-        dataset: what is trained on.
-        augmentation: what is done to its images.
+        study: the settings, which name the folder.
+        dataset: the training and test images.
+        augmentation: of the training images.
     """
 
     def __init__(self, study: SkipStudy, dataset: ImageDataset, augmentation: Augmentation) -> None:
@@ -43,7 +43,7 @@ class StudyFolder:
         self.out = study.config.out
 
     def start(self) -> None:
-        """Make the folder and write config.json; raises FileExistsError if it holds something already."""
+        """Create the folder and write config.json; raise FileExistsError if the folder is not empty."""
         check_is_free(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.describe(), indent=2, ensure_ascii=False) + "\n"
@@ -51,7 +51,7 @@ class StudyFolder:
             file.write(text.encode())
 
     def describe(self) -> dict[str, Any]:
-        """Return what config.json holds."""
+        """Return the contents of config.json."""
         study = self.study
         settings = run_settings(study.config, self.dataset, self.augmentation)
         return {
@@ -65,7 +65,7 @@ class StudyFolder:
         }
 
     def write_tables(self, done: Sequence[Trained]) -> None:
-        """Replace both tables by those of the networks trained so far."""
+        """Rewrite both tables with the networks trained so far."""
         for name, kind, rows in (
             ("skip.csv", EpochRow, [row for trained in done for row in trained.epochs]),
             ("gradients.csv", GradientRow, [row for trained in done for row in trained.gradients]),
@@ -74,7 +74,7 @@ class StudyFolder:
                 file.write(_table(kind, rows).encode())
 
     def write_picture(self, done: Sequence[Trained]) -> None:
-        """Draw skip.png of all networks."""
+        """Draw skip.png from all networks."""
         epochs = [row for trained in done for row in trained.epochs]
         gradients = [row for trained in done for row in trained.gradients]
         figure = draw(epochs, gradients, self.study.networks, self.title)
@@ -83,7 +83,7 @@ class StudyFolder:
 
     @property
     def title(self) -> str:
-        """What was trained on what."""
+        """The data set, its size, and the numbers of channels, epochs and seeds."""
         height, width = self.dataset.train.size
         epochs, seeds = self.study.config.epochs, len(self.study.seeds)
         return (
@@ -104,6 +104,6 @@ def _table(kind: type, rows: Sequence[Any]) -> str:
 
 
 def read_table(path: Path, kind: type) -> list[Any]:
-    """Return the rows of a table as they were written."""
+    """Return the rows of a table that `write_tables` wrote."""
     with open(path, newline="", encoding="utf-8") as file:
         return [kind(**{f.name: f.type(row[f.name]) for f in fields(kind)}) for row in csv.DictReader(file)]  # type: ignore[operator]

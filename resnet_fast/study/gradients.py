@@ -1,8 +1,8 @@
-"""How large the gradient of the loss is in each layer of a network.
+"""The norm of the loss's gradient in each layer of a network.
 
-    norm(l) = ||dL/dW_l||₂    of the l-th convolution, l = 1 for the stem
+    norm(l) = ||dL/dW_l||₂    for the l-th convolution; l = 1 is the stem
 
-in training mode, by the statistics of the batch, as in a training step.
+The network runs in training mode, with batch statistics, as in a training step.
 """
 
 import copy
@@ -16,11 +16,11 @@ from resnet_fast.training.step import forward_loss
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
     """Return the L2 norm of the gradient of each convolution's weight, from the input to the output.
 
-    Convolutions of projection shortcuts lie beside the path and are left out. The model stays as it is, running
-    statistics and gradients included.
+    Convolutions of projection shortcuts are left out. The model is unchanged, including its running statistics and
+    gradients.
 
     Args:
-        model: gives logits, [N, classes].
+        model: returns logits, [N, classes].
         images: [N, 3, H, W], normalized, on the model's device.
         labels: [N], int64.
     """

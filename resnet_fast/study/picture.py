@@ -1,4 +1,4 @@
-"""skip.png: training error, test error, and each layer's gradient, with skip connections and without."""
+"""skip.png: training error, test error and each layer's gradient, with and without skip connections."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -13,7 +13,7 @@ from resnet_fast.study.runs import EpochRow, GradientRow
 from resnet_fast.study.settings import Network
 from resnet_fast.training.curves import finish_panel
 
-# Blue without skip connections, orange with them, the deep one darker and thicker: told apart by any eye, and in grey.
+# Blue without skip connections, orange with them; deep networks darker and thicker. Distinct for the color-blind too.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56b4e9", "linewidth": 1.6},
     {"color": "#00568c", "linewidth": 2.4},
@@ -31,7 +31,7 @@ def draw(
     Args:
         epochs, gradients: of all networks and seeds, as in the CSV files.
         networks: plain and shallow, plain and deep, then the two with skip connections.
-        title: says what was trained on what.
+        title: of the figure.
     """
     # Figure without pyplot: no global state, no window, and no backend to choose.
     figure = Figure(figsize=(13, 5), dpi=120, layout="constrained")
@@ -47,7 +47,7 @@ def draw(
             points = [(r.seed, r.layer, r.norm) for r in gradients if (r.network, r.moment) == (network.name, moment)]
             _draw_seeds(norms, points, {**style, "linestyle": dashes}, f"{network.name}, {moment}")
     for axes, name in ((train, "training error (%)"), (test, "test error (%)")):
-        axes.set_ylim(0, 100)  # all there is, so that no difference looks larger than it is
+        axes.set_ylim(0, 100)  # the full range, so that no difference looks exaggerated
         finish_panel(axes, name, n_epochs)
         axes.set_xlabel("epoch")
     norms.set_yscale("log")
@@ -61,7 +61,7 @@ def draw(
 
 
 def _draw_seeds(axes: Axes, points: list[tuple[int, int, float]], style: dict[str, Any], label: str) -> None:
-    """A thin line for each seed, and the mean: (seed, x, y) each."""
+    """Draw a thin line for each seed and a thick one for the mean; points are (seed, x, y)."""
     seeds = sorted({seed for seed, _, _ in points})
     at = sorted({x for _, x, _ in points})
     if len(seeds) > 1:

@@ -1,4 +1,4 @@
-"""What a study found: a table, and sentences that follow from its numbers."""
+"""The results of a study: a table, and conclusions drawn from its numbers."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from resnet_fast.training.console import format_duration
 from resnet_fast.training.repeat import Spread
 
 WIDTH = 80
-# Percentage points. Of the digits' 1,437 images it is seven: two or three more or less say nothing about depth.
+# Percentage points: seven of the digits' 1,437 images. A difference of two or three images says nothing about depth.
 LEAST_DIFFERENCE = 0.5
 Order = Literal["worse than", "as well as", "better than"]
 
@@ -19,10 +19,10 @@ class Comparison(NamedTuple):
     """Two networks' training errors after the last epoch, in percent.
 
     Args:
-        order: how the deep one trains: as well as the shallow one unless the mean difference is at least
+        order: how the deep network trains: "as well as" the shallow one, unless the mean difference is at least
             LEAST_DIFFERENCE and larger than its standard deviation over the seeds.
-        shallow, deep: over the seeds.
-        difference: deep - shallow, of each seed.
+        shallow, deep: errors over the seeds.
+        difference: deep - shallow, over the seeds.
     """
 
     order: Order
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
 
 
 def last_epochs(rows: Sequence[EpochRow], network: str) -> list[EpochRow]:
-    """Return the row of the last epoch of each seed."""
+    """Return the row of the last epoch for each seed of a network."""
     last = max((row.epoch for row in rows), default=0)
     return [row for row in rows if row.network == network and row.epoch == last]
 
@@ -66,7 +66,7 @@ def _format_percent(values: Sequence[float]) -> str:
 
 
 def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> list[str]:
-    """Return what the numbers say about depth, in lines of 80 columns; of one seed the numbers alone.
+    """Return the conclusion about depth, in lines of 80 columns; for a single seed only the numbers.
 
     Args:
         rows: of all networks.
@@ -87,14 +87,14 @@ def format_verdict(rows: Sequence[EpochRow], networks: Sequence[Network]) -> lis
         )
     without, with_them = (order == "worse than" for order in orders)
     if without and not with_them:
-        end = "Depth hurts without skip connections, and not with them."
+        end = "Depth hurts without skip connections, but not with them."
     elif without:
-        end = "Depth hurts without skip connections, and with them, too."
+        end = "Depth hurts both with and without skip connections."
     elif with_them:
-        end = "Depth hurts with skip connections alone: the opposite of what the paper found."
+        end = "Depth hurts only with skip connections, the opposite of the paper's result."
     else:
-        end = "Depth hurts neither without skip connections nor with them."
-    rule = f"(A difference counts from {LEAST_DIFFERENCE} points on, if it is above its standard deviation.)"
+        end = "Depth hurts neither with nor without skip connections."
+    rule = f"(A difference counts from {LEAST_DIFFERENCE} points, if it is above its standard deviation.)"
     return [*lines, *textwrap.wrap(end, WIDTH), rule]
 
 
@@ -106,4 +106,4 @@ def _format_one_seed(rows: Sequence[EpochRow], pairs: Sequence[tuple[str, str]])
             f"{large} has {result.deep.mean:.2f} % training error, {small} {result.shallow.mean:.2f} %: "
             f"{result.difference.mean:+.2f} points."
         )
-    return [*lines, "One seed tells nothing about the spread: whether depth hurts takes several."]
+    return [*lines, "One seed shows no spread: run several seeds to tell whether depth hurts."]

@@ -1,7 +1,7 @@
-"""Trains the networks of a study, one after the other, in the loop of `resnet-fast train`.
+"""Train the networks of a study, one after the other, in the loop of `resnet-fast train`.
 
-Training error is the running one of an epoch, over its training images as they are trained on, while the weights
-change: the paper's. Test error is that of the weights after the epoch, by running statistics, as in `train`.
+The training error of an epoch is, as in the paper, its running mean over the augmented training images while the
+weights change. The test error uses the weights after the epoch and the running statistics, as in `train`.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from resnet_fast.training.random_state import seed_everything
 from resnet_fast.training.reporter import Reporter
 from resnet_fast.training.step import TrainingStep
 
-GRADIENT_IMAGES = 256  # the first ones of the training images, the same for all networks
+GRADIENT_IMAGES = 256  # the first training images, the same for all networks
 
 
 @dataclass(frozen=True)
 class EpochRow:
-    """A row of skip.csv: errors in 0 … 1, seconds of training alone."""
+    """A row of skip.csv: errors from 0 to 1; seconds of training only."""
 
     network: str
     seed: int
@@ -37,7 +37,7 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """A row of gradients.csv: the norm of the gradient of a convolution, at the "start" or the "end" of training."""
+    """A row of gradients.csv: the gradient norm of a convolution at the "start" or the "end" of training."""
 
     network: str
     seed: int
@@ -48,7 +48,7 @@ class GradientRow:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came out of training one network with one seed."""
+    """The results of training one network with one seed."""
 
     network: Network
     seed: int
@@ -57,11 +57,11 @@ class Trained:
 
 
 def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator[Trained]:
-    """Yield every network, seed by seed, so that a study that is stopped has as many seeds of each, or nearly.
+    """Train every network, seed by seed, and yield the results; an interrupted study has about as many seeds of each.
 
     Args:
         study: the settings.
-        dataset: its images, if they are loaded already.
+        dataset: the images, if already loaded.
 
     Raises:
         DataError: the images are not available.
@@ -84,7 +84,7 @@ def train_one(
     augmentation: Augmentation,
     processes: Processes,
 ) -> Trained:
-    """Train one network; `dataset` is on the device. The same seed gives the same bits on a CPU."""
+    """Train one network; `dataset` is on the device. On a CPU, the same seed gives bit-identical results."""
     config = replace(study.config, seed=seed)
     seed_everything(seed)
     model = network.build(len(dataset.classes), study.width)

@@ -1,4 +1,4 @@
-"""What the study of skip connections trains: the small one for a CPU, and the paper's.
+"""Settings of the study of skip connections: a small one for a CPU, and the paper's.
 
 small_study()   digits of 16x16 pixels, 8 channels, 12 epochs: less than three minutes on two cores
 full_study()    CIFAR-10, 16 channels, He et al. 2015 (arXiv:1512.03385), section 4.2
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from resnet_fast.data import ImageDataset, TensorSplit
     from resnet_fast.models import CifarResNet
 
-N_SEEDS = (1, 1001)  # at least, and below
-# The paper's, from which the small study differs where it must.
+N_SEEDS = (1, 1001)  # minimum, and exclusive maximum
+# The paper's settings; the small study differs only as needed.
 PAPER: dict[str, Any] = {
     "recipe": "baseline",
     "batch_size": 128,
@@ -29,8 +29,8 @@ PAPER: dict[str, Any] = {
     "precision": "fp32",
 }
 FULL = {**PAPER, "dataset": "cifar10", "epochs": 164}  # of 391 steps: 64,124 iterations, the paper's 64k
-# No crop, so that training error is of the images as they are; smaller batches, for more steps in as few epochs. Rate
-# and schedule were chosen for ResNet-56 to train in so few epochs; docs/depth.md has what was tried.
+# No crop, so that the training error is that of the original images; small batches, for more steps per epoch. Learning
+# rate and schedule were chosen so that ResNet-56 trains in few epochs; docs/depth.md lists the settings tried.
 SMALL = {
     **PAPER,
     "dataset": "digits",
@@ -44,11 +44,11 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Network:
-    """One of the networks compared, as the paper calls it: plain-20, ResNet-56.
+    """One of the networks compared, named as in the paper: plain-20, ResNet-56.
 
     Args:
-        depth: layers, 6n+2.
-        is_plain: without skip connections.
+        depth: number of layers, 6n+2.
+        is_plain: whether it lacks skip connections.
     """
 
     depth: int
@@ -59,7 +59,7 @@ class Network:
         return f"{'plain' if self.is_plain else 'ResNet'}-{self.depth}"
 
     def build(self, n_classes: int, width: int) -> "CifarResNet":
-        """Return it with new weights; both kinds have equally many, and from one seed the same."""
+        """Return the network with new weights; with the same seed, both kinds get the same weights."""
         from resnet_fast.models import CifarResNet
 
         return CifarResNet(self.depth, n_classes, shortcut=None if self.is_plain else "A", width=width)
@@ -70,10 +70,10 @@ class SkipStudy:
     """All settings of a study.
 
     Args:
-        config: data, recipe, device and folder of each run; its seed is the first one.
+        config: data, recipe, device and folder; its seed is the first one.
         n_seeds: runs of each network, with config.seed, config.seed + 1, …
         width: channels of the first stage.
-        depths: of the shallow and of the deep networks, 6n+2 each.
+        depths: of the shallow and the deep networks, 6n+2 each.
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.
@@ -97,11 +97,11 @@ class SkipStudy:
             check_depth(depth)
         shallow, deep = self.depths
         if not shallow < deep:
-            raise ValueError(f"depths must be a smaller and a larger one, got {shallow} and {deep}")
+            raise ValueError(f"depths must be a smaller and a larger number, got {shallow} and {deep}")
 
     @property
     def networks(self) -> tuple[Network, ...]:
-        """plain and shallow, plain and deep, then those with skip connections."""
+        """The plain shallow and plain deep network, then those with skip connections."""
         return tuple(Network(depth, is_plain) for is_plain in (True, False) for depth in self.depths)
 
     @property
@@ -109,7 +109,7 @@ class SkipStudy:
         return range(self.config.seed, self.config.seed + self.n_seeds)
 
     def load(self) -> "ImageDataset":
-        """Return the images; raises DataError where they are not available."""
+        """Return the images; raise DataError if they are not available."""
         from resnet_fast.data import load_dataset
 
         dataset = load_dataset(self.config.dataset, self.config.data_dir)
@@ -117,12 +117,12 @@ class SkipStudy:
 
 
 def small_study(*, n_seeds: int = 3, **settings: Any) -> SkipStudy:
-    """Return the study of the digits; `settings` are fields of TrainConfig that replace its own."""
+    """Return the study of the digits; `settings` override fields of its TrainConfig."""
     return SkipStudy(_config(SMALL, n_seeds, settings), n_seeds, width=8)
 
 
 def full_study(*, n_seeds: int = 3, **settings: Any) -> SkipStudy:
-    """Return the paper's study; `settings` are fields of TrainConfig that replace its own."""
+    """Return the paper's study; `settings` override fields of its TrainConfig."""
     return SkipStudy(_config(FULL, n_seeds, settings), n_seeds, width=16)
 
 
@@ -134,7 +134,7 @@ def _config(base: dict[str, Any], n_seeds: int, settings: dict[str, Any]) -> Tra
 
 
 def halve(dataset: "ImageDataset") -> "ImageDataset":
-    """Return a data set in memory at half its height and width, each pixel the mean of four."""
+    """Return an in-memory data set at half its height and width; each pixel is the mean of four."""
     import torch.nn.functional as F
 
     from resnet_fast.data import TensorSplit

@@ -42,97 +42,98 @@ class TrainConfig(Recipe):
     recipe: Annotated[
         str,
         one_of(RECIPES),
-        "What is learned, and how: gives all settings below, each of which may be given beside it. "
+        "Defaults for the optimizer, schedule, augmentation and initialization; explicit options override them. "
         f"[default: {DEFAULT_RECIPES['cifar10']}; cifar100: {DEFAULT_RECIPES['cifar100']}; "
-        "for digits and folder those of their names]",
+        "digits and folder: the recipe of that name]",
     ] = FROM_RECIPE
     model: Annotated[str, MODEL, f"The network: {', '.join(MODELS)}."] = "resnet18"
     stem: Annotated[
         str,
         one_of(STEMS),
-        "cifar: 3x3, no pooling; imagenet: 7x7 stride 2, then pooling. "
-        "[default: cifar, where a network has both; others have one]",
+        "First layers. cifar: 3x3 convolution, no pooling; imagenet: 7x7 convolution with stride 2, then max pooling. "
+        "[default: cifar if the network has both, else the one it has]",
     ] = FROM_RECIPE
     backend: Annotated[
         str,
         one_of(("fused", "eager", "compile")),
-        "fused: this library; eager: plain PyTorch, torchvision's network where it has one; compile: that under "
-        "torch.compile.",
+        "fused: this library's kernels; eager: plain PyTorch, with torchvision's network if it has one; compile: eager "
+        "under torch.compile.",
     ] = "fused"
-    graph: Annotated[bool, MAY_MOVE, "Run a step as one CUDA graph. [default: on a GPU, with one process]"] = (
-        FROM_RECIPE
-    )
+    graph: Annotated[
+        bool, MAY_MOVE, "Run each step as one CUDA graph. [default: on for a GPU and a single process]"
+    ] = FROM_RECIPE
     dataset: Annotated[
         str,
         one_of(DATASETS),
-        "cifar10, cifar100 and svhn download themselves; digits needs no network; folder is the data folder with "
-        "train/ and test/.",
+        "cifar10, cifar100 and svhn are downloaded if missing; digits comes with the package; folder: your images, in "
+        "train/ and test/ of --data-dir, a subfolder for each class.",
     ] = "cifar10"
-    data_dir: Annotated[Path, MAY_MOVE, "Where a downloaded data set is or goes to, or the folder of images."] = Path(
-        "data"
-    )
+    data_dir: Annotated[Path, MAY_MOVE, "Folder of your images, or to which data sets are downloaded."] = Path("data")
     mirror: Annotated[
         str | None,
         URL,
         MAY_MOVE,
-        "Download from this server: the URL of a folder with the files, or of the archive. "
-        "[default: several known ones in turn]",
+        "URL to download from: a folder that holds the files, or the archive itself. "
+        "[default: known servers, one after the other]",
     ] = None
     image_size: Annotated[
         int,
         integer(8, MAX_IMAGE_SIZE + 1),
-        "Pixels to which digits and a folder's images are resized. [default: 12 for digits by their recipe, else 32]",
+        "Height and width to which images of digits and folder are resized, in pixels. [default: 12 for digits with "
+        "recipe digits, else 32]",
     ] = FROM_RECIPE
     images: Annotated[
         str,
         one_of(("auto", "memory", "stream")),
         MAY_MOVE,
-        "Of a folder: memory reads all of them once, stream each when it is needed; auto: memory if they fit.",
+        "For dataset folder. memory: read all images once; stream: read each when needed; auto: memory if they fit.",
     ] = "auto"
     skip_unreadable: Annotated[
-        bool, "Of a folder: read every image once, and train without those that cannot be read."
+        bool, "For dataset folder: first read every image, then train without those that cannot be read."
     ] = False
-    holdout: Annotated[int, integer(0), "Validate on so many training images, and leave the test images alone."] = 0
-    accumulate: Annotated[int, integer(1), "Parts in which a batch is computed in turn, for less memory."] = 1
-    sync_bn: Annotated[bool, "On several processes, batch statistics over all of them."] = False
+    holdout: Annotated[
+        int, integer(0), "Number of training images held out for validation; the test images are not used."
+    ] = 0
+    accumulate: Annotated[int, integer(1), "Micro-batches per step, computed one after the other to save memory."] = 1
+    sync_bn: Annotated[bool, "Compute batch statistics over all processes; no effect with a single one."] = False
     weights: Annotated[
         Path | None,
-        "Start from these weights: a run folder, a checkpoint, or a file of torchvision, timm … "
-        "With another number of classes the last layer is new.",
+        "Weights to start from: a run folder, a checkpoint, or a file of torchvision, timm … "
+        "If the number of classes differs, the last layer starts from new weights.",
     ] = None
-    new_head: Annotated[bool, "With weights, start the last layer anew even if the number of classes is the same."] = (
-        False
-    )
+    new_head: Annotated[
+        bool, "With weights: give the last layer new weights even if the number of classes is the same."
+    ] = False
     freeze: Annotated[
         str,
         STAGES,
-        "With weights, keep these stages unchanged: stem, layer1 … layer4 (CIFAR networks: layer3; article: "
-        "residual_blocks.0 … residual_blocks.7). Their batch norms use the running statistics.",
+        "With weights: stages that are not trained, with commas between them: stem, layer1 … layer4 (CIFAR networks: "
+        "… layer3; article: residual_blocks.0 … residual_blocks.7). Their batch norms use the running statistics.",
     ] = ""
-    seed: Annotated[int, integer(0), "Seed of the weights, the order and the augmentation."] = 0
-    device: Annotated[str, DEVICE, MAY_MOVE, "auto, cpu, cuda or cuda:N."] = "auto"
+    seed: Annotated[int, integer(0), "Seed of the weights, the order of the images and the augmentation."] = 0
+    device: Annotated[str, DEVICE, MAY_MOVE, "Device: auto (a GPU if there is one), cpu, cuda or cuda:N."] = "auto"
     precision: Annotated[
         str,
         one_of(("auto", "fp32", "bf16", "fp16")),
-        "bf16 and fp16 by autocast, fp16 with a loss scale. auto: bf16 where the processor computes in it, fp16 on a "
-        "GPU of compute capability 7.0 to 7.5 (V100, T4), else fp32.",
+        "fp32; bf16 by autocast; fp16 by autocast with loss scaling. auto: bf16 if the processor has instructions for "
+        "it, fp16 on a GPU of compute capability 7.0 to 7.5 (V100, T4), else fp32.",
     ] = "auto"
-    deterministic: Annotated[bool, "Refuse what two runs on a GPU might compute differently."] = False
+    deterministic: Annotated[bool, "Refuse operations whose results may differ between two runs on a GPU."] = False
     workers: Annotated[
         int,
         integer(0, 2**10),
         MAY_MOVE,
-        "Processes reading a folder; as many again for its test images. [default: one per processor, at most 4]",
+        "Processes that read an image folder, and as many for its test images. [default: one per CPU, at most 4]",
     ] = FROM_RECIPE
     time_budget: Annotated[
         float,
         NOT_NEGATIVE,
         MAY_MOVE,
-        "No epoch begins that would end later: 90, 15m, 2h. The schedule stays that of all epochs, and a resumed run "
-        "has as long again, and at least one epoch.",
+        "Time limit of the training, such as 90 (seconds), 15m or 2h: no epoch starts that would end later, except the "
+        "first. The schedule still spans all epochs. A resumed run has the full time again. [default: no limit]",
     ] = 0.0
-    tensorboard: Annotated[bool, MAY_MOVE, "Write TensorBoard events to the run folder, too."] = False
-    wandb: Annotated[bool, MAY_MOVE, "Report each epoch to Weights & Biases, too."] = False
+    tensorboard: Annotated[bool, MAY_MOVE, "Also write TensorBoard events to the run folder."] = False
+    wandb: Annotated[bool, MAY_MOVE, "Also report each epoch to Weights & Biases."] = False
     out: Annotated[Path, MAY_MOVE, "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]"] = FROM_RECIPE
 
     def __post_init__(self) -> None:
@@ -187,8 +188,8 @@ class TrainConfig(Recipe):
         model = MODELS[self.model]
         if self.whiten and (self.stem != "cifar" or model.stem_width < N_WHITENING):
             raise ValueError(
-                f"whiten needs stem cifar (3x3) with {N_WHITENING} filters or more, "
-                f"got {self.stem} with {model.stem_width}"
+                f"whiten needs stem cifar (3x3) with at least {N_WHITENING} filters, "
+                f"got stem {self.stem} with {model.stem_width} ({self.model})"
             )
         for name, reason in model.refused.items():
             if getattr(self, name):

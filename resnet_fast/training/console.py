@@ -1,8 +1,9 @@
-"""What a run shows: on a terminal colors and a live progress bar, elsewhere plain lines; 80 columns do for both."""
+"""The output of a run: colors and a live progress bar on a terminal, plain lines elsewhere, both in 80 columns."""
 
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,18 +21,19 @@ from resnet_fast.training.repeat import Spread
 from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.torchrun import command, format_train_on, is_first_process, world_size
 
-FIRST_SILENCE = 8.0  # seconds without a line, after which an epoch's progress is printed; then twice as long each time
+FIRST_SILENCE = 8.0  # seconds without a line until progress is printed; doubled each time
 
+WIDTH = 80  # columns
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
 
 def format_header(config: TrainConfig) -> str:
-    """Return the head of the table; what is held out of the training images is not called a test."""
+    """Return the header of the table; "val" replaces "test" for images held out of the training."""
     return HEADER.replace("test", " val") if config.holdout else HEADER
 
 
 def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
-    """Return a line of the table, aligned with HEADER."""
+    """Return a row of the table, aligned with HEADER."""
     epoch = f"{metrics.epoch}/{n_epochs}"
     train, test = 100 * metrics.train_accuracy, 100 * metrics.test_accuracy
     return (
@@ -41,7 +43,7 @@ def format_row(metrics: EpochMetrics, n_epochs: int) -> str:
 
 
 def format_skipped(metrics: EpochMetrics) -> list[str]:
-    """Return the line below an epoch's row that says how many of its steps were skipped, if any were."""
+    """Return the line below an epoch's row with its number of skipped steps, if there were any."""
     count = metrics.skipped_steps
     if not count:
         return []
@@ -49,7 +51,7 @@ def format_skipped(metrics: EpochMetrics) -> list[str]:
 
 
 def format_progress(progress: EpochProgress, seconds_left: float) -> str:
-    """Return how the running epoch goes: loss, accuracy, speed, and the time that the whole run still takes."""
+    """Return loss, accuracy and speed of the running epoch, and the time left for the whole run."""
     so_far = f"loss {progress.loss:.3f}  {100 * progress.accuracy:.1f} %  {progress.images_per_second:,.0f} images/s"
     return f"{so_far}  {format_duration(seconds_left)} left"
 
@@ -65,7 +67,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
-    """Return the lines that say what is about to be trained on what."""
+    """Return the opening lines: network, data set, device, recipe, augmentation and notes."""
     n_classes, n_train, n_test = len(dataset.classes), len(dataset.train), len(dataset.test)
     network = config.model if config.backend == "fused" else f"{config.model}, {config.backend}"
     held_out = " (held out)" if config.holdout else ""
@@ -76,13 +78,41 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
         f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
         f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
         f"lr {config.lr:g}, seed {config.seed}",
-        *(f"note: {note}" for note in dataset.notes),
+        *format_augmentation(config, dataset),
+        *(textwrap.wrap(f"frozen: {config.freeze.replace(',', ', ')}", WIDTH) if config.freeze else []),
+        *(f"note: {note}" for note in (*dataset.notes, *format_warnings(config))),
         "",
     ]
 
 
+def format_augmentation(config: TrainConfig, dataset: ImageDataset) -> list[str]:
+    """Return the lines that name the augmentations in use."""
+    crop = dataset.crop_padding if config.crop is None else config.crop
+    in_use = {
+        f"crop {crop} ({config.padding})": crop,
+        f"flip {config.flip}": config.flip != "none",
+        f"cutout {config.cutout}": config.cutout,
+        "trivial-augment": config.trivial_augment,
+        f"random-erasing {config.random_erasing:g}": config.random_erasing,
+        f"mixup {config.mixup:g}": config.mixup,
+        f"cutmix {config.cutmix:g}": config.cutmix,
+    }
+    names = ", ".join(text for text, is_on in in_use.items() if is_on) or "none"
+    return textwrap.wrap(f"augmentation: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def format_warnings(config: TrainConfig) -> list[str]:
+    """Return a note on each setting that has no effect or is slow on this device."""
+    notes = []
+    if config.sync_bn and world_size() == 1:
+        notes.append("--sync-bn has no effect with a single process")
+    if config.precision == "fp16" and config.device == "cpu":
+        notes.append("--precision fp16 is several times slower than fp32 on a CPU")
+    return notes
+
+
 def format_end(result: Result) -> list[str]:
-    """Return the summary: the last epoch's accuracy, times, and where the files are."""
+    """Return the summary: the last epoch's accuracy, times and files."""
     n_epochs, config = len(result.history), result.config
     kind = "validation" if config.holdout else "test"
     lines = ["", f"{100 * result.test_accuracy:.2f} % {kind} accuracy after epoch {n_epochs} (the last, not the best)"]
@@ -96,14 +126,14 @@ def format_end(result: Result) -> list[str]:
     ]
     if n_epochs < config.epochs:
         lines.append(
-            f"the time budget ended it before epoch {n_epochs + 1} of {config.epochs}; "
-            f"to go on: {command()} train --resume {shlex.quote(str(config.out))}"
+            f"the time budget ended the run before epoch {n_epochs + 1} of {config.epochs}; "
+            f"to resume: {command()} train --resume {shlex.quote(str(config.out))}"
         )
     return lines
 
 
 def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
-    """Return the summary of several seeds."""
+    """Return the summary of the runs with several seeds."""
     accuracy = Spread.of([100 * result.test_accuracy for result in results])
     lines = ["", f"{len(results)} runs: {accuracy.mean:.2f} ± {accuracy.std:.2f} % after the last epoch (mean ± std)"]
     mirrored = [100 * result.mirrored_accuracy for result in results if result.mirrored_accuracy is not None]
@@ -115,7 +145,7 @@ def format_repeated(out: Path, results: Sequence[Result]) -> list[str]:
 
 
 def format_resumed(n_done: int, config: TrainConfig) -> list[str]:
-    """Return the lines between the rows of before and those to come."""
+    """Return the lines between the rows of the resumed run and the new ones."""
     if n_done == config.epochs:
         return ["nothing to resume: the run is finished", format_train_on(config.out)]
     return [f"resumed after epoch {n_done}" if n_done else "resumed from the beginning, because no epoch was finished"]
@@ -127,14 +157,14 @@ def wants_live_output(stream: TextIO) -> bool:
 
 
 class PlainReporter(Reporter):
-    """Prints a line per epoch, and in long ones how they go, without control codes: for files, pipes and logs."""
+    """Prints a line per epoch, and progress in long epochs, without control codes: for files, pipes and logs."""
 
     def note(self, line: str) -> None:
         print(clean(line), flush=True)
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.config = config
-        self.first: int | None = None  # epoch that is trained here
+        self.first: int | None = None  # first epoch trained by this process
         self.silence = FIRST_SILENCE
         for line in [*format_start(config, dataset), format_header(config)]:
             self.note(line)
@@ -160,7 +190,7 @@ class PlainReporter(Reporter):
         self.spoke, self.silence = now, 2 * self.silence
 
     def seconds_left(self, done: int) -> float:
-        """Of the whole run, at the speed of its steps so far, evaluations and files included."""
+        """Return the seconds left for the whole run, at its speed so far, including evaluations and files."""
         since_start = (self.epoch - (self.first or 1)) * self.n_steps + done
         to_come = (self.config.epochs - self.epoch + 1) * self.n_steps - done
         return (time.monotonic() - self.began) / since_start * to_come
@@ -175,7 +205,7 @@ class PlainReporter(Reporter):
             self.note(line)
 
     def close(self) -> None:
-        """Leave the terminal as it was; may be called more than once."""
+        """Restore the terminal; may be called more than once."""
 
 
 class LiveReporter(PlainReporter):
@@ -199,7 +229,7 @@ class LiveReporter(PlainReporter):
 
     def start(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.config = config
-        self.first: int | None = None  # epoch that is trained here
+        self.first: int | None = None  # first epoch trained by this process
         first, *rest = format_start(config, dataset)
         self._print(first, "bold")
         for line in rest:
@@ -234,27 +264,27 @@ class LiveReporter(PlainReporter):
             self._print(line)
 
     def close(self) -> None:
-        """Leave the terminal as it was; may be called more than once."""
+        """Restore the terminal; may be called more than once."""
         self.cleaning.close()
         self.progress.stop()
 
     def _print(self, line: str, style: str | None = None) -> None:
-        # Without markup: a folder may be called [red]. Soft wrapping leaves paths whole for copying.
+        # Without markup, because a folder may be called [red]. Soft wrapping keeps paths whole for copying.
         self.console.print(clean(line), style=style, markup=False, soft_wrap=True)
 
 
 class SilentReporter(Reporter):
-    """For the processes beside the first."""
+    """Prints nothing: for all processes except the first."""
 
     def finish(self, result: Result) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def close(self) -> None:
         """Leave nothing open."""
 
 
 def make_reporter() -> PlainReporter | LiveReporter | SilentReporter:
-    """Return the reporter that suits standard output, and silence for the processes beside the first."""
+    """Return the reporter for standard output; all processes except the first get a silent one."""
     if not is_first_process():
         return SilentReporter()
     return LiveReporter() if wants_live_output(sys.stdout) else PlainReporter()

@@ -1,9 +1,9 @@
-"""A setting of a run is described once, at its field:
+"""Describe a setting of a run once, at its field:
 
     lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
 
-Between the type and the help stand the rule, which switches and paths have by their type, and MAY_MOVE. The checks of
-TrainConfig and config.json, the options of `resnet-fast train`, and docs/options.md are made of it.
+Between the type and the help stand the rule and, for some, MAY_MOVE; switches and paths get their rule from the type.
+The checks of TrainConfig and config.json, the options of `resnet-fast train`, and docs/options.md are built from this.
 """
 
 import re
@@ -26,14 +26,14 @@ from resnet_fast.common.checks import (
 )
 from resnet_fast.data.options import is_alpha, is_probability
 
-MAY_MOVE = "where a run goes on, not what it computes: a resumed run may have another"
+MAY_MOVE = "says where a run computes or writes, not what it computes: a resumed run may change it"
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words, and by a function of name and value.
+    """A rule for a value: its text, and a function of name and value that checks it.
 
-    The function returns a plain value, because a checkpoint with strings or numbers of numpy could not be read again,
-    or raises ValueError with the name, the rule and the value. `names` are all that there are to choose from.
+    The function returns a plain value, because a checkpoint with NumPy strings or numbers could not be loaded again. It
+    raises ValueError with the name, the rule and the value. `names` are the possible values, if they are a list.
     """
 
     text: str
@@ -67,12 +67,12 @@ def _check_switch(name: str, value: Any) -> bool:
 
 def _check_stages(name: str, value: Any) -> str:
     if not is_text(value):
-        raise ValueError(f"{name} must be names of stages with commas between them, got {shown(value)}")
+        raise ValueError(f"{name} must be stage names with commas between them, got {shown(value)}")
     return ",".join(dict.fromkeys(filter(None, (stage.strip() for stage in value.split(",")))))
 
 
 def sizes_in(text: str) -> list[int]:
-    """Return the sizes in "16,24,32"; raise ValueError if one is no integer."""
+    """Return the sizes in "16,24,32"; raise ValueError if one is not an integer."""
     return [int(size) for size in text.split(",")]
 
 
@@ -113,7 +113,7 @@ BY_TYPE = {bool: Rule("on or off", _check_switch), Path: Rule("a path", check_pa
 
 @dataclass(frozen=True)
 class Setting:
-    """A field as it is described; `kind` is its type without None, `may_be_none` whether that is a value."""
+    """A field and its description; `kind` is its type without None, `may_be_none` says whether None is allowed."""
 
     name: str
     kind: type
@@ -134,7 +134,7 @@ class Setting:
 
 @cache
 def settings_of(cls: type) -> dict[str, Setting]:
-    """Return the settings of a dataclass whose fields are described as above, by name."""
+    """Return the settings of a dataclass, by name; its fields are annotated as above."""
     settings, hints = {}, get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         annotated, *notes, text = get_args(hints[field.name])

@@ -46,108 +46,116 @@ class Recipe:
 
     epochs: Annotated[int, integer(1), "Passes over the training images."] = FROM_RECIPE
     # Batch norm cannot compute statistics of a single value.
-    batch_size: Annotated[int, integer(2), "Images of a step, of all processes together."] = FROM_RECIPE
+    batch_size: Annotated[int, integer(2), "Images per step, over all processes."] = FROM_RECIPE
     optimizer: Annotated[
         str,
         one_of(("sgd", "adam", "muon")),
-        "SGD, Adam, or Muon for every convolution except the first, with SGD for the rest.",
+        "SGD, Adam, or Muon for every convolution except the first and SGD for all else.",
     ] = FROM_RECIPE
     lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
-    schedule: Annotated[str, one_of(SCHEDULES), "How the rate moves."] = FROM_RECIPE
+    schedule: Annotated[str, one_of(SCHEDULES), "Shape of the learning rate over the run."] = FROM_RECIPE
     momentum: Annotated[float, FRACTION, "Momentum of SGD."] = FROM_RECIPE
-    nesterov: Annotated[bool, "Nesterov's momentum; nothing without momentum."] = FROM_RECIPE
+    nesterov: Annotated[bool, "Use Nesterov momentum; no effect if momentum is 0."] = FROM_RECIPE
     weight_decay: Annotated[float, NOT_NEGATIVE, "Weight decay of all parameters."] = FROM_RECIPE
     bn_bias_lr: Annotated[
         float,
         POSITIVE,
-        "Learning rate of the batch norms' biases, in units of lr; their weight decay is divided by it.",
+        "Learning rate of batch norm biases, as a multiple of lr; their weight decay is divided by the same number.",
     ] = FROM_RECIPE
     body_lr: Annotated[
-        float, POSITIVE, "Learning rate of everything before the last layer, in units of lr; less than 1 to fine-tune."
+        float, POSITIVE, "Learning rate of all layers except the last, as a multiple of lr; below 1 for fine-tuning."
     ] = FROM_RECIPE
-    muon_lr: Annotated[float, POSITIVE, "Peak learning rate of Muon's weights."] = FROM_RECIPE
-    muon_momentum: Annotated[float, FRACTION, "Momentum of Muon's weights."] = FROM_RECIPE
+    muon_lr: Annotated[float, POSITIVE, "Peak learning rate of the weights that Muon trains."] = FROM_RECIPE
+    muon_momentum: Annotated[float, FRACTION, "Momentum of Muon."] = FROM_RECIPE
     rescale_filters: Annotated[
         bool,
-        "Give each of Muon's weights the norm √C_out before every step; for networks with a batch norm behind each "
-        "convolution, where the scale of a weight changes nothing.",
+        "Rescale each weight that Muon trains to norm √C_out before every step; for networks with a batch norm after "
+        "each convolution, which cancels the scale of a weight.",
     ] = FROM_RECIPE
     label_smoothing: Annotated[
-        float, FRACTION, "Share of the target that all classes get (Szegedy et al. 2016, arXiv:1512.00567)."
+        float, FRACTION, "Share of the target spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567)."
     ] = FROM_RECIPE
-    clip_norm: Annotated[float, NOT_NEGATIVE, "The most that the gradients' L2 norm may be; 0: no limit."] = FROM_RECIPE
+    clip_norm: Annotated[float, NOT_NEGATIVE, "Maximum L2 norm of all gradients together; 0: no limit."] = FROM_RECIPE
     crop: Annotated[
         int | None,
         integer(0),
-        "Pixels that a random crop may reach beyond each edge. "
-        "[default: 4 for CIFAR and SVHN, a sixteenth of the size for digits, an eighth of the size for a folder; "
-        "article: 0; faster94: 2]",
+        "Maximum shift of a random crop, in pixels; 0: no crop. "
+        "[default: 4 for CIFAR and SVHN, 1/16 of the image size for digits, 1/8 for folder; recipe article: 0; recipe "
+        "faster94: 2]",
     ] = FROM_RECIPE
-    padding: Annotated[str, one_of(PADDINGS), "What a crop sees beyond the edge."] = FROM_RECIPE
+    padding: Annotated[
+        str, one_of(PADDINGS), "Pixels that a crop shows beyond the edge: black (zero) or mirrored (reflect)."
+    ] = FROM_RECIPE
     flip: Annotated[
-        str, one_of(FLIPS), "Mirror half of the images: each time anew, or in turns. Recipes do not mirror digits."
+        str,
+        one_of(FLIPS),
+        "Mirror half of the images: chosen at random in each epoch, or alternating from epoch to epoch. Off by default "
+        "for svhn and digits.",
     ] = FROM_RECIPE
-    cutout: Annotated[int, integer(0), "Side of the square set to the mean color, in pixels; 0: none."] = FROM_RECIPE
+    cutout: Annotated[int, integer(0), "Side of a random square set to the mean color, in pixels; 0: off."] = (
+        FROM_RECIPE
+    )
     trivial_augment: Annotated[
         bool,
-        "One random operation on each image: shear, shift, rotate, colors … (TrivialAugment Wide, Müller and Hutter "
-        "2021, arXiv:2103.10158).",
+        "Apply one random operation to each image: shear, shift, rotation, color … (TrivialAugment Wide, Müller and "
+        "Hutter 2021, arXiv:2103.10158).",
     ] = FROM_RECIPE
     random_erasing: Annotated[
         float,
         PROBABILITY,
-        "Probability that a rectangle of 2 to 33 % of the image is set to the mean color (Zhong et al. 2017, "
+        "Probability that a random rectangle, 2 to 33 % of the image, is set to the mean color (Zhong et al. 2017, "
         "arXiv:1708.04896).",
     ] = FROM_RECIPE
     mixup: Annotated[
         float,
         ALPHA,
-        "Mix pairs of images and their labels, in shares drawn from Beta(mixup, mixup); 0: off (Zhang et al. 2018, "
+        "Mix pairs of images and their labels, with shares drawn from Beta(mixup, mixup); 0: off (Zhang et al. 2018, "
         "arXiv:1710.09412).",
     ] = FROM_RECIPE
     cutmix: Annotated[
         float,
         ALPHA,
-        "Put a rectangle of another image into each, and its share of the label, drawn from Beta(cutmix, cutmix); 0: "
-        "not. With mixup, a batch takes one of the two (Yun et al. 2019, arXiv:1905.04899).",
+        "Replace a rectangle of each image, and that share of its label, by another image's; shares are drawn from "
+        "Beta(cutmix, cutmix); 0: off. With mixup on, each batch uses one of the two (Yun et al. 2019, "
+        "arXiv:1905.04899).",
     ] = FROM_RECIPE
-    normalize: Annotated[str, one_of(("dataset", "half")), "By the training images' mean and std, or by 0.5."] = (
-        FROM_RECIPE
-    )
+    normalize: Annotated[
+        str, one_of(("dataset", "half")), "Mean and std that normalize the images: the training images', or 0.5."
+    ] = FROM_RECIPE
     ema: Annotated[
-        float, FRACTION, "Decay per step of the weights' moving average, which is tested and saved then; 0: none."
+        float, FRACTION, "Decay per step of a moving average of the weights, which is tested and saved; 0: off."
     ] = FROM_RECIPE
     lookahead: Annotated[
         bool,
-        "Average the weights every 5 steps, ever more strongly, and go on from the average (Jordan 2024, "
-        "arXiv:2404.00498). It excludes ema.",
+        "Average the weights every 5 steps, with a growing decay, and continue from the average (Jordan 2024, "
+        "arXiv:2404.00498). Excludes ema.",
     ] = FROM_RECIPE
     bn_momentum: Annotated[
-        float, SHARE, "Share of the newest batch in batch norm's running statistics; lookahead wants more, 0.4."
+        float, SHARE, "Share of the newest batch in batch norm's running statistics; about 0.4 with lookahead."
     ] = FROM_RECIPE
     sizes: Annotated[
         str,
         SIZES,
-        "Train on images reduced to these sizes, in ascending order, each for an equal share of the steps, as in "
-        "16,24,32; the last one is their own. [default: their own alone]",
+        "Image sizes to train on, ascending, such as 16,24,32; each for an equal share of the steps. The last one must "
+        "be the full size. [default: the full size only]",
     ] = FROM_RECIPE
     zero_gamma: Annotated[
         bool,
-        "Start the last batch norm of a block at 0, where a shortcut leads past it "
-        "(Goyal et al. 2017, arXiv:1706.02677).",
+        "Initialize the weight of the last batch norm of each residual block to 0 (Goyal et al. 2017, "
+        "arXiv:1706.02677).",
     ] = FROM_RECIPE
     dirac: Annotated[
         bool,
-        "Start 3x3 convolutions as the identity on their first channels (Zagoruyko and Komodakis 2017, "
+        "Initialize 3x3 convolutions as the identity on their first channels (Zagoruyko and Komodakis 2017, "
         "arXiv:1706.00388; Jordan 2024, arXiv:2404.00498).",
     ] = FROM_RECIPE
     whiten: Annotated[
         bool,
-        "Start the stem, if it is 3x3 with 54 filters or more, with the whitening of the training images' patches "
-        "(Page 2019, How to train your ResNet 8; Jordan 2024). It is trained on.",
+        "Initialize the stem to whiten the patches of the training images (Page 2019, How to train your ResNet 8; "
+        "Jordan 2024); training then changes it. Needs a 3x3 stem with at least 54 filters.",
     ] = FROM_RECIPE
     ghost_batch_size: Annotated[
-        int, integer(0), "Images whose statistics a batch norm takes together; 0: the whole batch, of a process."
+        int, integer(0), "Images over which a batch norm takes its statistics; 0: the whole batch of a process."
     ] = FROM_RECIPE
 
 

@@ -1,4 +1,4 @@
-"""What is chosen for a GPU by measuring: the problems of a network, their candidates, and the fastest that is right.
+"""Tune a GPU by measurement: find a network's problems, time their candidates, and choose the fastest correct one.
 
 problems = find_problems("resnet18", "cifar", [512], 32, "bf16")
 outcome = measure(problems[0], candidates, torch.device("cuda"))

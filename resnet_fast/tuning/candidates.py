@@ -1,8 +1,8 @@
 """The candidates of a problem: every implementation of ops that can compute it, on the same inputs.
 
-conv3x3 is compared together with the batch norm that it saves a pass: with the forward of the one behind it
-(join "none"), or with the backward of the one before it. By default that batch norm runs as the table names it so far,
-because what reads its input once has no pass to save.
+conv3x3 is timed together with the batch norm that it saves a pass: the forward of the next batch norm (join "none"), or
+the backward of the previous one. In the default, that batch norm runs as the table chooses so far, because an
+implementation that reads its input once has no pass to save.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,12 +33,12 @@ from resnet_fast.tuning.inputs import (
 )
 from resnet_fast.tuning.measurement import Candidate, Prepared
 
-# What a choice runs on a set of inputs, and on what the batch norm's forward of these has saved for its backward.
+# Runs a choice on a set of inputs, and on the tensors that the batch norm's forward saved for its backward.
 Run = Callable[[Inputs, Any], Any]
 
 
 def candidates(problem: Problem, device: torch.device) -> Prepared:
-    """Inputs, exact results, and every candidate; the default is the first."""
+    """Return inputs, exact results and every candidate of a problem; the default comes first."""
     sets = make_sets(problem, device)
     first, saved, terms = sets[0], [None] * len(sets), {}
     if problem.operation == "batch norm":
@@ -67,14 +67,14 @@ def candidates(problem: Problem, device: torch.device) -> Prepared:
 
 
 def tiles_on(problem: Problem, device: torch.device) -> list[ConvTiles]:
-    """The block sizes of conv3x3 that a device has the shared memory for; none where nothing is pipelined."""
+    """Return the block sizes of conv3x3 that fit the device's shared memory; none if it cannot pipeline."""
     if not conv3x3.is_pipelined(device):
         return []
     return [tiles for tiles in tiles_of(problem) if conv3x3.fits(tiles, TYPES[problem.dtype], device)]
 
 
 def has_choice(problem: Problem, device: torch.device) -> bool:
-    """Whether there is more than the default."""
+    """Return whether a problem has candidates other than the default."""
     return problem.operation.startswith("batch norm") or bool(tiles_on(problem, device))
 
 

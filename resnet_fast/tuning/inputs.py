@@ -1,4 +1,4 @@
-"""Random inputs of a problem, in as many sets as no cache holds, and the exact results of the first."""
+"""Random inputs of a problem, in more sets than a cache holds, and the exact results of the first set."""
 
 from typing import NamedTuple
 
@@ -16,14 +16,14 @@ TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Inputs(NamedTuple):
-    """One set: what the operations of a problem read, channels_last. A convolution's x is its batch norm's y.
+    """One set of the tensors that a problem's operations read, channels_last. A convolution's x is its batch norm's y.
 
     Args:
         x: [N, C_in, W, W], of the batch norm or of the convolution.
-        norm, residual, residual_norm: of the batch norm over C_in channels, in training, and of its join.
+        norm, residual, residual_norm: arguments of the batch norm over C_in channels, in training, and of its join.
         weight: [C_out, C_in, 3, 3] of the convolution, in the type of x.
-        dy: [N, C_out, W, W], the gradient that comes in.
-        alias: [N, C_in, W, W], the gradient of the other consumer, behind a fork.
+        dy: [N, C_out, W, W], the gradient of the output.
+        alias: [N, C_in, W, W], the gradient from the other consumer after a fork.
     """
 
     x: Tensor
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
 
 def make_sets(problem: Problem, device: torch.device) -> list[Inputs]:
-    """Sets of inputs that take turns; the same in each run."""
+    """Return the sets of inputs that are used in rotation; they are the same in each run."""
     generator = torch.Generator(device).manual_seed(0)
     first = _make(problem, device, generator)
     size = sum(tensor.nbytes for tensor in first if isinstance(tensor, Tensor))
@@ -56,9 +56,9 @@ def exact_batch_norm(inputs: Inputs) -> dict[str, Tensor]:
 def exact_batch_norm_backward(
     inputs: Inputs, saved: Saved, y: Tensor, dy: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Gradients from dy: [N, C_in, W, W] and the alias, and of those that are sums the magnitudes of their terms.
+    """Return the gradients for dy, [N, C_in, W, W], and the alias; for sums, also the magnitudes of their terms.
 
-    ReLU counts as closed where `y`, from which `saved` is, is 0.
+    ReLU's gradient counts as 0 where `y`, the output that belongs to `saved`, is 0.
     """
     dz = dy.double() if inputs.alias is None else dy.double() + inputs.alias.double()
     dz = dz.masked_fill(y <= 0, 0)
@@ -77,7 +77,7 @@ def exact_batch_norm_backward(
 
 
 def exact_convolution(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """y and its mean; NCHW, because cuDNN has few fp64 convolutions in channels_last."""
+    """Return y and its mean, computed in NCHW, because cuDNN has few fp64 convolutions in channels_last."""
     y = F.conv2d(_exact(inputs.x), _exact(inputs.weight), padding=1)
     return {"y": y, "mean": y.mean(reference.PER_CHANNEL)}, {"mean": y.abs().mean(reference.PER_CHANNEL).max().item()}
 

@@ -1,6 +1,6 @@
-"""A problem's candidates side by side: checked against the exact results, timed in turns, the fastest chosen.
+"""Check a problem's candidates against the exact results, time them alternately, and choose the fastest.
 
-A candidate that is wrong is never chosen, and neither is one that gains too little to be told from noise.
+A wrong candidate is never chosen, and neither is one whose gain may be noise.
 """
 
 import gc
@@ -22,21 +22,21 @@ from resnet_fast.tuning.timing import alternate, percentiles
 
 WARM_UP = 10
 # The share of the default's time that another choice must save. Chosen, not measured: two tunings of one machine
-# should agree, and what is lost of a step by leaving two hundredths of one operation is less than a step varies.
+# should agree, and losing 2 % of one operation is less than the variation of a step.
 MIN_GAIN = 0.02
-# Of the roundings of a sum's terms in the type that adds up, as in tests/budget.py.
+# Allowed roundings of a sum's terms in the accumulation type, as in tests/budget.py.
 ROUNDINGS = 8
-# Of the results and their terms: eight roundings of bf16. The candidates are measured by the default's error, so that
-# they would all pass for right beside a default that is not.
+# Relative to the results and their terms: eight roundings of bf16. Candidates are judged by the default's error, so
+# next to a wrong default all of them would pass.
 MAX_ERROR_OF_DEFAULT = 8 * 2.0**-9
 
 
 class Candidate(NamedTuple):
-    """An implementation of a problem, on inputs that are made already.
+    """An implementation of a problem, bound to its inputs.
 
     Args:
-        run: runs it once on the next inputs, of so many that no cache holds them. This is timed.
-        results: runs it once on the inputs whose exact results are known; returns every result by its name.
+        run: runs it once on the next set of inputs; there are more sets than a cache holds. This is timed.
+        results: runs it once on the inputs whose exact results are known; returns each result by name.
     """
 
     run: Callable[[], object]
@@ -44,12 +44,12 @@ class Candidate(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A problem on a device.
+    """A problem prepared on a device.
 
     Args:
         exact: the results in fp64, by name.
         candidates: by choice; the default is among them.
-        terms: of results that are sums, the largest sum of the terms' magnitudes, by name.
+        terms: for results that are sums, the largest sum of the terms' magnitudes, by name.
     """
 
     exact: Mapping[str, Tensor]
@@ -61,7 +61,7 @@ Prepare = Callable[[Problem, torch.device], Prepared]
 
 
 class Clock(Protocol):
-    """As `timing.alternate`: milliseconds of every round by name."""
+    """The signature of `timing.alternate`: returns the milliseconds of every round, by name."""
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ class Clock(Protocol):
 
 
 class Measured(NamedTuple):
-    """What was chosen for a problem, and the time of every candidate that is right, the default among them."""
+    """The choice for a problem, and the times of all correct candidates, including the default."""
 
     choice: Choice
     milliseconds: Mapping[Choice, float]
@@ -83,14 +83,14 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a problem.
+    """The outcome of tuning a problem.
 
     Args:
-        problem: it.
-        measured: times and choice; None where it was skipped.
-        wrong: what is wrong with the results of a candidate, which is a bug.
-        failed: why a candidate cannot run, such as tiles beyond the multiprocessor's memory.
-        skipped: why there is no time.
+        problem: the problem.
+        measured: times and choice; None if the problem was skipped.
+        wrong: for each candidate with wrong results, which is a bug, what is wrong.
+        failed: for each candidate that cannot run, the reason, such as tiles too large for shared memory.
+        skipped: why the problem was not measured.
     """
 
     problem: Problem
@@ -101,22 +101,29 @@ class Outcome:
 
 
 def why_not(device: torch.device) -> str | None:
-    """None where there is something to choose among, else the reason why there is not."""
+    """Return the reason why a device cannot be tuned; None if it can."""
     if device.type == "cpu":
-        return "there is nothing to choose on a CPU, where convolutions and batch norms are ATen's; tune needs a GPU"
+        return "a CPU cannot be tuned, because its convolutions and batch norms are ATen's; tune needs a GPU"
     if is_interpreted():
-        return f"interpreted kernels have no times that tell anything: unset {INTERPRETER}"
+        return f"the times of interpreted kernels are meaningless: unset {INTERPRETER}"
     reason = why_not_triton(device)
-    return None if reason is None else f"there is nothing to choose, since nothing is fused here: {reason}"
+    return None if reason is None else f"there is nothing to tune, because no kernel is used here: {reason}"
 
 
 def measure(
     problem: Problem, prepare: Prepare, device: torch.device, rounds: int = ROUNDS, clock: Clock = alternate
 ) -> Outcome:
-    """Check, time and choose among the candidates that `prepare` makes; without the memory for it, skip the problem.
+    """Check and time the candidates that `prepare` makes, and choose one; skip the problem if memory runs out.
+
+    Args:
+        problem: what to compute.
+        prepare: makes inputs, exact results and candidates.
+        device: where to run.
+        rounds: timed runs per candidate.
+        clock: times the candidates.
 
     Raises:
-        RuntimeError: the default does not run, or is wrong.
+        RuntimeError: the default fails, or its results are wrong.
     """
     try:
         with device_guard(torch.empty(0, device=device)), cudnn_benchmark(True):  # as in training
@@ -126,11 +133,11 @@ def measure(
     finally:
         if device.type == "cuda":
             gc.collect()
-            torch.cuda.empty_cache()  # of this problem, whose blocks fit no other
+            torch.cuda.empty_cache()  # the blocks of this problem fit no other
 
 
 def choose_fastest(default: Choice, milliseconds: Mapping[Choice, float]) -> Choice:
-    """The choice of the least time where it saves more than MIN_GAIN of the default's, else the default."""
+    """Return the fastest choice if it saves more than MIN_GAIN of the default's time, else the default."""
     fastest = min(milliseconds, key=lambda choice: milliseconds[choice])
     return fastest if milliseconds[fastest] < (1 - MIN_GAIN) * milliseconds[default] else default
 
@@ -148,10 +155,10 @@ def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds:
             continue
         try:
             complaint = _complaint(_results(candidate), default_results, prepared)
-            candidate.run()  # as it will be timed, for what fails then to fail here
+            candidate.run()  # as in the timing, so that failures occur here
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler raises; the others go on
+        except Exception as error:  # anything that a compiler raises; the others continue
             failed[choice] = _in_a_line(error)
             continue
         if complaint:
@@ -168,7 +175,7 @@ def _measure(problem: Problem, prepared: Prepared, device: torch.device, rounds:
 
 
 def _complaint(results: Mapping[str, Tensor], default_results: Mapping[str, Tensor], prepared: Prepared) -> str:
-    """What is wrong, or nothing: the error against fp64 may be 2 x the default's, a rounding, and those of a sum."""
+    """Return what is wrong, or "". The allowed error is 2 x the default's + one rounding + those of a sum's terms."""
     for name, exact in prepared.exact.items():
         result = results[name]
         if result.shape != exact.shape:
@@ -191,12 +198,12 @@ def _largest(x: Tensor) -> float:
 
 
 def _results(candidate: Candidate) -> dict[str, Tensor]:
-    """What a candidate computes into memory that is full of NaN, so that an element which it leaves out shows."""
+    """Return a candidate's results in memory filled with NaN, so that an element never written shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of algorithms that are not deterministic
+        warnings.simplefilter("ignore")  # about nondeterministic algorithms
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
             deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""What may be asked of a tuning."""
+"""The choices and defaults of `resnet-fast tune`."""
 
-BATCH_SIZES = (512, 128, 1024)  # in the order in which they are tuned: first that of the recipe fast94
-CHOOSABLE = ("bf16", "fp16")  # other precisions have no choice
+BATCH_SIZES = (512, 128, 1024)  # in the order of tuning; the first is that of the recipe fast94
+CHOOSABLE = ("bf16", "fp16")  # other precisions have a single implementation
 PRECISIONS = ("auto", *CHOOSABLE)
-ROUNDS = 30  # timed runs of a candidate
+ROUNDS = 30  # timed runs per candidate
 TIME_BUDGET = "3m"

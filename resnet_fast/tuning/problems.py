@@ -1,7 +1,7 @@
-"""Which operations of a network's training step there is a choice for: one pass over it on the meta device tells.
+"""Find the operations of a network's training step that can be tuned, by one pass on the meta device.
 
-Every fused batch norm of square maps, forward and backward; and in networks that run in pairs (pairs.py) every 3x3
-convolution between two fused batch norms that the kernels have, forward and data gradient.
+These are the forward and backward of each fused batch norm with square maps. In networks that run in pairs (pairs.py),
+they are also the forward and data gradient of each 3x3 convolution between two fused batch norms that has kernels.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from resnet_fast.pairs import has_kernels
 
 
 class _Norm(NamedTuple):
-    """A fused batch norm as it ran."""
+    """One run of a fused batch norm."""
 
     x: Tensor
     y: Tensor
@@ -28,14 +28,14 @@ class _Norm(NamedTuple):
 
 
 class _Convolution(NamedTuple):
-    """A convolution as it ran, of those that the kernels have."""
+    """One run of a convolution that has kernels."""
 
     x: Tensor
     y: Tensor
 
 
 class _Convolutions(TorchFunctionMode):
-    """Notes every convolution within its context that the kernels have."""
+    """A context that records every convolution that has kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,19 +51,19 @@ class _Convolutions(TorchFunctionMode):
 def find_problems(
     model: str, stem: str | None, batch_sizes: Iterable[int], image_size: int, dtype: str
 ) -> list[Problem]:
-    """Every problem of a training step, once: by batch size, from the widest maps to the narrowest, by operation.
+    """Return the distinct problems of a training step: by batch size, then from wide maps to narrow, then by operation.
 
-    The wider the maps, the longer an operation takes, so that what is worth most comes first.
+    The wider the maps, the longer an operation takes, so the most valuable problems come first.
 
     Args:
-        model, stem: as for training; None: the stem that training takes.
-        batch_sizes: images of a step; a step for each, in this order.
-        image_size: pixels, in height and width.
-        dtype: "bf16" or "fp16", in which activations are.
+        model, stem: as for training; stem None: the default of the model.
+        batch_sizes: images per step, in the order of the problems.
+        image_size: height and width, in pixels.
+        dtype: of the activations, "bf16" or "fp16".
 
     Raises:
         ValueError: there is no such network or stem.
-        RuntimeError: the network cannot take such images.
+        RuntimeError: the network does not support images of this size.
     """
     check_name(model)
     stem = stem or MODELS[model].stems[0]
@@ -85,16 +85,16 @@ def _step_problems(model: str, stem: str, n_images: int, image_size: int, dtype:
     for x, y in convolutions:
         if id(y) in normalized and (before := made_by.get(id(x))) is not None:
             note("convolution", x, y)
-            note("data gradient", x, y, before.join, before.fork)  # beside which that batch norm's sums are computed
+            note("data gradient", x, y, before.join, before.fork)  # the kernel also computes that batch norm's sums
     for x, y, join, fork in norms:
         if x.dim() == 4 and x.shape[2] == x.shape[3]:
-            note("batch norm", x, y, join)  # with a fork it computes the same
+            note("batch norm", x, y, join)  # a fork does not change the forward
             note("batch norm backward", x, y, join, fork)
     return problems
 
 
 def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_Convolution], list[_Norm]]:
-    """What runs in a network's forward pass in training, without computing it; convolutions where it runs in pairs."""
+    """Return the convolutions, if they run in pairs, and batch norms of a training forward pass on the meta device."""
     with torch.device("meta"):
         network = get_model(model, stem=stem)
         images = torch.empty(n_images, 3, image_size, image_size)
@@ -108,13 +108,13 @@ def _run(model: str, stem: str, n_images: int, image_size: int) -> tuple[list[_C
 
 
 def _runs_in_pairs(network: nn.Module) -> bool:
-    """Whether `run_fused` of models/blocks.py may: there are no other blocks, and the stem does not pool."""
+    """Return whether `run_fused` of models/blocks.py runs in pairs: only BasicBlocks, and no pooling in the stem."""
     blocks = {type(module) for module in network.modules() if isinstance(module, FusedBlock)}
     return blocks == {BasicBlock} and not any(isinstance(module, nn.MaxPool2d) for module in network.modules())
 
 
 def _watch(norm: FusedBatchNorm2d, seen: list[_Norm]) -> None:
-    """Note every pass of a batch norm. A hook would make the network run unfused; this the blocks do not see."""
+    """Record every pass of a batch norm. A hook would make the network run unfused; the blocks do not notice this."""
     fused = norm.fused
 
     def noted(x: Tensor, residual: Tensor | None = None, residual_norm: Any = None, **settings: Any) -> Any:

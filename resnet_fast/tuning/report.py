@@ -1,4 +1,4 @@
-"""What `resnet-fast tune` prints: plain lines of at most 80 columns, one for each problem. "norm" is a batch norm."""
+"""The output of `resnet-fast tune`: plain lines of at most 80 columns, one per problem; "norm" is a batch norm."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,14 @@ TITLE = f"{'':29}{'default':>10}{'fastest':>10}{'':10}choice"
 
 
 def heading(problem: Problem) -> str:
-    """The line over all problems of one batch and width."""
+    """Return the line above all problems of one batch size and width."""
     return f"{problem.dtype}, batch {problem.n_images}, maps of {problem.width}x{problem.width}"
 
 
 def format_outcome(outcome: Outcome) -> list[str]:
-    """The line of a problem: the default's time, the fastest candidate's, how many times as fast, and the choice; and
-    what is to be known of candidates that were not timed.
+    """Return the line of a problem: the times of the default and the fastest candidate, their ratio and the choice.
+
+    Further lines report candidates that were not timed.
     """
     shape = f"  {_shape(outcome.problem):<27}"
     if outcome.measured is None:
@@ -36,22 +37,22 @@ def format_outcome(outcome: Outcome) -> list[str]:
 
 
 def format_end(outcomes: Sequence[Outcome]) -> list[str]:
-    """What became of all problems."""
+    """Return the summary of all problems."""
     entries = {outcome.problem: outcome.measured.choice for outcome in outcomes if outcome.measured is not None}
     lines = [f"{format_changed(entries)}; a gain of {MIN_GAIN:.0%} or less changes nothing."]
     if n_skipped := len(outcomes) - len(entries):
-        lines.append(f"{n_skipped} skipped; what is not measured runs as the default.")
+        lines.append(f"{n_skipped} skipped; problems that are not measured run as the default.")
     return lines
 
 
 def format_changed(entries: Mapping[Problem, Choice]) -> str:
-    """For how many problems something other than the default is chosen."""
+    """Return for how many problems the choice differs from the default."""
     n_changed = sum(choice != DEFAULTS[problem.operation] for problem, choice in entries.items())
     return f"{n_changed} of {len(entries)} differ from the default"
 
 
 def format_choice(choice: Choice) -> str:
-    """A choice in at most 22 columns; the other settings of tiles are in the file."""
+    """Return a choice in at most 22 columns; the file has the other settings of tiles."""
     if choice.tiles is None:
         return choice.implementation
     return f"{choice.implementation} {choice.tiles.block_m}x{choice.tiles.block_n}x{choice.tiles.block_k}"
@@ -66,6 +67,6 @@ def _shape(problem: Problem) -> str:
 
 
 def fold(text: str) -> list[str]:
-    """A text in lines that fit, indented as it begins."""
+    """Return a text wrapped to 80 columns, with the indent of its first line."""
     indent = text[: len(text) - len(text.lstrip())]
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)

@@ -1,4 +1,4 @@
-"""Times callables against each other, so that what changes on the machine in the meantime changes them alike."""
+"""Time callables alternately, so that a change of the machine's speed affects all of them alike."""
 
 import gc
 import math
@@ -8,15 +8,15 @@ from typing import TypeVar
 
 import torch
 
-# Of the GPU's clock. A spin begins shorter than a millisecond, which is longer than the launches of most operations
-# take, and doubles for a callable whose launches take longer: at most to about half a second.
+# Cycles of the GPU's clock. A spin starts below a millisecond, longer than the launches of most operations. For a
+# callable with longer launches it doubles, to at most about half a second.
 SPIN_CYCLES, MAX_SPIN_CYCLES = 1_000_000, 2**10 * 1_000_000
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 class NotHiddenError(RuntimeError):
-    """A callable's launches cannot be hidden: it waits for the GPU, or launches more than a queue holds."""
+    """Raised if a callable's launches cannot be hidden: it waits for the GPU, or overfills the launch queue."""
 
 
 def alternate(
@@ -27,31 +27,30 @@ def alternate(
     hide_launches: bool = False,
     refused: dict[Name, Exception] | None = None,
 ) -> dict[Name, list[float]]:
-    """Run every callable once per round, in the opposite order of the round before, and time each run.
+    """Run every callable once per round, in the reverse order of the previous round, and time each run.
 
-    A B, B A, A B, ...: a machine that slows down or warms up does so for all, and none always comes second. A run is
-    timed from an idle device until its last kernel has ended, so no run hides behind the kernels of another one.
+    The order A B, B A, A B, ... spreads a slowdown over all callables, and none always comes second. Each run is timed
+    from an idle device until its last kernel ends, so none overlaps another.
 
     Args:
         calls: what to time, by name.
         device: where it runs; a GPU is timed with CUDA events.
         rounds: timed runs of each.
-        warm_up: rounds before them.
-        hide_launches: let a GPU spin while the launches queue up, so that they do not count: the time is the device's.
-        refused: receives the error of each callable whose launches cannot be hidden; the others go on.
+        warm_up: untimed rounds before them.
+        hide_launches: let a GPU spin while the launches queue up, so that only the time of the kernels counts.
+        refused: receives the error of each callable whose launches cannot be hidden; the others continue.
 
     Returns:
-        Milliseconds by name, in the order of the rounds: position i of all lists belongs to the same round. Names that
-        are refused are not among them.
+        Milliseconds by name, without refused names; position i of each list belongs to round i.
 
     Raises:
-        NotHiddenError: launches cannot be hidden, and there is no `refused` to say so.
+        NotHiddenError: launches cannot be hidden, and `refused` is None.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     order, spins = list(calls), dict.fromkeys(calls, SPIN_CYCLES if hide_launches else 0)
     collects = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would count for whichever run it falls into
+    gc.disable()  # a collection would add to the time of some run
     try:
         for number in range(-warm_up, rounds):
             for name in order:
@@ -88,8 +87,9 @@ def _time_on_cpu(call: Callable[[], object]) -> float:
 
 
 def rotation(size: int, device: torch.device) -> int:
-    """How many sets of inputs, of `size` bytes each, have to take turns for none to be in a cache: three times the L2
-    cache of a GPU holds less; 4 on a CPU.
+    """Return how many sets of inputs, of `size` bytes each, must rotate so that none is cached.
+
+    On a GPU, together they exceed three times the L2 cache; on a CPU there are 4.
     """
     if device.type == "cpu":
         return 4
@@ -97,13 +97,13 @@ def rotation(size: int, device: torch.device) -> int:
 
 
 def _time_on_gpu(call: Callable[[], object], device: torch.device, spin: int) -> tuple[float, int]:
-    """Return milliseconds, and the cycles of a spin that was long enough; 0: none is wanted."""
+    """Return the milliseconds, and the cycles of a spin that was long enough; a `spin` of 0 means none."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     stream = torch.cuda.current_stream(device)
     while True:
         torch.cuda.synchronize(device)
         if spin:
-            torch.cuda._sleep(spin)  # private, and what torch's own tests spin with
+            torch.cuda._sleep(spin)  # private, but used by torch's own tests
         begin.record(stream)
         call()
         end.record(stream)
