@@ -1,12 +1,25 @@
-"""What pyproject.toml cannot say: found packages, and one whose files are elsewhere.
+"""What pyproject.toml cannot say: found packages, one whose files are elsewhere, and a link in the sdist.
 
 The kernels are real files in kernels/, imported as resnet_fast.kernels: a top-level package of that name would collide
 with another project's. Where git makes no links, resnet_fast/kernels is a text file.
 """
 
+import os
+
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
+
+
+class LinkedSdist(sdist):
+    """An sdist with the link, which setuptools leaves out: an unpacked one works in place, as a checkout does."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        os.symlink("../kernels", os.path.join(base_dir, "resnet_fast/kernels"))
+
 
 setup(
     packages=[*find_packages(include=["resnet_fast*"]), "resnet_fast.kernels"],
     package_dir={"resnet_fast.kernels": "kernels"},
+    cmdclass={"sdist": LinkedSdist},
 )

@@ -26,7 +26,7 @@ THE_ONE_CHOICE = PACKAGE / "ops/backend.py"
 
 
 def parts(path: Path) -> tuple[str, ...]:
-    """The parts of a module's name; the kernels are imported as resnet_fast.kernels, a link that an sdist lacks."""
+    """The parts of a module's name; the kernels are imported as resnet_fast.kernels, a link where there are links."""
     names = path.relative_to(ROOT).with_suffix("").parts
     return ("resnet_fast", *names) if names[0] == "kernels" else names
 
@@ -126,7 +126,7 @@ def test_the_wheel_has_no_top_level_kernels(wheel):
 
 
 def test_the_sdist_is_the_checkout(tmp_path):
-    """Its tests pass in it: it has the documentation, the benchmarks and the modules that the tests read and import."""
+    """It has the documentation, the benchmarks and the modules that the tests read and import."""
     folders = ("benchmarks", "docs", "examples", "kernels", "resnet_fast", "tests")
     copy = tmp_path / "checkout"
     for name in folders:
@@ -140,5 +140,7 @@ def test_the_sdist_is_the_checkout(tmp_path):
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(copy.glob("*.tar.gz"))) as sdist:
         names = {file.name.partition("/")[2] for file in sdist if file.isfile()}
+        links = {link.name.partition("/")[2]: link.linkname for link in sdist if link.issym()}
+    assert links == {"resnet_fast/kernels": "../kernels"}, "it works in place, as a checkout does"
     made = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("resnet_fast.egg-info/")}
     assert names - made == expected - made
