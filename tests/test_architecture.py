@@ -1,9 +1,10 @@
-"""Imports point in one direction, kernels do not use torch, and the wheel holds the right files."""
+"""Imports point in one direction, kernels do not use torch, and wheel and sdist hold the right files."""
 
 import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
@@ -24,10 +25,16 @@ DATA_MAY_IMPORT = {"common", "data", "ops"}
 THE_ONE_CHOICE = PACKAGE / "ops/backend.py"
 
 
+def parts(path: Path) -> tuple[str, ...]:
+    """The parts of a module's name; the kernels are imported as resnet_fast.kernels, a link where there are links."""
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ("resnet_fast", *names) if names[0] == "kernels" else names
+
+
 def sources() -> dict[str, Path]:
-    """The files of the package by the name of their module; the kernels stand behind a link."""
-    paths = sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))
-    return {".".join(path.with_suffix("").relative_to(ROOT).parts).removesuffix(".__init__"): path for path in paths}
+    """The files of the package by the name of their module."""
+    paths = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+    return {".".join(parts(path)).removesuffix(".__init__"): path for path in paths}
 
 
 SOURCES = sources()
@@ -35,7 +42,7 @@ SOURCES = sources()
 
 def imports(path: Path) -> set[str]:
     """The modules of resnet_fast that a file imports, at any place in it."""
-    package = path.relative_to(ROOT).parts[:-1]
+    package = parts(path)[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -100,9 +107,8 @@ def wheel(tmp_path_factory) -> list[str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     link = copy / "resnet_fast/kernels"
-    target = link.readlink()
-    link.unlink()
-    link.write_text(str(target))
+    link.unlink(missing_ok=True)
+    link.write_text("../kernels")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, copy]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -110,10 +116,31 @@ def wheel(tmp_path_factory) -> list[str]:
 
 
 def test_the_wheel_holds_every_module(wheel):
-    expected = {f"resnet_fast/{path.relative_to(PACKAGE)}" for path in SOURCES.values()} | {"resnet_fast/py.typed"}
+    expected = {f"{'/'.join(parts(path))}.py" for path in SOURCES.values()} | {"resnet_fast/py.typed"}
     assert expected <= set(wheel)
 
 
 def test_the_wheel_has_no_top_level_kernels(wheel):
     """A package of that name is Hugging Face's."""
     assert {name.split("/")[0] for name in wheel if ".dist-info" not in name} == {"resnet_fast"}
+
+
+def test_the_sdist_is_the_checkout(tmp_path):
+    """It has the documentation, the benchmarks and the modules that the tests read and import."""
+    folders = ("benchmarks", "docs", "examples", "kernels", "resnet_fast", "tests")
+    copy = tmp_path / "checkout"
+    for name in folders:
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, copy)
+    expected = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    build = [sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('.')"]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=copy)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(copy.glob("*.tar.gz"))) as sdist:
+        names = {file.name.partition("/")[2] for file in sdist if file.isfile()}
+        links = {link.name.partition("/")[2]: link.linkname for link in sdist if link.issym()}
+    assert links == {"resnet_fast/kernels": "../kernels"}, "it works in place, as a checkout does"
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("resnet_fast.egg-info/")}
+    assert names - made == expected - made

@@ -66,13 +66,21 @@ class Asserts(Segmentation):
         return self.second(y)
 
 
+class Collects(Segmentation):
+    """In `tuple(... for ...)` Python itself, since 3.14, asks for the identity of tuple."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.decoder(tuple(stage(x) for stage in (nn.ReLU(), self.second)))
+
+
 def folded_pair(make):
     torch.manual_seed(0)
     model = perturbed(make()).double().eval()
     return fold_batch_norm(model), model
 
 
-@pytest.mark.parametrize("make", (Segmentation, Asserts))
+@pytest.mark.parametrize("make", (Segmentation, Asserts, Collects))
 def test_all_is_folded_and_the_same(make):
     folded, model = folded_pair(make)
     x = torch.rand(2, 3, 8, 4, dtype=torch.float64)
@@ -141,12 +149,45 @@ class MayBeNone(Asserts):
         return self.first(x) if scale is None else self.first(x) * 2
 
 
+class ReplacesAnArgument(Asserts):
+    """What it asks for is another value; Python 3.13 stores both by one instruction."""
+
+    def join(self, y, other=None):
+        other, y = self.second(y), y * 2
+        return y if other is None else y + other
+
+    def forward(self, x):
+        return self.join(self.first(x))
+
+
+class ComparesTwo(Asserts):
+    """Python 3.13 loads both by one instruction."""
+
+    def join(self, y, other):
+        return None, y is other
+
+    def forward(self, x):
+        y = self.first(x)
+        return y * 2 if self.join(y, self.second(y))[1] else y
+
+
+class SkipsNone(Asserts):
+    """Python 3.13 stores and loads by one instruction what it asks for."""
+
+    def forward(self, x):
+        y = self.first(x)
+        return torch.cat([z for z in (y, self.second(y)) if z is not None])
+
+
 REASONS = {
     DependsOnShapes: "values or shapes decide what it computes",
     FailsOnStandIns: "torch.fx cannot follow its forward",
     MakesText: "formats a value as text",
     RaisesItsOwn: "raises a WrongSizeError",
     MayBeNone: "asks whether a value is None",
+    ReplacesAnArgument: "asks whether a value is None",
+    SkipsNone: "asks whether a value is None",
+    ComparesTwo: "asks whether a value is None or another one",
 }
 
 

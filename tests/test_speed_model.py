@@ -1,5 +1,6 @@
 """The speed model: kernels with known times, and no kernel that is slower than the committed table."""
 
+import ast
 import csv
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.predict import PREDICTED, app, slower
 from benchmarks.results import ROOT
 from benchmarks.speed_model.gpus import GPUS
+from benchmarks.speed_model.launches import dump
 from benchmarks.speed_model.path import find_loops, follow, follow_pointers
 from benchmarks.speed_model.simulate import Code, Instruction, Work, predict
 
@@ -228,3 +230,13 @@ def test_no_kernel_is_slower_than_its_row():
     command = [sys.executable, "-m", "benchmarks.predict", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_keys_do_not_depend_on_the_version_of_python():
+    """The committed keys hold what ast.dump of Python 3.11 wrote; 3.12 added a field, 3.13 left empty lists out."""
+    assert dump(ast.parse("def f(x=None):\n    return [], x.y")) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(posonlyargs=[], args=[arg(arg='x')], kwonlyargs=[], "
+        "kw_defaults=[], defaults=[Constant(value=None)]), body=[Return(value=Tuple(elts=[List(elts=[], ctx=Load()), "
+        "Attribute(value=Name(id='x', ctx=Load()), attr='y', ctx=Load())], ctx=Load()))], decorator_list=[])], "
+        "type_ignores=[])"
+    )

@@ -117,6 +117,21 @@ def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
     return offsets
 
 
+def dump(node: Any) -> str:
+    """Return what ast.dump of Python 3.11 does: later ones leave out empty lists, and know type parameters."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name in node._fields:
+        value = getattr(node, name)
+        is_left_out = value is None and getattr(type(node), name, ...) is None
+        if not is_left_out and (name != "type_params" or value):
+            fields.append(f"{name}={dump(value)}")
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
 @cache
 def source_of(kernel: triton.JITFunction) -> str:
     """Return the code of a kernel and of every function it calls, without comments, docstrings and line numbers."""
@@ -126,7 +141,7 @@ def source_of(kernel: triton.JITFunction) -> str:
         body: Any = ast.parse(function.src).body[0]
         if ast.get_docstring(body) is not None:
             del body.body[0]
-        parts[function.__name__] = ast.dump(body)
+        parts[function.__name__] = dump(body)
         for name in function.fn.__code__.co_names:
             value = function.fn.__globals__.get(name)
             if isinstance(value, triton.JITFunction) and value.__name__ not in parts:
@@ -204,5 +219,5 @@ def _model_source() -> str:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        parts.append(ast.dump(tree))
+        parts.append(dump(tree))
     return "".join(parts)

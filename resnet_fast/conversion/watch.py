@@ -150,7 +150,7 @@ class Watch:
             raise UntraceableError("its forward has a try statement")
         if "STORE_GLOBAL" in opcodes or "DELETE_GLOBAL" in opcodes:
             raise UntraceableError("its forward writes global variables")
-        stored = {instruction.argval for instruction in instructions if instruction.opname.startswith("STORE_")}
+        stored = {name for one in instructions if one.opname.startswith("STORE_") for name in _variables(one)}
         arguments = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
         asked = _compared(instructions)
         if asked and not (self.frozen and asked <= arguments - stored - {*code.co_cellvars}):
@@ -193,12 +193,22 @@ def _compared(instructions: list[dis.Instruction]) -> set[Any]:
     """Return the local variables that are compared with None, and "" for each comparison with another object."""
     compared = set()
     for i, instruction in enumerate(instructions):
-        if instruction.opname == "IS_OP" or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
-            operands = instructions[max(i - 2, 0) : i] if instruction.opname == "IS_OP" else instructions[i - 1 : i]
-            names = {one.argval for one in operands if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))}
-            is_none = instruction.opname != "IS_OP" or any(one.argval is None for one in operands)
+        is_identity = instruction.opname == "IS_OP"
+        if is_identity or instruction.opname.endswith(("_IF_NONE", "_IF_NOT_NONE")):
+            before = [one.opname for one in instructions[max(i - 3, 0) : i]]
+            if before == ["LOAD_GLOBAL", "COPY", "LOAD_COMMON_CONSTANT"]:
+                continue  # since 3.14 Python asks in `any(... for ...)` whether any is the builtin function
+            n_instructions = 2 if is_identity and len(_variables(instructions[i - 1])) == 1 else 1
+            operands = instructions[max(i - n_instructions, 0) : i]
+            names = {_variables(one)[-1] for one in operands if "LOAD_FAST" in one.opname or one.opname == "LOAD_DEREF"}
+            is_none = any(one.opname == "LOAD_CONST" and one.argval is None for one in operands) or not is_identity
             compared |= names if is_none or not names else {""}
     return compared
+
+
+def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Return the variables that it loads or stores: since 3.13 it may be two."""
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 def is_plain(value: Any) -> bool:
