@@ -9,7 +9,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,51 +281,6 @@ def test_on_a_terminal_a_bar_and_rows_fit_80_columns_until_ctrl_c(tmp_path: Path
     assert kept and HEADER in shown and rows == [str(i + 1) for i in range(int(kept[1]))]
     assert "Traceback" not in text and not list((tmp_path / "run").glob(".*"))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == int(kept[1])
-
-
-TWICE = """
-import os, signal, sys, time
-from resnet_fast.cli import app
-from resnet_fast.common.files import whole_file
-from resnet_fast.training import loop
-def train_epoch(*args):
-    if os.fork() == 0:  # as a process that reads images, to which the same Ctrl-C goes
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            os._exit(0)
-    os.wait()
-    print("training", flush=True)
-    try:
-        time.sleep(60)
-    finally:
-        with whole_file(args[0].config.out / "file"):
-            print("writing", flush=True)
-            time.sleep(60)
-loop.train_epoch = train_epoch
-app()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWICE, "train", "--dataset", "digits", "--device", "cpu", "--out", "run"],
-        env=environment(),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line in ("training\n", "writing\n"):
-            process.send_signal(signal.SIGINT)
-            begin = time.monotonic()
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and time.monotonic() - begin < 20
-    assert stderr == "resnet-fast: interrupted again; ended at once\n"
 
 
 EVERY = dict(  # every augmentation, every stage frozen

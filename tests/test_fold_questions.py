@@ -187,7 +187,7 @@ REASONS = {
     MayBeNone: "asks whether a value is None",
     ReplacesAnArgument: "asks whether a value is None",
     SkipsNone: "asks whether a value is None",
-    ComparesTwo: "asks whether a value is None or another one",
+    ComparesTwo: "asks whether a value is None or a certain object",
 }
 
 

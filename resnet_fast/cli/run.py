@@ -3,8 +3,6 @@
 import os
 import shlex
 import signal
-import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,20 +25,8 @@ from resnet_fast.training.paths import check_is_free
 from resnet_fast.training.processes import LostProcessError, OtherProcessError, connect
 from resnet_fast.training.repeat import repeated, write_summary
 from resnet_fast.training.tensorboard import TensorBoardError
-from resnet_fast.training.torchrun import command, is_first_process, world_size
+from resnet_fast.training.torchrun import command, is_first_process
 from resnet_fast.training.weights_and_biases import WandbError
-
-_watched: list[int] = []  # wakeup descriptors in use
-
-
-def _forget_in_child() -> None:
-    """Leave the descriptor to the parent: the processes that read images get the same Ctrl-C, which counts once."""
-    if _watched:
-        signal.set_wakeup_fd(-1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def run_once(config: TrainConfig) -> None:
@@ -83,7 +69,7 @@ def run_to_the_end(config: TrainConfig, run: Callable[[Reporter], Result]) -> Re
     with failures_told(config):
         reporter = make_reporter()
         try:
-            with _second_interrupt_ends(), _sigterm_raises():
+            with _sigterm_raises():
                 result = run(reporter)
         finally:
             reporter.close()
@@ -152,44 +138,6 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
-@contextmanager
-def _second_interrupt_ends() -> Iterator[None]:
-    """End the process at once, with exit code 130, on a second Ctrl-C in the block.
-
-    The first one raises KeyboardInterrupt, after which files are completed and other signals wait. Python writes the
-    number of each signal to its wakeup descriptor, whatever the main thread does, and a thread counts them. torchrun
-    passes a single Ctrl-C on a second time, and ends its processes itself.
-    """
-    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
-
-    def count() -> None:
-        n_interrupts = 0
-        while numbers := reading.recv(64):
-            n_interrupts += numbers.count(signal.SIGINT)
-            if n_interrupts > 1:
-                if sys.stdout.isatty():
-                    os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # show the cursor, which a progress bar hides
-                os.write(2, b"resnet-fast: interrupted again; ended at once\n")
-                os._exit(130)
-
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    _watched.append(writing.fileno())
-    watcher = threading.Thread(target=count, name="resnet_fast interrupts", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        _watched.pop()
-        writing.close()
-        watcher.join()
-        reading.close()
 
 
 def _is_started(out: Path) -> bool:
