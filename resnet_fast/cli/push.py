@@ -33,8 +33,9 @@ def push(
         validate_repo_id(repo_id)
         model = HubModel.from_run(run)
     try:
-        print(model.push_to_hub(repo_id, private=private or None, model_card_kwargs={"repo_id": repo_id}))
+        url = model.push_to_hub(repo_id, private=private or None, model_card_kwargs={"repo_id": repo_id})
     except KeyboardInterrupt:
         stop(130, "interrupted")
     except Exception as error:  # including those of the HTTP client, which differ between versions
         stop(1, f"error: {repo_id} was not written: {one_line(error, 300)}")
+    print(url)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast._version import __version__
-from resnet_fast.common.checks import check_path, check_type
+from resnet_fast.common.checks import check_integer, check_path, check_type
 from resnet_fast.common.files import whole_file
 from resnet_fast.inference.trained import Trained
 
@@ -97,8 +97,8 @@ def export_onnx(
 
     Raises:
         ExportError: a package is missing, or the exported network computes something else. No file is written.
-        TypeError: `trained` is not a Trained.
-        ValueError: `path` is not a path.
+        TypeError: `trained` is not a Trained, or `images` is not a Tensor.
+        ValueError: `path` is not a path, `batch_size` is not an integer of at least 1, or `images` are not as above.
         OSError: the file cannot be written.
     """
     check_type("trained", trained, Trained)
@@ -187,6 +187,8 @@ def _normalized(trained: Trained) -> nn.Module:
 
 
 def _example(trained: Trained, batch_size: int | None) -> Tensor:
+    if batch_size is not None:
+        check_integer("batch_size", batch_size)
     # Two images stand for any number, because one would be treated as a constant.
     return torch.zeros(batch_size or 2, 3, trained.image_size, trained.image_size)
 
@@ -196,9 +198,16 @@ def _dynamic_shapes(batch_size: int | None) -> tuple[Mapping[int, Any]] | None:
 
 
 def _trial_images(trained: Trained, images: Tensor | None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    random = torch.rand(N_RANDOM, 3, trained.image_size, trained.image_size, generator=generator)
-    return random if images is None else torch.cat([random, images.cpu().float() / 255])
+    size = trained.image_size
+    random = torch.rand(N_RANDOM, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if images is None:
+        return random
+    check_type("images", images, Tensor)
+    if images.shape[1:] != (3, size, size) or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be [N, 3, {size}, {size}], torch.uint8, got {list(images.shape)}, {images.dtype}"
+        )
+    return torch.cat([random, images.cpu().float() / 255])
 
 
 @torch.inference_mode()
