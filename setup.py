@@ -1,7 +1,8 @@
-"""Packaging that pyproject.toml cannot express: found packages, one in another folder, and a link in the sdist.
+"""Packaging that pyproject.toml cannot express: packages found by name, one in another folder, and a link in the sdist.
 
 The kernels are real files in kernels/, imported as resnet_fast.kernels, because a top-level package `kernels` would
-collide with another project's. If git creates no symbolic links, resnet_fast/kernels is a text file.
+collide with another project's. If git creates no symbolic links, resnet_fast/kernels is a text file, which
+the wheel leaves out.
 """
 
 import os

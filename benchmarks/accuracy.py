@@ -8,7 +8,6 @@ from these files.
 
 import io
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -149,20 +148,17 @@ def measure(
     done = {tuple(row[name] for name in KEY) for row in read_rows(out / "accuracy.csv", columns)}
     for seed in seeds:
         for variant, settings in variants.items():
-            folder = Path(tempfile.mkdtemp(prefix="accuracy-"))
-            try:
-                config = TrainConfig(**{**base, **settings, "seed": seed, "out": folder / "run"})
+            with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
+                config = TrainConfig(**{**base, **settings, "seed": seed, "out": Path(folder) / "run"})
                 if (data, config.recipe, str(config.epochs), variant, str(seed)) in done:
                     continue
                 began = time.monotonic()
                 if began + longest > deadline:
-                    typer.echo(f"{variant}, seed {seed}, and all behind it: left out, no time")
+                    typer.echo(f"skipped, because the time is over: {variant}, seed {seed}, and all later runs")
                     return
                 machine = machine_columns(choose_device(config.device))
                 result = train(config)
                 longest = max(longest, time.monotonic() - began)
-            finally:
-                shutil.rmtree(folder)
             row = run_row(result, data, variant)
             replace_rows(out / "accuracy_epochs.csv", epoch_rows(result, data, variant), EPOCH_KEY)
             replace_rows(out / "accuracy.csv", [row | machine], KEY)
@@ -189,8 +185,15 @@ def _differences(rows: Sequence[Mapping[str, str]], variant: str, base: str) -> 
 
 
 def _spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation, or "" without values."""
+    if not values:
+        return ""
     mean, std = Spread.of(values)
     return f"{mean:{form}} ± {std:{form.lstrip('+')}}" if len(values) > 1 else f"{mean:{form}}"
+
+
+def _values(rows: Sequence[Mapping[str, str]], column: str, scale: float = 1) -> list[float]:
+    return [scale * float(row[column]) for row in rows if row[column]]
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -202,30 +205,25 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for variant in variants:
         own = [row for row in rows if row["variant"] == variant]
-
-        def spread(name: str, scale: float = 1, digits: int = 2, own: Sequence[Mapping[str, str]] = own) -> str:
-            values = [scale * float(row[name]) for row in own if row[name]]
-            if not values:
-                return ""
-            return _spread(values, f",.{digits}f")
-
-        differences = _differences(rows, variant, variants[0])
+        differences = _differences(rows, variant, variants[0]) if variant != variants[0] else []
         cells = [
             variant,
             str(len(own)),
-            spread("accuracy", 100),
-            _spread(differences, "+.2f") if differences and variant != variants[0] else "",
-            spread("mirrored_accuracy", 100),
-            spread("epoch_seconds", digits=3),
-            spread("images_per_second", digits=0),
-            spread("train_seconds", digits=1),
+            _spread(_values(own, "accuracy", 100), ".2f"),
+            _spread(differences, "+.2f"),
+            _spread(_values(own, "mirrored_accuracy", 100), ".2f"),
+            _spread(_values(own, "epoch_seconds"), ",.3f"),
+            _spread(_values(own, "images_per_second"), ",.0f"),
+            _spread(_values(own, "train_seconds"), ",.1f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def write_page(out: Path) -> None:
-    """Make accuracy.md, accuracy.png (if there is more than one backend) and switches.png from the rows in `out`."""
+    """Make accuracy.md from the rows in `out`, and pictures of its first table: of backends, if it has
+    several (accuracy.png), and of switches, if it has any (switches.png).
+    """
     runs = read_csv(out / "accuracy.csv")
     epochs = read_csv(out / "accuracy_epochs.csv")
     text = ["# Accuracy and time", ""]

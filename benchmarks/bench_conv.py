@@ -1,6 +1,6 @@
 """ResNet-18's 3x3 convolutions of stride 1 and their data gradients: cuDNN, and ours with every tiling.
 
-The directions "with statistics" and "with sums" are what a training step needs next to a batch norm. There cuDNN's
+The directions "with statistics" and "with sums" are those of a training step next to a batch norm. There cuDNN's
 convolution is followed by the pass that ours makes unnecessary. Ours always computes statistics or sums: in "forward"
 it therefore does more than cuDNN. Weights are already in the setting's precision.
 
@@ -65,11 +65,11 @@ class Inputs(NamedTuple):
 class Data:
     """The weight, [C, C, 3, 3], and sets of inputs, through which all providers rotate together.
 
-    The first set is checked; `is_open` is ReLU's mask for it, None without sums.
+    The first set is checked; `passes` is where its ReLU passes gradients on, None without sums.
     """
 
-    def __init__(self, direction: str, weight: Tensor, sets: list[Inputs], is_open: Tensor | None) -> None:
-        self.direction, self.weight, self.sets, self.is_open = direction, weight, sets, is_open
+    def __init__(self, direction: str, weight: Tensor, sets: list[Inputs], passes: Tensor | None) -> None:
+        self.direction, self.weight, self.sets, self.passes = direction, weight, sets, passes
         self.turn = itertools.cycle(sets)
 
 
@@ -89,8 +89,8 @@ class ConvRun(Run):
     def observe(self) -> dict[str, Tensor]:
         with unwritten_is_nan():
             results = dict(zip(result_names(self.data.direction), self.run(self.data.sets[0]), strict=True))
-        if self.data.is_open is not None:  # after cuDNN the next pass applies ReLU's mask
-            results["dz"] = results["dz"] * self.data.is_open
+        if self.data.passes is not None:  # after cuDNN the next pass applies ReLU's mask
+            results["dz"] = results["dz"] * self.data.passes
         return results
 
 
@@ -278,9 +278,9 @@ def exact(data: Data) -> dict[str, Tensor]:
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         results = (y, mean[None], (var + EPS).rsqrt()[None])
     else:
-        assert saved is not None and data.is_open is not None
+        assert saved is not None and data.passes is not None
         dx = conv2d_input(wide_x.shape, weight, wide_dy, padding=1)
-        dz = (dx + (0 if dx_alias is None else dx_alias.double())) * data.is_open
+        dz = (dx + (0 if dx_alias is None else dx_alias.double())) * data.passes
         x_hat = (saved.x.double() - saved.mean.double().view(1, -1, 1, 1)) * saved.rstd.double().view(1, -1, 1, 1)
         results = (dz, (dz * x_hat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
     return dict(zip(result_names(data.direction), results, strict=False))

@@ -117,8 +117,8 @@ class InferenceLevel(NetworkLevel):
 
         def images() -> Tensor:
             # Each image has its own color, so that the logits of a wrong image stand out.
-            colours = torch.randn((setting.batch_size, 3, 1, 1), generator=generator)
-            return (self.random_images(setting, generator) + colours).to(device)
+            colors = torch.randn((setting.batch_size, 3, 1, 1), generator=generator)
+            return (self.random_images(setting, generator) + colors).to(device)
 
         data = Data(model.state_dict(), [(images(),) for _ in range(N_BATCHES)])
         exact = {"logits": exact_logits(model, data.batches[0][0])}

@@ -15,7 +15,7 @@ from resnet_fast.common.files import whole_file
 
 STEPS = ROOT / "benchmarks/predicted/steps.csv"
 HOST = RESULTS / "amd-epyc-1-threads/host_cost.csv"
-# Bytes per element in 16-bit types that each kernel moves for relu(bn(x) + residual), whose output has two readers
+# Bytes per element in 16-bit types that each kernel moves for relu(bn(x) + residual), whose output has two consumers
 # (kernels/README.md, "Bytes moved per element").
 PASSES = {
     "eager, forward": {"statistics": 2, "normalize": 4, "add": 6, "ReLU": 4},

@@ -105,7 +105,7 @@ def reduce_kernel(
     """Sum dz, dz·x̂ and, in the bn join, dz times the residual's x̂ over one split of rows (B2).
 
     `dz_ptr`, if given, receives dz. In the add join dz is the residual's gradient. After a fork or with ReLU's bits, it
-    also spares the input-gradient pass a second input.
+    also saves the input-gradient pass a second input.
     """
     wait_for_previous_kernel(PDL)
     acc_type: tl.constexpr = mean_ptr.dtype.element_ty

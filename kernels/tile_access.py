@@ -198,7 +198,7 @@ def load_bits(ptr, first_row, n_own, channel_tile, group, n_rows, rows_per_group
 
 @triton.jit
 def pack_bits(relu_mask, TILE: tl.constexpr):
-    """Pack [BLOCK_M, BLOCK_C], true where ReLU's output is 0, into uint8: eight neighbours on the contiguous axis."""
+    """Pack [BLOCK_M, BLOCK_C], true where ReLU's output is 0, into uint8: eight neighbors on the contiguous axis."""
     if TILE.channels_last:
         bits = tl.reshape(relu_mask.to(tl.int32), [TILE.block_m, TILE.block_c // 8, 8])
         packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)

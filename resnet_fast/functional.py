@@ -354,7 +354,7 @@ def differentiable_backward(
             z = z + bn(saved.residual, *statistics, *affine, residual_training, residual_eps)
         dz = dy if dy_alias is None else dy + dy_alias
         if relu:
-            dz = dz.masked_fill(_relu_closed(saved, settings), 0)
+            dz = dz.masked_fill(_relu_mask(saved, settings), 0)
         wanted = [tensor is not None and tensor.requires_grad for tensor in saved[:6]]
         inputs: Any = [*itertools.compress(saved, wanted)]
         gradients = iter(torch.autograd.grad(z, inputs, dz.to(z.dtype), create_graph=True) if inputs else ())
@@ -362,8 +362,8 @@ def differentiable_backward(
     return dx, dz if join == "add" else dresidual, *vectors
 
 
-def _relu_closed(saved: Saved, settings: Settings) -> Tensor:
-    """Return where the forward's y is not positive, a bool tensor like x; the forward's own rounding decides."""
+def _relu_mask(saved: Saved, settings: Settings) -> Tensor:
+    """Return where ReLU's output is 0, a bool tensor like x, by the forward's own rounding."""
     if saved.relu_mask is None:
         return batch_norm.recompute_y(saved, settings) <= 0
     if saved.relu_mask.dtype == torch.bool:

@@ -213,7 +213,7 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
     Raises (in forward):
         ValueError: as FusedBatchNorm2d, except that one value per channel and process is enough; or the module has a
             ghost_batch_size, which would split the joint batch.
-        RuntimeError: a process died, or did not join within the timeout of the process group. The message names the
+        RuntimeError: a process died, or did not answer within the timeout of the process group. The message names the
             layer, unless NCCL reports the timeout outside of Python.
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.

@@ -62,7 +62,7 @@ def pair(
         conv: the convolution that reads the batch norm's output, or None.
         statistics: partial statistics of x, if the previous convolution has computed them.
         residual_norm: the batch norm of the residual.
-        fork: whether the third result has a reader, too.
+        fork: whether the convolution's input has a second consumer, which gets the third result.
 
     Returns:
         The convolution's output, its partial statistics or None, and a second handle to its input.

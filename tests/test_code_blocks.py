@@ -57,7 +57,7 @@ SLOW = re.compile(r"resnet-fast (convert (torchvision|timm)|doctor|export)")
 
 
 class Begins(BaseException):
-    """What a command is for begins."""
+    """Raised where the work of a command would begin."""
 
 
 def shell_lines() -> list[str]:
@@ -74,8 +74,18 @@ def is_run(line: str) -> bool:
 def test_every_block_is_python_shell_or_known_text():
     for page in PAGES:
         for language, text in blocks(page):
-            known = text.startswith((*TEXT, *FIRST_WORDS))
+            lines = text.replace("\\\n", " ").splitlines()
+            known = text.startswith(tuple(TEXT)) or all(line.startswith(FIRST_WORDS) for line in lines if line)
             assert known if language == "" else language in ("python", "diff"), (page.name, text)
+
+
+def test_every_reason_is_needed():
+    texts = [text for page in PAGES for language, text in blocks(page) if language == ""]
+    for first in TEXT:
+        assert any(text.startswith(first) for text in texts), first
+    for first in NOT_RUN:
+        assert any(line.startswith(first) for line in shell_lines()), first
+    assert PYTHON.keys() <= {page.name for page in PAGES}
 
 
 def test_every_python_block_has_a_test():
@@ -122,7 +132,7 @@ def test_files_that_contributing_and_guarantees_name_exist():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the pages' commands and examples find: runs, images, a repository of CIFAR networks."""
+    """The files that the pages' commands and examples name: runs, images, a repository of CIFAR networks."""
     folder = tmp_path_factory.mktemp("pages")
     run = train_tiny(folder / "runs/…").out
     shutil.copytree(run, folder / "runs/digits-resnet18-20261125-093000")
@@ -137,7 +147,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def inside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_aten, one_thread) -> Path:
-    """A copy of the folder, as the current one."""
+    """A copy of the folder, as the working directory."""
     shutil.copytree(folder, tmp_path / "pages")
     monkeypatch.chdir(tmp_path / "pages")
     use_tiny(monkeypatch)
@@ -153,7 +163,7 @@ def begin(*args: object, **kwargs: object) -> None:
     [pytest.param(line, marks=pytest.mark.slow if SLOW.match(line) else ()) for line in shell_lines() if is_run(line)],
 )
 def test_a_command_runs(line: str, inside: Path, monkeypatch: pytest.MonkeyPatch):
-    """Up to the point where a training, a study, a tuning or a profile begins; torchrun's as one process."""
+    """Run it, or up to where a training, study, tuning or profile begins; a command of torchrun as one process."""
     monkeypatch.setattr("resnet_fast.cli.run.run_training", begin)
     monkeypatch.setattr("resnet_fast.study.settings.SkipStudy.load", begin)
     monkeypatch.setattr("resnet_fast.cli.tune.choose_device", begin)

@@ -118,7 +118,10 @@ def parameter_offsets(types: dict[str, str], capability: int) -> dict[str, int]:
 
 
 def dump(node: Any) -> str:
-    """Return what ast.dump of Python 3.11 does: later ones leave out empty lists, and know type parameters."""
+    """Return ast.dump(node) as in Python 3.11, so that keys do not depend on the version of Python.
+
+    Later versions leave out empty lists and add type parameters.
+    """
     if isinstance(node, list):
         return f"[{', '.join(map(dump, node))}]"
     if not isinstance(node, ast.AST):
@@ -193,7 +196,7 @@ def work_of(recorded: Launch, gpu: Gpu) -> Work:
             tile = recorded.arguments.get("TILE")
             block_c = tile.block_c.value if tile else recorded.arguments["BLOCK_C"]
             n_channels = tile.n_channels.value if tile else recorded.arguments["N_CHANNELS"]
-            # The forward's partial results begin with a pivot, as there is one group.
+            # The first row of the forward's partial results is the pivot: one row, because there is one group.
             splits = value if "gradient" in recorded.kernel.__name__ else value[1:]
             reads[offsets[name]] = splits.nbytes * min(1.0, block_c / n_channels)
     image_bytes = float(sum(image.nbytes for image in images.values()))

@@ -205,7 +205,7 @@ class Machine(NamedTuple):
 
     def run(self, steps: list[Step], programs: int, resident: int, warps: int) -> float:
         """Return the cycles of `programs` programs, of which `resident` run at once."""
-        # Programs with less than four warps share the schedulers: several count as one program with four.
+        # Programs with fewer than four warps share the schedulers: several count as one program with four.
         together = max(1, SCHEDULERS // warps)
         programs, resident = -(-programs // together), max(1, resident // together)
         simulated = min(programs, WAVES * resident)

@@ -67,10 +67,10 @@ def complain(line: str) -> None:
 
 
 def stop(code: int, message: str, *more: str) -> NoReturn:
-    """End the command with a message of one or more lines, or without one if only a pipe is closed.
+    """End the command with a message of one or more lines.
 
     Raises:
-        BrokenPipeError: standard output is closed, as by `| head`; typer then ends the command without a message.
+        BrokenPipeError: the message is only that standard output is closed, as by `| head`; typer ends the command.
     """
     cause = sys.exception()
     if isinstance(cause, BrokenPipeError) and message == f"error: {cause}":

@@ -19,7 +19,7 @@ GROUPS = {
     ).split(),
     "Recipe": ("recipe", *RECIPE_FIELDS),
 }
-GROUP_OF = {name: group for group, names in reversed(GROUPS.items()) for name in names}  # the first one counts
+GROUP_OF = {name: group for group, names in reversed(GROUPS.items()) for name in names}  # a name's first group
 METAVARS = {
     "model": "NAME",  # its choices are too many for the left column
     "weights": "RUN|FILE",
@@ -28,7 +28,7 @@ METAVARS = {
     "sizes": "SIZES",
     "time_budget": "TIME",
 }
-NAMES = (*(name for name in SETTINGS if name not in RECIPE_FIELDS), *RECIPE_FIELDS)  # the recipe before what it gives
+NAMES = (*(name for name in SETTINGS if name not in RECIPE_FIELDS), *RECIPE_FIELDS)  # recipe before its fields
 
 
 def parse_seconds(text: str) -> float:

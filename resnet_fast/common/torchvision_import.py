@@ -2,8 +2,8 @@
 
 PyPI's torchvision for Linux is built for CUDA. With a CPU build of torch its extension does not load, and the import
 fails with "operator torchvision::nms does not exist": torchvision registers a fake kernel for an operator that nobody
-defined. resnet_fast uses none of torchvision's compiled operators. If the import fails so, the two missing schemas are
-defined here, without kernels, and the import is tried again.
+defined. resnet_fast uses none of torchvision's compiled operators. If the import fails in this way, the two missing
+schemas are defined here, without kernels, and the import is tried again.
 
 The package imports this module before anything else. It does not import torchvision itself, which takes seconds.
 """

@@ -22,7 +22,7 @@ from ..nn import FusedBatchNorm2d, FusedSyncBatchNorm2d
 from .report import Outcome, Report
 from .rewrite import fuse
 from .sites import Site, find_sites
-from .trace import CLOSED, Setting, Traced, UntraceableError, is_container, trace
+from .trace import LEAVES, Setting, Traced, UntraceableError, is_container, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,17 +256,17 @@ def check_is_not_compiled(model: nn.Module) -> None:
 
 
 def trace_all(
-    model: nn.Module, *, frozen: bool = False, closed: tuple[str, ...] = CLOSED
+    model: nn.Module, *, frozen: bool = False, leaves: tuple[str, ...] = LEAVES
 ) -> tuple[dict[nn.Module, Traced], dict[nn.Module, str]]:
     """Return the graph of every module that can be traced and the reason for every other one, from the inside out."""
     traced, opaque = {}, {}
     for module in reversed(list(model.modules())):
-        if is_container(module, closed):
+        if is_container(module, leaves):
             # Some forwards can be followed only with their caller's arguments, such as a list of tensors.
             look_inside = frozen and any(inner in opaque for inner in module.modules())
             for called_whole in ({}, opaque) if look_inside else (opaque,):
                 try:
-                    traced[module] = trace(module, called_whole, frozen=frozen, closed=closed)
+                    traced[module] = trace(module, called_whole, frozen=frozen, leaves=leaves)
                     break
                 except UntraceableError as error:
                     reason = str(error)

@@ -121,7 +121,7 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
         copied = restore(copy.deepcopy(model)).eval()
     except RuntimeError as error:
         raise ValueError(f"model cannot be folded, because it cannot be copied: {error}") from error
-    traced, opaque = trace_all(copied, frozen=True, closed=FOREIGN)
+    traced, opaque = trace_all(copied, frozen=True, leaves=FOREIGN)
     if copied not in traced:
         raise ValueError(f"model cannot be folded: {opaque.get(copied, 'it holds no modules')}")
     graph = traced[copied].graph

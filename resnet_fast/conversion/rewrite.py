@@ -34,7 +34,7 @@ def fused_steps(
         residual: a tensor of any shape, or None.
         relu: whether to end in ReLU.
         in_place: as `Site.in_place`.
-        fork: whether to return y twice, for two readers.
+        fork: whether to return y twice, for two consumers.
 
     Returns:
         y: [N, C, H, W], or (y, y) with `fork`.
@@ -73,7 +73,7 @@ def _fits(norm: Any, x: Tensor, residual: Tensor | None, residual_norm: Any) -> 
 
 
 def fuse(graph: fx.Graph, root: nn.Module, sites: list[Site]) -> None:
-    """Replace each site with one call of `fused_steps`; if it has two readers, each gets a handle of its own."""
+    """Replace each site with one call of `fused_steps`; if it has two consumers, each gets a handle of its own."""
     fused = [_replace(graph, site) for site in sites]
     modules = dict(root.named_modules(remove_duplicate=False))
     for node in fused:

@@ -30,9 +30,9 @@ from .stand_ins import STAND_INS, Input, UntraceableError, Value
 from .watch import Setting, Watch, is_library, is_plain, left_as_it_was
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
-# Packages whose modules are called unchanged. Ours are fused already.
+# Packages whose modules are leaves, called unchanged. Ours are fused already.
 FOREIGN = ("torch.nn.", "torch.jit.", "torch.distributed.")
-CLOSED = (*FOREIGN, "resnet_fast.")
+LEAVES = (*FOREIGN, "resnet_fast.")
 # Errors that a check can raise again, from a name and a message.
 RAISED = ("ValueError", "TypeError", "RuntimeError", "AssertionError", "NotImplementedError", "IndexError")
 MOST_QUESTIONS = 6  # per forward: each may double the number of traces
@@ -67,17 +67,17 @@ class _Tracer(fx.Tracer):
     def __init__(
         self,
         opaque: Collection[nn.Module] = (),
-        closed: tuple[str, ...] = CLOSED,
+        leaves: tuple[str, ...] = LEAVES,
         made: Collection[nn.Module] = (),
         answers: tuple[bool, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.opaque, self.closed, self.made = opaque, closed, made
+        self.opaque, self.leaves, self.made = opaque, leaves, made
         self.answers, self.checks, self.makes_text = answers, [], False
         self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not is_container(m, self.closed) or m in self.opaque
+        return not is_container(m, self.leaves) or m in self.opaque
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         if m in self.made:
@@ -121,11 +121,11 @@ class _Tracer(fx.Tracer):
         return Input(node, self) if node.op == "placeholder" else Value(node, self)
 
 
-def is_container(module: nn.Module, closed: tuple[str, ...] = CLOSED) -> bool:
+def is_container(module: nn.Module, leaves: tuple[str, ...] = LEAVES) -> bool:
     """Return whether to trace into the forward of a module, judging by the module itself."""
     if type(module) is nn.Sequential:  # an empty one, too: a shortcut that returns its input
         return True
-    return bool(module._modules) and not type(module).__module__.startswith(closed)
+    return bool(module._modules) and not type(module).__module__.startswith(leaves)
 
 
 def trace(
@@ -133,7 +133,7 @@ def trace(
     opaque: Collection[nn.Module],
     *,
     frozen: bool = False,
-    closed: tuple[str, ...] = CLOSED,
+    leaves: tuple[str, ...] = LEAVES,
 ) -> Traced:
     """Return the graph of a module's forward; the modules inside become `call_module` nodes or are traced, too.
 
@@ -142,7 +142,7 @@ def trace(
         opaque: modules inside that are called as a whole.
         frozen: whether to assume evaluation mode and the present settings. A branch that only raises an error then
             becomes a step that checks its condition.
-        closed: prefixes of the Python modules whose classes are called unchanged.
+        leaves: prefixes of the packages whose modules are called unchanged.
 
     Raises:
         UntraceableError: the graph might not do what the forward does.
@@ -157,7 +157,7 @@ def trace(
             watch = Watch(frozen)
             try:
                 with watch.watching():
-                    followed = _follow(module, partial(_Tracer, opaque, closed, watch.made), () if frozen else None)
+                    followed = _follow(module, partial(_Tracer, opaque, leaves, watch.made), () if frozen else None)
                 if isinstance(followed, Exception):
                     raise followed
             except UntraceableError:

@@ -56,7 +56,7 @@ class Setting(NamedTuple):
     value: Any
 
     def holds(self) -> bool:
-        """Return whether it still has the same value."""
+        """Return whether the attribute or variable still has this value."""
         # None if it was deleted, or did not exist yet.
         now = self.owner.get(self.name) if isinstance(self.owner, dict) else getattr(self.owner, self.name, None)
         return now is self.value or (type(now) is type(self.value) and now == self.value)
@@ -190,7 +190,7 @@ def is_library(frame: FrameType) -> bool:
 
 
 def _compared(instructions: list[dis.Instruction]) -> set[Any]:
-    """Return the local variables that are compared with None, and "" for each comparison with another object."""
+    """Return the local variables that are compared with None, and "" if other objects are compared."""
     compared = set()
     for i, instruction in enumerate(instructions):
         is_identity = instruction.opname == "IS_OP"
@@ -207,7 +207,7 @@ def _compared(instructions: list[dis.Instruction]) -> set[Any]:
 
 
 def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
-    """Return the variables that it loads or stores: since 3.13 it may be two."""
+    """Return the variables that an instruction loads or stores: one or, since Python 3.13, two."""
     return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 

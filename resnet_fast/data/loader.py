@@ -20,8 +20,8 @@ from resnet_fast.data.draws import MIXED
 class Loader:
     """Shuffled batches of each epoch; the last batch may be smaller.
 
-    A last batch of less than 2 images per process is left out, because batch norm cannot compute statistics of a single
-    value. Mixing uses the random numbers of a batch's first image for the whole batch, on all processes.
+    A last batch of fewer than 2 images per process is left out, because batch norm cannot compute statistics of a
+    single value. Mixing uses the random numbers of a batch's first image for the whole batch, on all processes.
 
     Args:
         split: training images, on the device that trains.
@@ -33,7 +33,7 @@ class Loader:
 
     Raises:
         TypeError: split or augmentation has another type.
-        ValueError: batch_size or the split has less than 2 images per process, or a number is not an integer in its
+        ValueError: batch_size or the split has fewer than 2 images per process, or a number is not an integer in its
             range.
     """
 

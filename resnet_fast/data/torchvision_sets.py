@@ -113,7 +113,7 @@ def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
 
 
 def is_there(name: str, data_dir: Path) -> bool:
-    """Return whether `data_dir` holds the readable files of `name`, a data set of this module; an archive is none."""
+    """Return whether `data_dir` holds readable files of `name`, a data set of this module, and not only its archive."""
     if name == "svhn":
         return all((data_dir / SVHN.split_list[part][1]).exists() for part in ("train", "test"))
     return _unpacked_folder(CIFAR10 if name == "cifar10" else CIFAR100, data_dir).exists()

@@ -106,8 +106,8 @@ class ResNetModel(nn.Module):
     """conv7x7 stride 2 - BN+ReLU - max-pool stride 2 - blocks - linear; layouts as in `resnet.ResNet`.
 
     Args:
-        residual_blocks: a sequence of ResidualBlocks. The first has 64 input channels; each other has as many as the
-            previous one outputs.
+        residual_blocks: a sequence of ResidualBlocks. The first has 64 input channels; every other one has as
+            many as the previous one outputs.
         nb_classes: number of classes.
         norm_layer: makes the stem's norm, as in `ResidualBlock`.
 
@@ -173,6 +173,11 @@ def article(num_classes: int = 10, norm_layer: Callable[..., nn.Module] | None =
     Args:
         num_classes: number of classes.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
+
+    Input [N, 3, H, W] in any layout; output [N, num_classes].
+
+    Raises:
+        ValueError: num_classes is not an integer of at least 1.
     """
     blocks = [ResidualBlock(*sizes, stride=2, norm_layer=norm_layer) for sizes in BLOCKS]
     return ResNetModel(blocks, num_classes, norm_layer=norm_layer)

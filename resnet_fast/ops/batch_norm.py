@@ -80,7 +80,7 @@ def _choose(operation: Operation, x: Tensor, settings: Settings, fork: bool = Fa
 
 
 def forward(inputs: Inputs, settings: Settings, statistics: PartialStatistics | None = None) -> Outputs:
-    """Compute relu(bn(x) + residual) by the chosen implementation; `statistics` of x, if given, spare a pass."""
+    """Compute relu(bn(x) + residual) by the chosen implementation; `statistics` of x, if given, save a pass."""
     choose_backend(inputs.x, "triton")  # raises if Triton cannot run
     x = dense(inputs.x)
     inputs = inputs._replace(x=x, residual=None if inputs.residual is None else dense(inputs.residual, like=x))

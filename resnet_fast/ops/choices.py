@@ -6,8 +6,8 @@ Each GPU name has a file, $XDG_CACHE_HOME/resnet_fast/choices-<gpu>.json or ~/.c
     {"environment": {"gpu": …, "torch": …, "triton": …, "cudnn": …, "resnet_fast": …, "kernels": …},
      "entries": [{"problem": {…}, "choice": {"implementation": …, "tiles": null or {…}}}, …]}
 
-A file counts only in the environment in which it was measured. It may hold anything, so every field is checked. A file
-that does not count gives one warning; no error here stops a training run.
+A file applies only in the environment in which it was measured. It may hold anything, so every field is checked. A file
+that does not apply gives one warning; no error here stops a training run.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def is_replaced() -> bool:
 
 
 def table(device: torch.device) -> Entries:
-    """Return all entries that count for tensors on `device`."""
+    """Return all entries that apply to tensors on `device`."""
     return _replaced[-1] if _replaced else _load(device)
 
 
@@ -91,7 +91,7 @@ def environment_of(device: torch.device) -> Environment:
 
 
 def find_table(environment: Environment) -> tuple[Path | None, Entries, str]:
-    """Return the path for the environment's GPU, its entries, and why they do not count ("" if they do).
+    """Return the path for the environment's GPU, its entries, and why they do not apply ("" if they do).
 
     The file need not exist. The path is None if there is no home directory.
     """
@@ -112,7 +112,7 @@ def read(path: Path, environment: Environment) -> dict[Problem, Choice]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is no table of this environment; the message names the rule and the value.
+        ValueError: the file is not a table of this environment; the message names the rule and the value.
     """
     try:
         mode = path.stat().st_mode
@@ -139,7 +139,7 @@ def read(path: Path, environment: Environment) -> dict[Problem, Choice]:
 
 
 def add(path: Path, environment: Environment, entries: Entries) -> None:
-    """Add entries to a table, keeping those of other problems, or replace a file that does not count.
+    """Add entries to a table, keeping those of other problems, or replace a file that does not apply.
 
     The file is written as a whole and without a lock. If two processes add at once, the last one wins: the other's
     entries may be missing until it adds again. `resnet-fast tune` adds all its entries after each problem.
@@ -159,7 +159,7 @@ def add(path: Path, environment: Environment, entries: Entries) -> None:
 
 @cache
 def _load(device: torch.device) -> Entries:
-    """Read the file for `device` once per process, and warn if it does not count."""
+    """Read the file for `device` once per process, and warn if it does not apply."""
     if device.type != "cuda" or is_off():
         return {}
     try:

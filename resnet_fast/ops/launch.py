@@ -187,7 +187,7 @@ def moments(x: Tensor, var: Tensor) -> Tensor:
 def find_statistics(
     x: Tensor, norm: BatchNormArgs, shape: Shape, partial: PartialStatistics | None = None
 ) -> Statistics:
-    """Return mean and rstd, or their sources for `normalize_kernel`. `partial` results of x, if given, spare a pass."""
+    """Return mean and rstd, or their sources for `normalize_kernel`. `partial` results of x, if given, save a pass."""
     running = (norm.running_mean, norm.running_var)
     if not norm.training:
         return Statistics(*empty_statistics(x, shape), *running)
@@ -210,7 +210,7 @@ def forward(
     """Compute relu(bn(x) + residual), and ReLU's bits if there is a residual.
 
     `reverse`: whether the second pass goes from the last tile to the first. `partial`: partial statistics of x, which
-    spare a pass.
+    save a pass.
     """
     shape = Shape.of(inputs.x, settings.ghost_batch_size)
     norm, residual_norm = inputs.norms(settings)
@@ -357,7 +357,7 @@ def input_gradients(
     """
     n_splits = 1 if partials is None else partials.shape[1]
     is_bn_join = settings.join == "bn"
-    # In the bn join only as many tiles fit in the registers as five tensors would have.
+    # In the bn join, choose the tiles as for five tensors; more would not fit in the registers.
     tiling = choose_tiles(shape, saved.x, 5 if is_bn_join else 2)
     dx, dresidual = torch.empty_like(saved.x), torch.empty_like(saved.x) if is_bn_join else None
     kernel = batch_norm_backward.input_gradients_kernel

@@ -1,4 +1,4 @@
-"""Launch plans: the launches of a batch norm's passes, recorded once for each kind of arguments and then repeated.
+"""Launch plans: the launches of a batch norm's passes, recorded once for each kind of arguments and then replayed.
 
 A launch by Triton's `kernel[grid](...)` binds and looks up some twenty arguments, and choosing tiles and allocating
 buffers takes as long again. All of this depends only on the kind of the arguments. So the first pass of a kind is
@@ -88,8 +88,8 @@ def distinct(values: Sequence[Any]) -> list[Any]:
     return found
 
 
-def can_repeat(launches: Sequence[Launched], device: torch.device) -> bool:
-    """Return whether these launches depend only on their inputs, and can be repeated."""
+def can_replay(launches: Sequence[Launched], device: torch.device) -> bool:
+    """Return whether these launches depend only on their inputs, and can be replayed."""
     tensors = [value for launched in launches for value in launched.arguments.values() if isinstance(value, Tensor)]
     active: Any = driver.active if launches and launches[0].compiled is not None else None
     return (
@@ -103,7 +103,7 @@ def can_repeat(launches: Sequence[Launched], device: torch.device) -> bool:
 
 
 class Writer:
-    """The writer of the function that repeats launches.
+    """The writer of the function that replays launches.
 
     Args:
         launches: the list from `recorded`.
@@ -131,7 +131,7 @@ class Writer:
         """Write the function.
 
         `returned` is an expression of result0, result1, … and the workspace, `buffers`. `otherwise` is called with the
-        same arguments if the launches cannot be repeated.
+        same arguments if the launches cannot be replayed.
 
         Return None if no input has a result's shape, strides and type, or a tensor of a launch is not in `BUFFERS`.
         """
@@ -159,7 +159,7 @@ class Writer:
         body += [f"if ({' | '.join((*pointers, 'buffers_ptr'))}) % {ALIGNMENT}: {by_triton}"]
         body += ["stream = get_stream(index)", *calls, f"return {returned}"]
         guard = " or ".join(["get_device() != index", "is_watched()", *guards])
-        lines = [f"def repeat({', '.join(self.inputs)}):", f"if {guard}: {by_triton}", *body]
+        lines = [f"def replay({', '.join(self.inputs)}):", f"if {guard}: {by_triton}", *body]
         active: Any = driver.active
         device = next(iter(self.tensors.values())).device
         self.values |= {
@@ -171,7 +171,7 @@ class Writer:
         self.values |= {"device": device, "index": device.index or 0, "is_watched": is_watched}
         self.values |= {"get_device": active.get_current_device, "get_stream": active.get_current_stream}
         exec("\n    ".join(lines), self.values)
-        return self.values["repeat"]
+        return self.values["replay"]
 
     def _like(self, result: Tensor) -> str | None:
         """Return the name of an input with the result's shape, strides and type."""
@@ -252,7 +252,7 @@ class Plan:
     ) -> None:
         self._settings, self._forward, self._backward = settings, forward, backward
         self.forward: Callable[..., tuple[Tensor, tuple]] = self._run_forward
-        self._repeat_backward: dict[bool, Callable | None] = {}  # by whether dy_alias is given
+        self._replay_backward: dict[bool, Callable | None] = {}  # by whether dy_alias is given
         self._kept: list[Kept | None] = []  # ReLU mask, mean, rstd, the residual's mean and rstd; empty: not recorded
         self._workspace_bytes = 0
         self._strides: tuple[int, ...] = ()
@@ -263,7 +263,7 @@ class Plan:
         given = Inputs._make(distinct(inputs))
         with recorded() as launches:
             outputs = self._forward(given, self._settings)
-        if not self._kept and can_repeat(launches, outputs.y.device):
+        if not self._kept and can_replay(launches, outputs.y.device):
             writer = Writer(launches, given._asdict())
             forward = writer.write([outputs.y], "result0, (buffers,)", self._run_forward)
             if forward is not None:
@@ -273,7 +273,7 @@ class Plan:
                 self.forward = forward
         if not self._kept:
             return outputs.y, outputs[1:]
-        # As a repetition returns them: activation checkpointing needs the same saved tensors from every forward.
+        # As a replay returns them: activation checkpointing needs the same saved tensors from every forward.
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=outputs.y.device)
         for kept, tensor in zip(self._kept, outputs[1:], strict=True):
             if kept is not None and tensor is not None:
@@ -296,11 +296,11 @@ class Plan:
             dy = dy.contiguous(memory_format=self._layout)
         if dy_alias is not None and dy_alias.stride() != strides:
             dy_alias = dy_alias.contiguous(memory_format=self._layout)
-        repeat = self._repeat_backward.get(dy_alias is not None)
+        replay = self._replay_backward.get(dy_alias is not None)
         x, residual, *_ = tensors
-        if repeat is None or not self._is_image(x, dy) or (residual is not None and not self._is_image(residual, dy)):
+        if replay is None or not self._is_image(x, dy) or (residual is not None and not self._is_image(residual, dy)):
             return self._run_backward(dy, dy_alias, *tensors)
-        return repeat(dy, dy_alias, *tensors)
+        return replay(dy, dy_alias, *tensors)
 
     def _is_image(self, tensor: Any, dy: Tensor) -> bool:
         """Return whether a saved tensor has the forward's strides and type: hooks may have replaced it."""
@@ -314,9 +314,9 @@ class Plan:
             gradients = self._backward(dy, dy_alias, saved, self._settings)
         images = [tensor for tensor in (saved.x, saved.residual) if tensor is not None]
         are_as_saved = all(self._is_image(image, dy) for image in images)
-        if fork not in self._repeat_backward and are_as_saved and can_repeat(launches, dy.device):
+        if fork not in self._replay_backward and are_as_saved and can_replay(launches, dy.device):
             kept = {id(t): one.offset for t, one in zip(saved[6:], self._kept, strict=True) if one is not None}
             writer = Writer(launches, dict(zip(BACKWARD_INPUTS, given, strict=True)), kept)
             results = ", ".join("None" if one is None else f"result{place}" for place, one in enumerate(gradients))
-            self._repeat_backward[fork] = writer.write(gradients, results, self._run_backward)
+            self._replay_backward[fork] = writer.write(gradients, results, self._run_backward)
         return gradients

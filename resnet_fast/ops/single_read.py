@@ -1,7 +1,7 @@
 """Launches of the batch norm that reads every image once (kernels/batch_norm_single_read.py). Imports triton.
 
 `forward` and `backward` return the same as in launch.py, and can be combined with those. Callers have checked the
-tensors, as there. A launch needs words in memory for its barrier, and the device must run all of its programs at the
+tensors, as there. A launch needs 32-bit words for its barrier, and the device must run all of its programs at the
 same time; `fits` tells whether both are possible.
 """
 

@@ -43,11 +43,11 @@ def trivial_augment(images: Tensor, draws: Tensor) -> Tensor:
     operation, strength = draws.long().unbind(1)
     rows = _table(*images.shape[2:], images.device)[operation, strength + N_STRENGTHS - 1]  # [B, 8]
     value, rest = rows[:, 6:, None, None, None].unbind(1)  # [B, 1, 1, 1] each
-    grey = (images[:, :1] * 0.2989).add(images[:, 1:2], alpha=0.587).add(images[:, 2:], alpha=0.114).floor()
+    gray = (images[:, :1] * 0.2989).add(images[:, 1:2], alpha=0.587).add(images[:, 2:], alpha=0.114).floor()
     results = {
         "Brightness": _whole(images * value),
-        "Color": _whole(images * value + grey * rest),
-        "Contrast": _whole(images * value + grey.mean((1, 2, 3), keepdim=True) * rest),
+        "Color": _whole(images * value + gray * rest),
+        "Contrast": _whole(images * value + gray.mean((1, 2, 3), keepdim=True) * rest),
         "Sharpness": _sharpen(images, rest),
         "Posterize": (images / value).floor() * value,  # value: 2^(8 - bits)
         "Solarize": torch.where(images >= value, 255 - images, images),

@@ -56,7 +56,7 @@ def gradient_difference(model: nn.Module, expected: nn.Module, images: Tensor, l
 
 
 def exact_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits of all images in fp64, without keeping activations."""
+    """Return the logits of all images in fp64 and training mode, without keeping activations."""
     with torch.no_grad():
         return _exact(model)(images.double().contiguous())
 

@@ -57,7 +57,7 @@ class Trained:
 
 
 def run_study(study: SkipStudy, dataset: ImageDataset | None = None) -> Iterator[Trained]:
-    """Train every network, seed by seed, and yield the results; an interrupted study has about as many seeds of each.
+    """Train every network, seed by seed, and yield the results, so that an interrupted study has about as many of each.
 
     Args:
         study: the settings.

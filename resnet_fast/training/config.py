@@ -33,7 +33,7 @@ MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """All settings of a run (docs/options.md). Every default is filled in, except of `crop`, `mirror` and `weights`.
+    """All settings of a run (docs/options.md). Every default is filled in, except for `crop`, `mirror` and `weights`.
 
     Raises:
         ValueError: a setting breaks its rule; the message names the rule and the value.

@@ -45,7 +45,7 @@ def evaluate(
         processes: the processes that test together; None: this one alone.
 
     Raises:
-        ValueError: batch_size is no positive integer, precision is unknown, or there are no parameters or images.
+        ValueError: batch_size is not a positive integer, precision is unknown, or there are no parameters or images.
         TypeError: another argument has the wrong type.
     """
     check_type("model", model, nn.Module)

@@ -69,10 +69,10 @@ def graphed(
 
     Returns:
         A function that computes the same as `step`, bit for bit if cuDNN is deterministic. Its next call overwrites the
-        tensors that it returns, which are detached: clone what you keep. Its `why_not` is None, or why it has no graph.
+        tensors that it returns, which are detached: clone what you keep. `why_not` is None, or why it is not recorded.
 
     Raises:
-        TypeError: `step` is not callable, `fallback` is no bool, or `changes` holds another kind of object.
+        TypeError: `step` is not callable, `fallback` is not a bool, or `changes` holds another kind of object.
         ValueError: `changes` holds no tensor.
         RuntimeError: a call cannot be recorded, and `fallback` is False.
 

@@ -80,7 +80,7 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
     finished run only has its table and pictures written again.
 
     Args:
-        run: a run folder, a checkpoint in it, or what `load_run` returned.
+        run: a run folder, a checkpoint in it, or the result of `load_run`.
         reporter: receives the progress of the run; None: nothing is reported.
         moved: new values for data_dir, mirror, device, workers, images, graph, time_budget, tensorboard or wandb;
             allowed if `run` is a path.

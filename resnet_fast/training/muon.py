@@ -51,6 +51,8 @@ class Muon(torch.optim.Optimizer):
         TypeError, ValueError: a setting breaks its rule, or one of Muon's weights has fewer than two dimensions.
 
     It never waits for the GPU. Like fused optimizers, it skips steps whose gradients overflow in fp16 (GradScaler).
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Muon's equations are in this module's docstring.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of waiting for the GPU

@@ -11,7 +11,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def free_folder(name: str) -> Path:
-    """Return runs/NAME, or runs/NAME-2, -3 … if a run of the same second has that name."""
+    """Return runs/NAME, or runs/NAME-2, -3 … if a run that started in the same second has that name."""
     candidates = itertools.chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in itertools.count(2)))
     return next(folder for folder in candidates if not folder.exists())
 

@@ -31,7 +31,7 @@ from resnet_fast.training.weights import Origin, load_weights
 
 
 class Run(NamedTuple):
-    """What an epoch needs; `writing` writes its files, `origin` is the source of initial weights that were loaded."""
+    """The objects that an epoch needs; `writing` writes its files, `origin` is the source of loaded initial weights."""
 
     config: TrainConfig
     dataset: ImageDataset
@@ -59,7 +59,7 @@ def load(config: TrainConfig) -> ImageDataset:
 def check_data(
     dataset: ImageDataset, augmentation: Augmentation, processes: Processes, saved: SavedRun | None, expected: tuple
 ) -> None:
-    """Raise unless all processes have the same data, enough for each, and a resumed run has the data of before."""
+    """Raise unless all processes have the same data, enough for each, and a resumed run has the same data as before."""
     if (dataset.classes, len(dataset.train), len(dataset.test), augmentation) != expected:
         raise DataError(f"the data of process {processes.rank} differ from those of process 0")
     if len(dataset.test) < processes.size:

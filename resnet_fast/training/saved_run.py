@@ -52,6 +52,7 @@ def load_run(path: Path | str, **moved: Any) -> SavedRun:
         The run, for `resume`.
 
     Raises:
+        TypeError: `path` is not a path.
         ValueError: `path` is not in a run folder, a value of `moved` breaks its rule, or another setting is in `moved`.
         ResumeError: config.json or the checkpoint is missing, damaged or foreign, or they do not belong together.
     """

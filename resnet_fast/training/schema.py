@@ -21,7 +21,7 @@ from resnet_fast.training.config import SETTINGS, TrainConfig
 from resnet_fast.training.metrics import EpochMetrics
 from resnet_fast.training.recipes import RECIPES
 
-# Settings added since format 2 began, with the values that have the behavior of before.
+# Settings added since format 2 began, with the values that keep the earlier behavior.
 _NEW = """
     weights skip_unreadable mirror new_head freeze body_lr wandb trivial_augment random_erasing mixup cutmix
     muon_lr muon_momentum rescale_filters lookahead bn_momentum sizes

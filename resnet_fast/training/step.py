@@ -133,14 +133,14 @@ class TrainingStep:
         n_steps: number of steps of the whole run, which the schedule spans.
         precision: "fp32", "bf16" or "fp16".
         graph: whether to run as a CUDA graph, which needs a GPU and a single process.
-        accumulate: number of parts in which a batch is computed one after the other, each with its own statistics.
+        accumulate: number of micro-batches, computed one after the other, each with its own statistics.
         forward: a function that computes the logits, such as the compiled model; None: the model.
         world_size: number of processes that share a batch.
         make_graph: a function that records another as a graph.
 
     Raises:
-        ValueError: precision is unknown; n_steps, accumulate or world_size is no positive integer; no parameter of the
-            model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks; or
+        ValueError: precision is unknown; n_steps, accumulate or world_size is not a positive integer; no parameter of
+            the model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks; or
             graph is set with several processes or a model on a CPU.
         TypeError: another argument has the wrong type.
 

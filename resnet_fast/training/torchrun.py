@@ -36,5 +36,5 @@ def command() -> str:
 
 
 def format_train_on(run: Path) -> str:
-    """Return a hint how to train a finished run further."""
+    """Return a hint on how to train a finished run further."""
     return f"to train further from its weights, in a new run: {command()} train --weights {shlex.quote(str(run))} …"

@@ -1,7 +1,7 @@
 """The candidates of a problem: every implementation of ops that can compute it, on the same inputs.
 
 conv3x3 is timed together with the batch norm that it saves a pass: the forward of the next batch norm (join "none"), or
-the backward of the previous one. In the default, that batch norm runs as the table chooses so far, because an
+the backward of the previous one. In the default, that batch norm runs as the table says so far, because an
 implementation that reads its input once has no pass to save.
 """
 
