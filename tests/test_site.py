@@ -25,6 +25,7 @@ def test_the_site_builds_strictly(tmp_path):
     for name in (name for name in resnet_fast.__all__ if not FAMILIES.fullmatch(name)):
         assert f'id="resnet_fast.{name}"' in page or re.search(rf'id="resnet_fast\.[a-z_.]*\.{name}"', page), name
         assert getattr(resnet_fast, name).__doc__
+    assert "doc-module" not in page  # a name of a function and of its module: mkdocs shows the module
     assert "repository/kernels/index.html" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
