@@ -66,7 +66,7 @@ OTHER_SETTINGS = [
     {"optimizer": "adam", "ema": 0.9, "bn_bias_lr": 4.0},
     {"bn_bias_lr": 64.0, "clip_norm": 0.1, "label_smoothing": 0.2, "nesterov": False},
     {"ghost_batch_size": 0, "batch_size": 9, "accumulate": 2},
-    {"normalize": "half", "holdout": 7},
+    {"normalize": "half", "holdout": 7, "precision": "bf16"},
     {"precision": "fp16", "ema": 0.9},
     {"trivial_augment": True, "random_erasing": 0.5, "cutout": 2, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
     {"lookahead": True, "bn_momentum": 0.4, "schedule": "linear"},
