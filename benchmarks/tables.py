@@ -203,7 +203,7 @@ def page_tables(folder: Folder, page: Path) -> str:
     else:
         lines.append(f"{origins[0]};")
     report_link = Path(os.path.relpath(folder.path / "report.md", page.parent)).as_posix()
-    return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [{report_link}]({report_link})."])
+    return "\n".join([*lines, f"`pytest benchmarks`; all rows are in [report.md]({report_link})."])
 
 
 def _page_networks(origins: Sequence[Origin], level: str, rows: Sequence[Measurement]) -> list[str]:

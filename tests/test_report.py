@@ -52,7 +52,7 @@ Median time of a pass, speed-up over `eager, tuned` (20th – 80th percentile of
 Speed-up over `eager`, median over the stage shapes (least – most); median % of floor.
 
 Some GPU, driver 570.1, torch 2.13.0, triton 3.7.1, resnet_fast 0.1.0, commit 0123456789ab, 2026-11-25;
-`pytest benchmarks`; all rows are in [results/some-gpu/report.md](results/some-gpu/report.md).
+`pytest benchmarks`; all rows are in [report.md](results/some-gpu/report.md).
 
 <!-- /benchmarks -->
 """
