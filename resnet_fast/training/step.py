@@ -140,8 +140,8 @@ class TrainingStep:
 
     Raises:
         ValueError: precision is unknown; n_steps, accumulate or world_size is not a positive integer; no parameter of
-            the model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks; or
-            graph is set with several processes or a model on a CPU.
+            the model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks;
+            there are more sizes than steps; or graph is set with several processes or a model on a CPU.
         TypeError: another argument has the wrong type.
 
     A recorded step is bit-identical to an unrecorded one. Between steps, change weights in place; do not replace them.
@@ -196,6 +196,8 @@ class TrainingStep:
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.lookahead = Lookahead(bare(model)) if recipe.lookahead else None
         self.sizes = Sizes(recipe.sizes, n_steps) if recipe.sizes else None
+        if self.sizes is not None and len(self.sizes.sizes) > n_steps:
+            raise ValueError(f"sizes must not be more than the run's {n_steps} steps, got {len(self.sizes.sizes)}")
         self.n_done = 0
         self.largest_batch, self.last_batch = 0, 0  # images
         if graph and world_size > 1:
