@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import config_for, make_dataset
+from tiny_run import config_for, list_curves, make_dataset
 
 from resnet_fast.data import Augmentation, Loader, TensorSplit
 from resnet_fast.models.registry import MODELS
 from resnet_fast.ops import augment
-from resnet_fast.training import prepare, train
+from resnet_fast.training import prepare, run_folder, train
 from resnet_fast.training.network import freeze, make_network
 
 N_IMAGES = 34
@@ -68,6 +68,8 @@ def test_a_run_is_refused_before_its_folder_is_written_or_ends_well(tmp_path: Pa
     """Images of 8x8: the last maps are 1x1 in resnet18 and 2x2 in resnet20."""
     monkeypatch.setattr(augment, "choose_backend", lambda x: "aten")
     monkeypatch.setattr(prepare, "load_dataset", lambda *args, **kwargs: make_dataset(N_IMAGES))
+    monkeypatch.setattr(run_folder, "draw_curves", list_curves)
+    monkeypatch.setattr(run_folder, "write_pictures", lambda *args: None)
     settings = {"batch_size": 12, "ghost_batch_size": 3, "epochs": 1}
     with pytest.raises(ValueError, match="^ghost_batch_size must not leave"):
         train(config_for(tmp_path / "run", model="resnet18", **settings))
