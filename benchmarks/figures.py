@@ -79,7 +79,8 @@ def draw_host() -> Figure:
     for place, row in enumerate(rows):
         ratio = float(row["ratio"])
         axes.barh(place, ratio, color=color_of("fused"), height=0.62)
-        axes.text(ratio - 0.01, place, f"{ratio:.2f}", ha="right", va="center", fontsize=8, color=DARK)
+        left_of_line = min(ratio, 1) - 0.01
+        axes.text(left_of_line, place, f"{ratio:.2f}", ha="right", va="center", fontsize=8, color="white")
     axes.axvline(1, color=DARK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
