@@ -11,12 +11,12 @@ import torch
 
 from benchmarks import harness
 from benchmarks.budget import QUICK_SECONDS, Budget, elapsed
-from benchmarks.correctness import refuse_interpreter
 from benchmarks.limits import PRECISIONS, Limits, measure_limits, quick_precision
 from benchmarks.measured import LEVELS
 from benchmarks.replay import CLOCK
 from benchmarks.results import RESULTS, ROOT, device_slug, machine_columns, replace_rows
 from resnet_fast.common.machine import device_name
+from resnet_fast.profiling.check import refuse_interpreter
 from resnet_fast.training.config import choose_device
 
 QUICK_RESULTS = ROOT / ".benchmarks/results"  # ignored by git

@@ -1,4 +1,4 @@
-"""Checks before timing: a provider whose results are wrong, or whose kernels are interpreted, is not timed."""
+"""Checks before timing: a provider whose results are wrong is not timed."""
 
 import math
 from collections.abc import Mapping
@@ -7,20 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.ops.backend import is_interpreted
-
 
 class WrongProviderError(RuntimeError):
     """A provider's results are wrong, so it is not timed."""
-
-
-def refuse_interpreter() -> None:
-    """Raise RuntimeError if Triton's kernels are interpreted, because their time says nothing about compiled ones."""
-    if is_interpreted():
-        raise RuntimeError(
-            "interpreted kernels are not timed: Triton's interpreter is thousands of times slower than what it "
-            "interprets; unset TRITON_INTERPRET"
-        )
 
 
 def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:

@@ -36,7 +36,7 @@ def draw_passes() -> Figure:
             axes.barh(row, n_bytes, left=at, color=shades[number % 2], edgecolor="white", height=0.72)
             axes.text(at + n_bytes / 2, row, kernel, ha="center", va="center", fontsize=7.5, color=DARK)
             at += n_bytes
-        axes.text(at + 0.2, row, f"{at:.3g}", va="center", fontsize=8, color=DARK)
+        axes.text(at + 0.2, row, f"{at:.1f}", va="center", fontsize=8, color=DARK)
     axes.set_yticks(range(len(PASSES)), list(PASSES), fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlabel(
@@ -79,7 +79,8 @@ def draw_host() -> Figure:
     for place, row in enumerate(rows):
         ratio = float(row["ratio"])
         axes.barh(place, ratio, color=color_of("fused"), height=0.62)
-        axes.text(ratio + 0.01, place, f"{ratio:.2f}", va="center", fontsize=8, color=DARK)
+        left_of_line = min(ratio, 1) - 0.01
+        axes.text(left_of_line, place, f"{ratio:.2f}", ha="right", va="center", fontsize=8, color="white")
     axes.axvline(1, color=DARK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()

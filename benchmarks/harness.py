@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from benchmarks.correctness import Tolerance, check, errors, refuse_interpreter
+from benchmarks.correctness import Tolerance, check, errors
 from benchmarks.limits import Limits
 from benchmarks.work import Work
 from resnet_fast.ops import choices, implementations
+from resnet_fast.profiling.check import refuse_interpreter
 from resnet_fast.tuning.timing import alternate, percentiles
 
 SETTING = ("case", "direction", "precision", "layout", "batch_size")  # and the device, which names the folder
@@ -195,7 +196,7 @@ def measure(
         say: is called with a message about what runs.
 
     Raises:
-        RuntimeError: kernels are interpreted.
+        ProfileError: kernels are interpreted.
     """
     refuse_interpreter()
     names = list(dict.fromkeys((level.baseline, *names)))

@@ -1,4 +1,4 @@
-"""Batch norm + residual + ReLU, backward: reduce -> combine -> input gradients. Derivation: README.md beside this file.
+"""Batch norm + residual + ReLU, backward: reduce -> combine -> input gradients. Derivation: README.md in this folder.
 
 dy is the gradient of y, and dy_alias the gradient of y's second handle (the fork). dz, the gradient of the
 pre-activation, is their sum where ReLU's output is not 0, else 0. A batch norm needs N_SUMS sums: of dz, of dz·x̂ and,

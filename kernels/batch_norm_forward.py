@@ -1,4 +1,4 @@
-"""Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md beside this file.
+"""Batch norm + residual + ReLU, forward: statistics -> combine -> normalize. Equations: README.md in this folder.
 
 x, residual and y are [n_rows, n_channels] in channels_last or NCHW order. Per-channel vectors are [n_channels]; the
 mean and rstd of a pass are [n_groups, n_channels] (groups: see tile_access.py). Partial results are

@@ -210,11 +210,11 @@ class FusedSyncBatchNorm2d(FusedBatchNorm2d):
         process_group: the processes to synchronize; None for all.
         relu and the rest: as in FusedBatchNorm2d, in nn.SyncBatchNorm's order.
 
-    Raises (in forward):
-        ValueError: as FusedBatchNorm2d, except that one value per channel and process is enough; or the module has a
-            ghost_batch_size, which would split the joint batch.
-        RuntimeError: a process died, or did not answer within the timeout of the process group. The message names the
-            layer, unless NCCL reports the timeout outside of Python.
+    Raises:
+        ValueError: in forward, as FusedBatchNorm2d, except that one value per channel and process is enough; or the
+            module has a ghost_batch_size, which would split the joint batch.
+        RuntimeError: in forward, a process died, or did not answer within the timeout of the process group. The message
+            names the layer, unless NCCL reports the timeout outside of Python.
 
     Zhang et al. 2018, Context Encoding for Semantic Segmentation, arXiv:1803.08904, for the idea.
     """

@@ -26,7 +26,6 @@ from benchmarks import (
     bench_op,
     bench_step,
     conftest,
-    correctness,
     harness,
     networks,
 )
@@ -45,6 +44,7 @@ from resnet_fast.data import normalize
 from resnet_fast.models import resnet
 from resnet_fast.ops import choices
 from resnet_fast.ops.implementations import DEFAULTS, Choice, Problem
+from resnet_fast.profiling import check as profile_check
 from resnet_fast.tuning.timing import NotHiddenError, alternate
 
 ROOT = Path(__file__).parents[1]
@@ -488,7 +488,7 @@ def test_pytest_benchmarks_writes_what_it_measured(tmp_path):
     ids=str,
 )
 def test_what_cannot_be_measured_is_refused_at_the_start(options, message, monkeypatch):
-    monkeypatch.setattr(correctness, "is_interpreted", lambda: not options)
+    monkeypatch.setattr(profile_check, "is_interpreted", lambda: not options)
     defaults = {"benchmark_columns": None, "quick": False, "rounds": None, "device": "cpu", "results": None}
     config = SimpleNamespace(option=SimpleNamespace(**defaults | options), stash=pytest.Stash())
     with pytest.raises(pytest.UsageError, match=message):

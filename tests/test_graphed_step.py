@@ -400,7 +400,7 @@ NETWORK_CASES = {
 
 def assert_network_has_the_bits(run: Callable[[bool], list], monkeypatch: pytest.MonkeyPatch) -> None:
     """`run` tells of every step, of two sizes of batches, recorded or not; it launches the fused kernels."""
-    monkeypatch.setattr(functional, "_calls", {})  # so that launches are not repetitions of another test's
+    monkeypatch.setattr(functional, "_calls", {})  # so that launches are not replays of another test's
     with launched() as kernels, torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         plain, recorded = run(False), run(True)
     assert equal(recorded, plain) and set(kernels) >= FUSED_KERNELS

@@ -127,7 +127,7 @@ CASES = {
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES)
-def test_a_repetition_has_the_bits_of_the_first_pass(case, n_channels, dtype, layout, training):
+def test_a_replay_has_the_bits_of_the_first_pass(case, n_channels, dtype, layout, training):
     join, fork, relu, options = CASES[case]
     shape = (5, n_channels, 2, 2)
     first, second = (images(4, shape, dtype, layout) for _ in range(2))
@@ -240,7 +240,7 @@ def test_saved_tensors_of_another_layout(planned):
     assert all(map(torch.equal, found, expected))
 
 
-def test_second_derivatives_of_a_repetition(planned):
+def test_second_derivatives_of_a_replay(planned):
     norm, x = planned
 
     def penalty() -> Tensor:

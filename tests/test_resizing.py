@@ -113,6 +113,12 @@ def test_sizes_that_do_not_end_with_the_images_are_refused(tmp_path, monkeypatch
         step(next(iter(Loader(split, AUGMENTATION, 8).epoch(1))))
 
 
+def test_more_sizes_than_steps_are_refused():
+    with pytest.raises(ValueError, match="sizes must not be more than the run's 2 steps, got 3"):
+        TrainingStep(Small(), replace(PLAIN, sizes="8,10,12"), AUGMENTATION, 2)
+    TrainingStep(Small(), replace(PLAIN, sizes="8,10,12"), AUGMENTATION, 3)
+
+
 @pytest.mark.parametrize(("name", "stem"), [("resnet18", "imagenet"), ("resnet20", "cifar"), ("article", "imagenet")])
 def test_every_stem_takes_the_smallest_size(name: str, stem: str):
     assert MODELS[name].make_plain(10, stem).train()(torch.randn(2, 3, 8, 8)).shape == (2, 10)

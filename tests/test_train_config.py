@@ -114,7 +114,10 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate": 5, "batch_size": 8}, "accumulate must leave 2 images in each part of a batch of 8, got 5"),
+        (
+            {"accumulate": 5, "batch_size": 8},
+            "accumulate must leave 2 images in each micro-batch of a batch of 8, got 5",
+        ),
         ({"ghost_batch_size": 8, "backend": "eager"}, "ghost_batch_size needs backend fused, got eager"),
         ({"ghost_batch_size": 8, "sync_bn": True}, "ghost_batch_size and sync_bn exclude each other"),
         (

@@ -22,7 +22,7 @@ ITEM_SIZE = 2  # of an image's element
 # Shares of the bandwidth that a kernel reaches. For eager's norms in bf16 on a GPU of the H200's class, which copies at
 # 4300 GB/s, cudnn-frontend publishes 3094 GB/s forward and 1542 backward, counting each input and output once. Assumed:
 # the backward reads its inputs twice, like a batch norm's, so its kernels move 5/3 of these bytes. These are norms over
-# a row. That batch norms reach the same share, also on other GPUs and in the L2 cache, is a guess.
+# a row. It is a guess that batch norms reach the same share, also on other GPUs and in the L2 cache.
 NORM_FORWARD, NORM_BACKWARD = 3094 / 4300, 5 / 3 * 1542 / 4300
 ELEMENTWISE = 0.9  # vectorized by TensorIterator; assumed
 # Least time of a kernel, without its launch. Assumed; the model predicts 0.4 to 1.1 for Inductor's on a few vectors.

@@ -27,7 +27,7 @@ class Loaded:
         entry: name in the file that held the weights, such as "state_dict"; "" if the file is the state dict.
         stripped: prefixes that only the names in the file have, such as "module.".
         added: prefixes that only the model's names have.
-        translated: pairs (word in the file, word in the model), such as ("shortcut", "downsample").
+        translated: pairs (part in the file, part in the model), such as ("shortcut", "downsample").
         cast: pairs (type in the file, type in the model) that differ.
         kept: names of the model that the file lacks and whose values are kept: counters such as `num_batches_tracked`,
             which evaluation does not use, and further names of tensors that were loaded.
@@ -125,8 +125,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, entry: st
         path=path,
         n_tensors=len(sources),
         entry=weights.entry,
-        stripped=tuple(f"{word}." for word in stripped),
-        added=tuple(f"{word}." for word in added),
+        stripped=tuple(f"{part}." for part in stripped),
+        added=tuple(f"{part}." for part in added),
         translated=translated,
         cast=tuple(dict.fromkeys((old, new) for old, new in casts if old != new)),
         kept=tuple(name for name in own if name not in sources),
@@ -176,7 +176,7 @@ def _check_aliases(path: Path, values: Mapping[str, Tensor], aliases: Mapping[st
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes by names in torchvision's words, without counters."""
+    """Return the shapes by names with torchvision's parts, without counters."""
     return {form: tuple(tensors[name].shape) for form, name in forms(tensors).items() if not is_counter(name)}
 
 

@@ -65,7 +65,7 @@ def known_causes(file: Mapping[str, Shape], model: Mapping[str, Shape]) -> list[
     """Return the known causes, in words, of the differences between two ResNets.
 
     Args:
-        file, model: shapes by name, in torchvision's words.
+        file, model: shapes by name, with torchvision's parts.
     """
     kinds = (_prefix_hints, _block_hints, _shortcut_hints, _stem_hints)
     hints = [hint for kind in kinds for hint in kind(file, model)]

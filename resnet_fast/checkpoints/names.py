@@ -59,15 +59,15 @@ class Matching:
         return not self.missing and not self.unexpected
 
     def differences(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """Return the prefixes that only the file has, those that only the model has, and the translated words."""
+        """Return the prefixes that only the file has, those that only the model has, and the translated parts."""
         stripped, added, translated = {}, {}, {}  # dicts for their order
         for model_name, file_name in self.pairs.items():
             in_model, in_file = Counter(model_name.split(".")), Counter(file_name.split("."))
-            stripped |= dict.fromkeys(word for word in in_file - in_model if word in WRAPPERS + ROOTS)
-            added |= dict.fromkeys(word for word in in_model - in_file if word in WRAPPERS + ROOTS)
-            theirs, ours = _words(file_name), _words(model_name)
-            translated |= dict.fromkeys((word, theirs[word]) for word in theirs if word not in ours)
-            translated |= dict.fromkeys((ours[word], word) for word in ours if word not in theirs)
+            stripped |= dict.fromkeys(part for part in in_file - in_model if part in WRAPPERS + ROOTS)
+            added |= dict.fromkeys(part for part in in_model - in_file if part in WRAPPERS + ROOTS)
+            theirs, ours = _translations(file_name), _translations(model_name)
+            translated |= dict.fromkeys((part, theirs[part]) for part in theirs if part not in ours)
+            translated |= dict.fromkeys((ours[part], part) for part in ours if part not in theirs)
         return tuple(stripped), tuple(added), tuple(translated)
 
 
@@ -90,7 +90,7 @@ def match(in_model: Iterable[str], in_file: Iterable[str]) -> Matching:
 
 
 def forms(names: Collection[str]) -> dict[str, str]:
-    """Return each name by its form in torchvision's words, or by itself if two names would get the same form."""
+    """Return each name by its form with torchvision's parts, or by itself if two names would get the same form."""
     return _apply(RULES, names) or {name: name for name in names}
 
 
@@ -116,12 +116,12 @@ def _apply(rules: Iterable, names: Collection[str]) -> dict[str, str] | None:
 
 
 def _without_wrappers(names: list[str]) -> list[str]:
-    """Remove wrappers, also inside a name, because a part of a model may be wrapped or compiled by itself."""
-    return [".".join(word for word in name.split(".") if word not in WRAPPERS) for name in names]
+    """Remove wrappers, also inside a name, because a module of a model may be wrapped or compiled by itself."""
+    return [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
 
 
 def _without_root(names: list[str]) -> list[str]:
-    """Remove the first word if all names share it."""
+    """Remove the first part if all names share it."""
     while True:
         first = {name.partition(".")[0] for name in names if not is_counter(name) or "." in name}
         if len(first) != 1 or not first <= set(ROOTS) or not all("." in name or is_counter(name) for name in names):
@@ -144,20 +144,20 @@ def _spelled(name: str, spellings: tuple[tuple[str, str], ...]) -> str:
     return _spell(name, spellings)[0]
 
 
-def _words(name: str) -> dict[str, str]:
-    """Return torchvision's word for each word of a name that is not torchvision's."""
+def _translations(name: str) -> dict[str, str]:
+    """Return torchvision's part for each part of a name that is not torchvision's."""
     return _spell(_without_root(_without_wrappers([name]))[0], (*STEM, *SPELLINGS))[1]
 
 
 @lru_cache(maxsize=4096)  # match() tries the rules in all combinations
 def _spell(name: str, spellings: tuple[tuple[str, str], ...]) -> tuple[str, dict[str, str]]:
-    """Return the name in torchvision's words, and the replacement of each replaced word."""
-    words = {}
-    for pattern, word in spellings:
-        if part := re.search(pattern, name):
-            words[part[0]] = word
-            name = name[: part.start()] + word + name[part.end() :]
-    return name, words
+    """Return the name with torchvision's parts, and the replacement of each replaced part."""
+    replaced = {}
+    for pattern, part in spellings:
+        if found := re.search(pattern, name):
+            replaced[found[0]] = part
+            name = name[: found.start()] + part + name[found.end() :]
+    return name, replaced
 
 
 # In the order in which they are applied.

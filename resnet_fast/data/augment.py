@@ -40,6 +40,9 @@ class Augmentation:
         ValueError: flip or padding is unknown, a size is negative, mean or std is not three values, a std is not
             positive, trivial_augment is not a bool, random_erasing is outside [0, 1], or mixup or cutmix is neither 0
             nor in [0.01, 100].
+
+    Cutout: arXiv:1708.04552. TrivialAugment: arXiv:2103.10158. Random erasing: arXiv:1708.04896. mixup:
+    arXiv:1710.09412. CutMix: arXiv:1905.04899.
     """
 
     mean: tuple[float, float, float]

@@ -1,7 +1,7 @@
 """The residual block and the network of an introduction to skip connections, on the fused batch norm.
 
-Unlike torchvision's, a block uses one batch norm in two places and has biases in its convolutions. Its last ReLU comes
-not after the addition but after the convolution behind it:
+Unlike torchvision's, a block uses one batch norm in two places and has biases in its convolutions. Its last ReLU
+follows not the addition but the convolution after it:
 
     h = relu(bn(conv1(x)))                      conv1, conv2 3x3, with as many channels as x
     h = bn(conv2(h)) + shortcut(x)              the same bn; the shortcut is x, or conv3(x), 1x1

@@ -31,7 +31,7 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n+2 for n = 1, 2, …: 8, 14, 20, …
         num_classes: number of classes.
-        shortcut: "A", "B" or None, as above.
+        shortcut: "A" (padding), "B" (1x1 convolution) or None (no skip connection).
         width: channels of the first stage; the others have two and four times as many.
         norm_layer: makes a norm from a number of channels; None: FusedBatchNorm2d. Blocks with another are not fused.
 

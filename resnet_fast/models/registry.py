@@ -25,7 +25,7 @@ class Model:
 
     Args:
         build: builds the network: `build(num_classes=…, norm_layer=…)`, with `stem=…` if it has several stems.
-        family: the networks that it resembles, in a word or two.
+        family: name of its family, such as "torchvision" or "He et al.".
         stems: its stems, among STEMS; the first is the default in training.
         stem_width: number of filters in the stem.
         stages: names of the modules between stem and last layer, in order. Training can freeze these and the stem.

@@ -28,8 +28,8 @@ def refuse_interpreter() -> None:
     """Raise ProfileError if Triton's kernels are interpreted."""
     if is_interpreted():
         raise ProfileError(
-            "interpreted kernels are not profiled, because Triton's interpreter is thousands of times slower than a "
-            f"GPU; unset {INTERPRETER}"
+            "interpreted kernels are not timed: Triton's interpreter is thousands of times slower than a GPU; "
+            f"unset {INTERPRETER}"
         )
 
 

@@ -176,7 +176,8 @@ class TrainConfig(Recipe):
         check_together(self)
         if self.accumulate > self.batch_size // 2:
             raise ValueError(
-                f"accumulate must leave 2 images in each part of a batch of {self.batch_size}, got {self.accumulate}"
+                f"accumulate must leave 2 images in each micro-batch of a batch of {self.batch_size}, "
+                f"got {self.accumulate}"
             )
         if self.ghost_batch_size == 1:
             raise ValueError("ghost_batch_size must be 0 or at least 2, got 1")

@@ -76,8 +76,8 @@ def resume(run: SavedRun | Path | str, reporter: Reporter | None = None, **moved
 
     On a CPU in fp32, with the same number of threads and processes, the weights and metrics (except times) are
     bit-identical to those of an uninterrupted run. With another number of processes, the order of the images is
-    unchanged, but sums are rounded differently and, without sync_bn, batch norm sees other shares of a batch. A
-    finished run only has its table and pictures written again.
+    unchanged, but sums are rounded differently and, without sync_bn, batch norm sees other shares of a batch. For a
+    finished run, only its table and pictures are written again.
 
     Args:
         run: a run folder, a checkpoint in it, or the result of `load_run`.

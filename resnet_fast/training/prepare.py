@@ -26,7 +26,7 @@ from resnet_fast.training.reporter import Reporter
 from resnet_fast.training.resizing import Sizes
 from resnet_fast.training.run_folder import run_settings
 from resnet_fast.training.saved_run import ResumeError, SavedRun
-from resnet_fast.training.step import TrainingStep
+from resnet_fast.training.step import TrainingStep, count_micro_batches, find_frozen_norms
 from resnet_fast.training.weights import Origin, load_weights
 
 
@@ -104,6 +104,8 @@ def prepare(
         model = convert(model)
     if config.freeze:
         freeze(model, config.freeze, MODELS[config.model].stages)
+    if config.ghost_batch_size:
+        check_ghost_batches(model, config, loader)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = model
     if size > 1:
@@ -123,6 +125,33 @@ def prepare(
     )
     tested = copy.deepcopy(model) if config.ema else model
     return Run(config, own, loader, step, tested, processes, reporter, Background(), origin)
+
+
+def check_ghost_batches(model: nn.Module, config: TrainConfig, loader: Loader) -> None:
+    """Raise ValueError if a step leaves a ghost batch of one image and the last maps are 1x1: no variance."""
+    for step, batch_size in enumerate(loader.batch_sizes()):  # noqa: B007 (used after the loop)
+        n_forwards = loader.world_size * count_micro_batches(batch_size, loader.world_size, config.accumulate)
+        n_images = batch_size // n_forwards  # or one more, with a rest
+        n_images += n_images % config.ghost_batch_size != 1 and batch_size % n_forwards > 0
+        if n_images % config.ghost_batch_size == 1:
+            break
+    else:
+        return
+    # Sizes ascend, so no later step has smaller maps.
+    height, width = loader.split.size
+    if config.sizes:
+        height = width = Sizes(config.sizes, config.epochs * len(loader)).at(step)
+    model = copy.deepcopy(model).to("meta").train()
+    for norm in find_frozen_norms(model):
+        norm.eval()
+    try:
+        model(torch.empty(1, 3, height, width, device="meta"))
+    except ValueError as error:
+        raise ValueError(
+            f"ghost_batch_size must not leave a ghost batch of 1 image where the last maps are 1x1 "
+            f"(images of {height}x{width}, stem {config.stem}), got {config.ghost_batch_size} "
+            f"for {n_images} images of a batch of {batch_size}"
+        ) from error
 
 
 def first_weights(model: nn.Module, config: TrainConfig, saved: SavedRun | None) -> Origin:

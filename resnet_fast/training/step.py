@@ -140,8 +140,8 @@ class TrainingStep:
 
     Raises:
         ValueError: precision is unknown; n_steps, accumulate or world_size is not a positive integer; no parameter of
-            the model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks; or
-            graph is set with several processes or a model on a CPU.
+            the model needs a gradient; a field of the recipe breaks its rule or needs a layer that the model lacks;
+            there are more sizes than steps; or graph is set with several processes or a model on a CPU.
         TypeError: another argument has the wrong type.
 
     A recorded step is bit-identical to an unrecorded one. Between steps, change weights in place; do not replace them.
@@ -191,12 +191,13 @@ class TrainingStep:
         if precision != "fp32" and forward is None and not isinstance(model, DistributedDataParallel):
             self.forward = cast_weights(model, DTYPES[precision])
         # As usual in fine-tuning, a frozen batch norm also keeps the running statistics that belong to its weights.
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self.frozen_norms = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
+        self.frozen_norms = find_frozen_norms(model)
         self.optimizer = make_optimizer(model, recipe)
         self.average = Average(bare(model), recipe.ema) if recipe.ema else None
         self.lookahead = Lookahead(bare(model)) if recipe.lookahead else None
         self.sizes = Sizes(recipe.sizes, n_steps) if recipe.sizes else None
+        if self.sizes is not None and len(self.sizes.sizes) > n_steps:
+            raise ValueError(f"sizes must not be more than the run's {n_steps} steps, got {len(self.sizes.sizes)}")
         self.n_done = 0
         self.largest_batch, self.last_batch = 0, 0  # images
         if graph and world_size > 1:
@@ -258,8 +259,7 @@ class TrainingStep:
 
     def _run(self, batch: Batch, n_images: int, size: int | None = None) -> StepOutput:
         self.optimizer.zero_grad(set_to_none=True)
-        # Synchronized batch norms meet in every part, so all processes use as many parts as the smallest share allows.
-        n_parts = min(self.accumulate, max(n_images // self.world_size // 2, 1))
+        n_parts = count_micro_batches(n_images, self.world_size, self.accumulate)
         plans = batch.plan.tensor_split(n_parts)
         losses, correct = [], []
         for i, plan in enumerate(plans):
@@ -324,6 +324,17 @@ class TrainingStep:
             self.average.load_state_dict(state["average"])
         if self.lookahead is not None:
             copy_into(own["lookahead"], saved["lookahead"])
+
+
+def count_micro_batches(n_images: int, world_size: int, accumulate: int) -> int:
+    """Return the number of micro-batches of a batch of `n_images`, each of at least 2 images."""
+    # Synchronized batch norms meet in each one, so all processes have as many as the smallest share allows.
+    return min(accumulate, max(n_images // world_size // 2, 1))
+
+
+def find_frozen_norms(model: nn.Module) -> list[Any]:
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
 
 
 def _total(parts: list[Tensor]) -> Tensor:
