@@ -280,7 +280,7 @@ def draw_switches(file: io.BytesIO, rows: Sequence[Mapping[str, str]]) -> None:
     axes.set_yticks(range(len(order)), order, fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"test accuracy compared with {first['recipe']} ({mean:.1f} ± {std:.1f} %), points; bar: mean, dots: seeds",
+        f"points of test accuracy above {first['recipe']}'s {mean:.1f} ± {std:.1f} % (gray); bar: mean, dots: seeds",
         fontsize=9,
     )
     tidy(axes, "x")

@@ -1,6 +1,7 @@
 """`python -m benchmarks.accuracy` trains what it says, writes each row when it is finished, and summarizes the rows."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny_run import use_tiny
 
 from benchmarks import accuracy
+from benchmarks.results import RESULTS, ROOT
 from resnet_fast.data import load_dataset
 from resnet_fast.training import TrainConfig
 
@@ -118,3 +120,13 @@ def test_every_ablation_changes_the_recipe():
     base = TrainConfig(recipe="fast94", device="cpu", out="x")
     for name, settings in accuracy.ABLATIONS.items():
         assert TrainConfig(recipe="fast94", device="cpu", out="x", **settings) != base, name
+
+
+def test_the_table_of_the_results_page_is_that_of_the_rows():
+    rows = rows_of(RESULTS / "amd-epyc-2-threads/accuracy.csv")
+    measured = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in accuracy.table(rows)[2:])}
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8").replace("| no change |", "| fused |")
+    shown = {
+        line.split("|")[1].strip(): line.split("|")[2:5] for line in re.findall(r"^\| .* \| \d \| .* \|$", page, re.M)
+    }
+    assert shown == measured
