@@ -12,6 +12,8 @@ from resnet_fast.ops import augment
 from resnet_fast.training import prepare, run_folder, train
 from resnet_fast.training.network import freeze, make_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_IMAGES = 34
 
 

@@ -148,7 +148,7 @@ def check_ghost_batches(model: nn.Module, config: TrainConfig, loader: Loader) -
         model(torch.empty(1, 3, height, width, device="meta"))
     except ValueError as error:
         raise ValueError(
-            f"ghost_batch_size must not leave a ghost batch of 1 image where the last maps are 1x1 "
+            "ghost_batch_size must not leave a ghost batch of 1 image where the last maps are 1x1 "
             f"(images of {height}x{width}, stem {config.stem}), got {config.ghost_batch_size} "
             f"for {n_images} images of a batch of {batch_size}"
         ) from error
