@@ -7,16 +7,21 @@ HubModel wraps a network, because the mixin saves constructor arguments as JSON,
 layers of the networks' own classes. So the networks can also be imported without huggingface_hub.
 """
 
+import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from resnet_fast.checkpoints import load_checkpoint
+from resnet_fast.common.checks import few, one_line, shown
 from resnet_fast.inference import load_trained
 from resnet_fast.models import get_model
 from resnet_fast.training.network import find_head
 from resnet_fast.training.paths import CHECKPOINT
+from resnet_fast.training.schema import RULES
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -123,8 +128,42 @@ class HubModel(
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Path | str, **kwargs: Any) -> Self:
+        """Load the network of a folder or a repository, in evaluation mode; keywords as for the mixin.
+
+        Raises:
+            ValueError: config.json or the weights are damaged, belong to something else, or are not finite.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            if isinstance(error, AttributeError) and error.name != "items":  # .items() of what is no JSON object
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path}/config.json must hold a JSON object, as HubModel writes it: "
+                f"{one_line(error)}"
+            ) from error
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kwargs: Any) -> Self:
         """Refuse what the mixin would accept: a repository of something else, or one with missing weights."""
         if "name" not in kwargs:
             raise ValueError(f"{model_id} must have a config.json with a network's name, as HubModel writes it")
+        for name in ("classes", "mean", "std", "image_size"):
+            follows, rule = RULES[name]
+            value = kwargs.get(name)
+            if value is not None and not follows(list(value) if isinstance(value, tuple) else value):
+                raise ValueError(f"{name} in {model_id}/config.json must be {rule}, got {shown(value)}")
         return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        """Load the weights with `load_checkpoint`, whose errors name the file."""
+        if not strict:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not finite, refused below
+            loaded = load_checkpoint(model, model_file)
+        if loaded.not_finite:
+            raise ValueError(f"{model_file} holds values that are not finite: {few(loaded.not_finite, 3)}")
+        return model.to(map_location).eval()

@@ -6,6 +6,7 @@ Small files stand for the real ones, and torchvision is made to expect their che
 import hashlib
 import io
 import pickle
+import re
 import sys
 import tarfile
 import threading
@@ -294,6 +295,22 @@ def test_a_mirror_is_asked_alone(mirror: str, archive: Path, tmp_path: Path, ser
 def test_a_mirror_that_is_no_url_is_named(name: str, mirror: object, tmp_path: Path):
     with pytest.raises(ValueError, match="^mirror must be an http:// or https:// URL"):
         load_dataset(name, tmp_path, mirror=mirror)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "archive"),
+    [
+        ("cifar10", "?token=x", ", or of cifar-10-python.tar.gz"),
+        ("cifar100", "/#data", ", or of cifar-100-python.tar.gz"),
+        ("svhn", "?", ""),
+        ("svhn", "/train_32x32.mat", ""),
+    ],
+)
+def test_a_mirror_whose_files_have_no_address_is_refused(name: str, file: str, archive: str, tmp_path: Path):
+    mirror = f"https://mirror.example/m{file}"
+    message = f"mirror must be the URL of a folder, without ? and #{archive}, got '{mirror}'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_dataset(name, tmp_path, mirror=mirror)
 
 
 @pytest.mark.parametrize("name", ["digits", "folder"])

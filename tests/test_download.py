@@ -128,7 +128,7 @@ REFUSALS = {
     "empty": (Answer(b""), f"sends another file: its MD5 is not {MD5}"),
     "404": (Answer(status=404), "HTTP Error 404: Not Found"),
     "web page": (Answer(b"<html>Log in", content_type="text/html"), "sends a web page instead of the file"),
-    "circle": (Answer(status=302, location="/a"), "HTTP Error 302: .* infinite loop"),
+    "circle": (Answer(status=302, location="/a"), "HTTP Error 302: .* infinite loop\\.$"),
     "to a file": (Answer(status=302, location="file:///etc/hostname"), "HTTP Error 302: .*file:///etc/hostname"),
     "to no URL": (Answer(status=302, location="http://[::"), "Invalid"),
 }
@@ -147,6 +147,46 @@ def test_a_server_without_the_file_is_named_and_nothing_stays(
 def test_a_web_page_does_not_cost_what_is_there(server: FileServer, tmp_path: Path):
     part(tmp_path).write_bytes(CONTENT[:20_000])
     fetch(server, tmp_path, a=Answer(b"<html>Log in", ranges=False, content_type="text/html"), b=Answer(CONTENT))
+    assert_whole(tmp_path)
+    assert server.requests[-1] == ("/b", "bytes=20000-")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Answer(b"rate limit", ranges=False, content_type="text/plain"),
+        Answer(b"rate limit", ranges=False, announces_length=False),
+        Answer(CONTENT, ranges=False, cut_after=1000),
+        Answer(CONTENT[::-1], ranges=False),
+        Answer(CONTENT[::-1]),
+        Answer(CONTENT[:30_000]),
+        Answer(CONTENT[:10]),
+    ],
+    ids=["text", "text without length", "cut", "wrong", "wrong rest", "too short", "nothing follows"],
+)
+def test_another_server_does_not_cost_what_is_there(other: Answer, server: FileServer, tmp_path: Path):
+    part(tmp_path).write_bytes(CONTENT[:20_000])
+    with pytest.raises(DownloadError, match="the 20,000 bytes received are kept for the next attempt$"):
+        fetch(server, tmp_path, a=other)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{NAME}.part"]
+    fetch(server, tmp_path, a=other, b=Answer(CONTENT))
+    assert_whole(tmp_path)
+    assert server.requests[-1] == ("/b", "bytes=20000-")
+
+
+def test_an_answer_from_the_start_counts_once_it_is_longer(server: FileServer, tmp_path: Path):
+    part(tmp_path).write_bytes(CONTENT[:20_000])
+    fetch(server, tmp_path, a=Answer(CONTENT, ranges=False, cut_after=30_000), b=Answer(CONTENT))
+    assert_whole(tmp_path)
+    assert server.requests[-1] == ("/b", "bytes=30000-")
+
+
+def test_without_a_length_a_cut_is_not_taken_for_another_file(server: FileServer, tmp_path: Path):
+    cut = Answer(CONTENT, ranges=False, announces_length=False, cut_after=20_000)
+    message = "/a: ends after 20,000 bytes without saying whether these are all; the 20,000 bytes received are kept"
+    with pytest.raises(DownloadError, match=message):
+        fetch(server, tmp_path, a=cut)
+    fetch(server, tmp_path, a=cut, b=Answer(CONTENT))
     assert_whole(tmp_path)
     assert server.requests[-1] == ("/b", "bytes=20000-")
 

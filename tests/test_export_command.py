@@ -1,6 +1,7 @@
 """`resnet-fast export` writes programs that compute the same as the network, or nothing."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -199,3 +200,29 @@ def test_nothing_is_downloaded_for_the_check(tmp_path: Path, monkeypatch: pytest
 def test_wrong_arguments_are_named(args: list[str], code: int, message: str, trained: Result):
     result = invoke("export", *[trained.out if arg == "RUN" else arg for arg in args])
     assert result.exit_code == code and message in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, ValueError, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"images": [[0]]}, TypeError, "images must be of type Tensor, got list"),
+        (
+            {"images": torch.zeros(2, 3, 8, 12, dtype=torch.uint8)},
+            ValueError,
+            "images must be [N, 3, 12, 12], torch.uint8, got [2, 3, 8, 12], torch.uint8",
+        ),
+        (
+            {"images": torch.zeros(2, 3, 12, 12)},
+            ValueError,
+            "images must be [N, 3, 12, 12], torch.uint8, got [2, 3, 12, 12], torch.float32",
+        ),
+    ],
+    ids=["no images", "half an image", "a list", "another size", "floats"],
+)
+@pytest.mark.parametrize("name", WRITERS)
+def test_wrong_values_are_named_and_nothing_is_written(name: str, options, error, message, tmp_path: Path):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        WRITERS[name](make_trained(Tiny(10)), tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []

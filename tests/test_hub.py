@@ -12,7 +12,7 @@ from pages import DOCS, run_example
 from safetensors.torch import load_file, save_file
 from trained_run import invoke, train_tiny, use_tiny
 
-from resnet_fast import load_checkpoint, resnet20
+from resnet_fast import CheckpointMismatch, load_checkpoint, resnet20
 from resnet_fast.inference import load_trained
 from resnet_fast.training import TrainConfig
 from resnet_fast.training.weights import load_weights
@@ -105,7 +105,25 @@ def test_weights_that_are_missing_are_not_passed_over(model: torch.nn.Module, tm
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.fc.bias"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="model.fc.bias"):
+    with pytest.raises(CheckpointMismatch, match=r"model.safetensors does not fit the model[^$]*fc.bias"):
+        hub.HubModel.from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_refused_and_the_file_is_named(model: torch.nn.Module, tmp_path: Path):
+    torch.nn.init.constant_(model.model.conv1.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match=f"^{path} holds values that are not finite: model.conv1.weight$"):
+        hub.HubModel.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"^{path} is damaged, cut short or not a safetensors file"):
+        hub.HubModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_is_named(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json must hold a JSON object, as HubModel writes it"):
         hub.HubModel.from_pretrained(tmp_path)
 
 
@@ -118,8 +136,14 @@ def test_weights_that_are_missing_are_not_passed_over(model: torch.nn.Module, tm
             {"name": "resnet20", "num_classes": 3, "classes": ["a"]},
             "classes must have one name for each of 3 logits, got 1",
         ),
+        ({"name": "resnet20", "mean": "x"}, "mean in .*/config.json must be 3 numbers in 0 … 1, got 'x'"),
+        ({"name": "resnet20", "mean": [1]}, r"mean in .*/config.json must be 3 numbers in 0 … 1, got \[1\]"),
+        (
+            {"name": "resnet20", "image_size": "big"},
+            "image_size in .*/config.json must be an integer in 8 .*, got 'big'",
+        ),
     ],
-    ids=["of another library", "unknown", "classes"],
+    ids=["of another library", "unknown", "classes", "mean", "short mean", "image size"],
 )
 def test_a_repository_of_something_else_is_refused(config: dict, message: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -22,7 +22,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from resnet_fast.common.checks import check_path, check_url, one_line
+from resnet_fast.common.checks import check_path, check_url, one_line, shown
 from resnet_fast.common.files import only_writer
 from resnet_fast.data.dataset import DataError, ImageDataset, TensorSplit, channel_statistics, check_no_file
 from resnet_fast.data.download import download
@@ -55,7 +55,8 @@ def load_cifar10(data_dir: Path | str, mirror: str | None = None) -> ImageDatase
 
     Args:
         data_dir: folder that holds cifar-10-batches-py or its archive, or the folder cifar-10-batches-py itself.
-        mirror: http or https URL of the archive, or of a folder that holds it; replaces the known servers.
+        mirror: http or https URL of the archive, or of a folder that holds it, without query and fragment; replaces the
+            known servers.
 
     Raises:
         ValueError: data_dir is not a path, or mirror is not such a URL.
@@ -84,16 +85,16 @@ def load_svhn(data_dir: Path | str, mirror: str | None = None) -> ImageDataset:
 
     Args:
         data_dir: folder of train_32x32.mat and test_32x32.mat.
-        mirror: http or https URL of a folder that holds both; replaces their own server.
+        mirror: http or https URL of a folder that holds both, without query and fragment; replaces their own server.
 
     Raises:
         ValueError: data_dir is not a path, or mirror is not such a URL.
         DataError: a file is missing and cannot be downloaded, or is damaged; or scipy, which reads them, is missing.
     """
-    data_dir = _check(data_dir, mirror)
+    files = [SVHN.split_list[part] for part in ("train", "test")]
+    data_dir = _check(data_dir, mirror, [name for _, name, _ in files])
     if find_spec("scipy") is None:
         raise DataError("SVHN needs scipy, which is not installed: pip install scipy (or the extra 'svhn')")
-    files = [SVHN.split_list[part] for part in ("train", "test")]
     missing = [file for file in files if not (data_dir / file[1]).exists()]
     if missing:
         with _filling(data_dir, "SVHN", missing):
@@ -123,7 +124,7 @@ def _load_cifar(
     source: type[CIFAR10], title: str, data_dir: Path | str, mirror: str | None
 ) -> tuple[tuple[str, ...], TensorSplit, TensorSplit]:
     """Return the classes, the training images and the test images."""
-    folder = _unpacked_folder(source, _check(data_dir, mirror))
+    folder = _unpacked_folder(source, _check(data_dir, mirror, [source.filename]))
     if not folder.exists():
         _get_archive(source, title, folder.parent, mirror)
     unpacked = type("Unpacked", (source,), {"base_folder": ""})  # its root is the folder itself
@@ -169,10 +170,13 @@ def _get_archive(source: type[CIFAR10], title: str, data_dir: Path, mirror: str 
             archive.unlink()
 
 
-def _check(data_dir: Path | str, mirror: str | None) -> Path:
+def _check(data_dir: Path | str, mirror: str | None, files: Sequence[str]) -> Path:
     data_dir = check_path("data_dir", data_dir)
     if mirror is not None:
-        check_url("mirror", mirror)
+        is_file = urlsplit(check_url("mirror", mirror)).path.endswith(tuple(f"/{name}" for name in files))
+        if len(files) > 1 if is_file else "?" in mirror or "#" in mirror:
+            archive = "" if len(files) > 1 else f", or of {files[0]}"
+            raise ValueError(f"mirror must be the URL of a folder, without ? and #{archive}, got {shown(mirror)}")
     check_no_file(data_dir)
     return data_dir
 

@@ -107,7 +107,7 @@ def export_onnx(
     import onnx
     import onnxruntime
 
-    model = _normalized(trained)
+    model, trials = _normalized(trained), _trial_images(trained, images)
     with _quiet():
         program = torch.onnx.export(
             model,
@@ -128,7 +128,7 @@ def export_onnx(
     def run(batch: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
 
-    return _write(path, content, model, run, batch_size, _trial_images(trained, images))
+    return _write(path, content, model, run, batch_size, trials)
 
 
 def export_program(
@@ -141,7 +141,7 @@ def export_program(
     """
     check_type("trained", trained, Trained)
     path = check_path("path", path)
-    model = _normalized(trained)
+    model, trials = _normalized(trained), _trial_images(trained, images)
     with _quiet():
         program = torch.export.export(
             model, (_example(trained, batch_size),), dynamic_shapes=_dynamic_shapes(batch_size)
@@ -150,7 +150,7 @@ def export_program(
         torch.export.save(program, archive, extra_files={LABELS: json.dumps(metadata_of(trained), indent=2)})
         content = archive.getvalue()
         loaded = torch.export.load(io.BytesIO(content)).module()
-    return _write(path, content, model, loaded, batch_size, _trial_images(trained, images))
+    return _write(path, content, model, loaded, batch_size, trials)
 
 
 def need_onnx() -> None:
