@@ -64,9 +64,24 @@ WRONG_SETTINGS = [
     *(
         (
             {"sizes": value},
-            f"sizes must be two or more ascending integers of at least 8 .*, got {re.escape(shown(value))}",
+            f"sizes must be text: two or more ascending integers of at least 8 .*, got {re.escape(shown(value))}",
         )
-        for value in ("32", "24,16,32", "16,16,32", "4,32", "16;32", "16,,32", "a,b", [16, 32], 32, b"16,32")
+        for value in (
+            "32",
+            "24,16,32",
+            "16,16,32",
+            "4,32",
+            "16;32",
+            "16,,32",
+            "a,b",
+            [16, 32],
+            (16, 32),
+            32,
+            b"16,32",
+            "1_6,32",
+            "+16,32",
+            "١٦,٣٢",
+        )
     ),
     ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
     ({"label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
