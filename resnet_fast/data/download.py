@@ -117,7 +117,9 @@ def _append(url: str, partial: Path, may_be_slow: bool) -> None:
         total = size + int(length) if length.isdecimal() else None
         print(f"downloading {url}" + (f", from byte {size:,} on" if size else ""), file=sys.stderr)
         received, began = 0, time.monotonic()
-        bar = tqdm(total=total, initial=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=total, initial=size, unit="B", unit_scale=True, disable=not (sys.stderr and sys.stderr.isatty())
+        )
         with bar, open(partial, "ab" if size else "wb") as file:
             while total is None or size + received < total:
                 with _server_errors():
