@@ -1,6 +1,7 @@
 """`resnet-fast train`: its output with and without a terminal, and its failures."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -180,6 +181,17 @@ def test_other_errors_of_the_program_are_not_hidden(tmp_path: Path, monkeypatch:
     assert isinstance(digits(tmp_path / "run").exception, RuntimeError)
     refused = digits(tmp_path / "run", "--deterministic")
     assert refused.exit_code == 1 and "--deterministic refuses an operation: a bug" in refused.stderr
+
+
+def test_a_closed_pipe_ends_a_run_without_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(config: TrainConfig, reporter: object) -> None:
+        config.out.mkdir()
+        (config.out / "config.json").touch()
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # as `print` does after `| head`
+
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", fail)
+    result = digits(tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
