@@ -122,7 +122,7 @@ class TrainConfig(Recipe):
         "fp32; bf16 by autocast; fp16 by autocast with loss scaling. auto: bf16 if the processor has instructions for "
         "it, fp16 on a GPU of compute capability 7.0 to 7.5 (V100, T4), else fp32.",
     ] = "auto"
-    deterministic: Annotated[bool, "Refuse operations whose results may differ between two runs on a GPU."] = (
+    deterministic: Annotated[bool, "On a GPU, give equal results in every run, and refuse operations that cannot."] = (
         False
     )
     workers: Annotated[
