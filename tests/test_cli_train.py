@@ -24,7 +24,7 @@ import resnet_fast
 from resnet_fast.cli import app
 from resnet_fast.data import load_dataset, torchvision_sets
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop, run_folder
+from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, divergence, loop, run_folder
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 from resnet_fast.training.reporter import EpochProgress
 
@@ -210,6 +210,11 @@ def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path):
     assert re.search(r"suspects: the learning rate, \S+e\+29 there \(try a smaller --lr\)", result.stderr)
     assert "--resume would come to the same end" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_muons_learning_rate_is_a_suspect_too():
+    suspects = divergence.suspects(nn.Linear(1, 1), 0.1, "fp32", muon_lr=0.12)
+    assert suspects == "suspects: the learning rate, 0.1 there (try a smaller --lr); --muon-lr, at most 0.12"
 
 
 def interrupt_in_epoch_2(monkeypatch: pytest.MonkeyPatch, number: int | None = None) -> None:
