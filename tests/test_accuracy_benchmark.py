@@ -97,7 +97,9 @@ def test_other_networks_and_sizes_have_the_ablations_that_they_can_have():
     assert narrow.keys() == accuracy.ABLATIONS.keys() - {"whitened stem"}
     assert narrow["smaller images first"] == {"sizes": "12,18,24"}
     for settings in narrow.values():
-        TrainConfig(recipe="fast94", model="resnet20", image_size=24, device="cpu", out="x", **settings)
+        TrainConfig(
+            recipe="fast94", dataset="folder", model="resnet20", image_size=24, device="cpu", out="x", **settings
+        )
     assert accuracy.ablations("resnet18", 32) == accuracy.ABLATIONS
 
 

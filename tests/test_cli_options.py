@@ -46,7 +46,7 @@ OPTIONS = {
     "out": Path("o"),
     "epochs": 3,
     "batch_size": 16,
-    "optimizer": "sgd",
+    "optimizer": "muon",
     "lr": 0.25,
     "schedule": "triangular",
     "momentum": 0.5,

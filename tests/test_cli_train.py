@@ -1,6 +1,7 @@
 """`resnet-fast train`: its output with and without a terminal, and its failures."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import resnet_fast
 from resnet_fast.cli import app
 from resnet_fast.data import load_dataset, torchvision_sets
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, loop, run_folder
+from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, divergence, loop, run_folder
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 from resnet_fast.training.reporter import EpochProgress
 
@@ -182,6 +183,17 @@ def test_other_errors_of_the_program_are_not_hidden(tmp_path: Path, monkeypatch:
     assert refused.exit_code == 1 and "--deterministic refuses an operation: a bug" in refused.stderr
 
 
+def test_a_closed_pipe_ends_a_run_without_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(config: TrainConfig, reporter: object) -> None:
+        config.out.mkdir()
+        (config.out / "config.json").touch()
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # as `print` does after `| head`
+
+    monkeypatch.setattr("resnet_fast.cli.run.run_training", fail)
+    result = digits(tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
 def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*args) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -198,6 +210,11 @@ def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path):
     assert re.search(r"suspects: the learning rate, \S+e\+29 there \(try a smaller --lr\)", result.stderr)
     assert "--resume would come to the same end" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_muons_learning_rate_is_a_suspect_too():
+    suspects = divergence.suspects(nn.Linear(1, 1), 0.1, "fp32", muon_lr=0.12)
+    assert suspects == "suspects: the learning rate, 0.1 there (try a smaller --lr); --muon-lr, at most 0.12"
 
 
 def interrupt_in_epoch_2(monkeypatch: pytest.MonkeyPatch, number: int | None = None) -> None:
@@ -322,7 +339,9 @@ def test_the_widest_lines_fit_80_columns():
     dataset = type(
         "Dataset", (), {"classes": ["x"] * 1000, "train": sized, "test": sized, "notes": (), "crop_padding": 28}
     )()
-    assert max(map(len, format_start(config, dataset))) <= 80
+    held_out = TrainConfig(model="resnet152", backend="compile", dataset="cifar100", holdout=5000, device="cpu")
+    for opening in (config, held_out):
+        assert max(map(len, format_start(opening, dataset))) <= 80
 
 
 def test_durations_are_readable():

@@ -70,8 +70,10 @@ OTHER = {
 def test_a_setting_beside_the_recipe_takes_its_place(tmp_path: Path):
     plain = TrainConfig(recipe="baseline", device="cpu", out=tmp_path)
     for field in RECIPE_FIELDS:
-        config = TrainConfig(recipe="baseline", device="cpu", out=tmp_path, **{field: OTHER[field]})
-        assert config != plain and config == replace(plain, **{field: OTHER[field]}), field
+        other = {"optimizer": "muon"} if field in ("muon_lr", "muon_momentum", "rescale_filters") else {}
+        other[field] = OTHER[field]
+        config = TrainConfig(recipe="baseline", device="cpu", out=tmp_path, **other)
+        assert config != plain and config == replace(plain, **other), field
 
 
 def test_a_setting_of_a_recipe_has_a_rule():

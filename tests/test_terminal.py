@@ -12,6 +12,7 @@ from stand_in import stand_in
 from trained_run import Tiny, invoke, make_image_folder
 from typer.testing import Result as CliResult
 
+from resnet_fast.cli.text import can_show
 from resnet_fast.common.terminal import CleanStream, clean, clean_output, unfiltered
 from resnet_fast.ops import augment
 from resnet_fast.training import MODELS, console, run_folder
@@ -110,6 +111,15 @@ def test_output_is_as_before_after_the_command(capsys: pytest.CaptureFixture):
     before = sys.stdout, sys.stderr
     invoke("doctor", "--device", "none")
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", None)  # by `>&-`
+    assert not can_show("x")
+    with clean_output():
+        print("x", flush=True)
+        assert not sys.stdout.isatty()
+    assert sys.stdout is None
 
 
 def test_there_is_no_way_around_in_an_ascii_locale():

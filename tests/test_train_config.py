@@ -64,9 +64,24 @@ WRONG_SETTINGS = [
     *(
         (
             {"sizes": value},
-            f"sizes must be two or more ascending integers of at least 8 .*, got {re.escape(shown(value))}",
+            f"sizes must be text: two or more ascending integers of at least 8 .*, got {re.escape(shown(value))}",
         )
-        for value in ("32", "24,16,32", "16,16,32", "4,32", "16;32", "16,,32", "a,b", [16, 32], 32, b"16,32")
+        for value in (
+            "32",
+            "24,16,32",
+            "16,16,32",
+            "4,32",
+            "16;32",
+            "16,,32",
+            "a,b",
+            [16, 32],
+            (16, 32),
+            32,
+            b"16,32",
+            "1_6,32",
+            "+16,32",
+            "١٦,٣٢",
+        )
     ),
     ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
     ({"label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
@@ -112,6 +127,22 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"recipe": "faster94", "optimizer": "sgd"},
+        {"recipe": "fast94", "optimizer": "adam", "nesterov": False},
+        {"recipe": "article", "nesterov": False, "momentum": 0.0},
+        {"optimizer": "muon", "nesterov": True, "momentum": 0.8, "muon_lr": 0.1},
+        {"dataset": "digits", "image_size": 64},
+    ],
+    ids=str,
+)
+def test_a_recipes_idle_settings_and_saved_ones_are_accepted(settings: dict):
+    config = TrainConfig(device="cpu", out="x", **settings)
+    assert replace(config, image_size=48, muon_lr=0.25).muon_lr == 0.25
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
@@ -123,6 +154,20 @@ def test_a_wrong_setting_is_named_with_its_rule(setting: dict, message: str):
         (
             {"weights": "w.pt", "zero_gamma": True},
             "zero_gamma must be False with weights, got True: it would overwrite",
+        ),
+        ({"optimizer": "sgd", "muon_lr": 0.1}, "muon_lr 0.1 needs optimizer muon, got sgd"),
+        ({"muon_momentum": 0.5}, "muon_momentum 0.5 needs optimizer muon, got sgd"),
+        ({"rescale_filters": True}, "rescale_filters True needs optimizer muon, got sgd"),
+        ({"recipe": "article", "momentum": 0.5}, "momentum 0.5 needs optimizer sgd or muon, got adam"),
+        ({"optimizer": "adam", "nesterov": True}, "nesterov True needs optimizer sgd or muon, got adam"),
+        ({"image_size": 64, "sizes": "32,64"}, "image_size 64 needs dataset digits or folder, got cifar10"),
+        (
+            {"weights": "w", "freeze": "stem,layer3,layer2,layer1", "model": "resnet20", "body_lr": 0.1},
+            "body_lr 0.1 needs a stage to train, got freeze stem,layer3,layer2,layer1",
+        ),
+        (
+            {"weights": "w", "freeze": "layer1,layer2,layer3", "model": "resnet20", "optimizer": "muon"},
+            "optimizer muon needs a stage to train after the stem, got freeze layer1,layer2,layer3",
         ),
         ({"freeze": "stem"}, "freeze needs weights to start from, got weights None and freeze stem"),
         ({"new_head": True}, "new_head needs weights to start from, got weights None and new_head True"),

@@ -70,11 +70,10 @@ def stop(code: int, message: str, *more: str) -> NoReturn:
     """End the command with a message of one or more lines.
 
     Raises:
-        BrokenPipeError: the message is only that standard output is closed, as by `| head`; typer ends the command.
+        BrokenPipeError: it is the error to report: `| head` closed standard output. Typer then ends the command.
     """
-    cause = sys.exception()
-    if isinstance(cause, BrokenPipeError) and message == f"error: {cause}":
-        raise cause
+    if isinstance(sys.exception(), BrokenPipeError):
+        raise
     for line in (f"resnet-fast: {message}", *more):
         complain(line)
     raise typer.Exit(code)

@@ -24,7 +24,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            metavar=choice_metavar([*FORMATS, "both"]), help="Format to write. onnx: model.onnx; torch: model.pt2."
+            metavar=choice_metavar([*FORMATS, "both"]),
+            help="Format to write. onnx: model.onnx, needs the extra export; torch: model.pt2.",
         ),
     ] = "both",
     out: Annotated[

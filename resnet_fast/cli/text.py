@@ -29,6 +29,8 @@ def head(text: str, width: int) -> str:
 
 def can_show(characters: str) -> bool:
     """Return whether standard output is a terminal that can show these characters."""
+    if sys.stdout is None:  # closed
+        return False
     try:
         characters.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

@@ -31,7 +31,7 @@ def train(
         typer.Option(
             metavar="RUN_FOLDER",
             help="Resume an interrupted run after its last finished epoch, given its folder or a checkpoint in it. The "
-            f"settings are kept; only {_flags(BESIDE_RESUME)} may be given as well.",
+            f"settings are kept; only these options may be added: {_flags(BESIDE_RESUME)}.",
             show_default=False,
             rich_help_panel="Run",
         ),

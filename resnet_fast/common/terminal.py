@@ -7,6 +7,7 @@ A progress bar, which itself writes escape codes, writes to `unfiltered(sys.stdo
 """
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def clean_output() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can encode every character
-    cleaning: tuple[Any, Any] = CleanStream(sys.stdout), CleanStream(sys.stderr)
+    cleaning: tuple[Any, Any] = _cleaned(sys.stdout), _cleaned(sys.stderr)
     sys.stdout, sys.stderr = cleaning
     try:
         yield
@@ -51,6 +52,11 @@ def clean_output() -> Iterator[None]:
         # If a pipe was closed, typer has installed other streams, which remain.
         if (sys.stdout, sys.stderr) == cleaning:
             sys.stdout, sys.stderr = before
+
+
+def _cleaned(stream: TextIO | None) -> CleanStream:
+    """Return a CleanStream; None stands for a stream that was closed before Python began, as by `>&-`."""
+    return CleanStream(open(os.devnull, "w", encoding="utf-8") if stream is None else stream)
 
 
 def unfiltered(stream: Any) -> TextIO:

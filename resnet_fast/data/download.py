@@ -146,7 +146,7 @@ def _save(response: Any, path: Path, start: int, may_be_slow: bool) -> None:
     length = response.headers.get("Content-Length", "")
     total = start + int(length) if length.isdecimal() else None
     received, began = 0, time.monotonic()
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not (sys.stderr and sys.stderr.isatty()))
     with bar, open(path, "ab" if start else "wb") as file:
         while total is None or start + received < total:
             with _server_errors():

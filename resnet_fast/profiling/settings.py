@@ -6,6 +6,7 @@ from pathlib import Path
 
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.paths import free_folder
+from resnet_fast.training.recipes import DEFAULT_RECIPES
 
 BATCH_SIZE = {"cpu": 32, "cuda": 128}
 # Small, because the labels are random, and infinite or NaN values would change the step.
@@ -35,6 +36,8 @@ def profile_config(
         batch_size=BATCH_SIZE["cpu"] if batch_size is None else batch_size,
         precision=precision,
         device=device,
+        dataset="folder",  # of any size; the recipe remains CIFAR-10's
+        recipe=DEFAULT_RECIPES["cifar10"],
         image_size=image_size,
         optimizer=optimizer,
         lr=LEARNING_RATE,

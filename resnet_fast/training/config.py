@@ -28,6 +28,10 @@ IMAGE_SIZE = 32
 DIGITS_SIZE = 12  # with recipe digits; the cutout of other recipes is a square of 12 pixels
 N_WHITENING = 54  # filters: one per value of a 3x3 patch of 3 channels, and their negatives
 
+# Without effect, by optimizer.
+_IDLE = {"sgd": ("muon_lr", "muon_momentum", "rescale_filters"), "muon": ()}
+_IDLE["adam"] = (*_IDLE["sgd"], "momentum", "nesterov")
+
 MODEL = one_of(MODELS, lambda name, value, names: check_name(value))
 
 
@@ -118,7 +122,9 @@ class TrainConfig(Recipe):
         "fp32; bf16 by autocast; fp16 by autocast with loss scaling. auto: bf16 if the processor has instructions for "
         "it, fp16 on a GPU of compute capability 7.0 to 7.5 (V100, T4), else fp32.",
     ] = "auto"
-    deterministic: Annotated[bool, "Refuse operations whose results may differ between two runs on a GPU."] = False
+    deterministic: Annotated[bool, "On a GPU, give equal results in every run, and refuse operations that cannot."] = (
+        False
+    )
     workers: Annotated[
         int,
         integer(0, 2**10),
@@ -137,6 +143,7 @@ class TrainConfig(Recipe):
     out: Annotated[Path, MAY_MOVE, "Run folder, new or empty. [default: runs/<dataset>-<model>-<time>]"] = FROM_RECIPE
 
     def __post_init__(self) -> None:
+        given = {name for name in SETTINGS if getattr(self, name) is not None}
         for name in ("model", "dataset"):  # other defaults depend on these
             SETTINGS[name].check(getattr(self, name))
         self._fill_in("stem", MODELS[self.model].stems[0])
@@ -155,6 +162,8 @@ class TrainConfig(Recipe):
         for name, setting in SETTINGS.items():
             self._set(name, setting.check(getattr(self, name)))
         self._check_combinations()
+        if not given >= {*RECIPE_FIELDS} - {"crop"}:  # a saved run gives all; earlier versions accepted idle ones
+            self._check_effects(given)
         self._set("device", find_device(self.device))  # may import torch, so all else is checked first
         if by_device:
             self._set("graph", self.device != "cpu" and world_size() == 1)
@@ -205,6 +214,8 @@ class TrainConfig(Recipe):
                 raise ValueError(
                     f"freeze must name stages of {self.model}, {', '.join(stages)}, got {shown(stage)}{hint}"
                 )
+        if self.optimizer == "muon" and {*model.stages} <= self._frozen():
+            raise ValueError(f"optimizer muon needs a stage to train after the stem, got freeze {self.freeze}")
         for name in ("new_head", "freeze"):
             if getattr(self, name) and self.weights is None:
                 raise ValueError(
@@ -218,6 +229,21 @@ class TrainConfig(Recipe):
             raise ValueError(f"mirror needs a dataset of {', '.join(DOWNLOADED)}, got {self.dataset}")
         if self.skip_unreadable and self.dataset != "folder":
             raise ValueError(f"skip_unreadable needs dataset folder, got {self.dataset}")
+
+    def _check_effects(self, given: set[str]) -> None:
+        """Raise ValueError if a given setting would have no effect; a recipe's own may."""
+        for name in _IDLE[self.optimizer]:
+            if name in given and getattr(self, name):
+                possible = [optimizer for optimizer, idle in _IDLE.items() if name not in idle]
+                needed = f"{name} {getattr(self, name)} needs optimizer {' or '.join(possible)}"
+                raise ValueError(f"{needed}, got {self.optimizer}")
+        if self.image_size != IMAGE_SIZE and self.dataset in DOWNLOADED:
+            raise ValueError(f"image_size {self.image_size} needs dataset digits or folder, got {self.dataset}")
+        if "body_lr" in given and self.body_lr != 1 and {"stem", *MODELS[self.model].stages} <= self._frozen():
+            raise ValueError(f"body_lr {self.body_lr:g} needs a stage to train, got freeze {self.freeze}")
+
+    def _frozen(self) -> set[str]:
+        return set(filter(None, self.freeze.split(",")))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, which JSON and `torch.load(weights_only=True)` accept.

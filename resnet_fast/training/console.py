@@ -74,8 +74,12 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
     n_processes = world_size()
     device = f"{n_processes} x {config.device}" if n_processes > 1 else config.device
     return [
-        f"{network} ({config.stem} stem) on {config.dataset}: "
-        f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
+        *textwrap.wrap(
+            f"{network} ({config.stem} stem) on {config.dataset}: "
+            f"{n_train:,} + {n_test:,}{held_out} images, {n_classes} classes",
+            WIDTH,
+            subsequent_indent="  ",
+        ),
         f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
         f"lr {config.lr:g}, seed {config.seed}",
         *format_augmentation(config, dataset),

@@ -256,9 +256,8 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         processes=run.processes,
     )
     if not math.isfinite(test_loss):
-        raise DivergedError(
-            f"the test loss became {test_loss} after epoch {epoch}; {suspects(run.tested, lr, run.config.precision)}"
-        )
+        causes = suspects(run.tested, lr, run.config.precision, _muon_lr(run))
+        raise DivergedError(f"the test loss became {test_loss} after epoch {epoch}; {causes}")
     return EpochMetrics(
         epoch=epoch,
         lr=lr,
@@ -270,6 +269,10 @@ def run_epoch(run: Run, epoch: int) -> EpochMetrics:
         images_per_second=sum(run.loader.batch_sizes()) / seconds,
         skipped_steps=run.step.n_skipped - skipped_before,
     )
+
+
+def _muon_lr(run: Run) -> float | None:
+    return run.config.muon_lr if run.config.optimizer == "muon" else None
 
 
 def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
@@ -291,7 +294,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, EpochProgress]:
         done = i + 1
         if done % CHECK_EVERY[device.type] == 0 or done == len(sizes):
             global_losses = processes.sum(losses[checked:done]).double().cpu()
-            check_is_finite(global_losses, epoch, checked, step.model, lr, step.precision)
+            check_is_finite(global_losses, epoch, checked, step.model, lr, step.precision, _muon_lr(run))
             total_loss += float((global_losses * sizes[checked:done]).sum())
             checked, n_images = done, float(sizes[:done].sum())
             accuracy = int(processes.sum(n_correct)) / n_images

@@ -55,7 +55,7 @@ class Recipe:
     lr: Annotated[float, POSITIVE, "Peak learning rate."] = FROM_RECIPE
     schedule: Annotated[str, one_of(SCHEDULES), "Shape of the learning rate over the run."] = FROM_RECIPE
     momentum: Annotated[float, FRACTION, "Momentum of SGD."] = FROM_RECIPE
-    nesterov: Annotated[bool, "Use Nesterov momentum; no effect if momentum is 0."] = FROM_RECIPE
+    nesterov: Annotated[bool, "Use Nesterov momentum, also in Muon; no effect on SGD if momentum is 0."] = FROM_RECIPE
     weight_decay: Annotated[float, NOT_NEGATIVE, "Weight decay of all parameters."] = FROM_RECIPE
     bn_bias_lr: Annotated[
         float,
@@ -155,7 +155,9 @@ class Recipe:
         "Jordan 2024); training then changes it. Needs a 3x3 stem with at least 54 filters.",
     ] = FROM_RECIPE
     ghost_batch_size: Annotated[
-        int, integer(0), "Images over which a batch norm takes its statistics; 0: the whole batch of a process."
+        int,
+        integer(0),
+        "Number of images over which a batch norm computes its statistics; 0: the whole batch of a process.",
     ] = FROM_RECIPE
 
 
