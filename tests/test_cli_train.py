@@ -24,7 +24,7 @@ import resnet_fast
 from resnet_fast.cli import app
 from resnet_fast.data import load_dataset, torchvision_sets
 from resnet_fast.ops import augment
-from resnet_fast.training import MODELS, EpochMetrics, TrainConfig, console, divergence, loop, run_folder
+from resnet_fast.training import MODELS, RECIPES, EpochMetrics, TrainConfig, console, divergence, loop, run_folder
 from resnet_fast.training.console import HEADER, PlainReporter, format_duration, format_row, format_start
 from resnet_fast.training.reporter import EpochProgress
 
@@ -304,6 +304,20 @@ EVERY = dict(  # every augmentation, every stage frozen
     flip="alternating", cutout=12, trivial_augment=True, random_erasing=0.125, mixup=0.125, cutmix=0.125,
     weights="w.pt", freeze="stem,layer1,layer2,layer3,layer4",
 )  # fmt: skip
+
+
+def test_the_opening_names_what_differs_from_the_recipe():
+    dataset = load_dataset("digits")
+    for recipe in RECIPES:
+        plain = format_start(TrainConfig(dataset="digits", device="cpu", recipe=recipe), dataset)
+        assert not any("unlike" in line for line in plain), recipe
+    changes = dict(optimizer="muon", muon_lr=0.5, sizes="8,12", lookahead=True, nesterov=False, label_smoothing=0.125)
+    lines = format_start(TrainConfig(dataset="digits", device="cpu", **changes), dataset)
+    start = next(i for i, line in enumerate(lines) if "unlike" in line)
+    named = " ".join(line.strip() for line in lines[start : start + 2]).removeprefix("unlike the recipe: ").split(", ")
+    assert set(named) == {
+        "optimizer muon", "muon-lr 0.5", "sizes 8,12", "lookahead", "no-nesterov", "label-smoothing 0.125",
+    }  # fmt: skip
 
 
 def test_the_opening_names_augmentations_and_frozen_stages():

@@ -17,6 +17,7 @@ from resnet_fast.common.terminal import clean, clean_output, unfiltered
 from resnet_fast.data import ImageDataset
 from resnet_fast.training.config import TrainConfig
 from resnet_fast.training.metrics import EpochMetrics, Result
+from resnet_fast.training.recipes import RECIPE_FIELDS, RECIPES
 from resnet_fast.training.repeat import Spread
 from resnet_fast.training.reporter import EpochProgress, Reporter
 from resnet_fast.training.torchrun import command, format_train_on, is_first_process, world_size
@@ -24,6 +25,9 @@ from resnet_fast.training.torchrun import command, format_train_on, is_first_pro
 FIRST_SILENCE = 8.0  # seconds without a line until progress is printed; doubled each time
 
 WIDTH = 80  # columns
+# Fields of a recipe that other lines of the opening show, or the table.
+SHOWN = {"batch_size", "epochs", "schedule", "lr", "crop", "padding", "flip", "cutout", "trivial_augment"}
+SHOWN |= {"random_erasing", "mixup", "cutmix"}
 HEADER = "  epoch       lr  train loss  test loss  train acc  test acc       s  images/s"
 
 
@@ -82,11 +86,25 @@ def format_start(config: TrainConfig, dataset: ImageDataset) -> list[str]:
         ),
         f"{device}, {config.precision}, recipe {config.recipe}: batch {config.batch_size}, {config.schedule}, "
         f"lr {config.lr:g}, seed {config.seed}",
+        *format_changes(config),
         *format_augmentation(config, dataset),
         *(textwrap.wrap(f"frozen: {config.freeze.replace(',', ', ')}", WIDTH) if config.freeze else []),
         *(f"note: {note}" for note in (*dataset.notes, *format_warnings(config))),
         "",
     ]
+
+
+def format_changes(config: TrainConfig) -> list[str]:
+    """Return the lines that name the options by which the run differs from its recipe, if no other line shows them."""
+    recipe, texts = RECIPES[config.recipe], []
+    for name in RECIPE_FIELDS:
+        value = getattr(config, name)
+        if name not in SHOWN and value != getattr(recipe, name):
+            option = name.replace("_", "-")
+            text = value if isinstance(value, str) else f"{value:g}"
+            texts.append(f"{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"{option} {text}")
+    changes = f"unlike the recipe: {', '.join(texts)}"
+    return textwrap.wrap(changes, WIDTH, subsequent_indent="  ", break_on_hyphens=False) if texts else []
 
 
 def format_augmentation(config: TrainConfig, dataset: ImageDataset) -> list[str]:
