@@ -110,4 +110,4 @@ def test_the_kernels_pass_and_what_is_not_reached_in_time_is_said(device, monkey
     monkeypatch.setattr(parity, "SECONDS_FOR_CASES", 600.0)
     monkeypatch.setattr(parity, "SECONDS_BEFORE_STEP", -1.0)
     (finding,) = check_parity(device)
-    assert finding.ok and finding.value.startswith("right: 6 of 7 checks") and "run again" in finding.advice
+    assert finding.ok and finding.value.startswith("right: 6 of 7 checks") and "run it again" in finding.advice
