@@ -162,7 +162,9 @@ class Watch:
                 raise UntraceableError(f"its forward {QUESTIONS[name]} ({name})")
         for name in code.co_freevars:
             value = frame.f_locals.get(name)
-            if name != "__class__" and type(value) not in STAND_INS and not isinstance(value, CALLABLE):
+            if name in ("__class__", "__classdict__"):  # Python 3.14's functions of annotations read the latter
+                continue
+            if type(value) not in STAND_INS and not isinstance(value, CALLABLE):
                 raise UntraceableError(f"its forward reads {name}, a variable of the function around it")
         if not self.frozen:
             for name in loaded:
